@@ -1,0 +1,93 @@
+# btrfs-backup-ng: build, test, install. 'make help' lists what there is.
+
+PYTHON ?= python3
+PREFIX ?= /usr/local
+DESTDIR ?=
+# Parts of the names of the tests to run; all without it.
+TESTS ?=
+# How long the long versions of the tests are: moments to kill at, rounds of churn.
+TORTURE ?= 50
+# What 'make bench' hands on, for example BENCH='--rounds 9 full-large'.
+BENCH ?= --json bench.json
+
+ZIPAPP = btrfs_backup_ng.pyz
+PROGRAM = $(DESTDIR)$(PREFIX)/bin/btrfs-backup-ng
+# Quoted, so that the shell does not take a pattern for file names.
+RUN_TESTS = -W error::SyntaxWarning tests/run.py $(foreach pattern,$(TESTS),'$(pattern)')
+
+# mkfs and losetup are in folders that an ordinary user's PATH often lacks.
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test test-pythons torture bench lint install uninstall clean
+
+help: ## list these targets
+	@echo "make TARGET, with one of"
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do \
+	    printf '  %-14s %s\n' "$$target" "$$text"; done
+
+build: $(ZIPAPP) ## make btrfs_backup_ng.pyz, the program in one executable file
+
+$(ZIPAPP): btrfs_backup_ng.py build_zipapp.sh
+	./build_zipapp.sh $@
+
+demo: ## watch the main job on scratch filesystems (as root)
+	@tests/programs.sh demo
+	@$(MAKE) -s build
+	@"$(PYTHON)" tests/demo.py
+
+test: ## run the tests (as root), or some: TESTS='zipapp *restore*'
+	@tests/programs.sh test
+	@$(MAKE) -s build
+	@"$(PYTHON)" $(RUN_TESTS)
+
+test-pythons: ## run the tests under each Python at hand, 3.6 and later
+	@tests/programs.sh test
+	@$(MAKE) -s build
+	@failed=; for python in $$("$(PYTHON)" tests/pythons.py); do \
+	    printf '\n######## %s\n\n' "$$python"; \
+	    PYTHON=$$python "$$python" $(RUN_TESTS) || failed="$$failed $$python"; \
+	done; \
+	[ -z "$$failed" ] || { printf '\nfailed under:%s\n' "$$failed" >&2; exit 1; }
+
+torture: ## run the tests with their long versions: TORTURE=50
+	@tests/programs.sh test
+	@$(MAKE) -s build
+	@TORTURE=$(TORTURE) "$(PYTHON)" $(RUN_TESTS)
+
+bench: ## measure against btrfs send | btrfs receive (as root): BENCH='--rounds 9 full-large'
+	@tests/programs.sh bench
+	@$(MAKE) -s build
+	@"$(PYTHON)" tests/bench.py $(BENCH)
+
+# The settings of the linters stand here, so that no file of theirs has to stand beside the program.
+LINT_PYTHON ?= $(PYTHON)
+LINT_PROGRAMS = ruff==0.17.6 mypy==2.4.1 vermin==1.9.2
+LINT_VENV = .venv-lint
+# SIM117, UP: what they ask for, Python 3.6 lacks.
+RUFF = --isolated --line-length 110 --target-version py37 \
+    --select E,F,W,B,A,C4,I,PIE,PLE,RET,SIM,RUF --ignore SIM117,RET505,RUF005
+MYPY = --config-file= --strict --no-error-summary --cache-dir=$(LINT_VENV)/mypy
+
+lint: $(LINT_VENV)/ready ## check style, types and the oldest Python's syntax
+	$(LINT_VENV)/bin/ruff check $(RUFF) --cache-dir=$(LINT_VENV)/ruff btrfs_backup_ng.py tests
+	$(LINT_VENV)/bin/mypy $(MYPY) btrfs_backup_ng.py
+	MYPYPATH=tests $(LINT_VENV)/bin/mypy $(MYPY) --allow-untyped-defs --allow-untyped-calls tests/*.py
+	$(LINT_VENV)/bin/vermin --quiet --no-tips --violations --target=3.6- btrfs_backup_ng.py tests
+	for script in build_zipapp.sh tests/*.sh; do sh -n "$$script" || exit 1; done
+
+$(LINT_VENV)/ready: Makefile
+	"$(LINT_PYTHON)" -m venv $(LINT_VENV)
+	$(LINT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(LINT_PROGRAMS)
+	@touch $@
+
+install: build ## install as $(PREFIX)/bin/btrfs-backup-ng: PREFIX=/usr/local DESTDIR=
+	install -d "$(DESTDIR)$(PREFIX)/bin"
+	install -m 755 $(ZIPAPP) "$(PROGRAM)"
+
+uninstall: ## remove what install has installed
+	rm -f "$(PROGRAM)"
+
+clean: ## remove what has been built
+	rm -rf $(ZIPAPP) $(LINT_VENV) __pycache__ tests/__pycache__ bench.json

@@ -1,0 +1,2727 @@
+#!/usr/bin/env python3
+"""Incremental btrfs backups: snapshot, send what is missing, keep what the policy says.
+
+    btrfs-backup-ng [options] SOURCE [DESTINATION ...]
+
+The way of the data:
+
+    arguments ─▶ task:   observe          plan (pure)            execute             report
+                         host.list()  ─▶  snapshots to send  ─▶  transfer, delete ─▶ lines, progress,
+                         locks, pins      parents, deletions     under locks         JSON, exit status
+
+    one transfer:        send process ─▶ relay ─┬▶ incoming stream ─▶ receive process ─▶ .NAME.partial
+                                                └▶ ... one lane for each destination     ─▶ sync ─▶ NAME
+
+Contents; a section uses only what stands above it:
+
+     1 ERRORS          what can go wrong, with exit status and remedy; sizes and times as text
+     2 NAMES           which names are snapshots of ours, and of when
+     3 OPTIONS         the table of options; arguments to a task
+     4 IDENTITY        subvolumes, which backup belongs to which snapshot, what is complete
+     5 RETENTION       what is kept, and why
+     6 PLANNING        observed state to a plan of transfers and deletions
+     7 STREAM          the send stream: first command, private partials, size
+     8 EVENTS          one stream of events; log lines, progress and JSON read it
+     9 PROCESSES       programs: found, run, watched, ended
+    10 BTRFS           what the kernel and the btrfs program say and do
+    11 STATE           locks and pins in the snapshot folder
+    12 HOST            the semantic calls that everything above planning goes through
+    13 TRANSFER        sender, receiver, and the relay between them
+    14 TASK            observe, plan, show or execute
+    15 COMMAND LINE    help, version, sudo, signals, main
+
+Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
+counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
+and is not complete, a *parent note* that a snapshot is the parent of such a transfer, a *pin* which
+snapshot a destination was last seen to have in common with the source.
+
+MIT License
+
+Copyright © 2024 Michael Berry <trismegustis@gmail.com>
+Copyright © 2017 Robert Schindler <r.schindler@efficiosoft.com>
+Copyright © 2014 Chris Lawrence <lawrencc@debian.org>
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction,
+including without limitation the rights to use, copy, modify, merge, publish, distribute,
+sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or substantial
+portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT
+LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT.
+IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION
+WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
+import collections
+import contextlib
+import errno
+import fcntl
+import functools
+import os
+import re
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+__version__ = "0.7.0"
+
+
+########################################################################################################
+# 1 ERRORS: what can go wrong, with exit status and remedy; sizes and times as text
+#
+# One root class. A message says what failed, on which object, in the cause's own words, lower case,
+# without a full stop; the hint says what to type; the detail is the stderr of the program that failed.
+# They are raised with facts and printed in one place (section 8). Interrupted is no error of that kind:
+# it must pass every handler that goes on with the next destination.
+########################################################################################################
+
+
+class BackupError(Exception):
+    """Something was not done as asked. `status` is the exit status it leads to (SPEC: 1)."""
+
+    status = 1
+
+    def __init__(self, message: str, hint: str = "", detail: str = "") -> None:
+        super().__init__(message)
+        self.message, self.hint, self.detail = message, hint, detail
+
+
+class UsageError(BackupError):
+    """The command line is wrong; nothing was started."""
+
+    status = 2
+
+
+class Busy(BackupError):
+    """Another run is at work on the same snapshot folder and prefix."""
+
+    status = 75
+
+
+class Stalled(BackupError):
+    """Not a byte moved for the stall timeout."""
+
+
+class ReceiverFailed(BackupError):
+    """The receiving side failed: sending it the next snapshot would fail as well."""
+
+
+class Interrupted(BaseException):
+    """A signal asked to stop; `status` is 128 + its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+
+
+def os_error(doing: str, error: OSError, hint: str = "") -> BackupError:
+    return BackupError("{}: {}".format(doing, (error.strerror or str(error)).lower()), hint)
+
+
+def format_size(size: float) -> str:
+    """Bytes as a person reads them: `17 B`, `1.5 KiB`, `23.0 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return "{:.0f} B".format(size) if unit == "B" else "{:.1f} {}".format(size, unit)
+        size /= 1024
+    return "{:.1f} TiB".format(size)
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as `4.2 s`, `3:07`, `1:02:45`."""
+    if seconds < 60:
+        return "{:.1f} s".format(seconds)
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return "{}:{:02}:{:02}".format(hours, minutes, rest) if hours else "{}:{:02}".format(minutes, rest)
+
+
+def plural(count: int, noun: str) -> str:
+    return "{} {}{}".format(count, noun, "" if count == 1 else "s")
+
+
+def printable(text: str) -> str:
+    """`text` on one line: control characters and undecodable bytes as escapes."""
+    shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
+
+
+########################################################################################################
+# 2 NAMES: which names are snapshots of ours, and of when
+#
+# A name counts only if it is the exact prefix and a strict time; what is parsed must render as the
+# same text again, for strptime accepts much more. Local time repeats and jumps at DST, so a name's
+# time serves retention alone, never the order of snapshots. Never: a guess about a prefix.
+########################################################################################################
+
+TIME_FORMATS = ("%Y%m%d-%H%M%S", "%y%m%d-%H%M%S")  # written; also recognised
+PARTIAL_NAME = re.compile(r"\.(?P<name>.+?)(?:\.(?P<piece>[0-9]+))?\.partial", re.DOTALL)
+
+
+def parse_time(text: str) -> Optional[time.struct_time]:
+    """The local time that `text` states in one of TIME_FORMATS, or None."""
+    if not re.fullmatch(r"([0-9]{2}){3,4}-[0-9]{6}", text):
+        return None
+    layout = TIME_FORMATS[0] if len(text) == 15 else TIME_FORMATS[1]
+    try:
+        parsed = time.strptime(text, layout)
+    except ValueError:
+        return None
+    return parsed if time.strftime(layout, parsed) == text else None
+
+
+def snapshot_time(prefix: str, name: str) -> Optional[float]:
+    """Seconds since the epoch that a snapshot's name states, or None where it is no name of `prefix`.
+
+    A prefix `home20` must not take `home20260131-093000` of the prefix `home` for its own.
+    """
+    if not name.startswith(prefix):
+        return None
+    text = name[len(prefix):]
+    parsed = parse_time(text)
+    if parsed is None or (len(text) == 13 and parse_time(prefix[-2:] + text) is not None):
+        return None
+    return earliest_moment(parsed)
+
+
+def earliest_moment(local: time.struct_time) -> Optional[float]:
+    """Seconds since the epoch of a local time; the earlier where the clock was put back over it."""
+    moments = set()
+    for dst in (-1, 0, 1):
+        try:
+            moments.add(time.mktime(local[:8] + (dst,)))
+        except (OverflowError, ValueError):
+            continue
+    exact = [moment for moment in moments if time.localtime(moment)[:6] == local[:6]]
+    return min(exact or moments, default=None)
+
+
+def snapshot_name(prefix: str, now: float) -> str:
+    return prefix + time.strftime(TIME_FORMATS[0], time.localtime(now))
+
+
+def partial_name(name: str) -> str:
+    """The name that a backup bears until it is complete."""
+    return ".{}.partial".format(name)
+
+
+def partial_of(name: str) -> Optional[str]:
+    """The snapshot's name that a partial's name is made from, or None where it is no partial's name."""
+    match = PARTIAL_NAME.fullmatch(name)
+    return match.group("name") if match else None
+
+
+########################################################################################################
+# 3 OPTIONS: the table of options; arguments to a task
+#
+# One table feeds the parser and the help. Options and positionals mix in any order; a value may begin
+# with anything, `@` and `-` included, as `--option value` and `--option=value` take the next text as
+# it stands. Long options may be shortened as far as they stay unique. Every mistake here is found
+# before anything is started.
+########################################################################################################
+
+
+def parse_count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError("is not a number of 0 or more")
+    return int(text)
+
+
+def parse_seconds(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", text):
+        raise ValueError("is not a number of seconds")
+    return float(text)
+
+
+def parse_stall_timeout(text: str) -> float:
+    if parse_seconds(text) == 0:
+        raise ValueError("is not a number of seconds above 0")
+    return float(text)
+
+
+def parse_verbosity(text: str) -> str:
+    if text not in ("debug", "info", "warning", "error"):
+        raise ValueError("is not one of debug, info, warning, error")
+    return text
+
+
+def parse_prefix(text: str) -> str:
+    if "/" in text or "\0" in text or "\n" in text:
+        raise ValueError("holds a character that no file name may hold here")
+    return text
+
+
+def parse_path(text: str) -> str:
+    if not text or "\0" in text or "\n" in text:
+        raise ValueError("is not a path")
+    return text
+
+
+class Option(NamedTuple):
+    """One row of the table. `parse` None: a flag, whose value is `implied`."""
+
+    flags: Tuple[str, ...]
+    field: str
+    metavar: str
+    parse: Optional[Callable[[str], Any]]
+    help: str
+    implied: Any = True
+    many: bool = False
+
+
+class Group(NamedTuple):
+    title: str
+    options: Tuple[Option, ...]
+
+
+OPTION_TABLE = (
+    Group("Display", (
+        Option(("-h", "--help"), "help", "", None, "show this help"),
+        Option(("-V", "--version"), "version", "", None, "show version, digest of the source, Python and btrfs-progs"),
+        Option(("-v", "--verbosity"), "verbosity", "LEVEL", parse_verbosity,
+               "how much to say: debug, info, warning or error; default info"),
+        Option(("-q", "--quiet"), "verbosity", "", None, "the same as -v warning", "warning"),
+        Option(("-d", "--btrfs-debug"), "btrfs_debug", "", None, "pass -vv to btrfs send and btrfs receive"),
+        Option(("-P", "--no-progress"), "no_progress", "", None, "no progress display on a terminal"),
+        Option(("--log-json",), "log_json", "FILE", parse_path, "append each event to FILE, a line of JSON each"),
+        Option(("--dry-run",), "dry_run", "", None,
+               "say exactly what would be snapshotted, sent and deleted, and why; change nothing"),
+    )),
+    Group("Retention", (
+        Option(("-N", "--num-snapshots"), "num_snapshots", "N", parse_count,
+               "keep the newest N snapshots at the source; 0, the default, keeps all"),
+        Option(("-n", "--num-backups"), "num_backups", "N", parse_count,
+               "keep the newest N backups at each destination; older snapshots than these are not sent either"),
+        Option(("--latest-only",), "num_snapshots", "", None, "deprecated, the same as -N 1", 1),
+        Option(("--forget-destination",), "forget", "DEST", parse_path,
+               "drop what is remembered of a destination that will not come back: its pin, locks and notes",
+               many=True),
+        Option(("-s", "--sync"), "sync", "", None, "wait until deleted subvolumes are cleaned up"),
+        Option(("-w", "--convert-rw"), "convert_rw", "", None,
+               "make a snapshot writable before deleting it, as users with user_subvol_rm_allowed need"),
+    )),
+    Group("Snapshots", (
+        Option(("-S", "--no-snapshot"), "no_snapshot", "", None, "take no snapshot, transfer those that exist"),
+        Option(("-f", "--snapshot-folder"), "snapshot_folder", "DIR", parse_path,
+               "relative to the source or absolute; default .btrfs-backup-ng/snapshots"),
+        Option(("-p", "--snapshot-prefix"), "prefix", "P", parse_prefix,
+               "taken literally, before the time; default: the host name and -"),
+    )),
+    Group("Transfer", (
+        Option(("-T", "--no-transfer"), "no_transfer", "", None, "transfer nothing"),
+        Option(("-I", "--no-incremental"), "no_incremental", "", None, "always send in full"),
+        Option(("--stall-timeout",), "stall_timeout", "SECONDS", parse_stall_timeout,
+               "give a transfer up when not a byte has moved for so long; default 900"),
+        Option(("--skip-fs-checks",), "skip_fs_checks", "", None, "do not check that paths are on btrfs"),
+    )),
+    Group("Locks and runs", (
+        Option(("--remove-locks",), "remove_locks", "", None, "remove all locks of the given destinations"),
+        Option(("--locked-destinations", "--locked-dests"), "locked_destinations", "", None,
+               "add every destination that a lock names"),
+        Option(("--wait",), "wait", "[SECONDS]", parse_seconds,
+               "wait for another run on the same snapshots instead of failing", float("inf")),
+        Option(("--no-elevate",), "no_elevate", "", None, "do not run again through sudo when not root"),
+    )),
+)
+
+FLAGS = {flag: option for group in OPTION_TABLE for option in group.options for flag in option.flags}
+
+
+class Task(NamedTuple):
+    """What one task shall do. Sizes in bytes, times in seconds, None is 'not given'."""
+
+    source: str = ""
+    destinations: Tuple[str, ...] = ()
+    help: bool = False
+    version: bool = False
+    verbosity: str = "info"
+    btrfs_debug: bool = False
+    no_progress: bool = False
+    log_json: Optional[str] = None
+    dry_run: bool = False
+    num_snapshots: int = 0
+    num_backups: int = 0
+    forget: Tuple[str, ...] = ()
+    sync: bool = False
+    convert_rw: bool = False
+    no_snapshot: bool = False
+    snapshot_folder: str = os.path.join(".btrfs-backup-ng", "snapshots")
+    prefix: Optional[str] = None
+    no_transfer: bool = False
+    no_incremental: bool = False
+    stall_timeout: float = 900.0
+    skip_fs_checks: bool = False
+    remove_locks: bool = False
+    locked_destinations: bool = False
+    wait: float = 0.0
+    no_elevate: bool = False
+
+
+def find_option(flag: str) -> Option:
+    """The option of a flag as typed; long ones may be shortened while unique."""
+    if flag in FLAGS:
+        return FLAGS[flag]
+    meant = {FLAGS[known].flags[0]: FLAGS[known] for known in FLAGS if flag.startswith("--") and known.startswith(flag)}
+    if len(meant) != 1:
+        raise UsageError("unknown option {}".format(printable(flag)) if not meant else
+                         "option {} could be {}".format(flag, " or ".join(sorted(meant))), "see --help")
+    return meant.popitem()[1]
+
+
+def split_flags(argument: str) -> Iterator[Tuple[str, Optional[str]]]:
+    """The flags of one argument with the value glued to the last: `-SN3` is -S and -N with 3."""
+    if argument.startswith("--"):
+        flag, equals, value = argument.partition("=")
+        yield flag, value if equals else None
+        return
+    rest = argument[1:]
+    while rest:
+        flag, rest = "-" + rest[0], rest[1:]
+        if find_option(flag).parse and rest:
+            yield flag, rest
+            return
+        yield flag, None
+
+
+def parse_value(option: Option, flag: str, text: str) -> Any:
+    try:
+        return option.parse(text) if option.parse else option.implied
+    except ValueError as error:
+        raise UsageError("{}: {} {}".format(flag, printable(repr(text)), error), "see --help") from None
+
+
+def parse_arguments(arguments: Sequence[str]) -> Task:
+    """The task that `arguments` ask for, or UsageError."""
+    fields: Dict[str, Any] = {}
+    paths: List[str] = []
+    left = collections.deque(arguments)
+    while left:
+        argument = left.popleft()
+        if argument == "--":
+            paths += left
+            break
+        if len(argument) < 2 or not argument.startswith("-"):
+            paths.append(argument)
+            continue
+        for flag, value in split_flags(argument):
+            option = find_option(flag)
+            if option.parse is None:
+                if value is not None:
+                    raise UsageError("{} takes no value".format(flag), "see --help")
+                value = ""
+            elif option.metavar.startswith("[") and value is None:
+                value = left.popleft() if left and re.fullmatch(r"[0-9]+", left[0]) else None
+            elif value is None:
+                if not left:
+                    raise UsageError("{} needs a value ({})".format(flag, option.metavar), "see --help")
+                value = left.popleft()
+            parsed = option.implied if value is None else parse_value(option, flag, value)
+            fields[option.field] = fields.get(option.field, ()) + (parsed,) if option.many else parsed
+    task = Task(**fields)
+    if paths:
+        task = task._replace(source=paths[0], destinations=tuple(paths[1:]))
+    return task
+
+
+def check_task(task: Task) -> None:
+    """UsageError for what no task can mean."""
+    if not task.source:
+        raise UsageError("no source given", "btrfs-backup-ng SOURCE [DESTINATION ...]; see --help")
+    for text in (task.source,) + task.destinations:
+        parse_endpoint(text)
+    if (task.remove_locks and not task.destinations and not task.locked_destinations):
+        raise UsageError("--remove-locks needs the destinations whose locks to remove",
+                         "name them, or add --locked-destinations for all")
+
+
+def parse_endpoint(text: str) -> str:
+    """The local path that `text` names; UsageError for anything else, never a guess."""
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
+    if scheme:
+        raise UsageError("unknown scheme {}:// in {}".format(scheme.group(1), printable(text)),
+                         "give a path; a relative path with a colon begins with ./")
+    if re.match(r"[^/.][^/]*:", text):
+        raise UsageError("{} names a host, which this version cannot reach".format(printable(text)),
+                         "a relative path with a colon begins with ./")
+    try:
+        return parse_path(text)
+    except ValueError as error:
+        raise UsageError("{} {}".format(printable(repr(text)), error)) from None
+
+
+########################################################################################################
+# 4 IDENTITY: subvolumes, which backup belongs to which snapshot, what is complete
+#
+# Identity goes by UUID, never by name or time. The id that travels in a stream is the received UUID
+# of the sent subvolume where it has one, else its UUID; the receiver keeps it as received UUID. So it
+# also holds for backups of backups, and for the way back after a restore. Only read-only subvolumes
+# count: a writable one may have changed. A parent UUID says nothing, as its subvolume may be gone.
+########################################################################################################
+
+
+class Subvolume(NamedTuple):
+    """A subvolume as `BTRFS_IOC_GET_SUBVOL_INFO` tells it; UUIDs as text, None where null; otime in ns."""
+
+    name: str
+    uuid: Optional[str]
+    parent_uuid: Optional[str] = None
+    received_uuid: Optional[str] = None
+    readonly: bool = True
+    otime: int = 0
+    otransid: int = 0
+    subvolid: int = 0
+    generation: int = 0
+
+    @property
+    def stream_id(self) -> Optional[str]:
+        return self.received_uuid or self.uuid
+
+    @property
+    def is_received(self) -> bool:
+        return self.readonly and self.received_uuid is not None
+
+
+class Listing(NamedTuple):
+    """What a folder holds: its subvolumes, and the names of everything else."""
+
+    subvolumes: Tuple[Subvolume, ...] = ()
+    others: FrozenSet[str] = frozenset()
+
+    def named(self, name: str) -> Optional[Subvolume]:
+        return next((s for s in self.subvolumes if s.name == name), None)
+
+
+def by_creation(subvolume: Subvolume) -> Tuple[int, int, str]:
+    return subvolume.otime, subvolume.otransid, subvolume.name
+
+
+def snapshots_of(listing: Listing, prefix: str) -> List[Subvolume]:
+    """The snapshots of `prefix` in a snapshot folder, oldest first."""
+    found = [s for s in listing.subvolumes if s.readonly and snapshot_time(prefix, s.name) is not None]
+    return sorted(found, key=by_creation)
+
+
+def corresponds(snapshot: Subvolume, backup: Subvolume) -> bool:
+    """Whether `backup` is a complete copy of `snapshot`."""
+    return (snapshot.readonly and backup.readonly and snapshot.stream_id is not None
+            and snapshot.stream_id in (backup.received_uuid, backup.uuid))
+
+
+def backup_index(listing: Listing) -> Dict[str, Subvolume]:
+    """The complete backups of a folder by each id that a snapshot can be known by."""
+    index = {}
+    for backup in listing.subvolumes:
+        if backup.readonly and partial_of(backup.name) is None:
+            index.update({key: backup for key in (backup.uuid, backup.received_uuid) if key})
+    return index
+
+
+def common_snapshots(snapshots: Sequence[Subvolume], listing: Listing) -> List[Subvolume]:
+    """Those of `snapshots` that have a complete backup in `listing`."""
+    index = backup_index(listing)
+    return [s for s in snapshots if s.stream_id in index]
+
+
+def ambiguous_ids(snapshots: Sequence[Subvolume]) -> Set[str]:
+    """Ids that several snapshots share: none of them can be told from the others."""
+    counts = collections.Counter(s.stream_id for s in snapshots if s.stream_id)
+    return {key for key, count in counts.items() if count > 1}
+
+
+def backups_of(listing: Listing, prefix: str) -> List[Subvolume]:
+    """The received, complete backups of `prefix` in a folder: all that retention may ever delete there."""
+    return [s for s in listing.subvolumes if s.is_received and snapshot_time(prefix, s.name) is not None]
+
+
+########################################################################################################
+# 5 RETENTION: what is kept, and why
+#
+# Pure: names, times and protections in, a verdict with its reason for each out. Kept whatever the
+# policy: what is protected (locks, parent notes, newest common snapshots), a name from the future
+# (which is not counted either), the only one left. 0 keeps all. Never: a verdict about a name that is
+# not a snapshot's.
+########################################################################################################
+
+
+class Policy(NamedTuple):
+    """How many of the newest to keep; 0 keeps all."""
+
+    newest: int = 0
+
+
+class Verdict(NamedTuple):
+    name: str
+    keep: bool
+    reason: str
+
+
+def is_future(moment: float, now: float) -> bool:
+    return moment > now + 1
+
+
+def plan_retention(times: Dict[str, float], policy: Policy, protected: Dict[str, str], now: float) -> List[Verdict]:
+    """A verdict for each name of `times` (seconds since the epoch), oldest first.
+
+    protected: name to the reason why it stays.
+
+    >>> [v.keep for v in plan_retention({"a": 1, "b": 2, "c": 3}, Policy(1), {"a": "locked"}, 9)]
+    [True, False, True]
+    """
+    ordered = sorted(times, key=lambda name: (times[name], name))
+    counted = [name for name in ordered if not is_future(times[name], now)]
+    newest = set(counted[-policy.newest:]) if policy.newest else set(counted)
+    verdicts = []
+    for name in ordered:
+        if name not in counted:
+            verdicts.append(Verdict(name, True, "its name is from the future"))
+        elif name in protected:
+            verdicts.append(Verdict(name, True, protected[name]))
+        elif name in newest:
+            reason = "among the newest {}".format(policy.newest) if policy.newest else "all are kept"
+            verdicts.append(Verdict(name, True, reason))
+        else:
+            verdicts.append(Verdict(name, False, "older than the newest {}".format(policy.newest)))
+    return verdicts
+
+
+########################################################################################################
+# 6 PLANNING: observed state to a plan of transfers and deletions
+#
+# Pure: listings, locks and pins in, values out; `--dry-run` prints them, a run executes them. The
+# parent of a transfer is the nearest older snapshot complete on both sides, else the nearest newer;
+# what one transfer brings is a parent for the next. Never planned: a deletion at a destination whose
+# listing or transfer failed, a transfer over a name that something else bears, a deletion of a partial
+# that no lock names.
+########################################################################################################
+
+Locks = Dict[str, Dict[str, List[str]]]  # {snapshot: {"locks": [destination], "parent_locks": [...]}}
+
+
+class Pin(NamedTuple):
+    """The newest snapshot that a destination is known to have in common with the source.
+
+    `filesystem` is the UUID of the filesystem the destination was seen on.
+    """
+
+    name: str
+    uuid: str
+    time: str
+    filesystem: Optional[str] = None
+
+
+class Transfer(NamedTuple):
+    """One snapshot to one destination; parent None sends in full."""
+
+    snapshot: Subvolume
+    parent: Optional[Subvolume]
+
+
+class Recovery(NamedTuple):
+    """What is done about a lock: `delete` these half-received subvolumes, then clear the lock.
+
+    Where `problem` says something, the lock stays, and with it the snapshot is not sent.
+    """
+
+    snapshot: str
+    delete: Tuple[Subvolume, ...] = ()
+    problem: str = ""
+
+
+class Problem(NamedTuple):
+    """A snapshot that cannot be sent, and why."""
+
+    snapshot: str
+    text: str
+    hint: str = ""
+
+
+class DestinationPlan(NamedTuple):
+    recoveries: Tuple[Recovery, ...] = ()
+    transfers: Tuple[Transfer, ...] = ()
+    skipped: Tuple[Verdict, ...] = ()
+    problems: Tuple[Problem, ...] = ()
+
+
+def locked_names(locks: Locks, destination: str, kind: str = "locks") -> List[str]:
+    return [name for name, entry in locks.items() if destination in entry.get(kind, ())]
+
+
+def own_locks(locks: Locks, prefix: str) -> Locks:
+    """The locks of snapshots of `prefix`: those of others are never touched."""
+    return {name: entry for name, entry in locks.items() if snapshot_time(prefix, name) is not None}
+
+
+def plan_recovery(name: str, snapshot: Optional[Subvolume], listing: Listing) -> Recovery:
+    """What to do about the lock of snapshot `name` (None: it is gone) at a destination that holds `listing`.
+
+    A partial under its own name goes. Under the final name only what is provably half-received goes:
+    writable and without a received UUID, as release 0.6.6 left it.
+    """
+    delete = [s for s in listing.subvolumes if partial_of(s.name) == name]
+    final = listing.named(name)
+    if final is not None and not final.readonly:
+        if final.received_uuid is not None:
+            return Recovery(name, tuple(delete), "{} is writable but has a received UUID, so it is not provably "
+                                                 "a broken transfer".format(name))
+        delete.append(final)
+    elif final is not None and snapshot is not None and not corresponds(snapshot, final):
+        return Recovery(name, tuple(delete), "{} is another subvolume (received UUID {}, expected {})".format(
+            name, final.received_uuid, snapshot.stream_id))
+    return Recovery(name, tuple(delete))
+
+
+def plan_recoveries(locks: Locks, destination: str, snapshots: Sequence[Subvolume], listing: Listing) -> List[Recovery]:
+    known = {s.name: s for s in snapshots}
+    return [plan_recovery(name, known.get(name), listing) for name in sorted(locked_names(locks, destination))]
+
+
+def choose_parent(snapshot: Subvolume, ordered: Sequence[Subvolume], common: Set[str]) -> Optional[Subvolume]:
+    """The nearest older of `ordered` (by creation) whose id is in `common`, else the nearest newer."""
+    usable = [s for s in ordered if s.stream_id in common and s.stream_id != snapshot.stream_id]
+    older = [s for s in usable if by_creation(s) < by_creation(snapshot)]
+    newer = [s for s in usable if by_creation(s) > by_creation(snapshot)]
+    return older[-1] if older else newer[0] if newer else None
+
+
+def name_problem(snapshot: Subvolume, listing: Listing, cleared: Set[str]) -> Optional[Problem]:
+    """Why a snapshot that has no backup in `listing` cannot get one under its name there."""
+    other = listing.named(snapshot.name)
+    if other is not None and snapshot.name not in cleared:
+        if other.readonly:
+            return Problem(snapshot.name, "{} there is another subvolume (received UUID {}, expected {})".format(
+                snapshot.name, other.received_uuid or "none", snapshot.stream_id), "move it away or delete it yourself")
+        return Problem(snapshot.name, "{} there is a writable subvolume that no lock names".format(snapshot.name),
+                       "if it is what a broken transfer left, delete it: btrfs subvolume delete")
+    if snapshot.name in listing.others:
+        return Problem(snapshot.name, "{} there is no subvolume".format(snapshot.name), "move it away")
+    orphan = next((s.name for s in listing.subvolumes if partial_of(s.name) == snapshot.name), None)
+    if orphan is not None and orphan not in cleared:
+        return Problem(snapshot.name, "{} there is a partial backup that no lock names".format(orphan),
+                       "if no other run is writing it, delete it: btrfs subvolume delete")
+    return None
+
+
+def plan_transfers(snapshots: Sequence[Subvolume], listing: Listing, prefix: str, policy: Policy, now: float,
+                   recoveries: Sequence[Recovery] = (), incremental: bool = True) -> DestinationPlan:
+    """What is sent to a destination that holds `listing`, in order, each with its parent."""
+    common = {s.stream_id for s in common_snapshots(snapshots, listing) if s.stream_id}
+    ambiguous = ambiguous_ids(snapshots)
+    missing = [s for s in snapshots if s.stream_id not in common or s.stream_id in ambiguous]
+    times = {s.name: snapshot_time(prefix, s.name) or 0.0 for s in backups_of(listing, prefix) + missing}
+    verdicts = {v.name: v for v in plan_retention(times, policy, {}, now)}
+    cleared = {s.name for r in recoveries for s in r.delete}
+    blocked = {r.snapshot for r in recoveries if r.problem}
+    parents = common - ambiguous
+    transfers, skipped, problems = [], [], []
+    for snapshot in missing:
+        problem = name_problem(snapshot, listing, cleared)
+        if snapshot.stream_id in ambiguous:
+            problems.append(Problem(snapshot.name, "{} has the same identity as another snapshot".format(snapshot.name),
+                                    "they were taken of a subvolume with a received UUID; delete all but one"))
+        elif not verdicts[snapshot.name].keep:
+            skipped.append(verdicts[snapshot.name])
+        elif snapshot.name not in blocked and problem:
+            problems.append(problem)
+        elif snapshot.name not in blocked:
+            transfers.append(Transfer(snapshot, choose_parent(snapshot, snapshots, parents) if incremental else None))
+            parents.add(snapshot.stream_id or "")
+    return DestinationPlan(tuple(recoveries), tuple(transfers), tuple(skipped), tuple(problems))
+
+
+def lock_reasons(locks: Locks) -> Dict[str, str]:
+    """Why the snapshots that locks and parent notes name are kept."""
+    reasons = {}
+    for name, entry in locks.items():
+        if entry.get("parent_locks"):
+            reasons[name] = "parent of an unfinished transfer to {}".format(printable(entry["parent_locks"][0]))
+        if entry.get("locks"):
+            reasons[name] = "locked for {}".format(printable(entry["locks"][0]))
+    return reasons
+
+
+def newest_common(snapshots: Sequence[Subvolume], listing: Listing) -> Optional[Subvolume]:
+    """The newest snapshot, by creation, that can serve as parent for `listing`'s folder."""
+    ambiguous = ambiguous_ids(snapshots)
+    return next((s for s in reversed(common_snapshots(snapshots, listing)) if s.stream_id not in ambiguous), None)
+
+
+def plan_source_retention(snapshots: Sequence[Subvolume], prefix: str, policy: Policy, locks: Locks,
+                          pins: Dict[str, Pin], seen: Dict[str, Listing], now: float) -> List[Verdict]:
+    """Verdicts on the snapshots. seen: what each destination that could be listed holds."""
+    protected = {}
+    for destination, pin in pins.items():
+        for snapshot in snapshots:
+            if snapshot.stream_id == pin.uuid:
+                protected[snapshot.name] = "newest in common with {}".format(printable(destination))
+    for destination, listing in seen.items():
+        newest = newest_common(snapshots, listing)
+        if newest is not None:
+            protected[newest.name] = "newest in common with {}".format(printable(destination))
+    protected.update(lock_reasons(locks))
+    return plan_retention({s.name: snapshot_time(prefix, s.name) or 0.0 for s in snapshots}, policy, protected, now)
+
+
+def plan_destination_retention(snapshots: Sequence[Subvolume], listing: Listing, prefix: str, policy: Policy,
+                               now: float) -> List[Verdict]:
+    """Verdicts on the backups of one destination."""
+    newest = newest_common(snapshots, listing)
+    protected = {}
+    if newest is not None:
+        protected = {b.name: "newest in common with the source" for b in listing.subvolumes if corresponds(newest, b)}
+    times = {b.name: snapshot_time(prefix, b.name) or 0.0 for b in backups_of(listing, prefix)}
+    return plan_retention(times, policy, protected, now)
+
+
+def deletions(verdicts: Iterable[Verdict]) -> List[Verdict]:
+    return [v for v in verdicts if not v.keep]
+
+
+def after_transfers(listing: Listing, plan: DestinationPlan) -> Listing:
+    """What the folder holds when everything planned for it has succeeded: for showing what follows."""
+    gone = {s.name for r in plan.recoveries for s in r.delete}
+    stay = tuple(s for s in listing.subvolumes if s.name not in gone)
+    come = tuple(t.snapshot._replace(uuid=None, received_uuid=t.snapshot.stream_id) for t in plan.transfers)
+    return Listing(stay + come, listing.others)
+
+
+########################################################################################################
+# 7 STREAM: the send stream: first command, private partials, size
+#
+# A stream is a header of 17 bytes and commands, each `le32 length | le16 command | le32 crc32c |
+# payload`, a payload being attributes `le16 type | le16 length | data` (btrfs-progs, send.h). The first
+# command says which subvolume `btrfs receive` will make, with which identity, on which parent: it must
+# be what was planned, and its name is replaced by the partial's. Everything else passes as it came,
+# but for one thing: until END nobody but root may enter the partial (a user could write into his own
+# folders there while they are received), so owner and mode of the top folder are set last.
+########################################################################################################
+
+STREAM_MAGIC = b"btrfs-stream\0"
+STREAM_HEADER = struct.Struct("<13sI")
+COMMAND_HEADER = struct.Struct("<IHI")
+COMMAND_START = struct.Struct("<IH")
+ATTRIBUTE = struct.Struct("<HH")
+SUBVOL, SNAPSHOT, SET_XATTR, WRITE, CHMOD, CHOWN, END, UPDATE_EXTENT, ENCODED_WRITE = 1, 2, 13, 15, 18, 19, 21, 22, 25
+A_UUID, A_SIZE, A_MODE, A_UID, A_GID, A_PATH, A_CLONE_UUID, A_UNENCODED_FILE_LEN = 1, 4, 5, 6, 7, 15, 20, 27
+LARGEST_FIRST_COMMAND = 64 * 1024
+SEND_WRITE_SIZE = 48 * 1024  # data bytes in one WRITE of protocol 1 (Linux, BTRFS_SEND_READ_SIZE)
+WRITE_OVERHEAD = 30  # bytes of a WRITE of protocol 1 that are neither path nor data
+
+
+@functools.lru_cache(maxsize=None)
+def crc32c_table() -> List[int]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
+        table.append(value)
+    return table
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C as send streams use it: seed 0, no final inversion."""
+    table, value = crc32c_table(), 0
+    for byte in data:
+        value = (value >> 8) ^ table[(value ^ byte) & 0xFF]
+    return value
+
+
+def make_command(number: int, attributes: Iterable[Tuple[int, bytes]]) -> bytes:
+    payload = b"".join(ATTRIBUTE.pack(kind, len(data)) + data for kind, data in attributes)
+    checksum = crc32c(COMMAND_HEADER.pack(len(payload), number, 0) + payload)
+    return COMMAND_HEADER.pack(len(payload), number, checksum) + payload
+
+
+def parse_attributes(payload: bytes) -> List[Tuple[int, bytes]]:
+    """The attributes of a command that holds no DATA of protocol 2."""
+    found, at = [], 0
+    while at + ATTRIBUTE.size <= len(payload):
+        kind, size = ATTRIBUTE.unpack_from(payload, at)
+        found.append((kind, bytes(payload[at + 4:at + 4 + size])))
+        at += 4 + size
+    return found
+
+
+def format_uuid(raw: bytes) -> Optional[str]:
+    """16 bytes as text, None where all are 0."""
+    text = raw.hex()
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:])) if any(raw) else None
+
+
+class FirstCommand(NamedTuple):
+    number: int
+    attributes: List[Tuple[int, bytes]]
+    end: int  # where the next command begins in the stream
+
+    def uuid(self, kind: int) -> Optional[str]:
+        return next((format_uuid(data) for found, data in self.attributes if found == kind), None)
+
+    @property
+    def name(self) -> str:
+        return os.fsdecode(next((data for kind, data in self.attributes if kind == A_PATH), b""))
+
+
+def parse_first_command(start: bytes) -> Optional[FirstCommand]:
+    """The first command of a stream that begins with `start`, None while more bytes are needed."""
+    if len(start) < STREAM_HEADER.size + COMMAND_HEADER.size:
+        return None
+    if not start.startswith(STREAM_MAGIC):
+        raise BackupError("what arrived is no btrfs send stream")
+    length, number, checksum = COMMAND_HEADER.unpack_from(start, STREAM_HEADER.size)
+    if number not in (SUBVOL, SNAPSHOT) or length > LARGEST_FIRST_COMMAND:
+        raise BackupError("the stream does not begin with a subvolume")
+    end = STREAM_HEADER.size + COMMAND_HEADER.size + length
+    if len(start) < end:
+        return None
+    payload = start[end - length:end]
+    if crc32c(COMMAND_HEADER.pack(length, number, 0) + payload) != checksum:
+        raise BackupError("the first command of the stream is damaged")
+    return FirstCommand(number, parse_attributes(payload), end)
+
+
+class ExpectedStream(NamedTuple):
+    """What was planned: the names and ids of a stream, and owner and mode of its top folder."""
+
+    name: str
+    uuid: str
+    parent_uuid: Optional[str]
+    uid: int
+    gid: int
+    mode: int
+
+
+def check_first_command(first: FirstCommand, expected: ExpectedStream) -> None:
+    found = (first.name, first.uuid(A_UUID), first.uuid(A_CLONE_UUID) if first.number == SNAPSHOT else None)
+    planned = (expected.name, expected.uuid, expected.parent_uuid)
+    if found != planned:
+        raise BackupError("the stream is not the planned one: it names {}, uuid {}, parent {} instead of {}, {}, {}"
+                          .format(*(printable(str(part)) for part in found + planned)))
+
+
+class CommandReader:
+    """Follows the commands of a stream through chunks of any size.
+
+    `wanted` commands are seen whole; `file_data` counts bytes of file contents, before compression.
+    """
+
+    def __init__(self, wanted: Iterable[int], skip: int = 0) -> None:
+        self.wanted = frozenset(wanted)
+        self.skip, self.carry, self.file_data = skip, b"", 0
+
+    def feed(self, chunk: bytes) -> Tuple[bytes, List[Tuple[int, int, int]]]:
+        """The bytes that may go on now, and (start, end, command) of each wanted command in them."""
+        data = self.carry + chunk if self.carry else chunk
+        at, size, spans, wanted, start_of = self.skip, len(data), [], self.wanted, COMMAND_START.unpack_from
+        while at + 10 <= size:
+            length, command = start_of(data, at)
+            after = at + 10 + length
+            if command in wanted:
+                if after > size:
+                    break
+                spans.append((at, after, command))
+            elif command == WRITE:
+                self.file_data += length - WRITE_OVERHEAD
+            elif command == ENCODED_WRITE:
+                self.file_data += unencoded_length(data, at, length)
+            at = after
+        if at >= size:
+            self.skip, self.carry = at - size, b""
+            return data, spans
+        self.skip, self.carry = 0, data[at:]
+        return data[:at], spans
+
+
+def unencoded_length(data: bytes, at: int, length: int) -> int:
+    """Bytes of file that an ENCODED_WRITE at `at` stands for; its own length where that is not in sight."""
+    if at + 14 <= len(data):
+        third = at + 14 + ATTRIBUTE.unpack_from(data, at + 10)[1] + 12
+        if third + 12 <= len(data) and ATTRIBUTE.unpack_from(data, third)[0] == A_UNENCODED_FILE_LEN:
+            return struct.unpack_from("<Q", data, third + 4)[0]
+    return length
+
+
+class IncomingStream:
+    """A stream on its way into `btrfs receive`: checked, renamed, private until its end."""
+
+    def __init__(self, expected: ExpectedStream) -> None:
+        self.expected = expected
+        self.opening: Optional[bytes] = b""
+        self.reader = CommandReader((SET_XATTR, CHMOD, CHOWN, END))
+        self.ended = False
+        self.private = (make_command(CHOWN, ((A_PATH, b""), (A_UID, bytes(8)), (A_GID, bytes(8))))
+                        + make_command(CHMOD, ((A_PATH, b""), (A_MODE, struct.pack("<Q", 0o700)))))
+        self.public = (make_command(CHOWN, ((A_PATH, b""), (A_UID, struct.pack("<Q", expected.uid)),
+                                            (A_GID, struct.pack("<Q", expected.gid))))
+                       + make_command(CHMOD, ((A_PATH, b""), (A_MODE, struct.pack("<Q", expected.mode)))))
+
+    def edit(self, chunk: bytes) -> List[bytes]:
+        """What `btrfs receive` gets for `chunk`."""
+        if self.opening is not None:
+            self.opening += chunk
+            first = parse_first_command(self.opening)
+            if first is None:
+                return []
+            check_first_command(first, self.expected)
+            head = self.opening[:STREAM_HEADER.size] + self.renamed(first) + self.private
+            chunk, self.opening = self.opening[first.end:], None
+            return [head] + self.edit(chunk)
+        if self.ended and chunk:
+            raise BackupError("the stream goes on after its end")
+        return self.edit_commands(*self.reader.feed(chunk))
+
+    def renamed(self, first: FirstCommand) -> bytes:
+        name = os.fsencode(partial_name(self.expected.name))
+        return make_command(first.number, ((kind, name if kind == A_PATH else data) for kind, data in first.attributes))
+
+    def edit_commands(self, data: bytes, spans: Sequence[Tuple[int, int, int]]) -> List[bytes]:
+        pieces, passed, view = [], 0, memoryview(data)
+        for start, end, command in spans:
+            if command == END:
+                pieces += [view[passed:start], self.public, view[start:]]
+                self.ended, passed = True, len(data)
+                if end < len(data):
+                    raise BackupError("the stream goes on after its end")
+            elif ATTRIBUTE.unpack_from(data, start + 10) == (A_PATH, 0):  # the top folder
+                kept = end if command == SET_XATTR else start
+                # an ACL opens the folder as chmod does
+                pieces += [view[passed:kept], self.private if command == SET_XATTR else b""]
+                passed = end
+        pieces.append(view[passed:])
+        return [piece for piece in pieces if len(piece)]
+
+
+class SizeMeter:
+    """Computes from a `btrfs send --no-data` stream what the full stream will weigh.
+
+    `stream_size` is exact for protocol 1: every byte but the UPDATE_EXTENT commands, and for each of
+    those its data in pieces of 48 KiB with their headers. `file_data` is the data alone.
+    """
+
+    def __init__(self) -> None:
+        self.reader = CommandReader((UPDATE_EXTENT, END), STREAM_HEADER.size)
+        self.stream_size = self.file_data = 0
+        self.ended = False
+
+    def feed(self, chunk: bytes) -> None:
+        data, spans = self.reader.feed(chunk)
+        self.stream_size += len(data)
+        for start, end, command in spans:
+            if command == END:
+                self.ended = True
+                continue
+            size = struct.unpack_from("<Q", data, end - 8)[0]
+            path_length = ATTRIBUTE.unpack_from(data, start + 10)[1]
+            self.file_data += size
+            self.stream_size += start - end + size + -(-size // SEND_WRITE_SIZE) * (WRITE_OVERHEAD + path_length)
+
+
+########################################################################################################
+# 8 EVENTS: one stream of events; log lines, progress and JSON read it
+#
+# Whatever is worth saying is an event: a kind for machines, a level, a line for people, and facts.
+# Displays are readers of the events and of nothing else. Log lines go to stderr; results (a plan, a
+# listing) are printed on stdout by whoever was asked for them. Progress is an event too, a few a second.
+########################################################################################################
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+class Event(NamedTuple):
+    """`level` is one of LEVELS, or `progress`, which only a progress display shows."""
+
+    kind: str
+    level: str
+    text: str
+    facts: Dict[str, Any]
+
+
+class Events:
+    """The stream: everything emitted goes to every reader. Threads may emit."""
+
+    def __init__(self, *readers: Callable[[Event], None]) -> None:
+        self.readers, self.mutex = readers, threading.Lock()
+
+    def emit(self, kind: str, level: str, text: str = "", **facts: Any) -> None:
+        event = Event(kind, level, text, facts)
+        with self.mutex:
+            for read in self.readers:
+                read(event)
+
+    def debug(self, kind: str, text: str, **facts: Any) -> None:
+        self.emit(kind, "debug", text, **facts)
+
+    def info(self, kind: str, text: str, **facts: Any) -> None:
+        self.emit(kind, "info", text, **facts)
+
+    def warning(self, kind: str, text: str, **facts: Any) -> None:
+        self.emit(kind, "warning", text, **facts)
+
+    def error(self, error: BackupError, **facts: Any) -> None:
+        self.emit("error", "error", format_error(error), status=error.status, **facts)
+
+
+def format_error(error: BackupError) -> str:
+    """One line of what failed and what to do; the failed program's own words indented under it."""
+    line = printable(error.message) + ("; " + printable(error.hint) if error.hint else "")
+    return "\n".join([line] + ["    " + printable(words) for words in error.detail.splitlines()])
+
+
+def format_progress(facts: Dict[str, Any]) -> str:
+    """`NAME to DEST  45%  1.2 GiB of 2.7 GiB  85.2 MiB/s  0:18 left`; without the total while it is unknown."""
+    done, expected, rate = facts["done"], facts["expected"], facts["rate"]
+    parts = ["{} to {}".format(facts["snapshot"], facts["destination"])]
+    if expected:
+        parts.append("{:.0f}%".format(min(100.0, 100.0 * done / expected)))
+        parts.append("{} of {}".format(format_size(min(done, expected)), format_size(expected)))
+    else:
+        parts.append(format_size(done))
+    parts.append(format_size(rate) + "/s")
+    if expected and rate > 0:
+        parts.append(format_duration(round(max(0, expected - done) / rate)).replace(".0 s", " s") + " left")
+    return "  ".join(printable(part) for part in parts)
+
+
+class LogLines:
+    """Writes events of `level` and above to stderr; on a terminal a progress line below them."""
+
+    def __init__(self, level: str, progress: bool) -> None:
+        self.levels = LEVELS[LEVELS.index(level):]
+        self.progress = progress
+        self.line = ""
+
+    def __call__(self, event: Event) -> None:
+        if event.level == "progress":
+            if self.progress:
+                self.draw(format_progress(event.facts) if event.facts else "")
+        elif event.level in self.levels:
+            line = self.line
+            self.draw("")
+            mark = event.level + ": " if event.level in ("warning", "error") else ""
+            print(mark + event.text, file=sys.stderr, flush=True)
+            self.draw(line)
+
+    def draw(self, line: str) -> None:
+        if not line and not self.line:
+            return
+        width = shown_columns() - 1
+        if len(line) > width:
+            line = line[:max(0, width - 1)] + "…"
+        self.line = line
+        sys.stderr.write("\r\x1b[K" + line)
+        sys.stderr.flush()
+
+
+def shown_columns() -> int:
+    try:
+        return os.get_terminal_size(2).columns or 80
+    except OSError:
+        return 80
+
+
+class JsonLog:
+    """Appends each event but progress to a file, one JSON object a line, `time` in seconds since the epoch."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            self.file = open(path, "a", encoding="utf-8")
+        except OSError as error:
+            raise os_error("cannot write {}".format(path), error) from None
+
+    def __call__(self, event: Event) -> None:
+        import json
+        if event.level != "progress":
+            entry = dict(event.facts, time=time.time(), event=event.kind, level=event.level, text=event.text)
+            self.file.write(json.dumps(entry, sort_keys=True) + "\n")
+            self.file.flush()
+
+
+########################################################################################################
+# 9 PROCESSES: programs: found, run, watched, ended
+#
+# Argument lists, never a shell. Each child is a session of its own, so that a key press on the
+# terminal does not kill the ends of a transfer behind our back; it ends by itself when its pipe does.
+# Every stderr is drained, its tail kept. Never: a child left running when we are done with it.
+########################################################################################################
+
+PACKAGES = {"btrfs": "btrfs-progs (btrfsprogs on openSUSE)", "sudo": "sudo"}
+ENDING_GRACE = 5.0  # seconds between asking a process to end and killing it
+PIPE_SIZE = 1 << 20
+F_SETPIPE_SZ = 1031
+
+
+def child_environment() -> Dict[str, str]:
+    """Ours, with messages that can be read, and the folders of system programs on the PATH."""
+    path = os.environ.get("PATH", "/usr/local/bin:/usr/bin:/bin")
+    return dict(os.environ, LC_ALL="C", PATH=path + ":/usr/local/sbin:/usr/sbin:/sbin")
+
+
+def find_program(name: str) -> str:
+    """The full path of a program, or an error that names its package."""
+    import shutil
+    found = shutil.which(name, path=child_environment()["PATH"])
+    if found is None:
+        raise BackupError("the program {} is not installed".format(name),
+                          "install the package {}".format(PACKAGES.get(name, name)))
+    return found
+
+
+class Outcome(NamedTuple):
+    status: int
+    out: str
+    error: str
+
+
+def start(argv: Sequence[str], stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE) -> "subprocess.Popen":
+    try:
+        return subprocess.Popen([find_program(argv[0])] + list(argv[1:]), stdin=stdin, stdout=stdout,
+                                stderr=subprocess.PIPE, env=child_environment(), start_new_session=True)
+    except OSError as error:
+        raise os_error("cannot run {}".format(argv[0]), error) from None
+
+
+def run(argv: Sequence[str]) -> Outcome:
+    """Runs a program to its end; Interrupted ends it first."""
+    process = start(argv)
+    try:
+        out, error = process.communicate()
+    except BaseException:
+        end_process(process)
+        raise
+    return Outcome(process.returncode, os.fsdecode(out), os.fsdecode(error).strip())
+
+
+def check(argv: Sequence[str], doing: str) -> str:
+    """What a program prints; BackupError 'DOING: its last words' where it fails."""
+    outcome = run(argv)
+    if outcome.status != 0:
+        raise program_error(doing, outcome.error, outcome.status)
+    return outcome.out
+
+
+def program_error(doing: str, words: str, status: int) -> BackupError:
+    """An error with the program's last line in the message and, where there is more, all of it below."""
+    lines = [line for line in words.splitlines() if line.strip()]
+    if status < 0:
+        cause = "killed by {}".format(signal.Signals(-status).name)
+    else:
+        cause = re.sub(r"^ERROR:\s*", "", lines[-1]) if lines else "exit status {}".format(status)
+    return BackupError("{}: {}".format(doing, cause), hint_for(words), "\n".join(lines) if len(lines) > 1 else "")
+
+
+def hint_for(words: str) -> str:
+    """What to do about the known complaints of btrfs."""
+    hints = (("No space left", "free some space there or keep fewer backups (-n), then run again"),
+             ("not permitted", "run as root"),
+             ("Permission denied", "run as root"),
+             ("cannot find parent", "the parent is not usable there; -I sends in full"),
+             ("not on mount point", "mount the filesystem's top level there, or send in full with -I"),
+             ("reachable from inside", "mount the filesystem's top level there, or send in full with -I"))
+    return next((hint for sign, hint in hints if sign in words), "")
+
+
+def end_process(process: "subprocess.Popen") -> None:
+    """Asks a process to end, kills it after ENDING_GRACE, and waits for it."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(ENDING_GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+class Stage:
+    """One process of a transfer, with its stderr drained and the tail of it kept."""
+
+    def __init__(self, argv: Sequence[str], stdin: Any, stdout: Any) -> None:
+        self.program = " ".join(argv[:2])
+        self.process = start(argv, stdin, stdout)
+        self.tail: "collections.deque[bytes]" = collections.deque(maxlen=20)
+        self.drain = threading.Thread(target=self.read_stderr, daemon=True)
+        self.drain.start()
+
+    def read_stderr(self) -> None:
+        for line in iter(lambda: self.process.stderr.readline(4096), b""):
+            self.tail.append(line)
+
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def wait(self, timeout: float) -> None:
+        """Waits for the end; BackupError unless the exit status is 0."""
+        try:
+            status = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise Stalled("{} stalled: it did not end within {}".format(self.program, format_duration(timeout))) from None
+        if status != 0:
+            raise self.error()
+
+    def error(self) -> BackupError:
+        """Why this ended process failed."""
+        self.drain.join(1)
+        words = os.fsdecode(b"".join(self.tail))
+        # "At subvol X" and the like are no complaint
+        complaints = "\n".join(line for line in words.splitlines() if not re.match(r"At (sub|snap)", line))
+        return program_error(self.program, complaints, self.process.returncode)
+
+    def end(self) -> None:
+        end_process(self.process)
+        self.drain.join(1)
+        self.process.stderr.close()
+
+
+def make_pipe() -> Tuple[int, int]:
+    """A pipe as large as allowed: the two ends of a transfer then wait for each other less."""
+    read_end, write_end = os.pipe()
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(write_end, F_SETPIPE_SZ, PIPE_SIZE)
+    return read_end, write_end
+
+
+########################################################################################################
+# 10 BTRFS: what the kernel and the btrfs program say and do
+#
+# Reading goes by ioctl (uapi/linux/btrfs.h), which any user may, in microseconds; where the kernel has
+# no GET_SUBVOL_INFO (before Linux 4.18) by `btrfs subvolume show`. Changing goes by the btrfs program.
+# Protocol 2 with compressed data is used where the sending kernel (6.0) and btrfs-progs of both ends are
+# safe for it: 5.19 to send, 6.2 to receive, as 6.0.2 and 6.2 mended silent loss of data.
+########################################################################################################
+
+GET_SUBVOL_INFO = 0x81F8943C
+FS_INFO = 0x8400941F
+SUBVOL_INFO = struct.Struct("<Q256xQQQQ16s16s16sQQQQQI4xQI4xQI4xQI4x64x")
+READONLY_FLAG = 1 << 1
+ROOT_FLAG_RDONLY = 1 << 0
+SUBVOLUME_INODE = 256
+
+
+def open_folder(path: str) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+
+def subvolume_of_fd(fd: int, name: str) -> Subvolume:
+    """The subvolume that the open folder `fd` belongs to. OSError with ENOTTY where it is not on btrfs."""
+    buffer = bytearray(SUBVOL_INFO.size)
+    fcntl.ioctl(fd, GET_SUBVOL_INFO, buffer)
+    (subvolid, _, _, generation, flags, uuid, parent, received, _, otransid, _, _, _, _, seconds, nanoseconds,
+     _, _, _, _) = SUBVOL_INFO.unpack(buffer)
+    return Subvolume(name, format_uuid(uuid), format_uuid(parent), format_uuid(received),
+                     bool(flags & ROOT_FLAG_RDONLY), seconds * 10 ** 9 + nanoseconds, otransid, subvolid, generation)
+
+
+def parse_subvolume_show(text: str, name: str) -> Subvolume:
+    """A subvolume from the output of `btrfs subvolume show`, for kernels before 4.18."""
+    fields = {key.strip().lower(): value.strip() for key, _, value in
+              (line.partition(":") for line in text.splitlines())}
+
+    def uuid(key: str) -> Optional[str]:
+        return fields.get(key, "-") if fields.get(key, "-") != "-" else None
+
+    created = fields.get("creation time", "")
+    match = re.match(r"(\S+ \S+) ([+-])([0-9]{2})([0-9]{2})", created)
+    otime = 0
+    if match:
+        import calendar
+        shift = int(match.group(2) + "1") * (int(match.group(3)) * 3600 + int(match.group(4)) * 60)
+        otime = (calendar.timegm(time.strptime(match.group(1), "%Y-%m-%d %H:%M:%S")) - shift) * 10 ** 9
+    return Subvolume(name, uuid("uuid"), uuid("parent uuid"), uuid("received uuid"), "readonly" in fields.get("flags", ""),
+                     otime, int(fields.get("gen at creation", "0")), int(fields.get("subvolume id", "0")),
+                     int(fields.get("generation", "0")))
+
+
+def read_subvolume(path: str, name: str) -> Optional[Subvolume]:
+    """The subvolume whose top folder is at `path`, None where there is none; links are not followed."""
+    try:
+        fd = open_folder(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise
+    try:
+        if os.fstat(fd).st_ino != SUBVOLUME_INODE:
+            return None
+        return subvolume_of_fd(fd, name)
+    except OSError as error:
+        if error.errno not in (errno.ENOTTY, errno.EINVAL):
+            raise
+    finally:
+        os.close(fd)
+    outcome = run(["btrfs", "subvolume", "show", path])
+    return parse_subvolume_show(outcome.out, name) if outcome.status == 0 else None
+
+
+def read_filesystem_id(path: str) -> Optional[str]:
+    """The UUID of the btrfs that holds `path`, None where that is no btrfs.
+
+    `st_dev` and `f_fsid` differ from subvolume to subvolume and tell nothing.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        buffer = bytearray(1024)
+        fcntl.ioctl(fd, FS_INFO, buffer)
+        return format_uuid(bytes(buffer[16:32]))
+    except OSError as error:
+        if error.errno in (errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP):
+            return None
+        raise
+    finally:
+        os.close(fd)
+
+
+def parse_version(text: str) -> Tuple[int, ...]:
+    """`btrfs-progs v6.2.1-rc1` as (6, 2, 1)."""
+    match = re.search(r"v([0-9]+(?:\.[0-9]+)*)", text)
+    return tuple(int(part) for part in match.group(1).split(".")) if match else ()
+
+
+class Capabilities(NamedTuple):
+    """What a host can do in a transfer."""
+
+    sends_compressed: bool
+    receives_compressed: bool
+    progs: Tuple[int, ...]
+
+
+def read_capabilities() -> Capabilities:
+    progs = parse_version(check(["btrfs", "--version"], "btrfs --version"))
+    try:
+        with open("/sys/fs/btrfs/features/send_stream_version", encoding="ascii") as feature:
+            protocol = int(feature.read())
+    except (OSError, ValueError):
+        protocol = 1
+    return Capabilities(protocol >= 2 and progs >= (5, 19), progs >= (6, 2), progs)
+
+
+class SendOptions(NamedTuple):
+    compressed: bool = False
+    no_data: bool = False
+    debug: bool = False
+
+
+def send_argv(path: str, parent: Optional[str], options: SendOptions) -> List[str]:
+    argv = ["btrfs", "send"] + ["-vv"] * options.debug + ["--no-data"] * options.no_data
+    if options.compressed and not options.no_data:
+        argv += ["--proto", "2", "--compressed-data"]
+    return argv + (["-p", parent] if parent else []) + [path]
+
+
+def receive_argv(folder: str, debug: bool) -> List[str]:
+    return ["btrfs", "receive"] + ["-vv"] * debug + [folder]
+
+
+def parse_find_new(text: str) -> int:
+    """Bytes of data in the extents that `btrfs subvolume find-new` lists."""
+    return sum(int(size) for size in re.findall(r" file offset [0-9]+ len ([0-9]+) disk start ", text))
+
+
+########################################################################################################
+# 11 STATE: locks and pins in the snapshot folder
+#
+# `.outstanding_transfers` holds locks and parent notes in the format of release 0.6.6, so that either
+# program takes over from the other; `.destinations.json` the pins. Each change reads, changes its own
+# entries, writes aside, syncs, renames and syncs the folder, under a flock on the folder. What cannot be
+# read as that format is an error, for without it nothing may be deleted. A run holds a flock on a file
+# of its prefix; the kernel drops it however the run ends.
+########################################################################################################
+
+LOCK_FILE = ".outstanding_transfers"
+PIN_FILE = ".destinations.json"
+
+Pins = Dict[str, Dict[str, Pin]]  # {destination: {prefix: pin}}
+
+
+class LockChange(NamedTuple):
+    """One transfer's lock, to set or to clear."""
+
+    snapshot: str
+    destination: str
+    parent: Optional[str] = None
+
+
+def parse_locks(text: str) -> Locks:
+    """The locks that `text` holds; ValueError for anything but the format."""
+    import json
+    locks = json.loads(text)
+    if not isinstance(locks, dict):
+        raise ValueError("not an object")
+    for name, entry in locks.items():
+        if not isinstance(entry, dict) or not set(entry) <= {"locks", "parent_locks"}:
+            raise ValueError("not locks of {!r}".format(name))
+        for destinations in entry.values():
+            if not isinstance(destinations, list) or not all(isinstance(d, str) for d in destinations):
+                raise ValueError("not a list of destinations for {!r}".format(name))
+    return locks
+
+
+def add_locks(locks: Locks, changes: Iterable[LockChange]) -> Locks:
+    result = {name: {kind: list(entry.get(kind, ())) for kind in ("locks", "parent_locks")}
+              for name, entry in locks.items()}
+    for change in changes:
+        for name, kind in ((change.snapshot, "locks"), (change.parent, "parent_locks")):
+            if name is not None:
+                entry = result.setdefault(name, {"locks": [], "parent_locks": []})
+                if change.destination not in entry[kind]:
+                    entry[kind].append(change.destination)
+    return result
+
+
+def clear_locks(locks: Locks, changes: Iterable[LockChange]) -> Locks:
+    gone = set()
+    for change in changes:
+        gone |= {(change.snapshot, "locks", change.destination), (change.parent, "parent_locks", change.destination)}
+    result = {name: {kind: [d for d in entry.get(kind, ()) if (name, kind, d) not in gone]
+                     for kind in ("locks", "parent_locks")} for name, entry in locks.items()}
+    return {name: entry for name, entry in result.items() if entry["locks"] or entry["parent_locks"]}
+
+
+def clear_destination(locks: Locks, destination: str, prefix: str) -> Locks:
+    """Without the locks and notes that snapshots of `prefix` have for `destination`."""
+    own = own_locks(locks, prefix)
+    changes = [LockChange(name, destination) for name in own]
+    notes = [LockChange("", destination, name) for name in own]
+    return clear_locks(locks, changes + notes)
+
+
+def parse_pins(text: str) -> Pins:
+    import json
+    document = json.loads(text)
+    return {destination: {prefix: Pin(**pin) for prefix, pin in pins.items()}
+            for destination, pins in document["destinations"].items()}
+
+
+def format_pins(pins: Pins) -> str:
+    import json
+    plain = {destination: {prefix: pin._asdict() for prefix, pin in entry.items()} for destination, entry in pins.items()}
+    return json.dumps({"version": 1, "destinations": plain}, indent=1, sort_keys=True)
+
+
+def read_state_file(folder: str, name: str, parse: Callable[[str], Any]) -> Any:
+    """What `parse` makes of a state file, {} where there is none."""
+    path = os.path.join(folder, name)
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as state:
+            return parse(state.read())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise os_error("cannot read {}".format(path), error) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise BackupError("{} is damaged or not ours, so nothing was changed".format(path),
+                          "mend it, or move it away if no transfer is unfinished") from None
+
+
+def replace_state_file(folder: str, name: str, text: str) -> None:
+    path, aside = os.path.join(folder, name), os.path.join(folder, name + ".new")
+    try:
+        with open(aside, "w", encoding="utf-8", errors="surrogateescape") as state:
+            state.write(text + "\n")
+            state.flush()
+            os.fsync(state.fileno())
+        os.rename(aside, path)
+        sync_folder(folder)
+    except OSError as error:
+        raise os_error("cannot write {}".format(path), error) from None
+
+
+def sync_folder(folder: str) -> None:
+    """Makes renames in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def folder_mutex(folder: str) -> Iterator[None]:
+    """Keeps other runs, of other prefixes too, from changing the state files meanwhile."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Holds the one-run-at-a-time lock of `prefix` in `folder`; Busy when it is not free within `wait` seconds."""
+    path = os.path.join(folder, "." + prefix + ".lock" if prefix else ".lock")
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise os_error("cannot write {}".format(path), error, "is the folder writable?") from None
+    try:
+        deadline, waited = time.monotonic() + wait, False
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise Busy("another run is at work in {}".format(folder), "wait for it, or use --wait") from None
+                if not waited:
+                    on_wait()
+                waited = True
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(fd)
+
+
+########################################################################################################
+# 12 HOST: the semantic calls that everything above planning goes through
+#
+# A host is a machine that things are done on. Its calls take and return plain values, so that they can
+# travel: look at a place, list a folder, snapshot, delete, rename, state, send, receive. LocalHost does
+# them here. Never: deleting by name alone; what is deleted must still have the UUID that was planned.
+########################################################################################################
+
+
+class Place(NamedTuple):
+    """What is at a path. `inside` is the subvolume that holds it, or its nearest existing parent."""
+
+    path: str  # real path
+    kind: str  # "folder", "missing" or "other"
+    filesystem: Optional[str] = None  # UUID of the btrfs, of the nearest existing parent where missing
+    inside: Optional[Subvolume] = None
+    is_top: bool = False
+    readonly: bool = False
+    unmounted: str = ""  # a mount point of /etc/fstab on the way to it where nothing is mounted
+
+
+def nearest_existing(path: str) -> str:
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def parse_fstab(text: str) -> List[str]:
+    """The mount points of a file in fstab's format."""
+    rows = (line.split() for line in text.splitlines() if not line.lstrip().startswith("#"))
+    return [re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), row[1]) for row in rows if len(row) > 2]
+
+
+def find_unmounted(path: str) -> str:
+    """The mount point of /etc/fstab at or above `path` that has nothing mounted, or ''."""
+    try:
+        with open("/etc/fstab", encoding="utf-8", errors="surrogateescape") as fstab:
+            points = [point.rstrip("/") for point in parse_fstab(fstab.read()) if point.startswith("/")]
+    except OSError:
+        return ""
+    above = [point for point in points if point and (path + "/").startswith(point + "/")]
+    return next((point for point in above if not os.path.ismount(point)), "")
+
+
+class Measuring:
+    """`btrfs send --no-data` beside a transfer, niced, to learn what the transfer will weigh."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.meter = SizeMeter()
+        self.read_end, write_end = make_pipe()
+        self.stage = Stage(argv, subprocess.DEVNULL, write_end)
+        os.close(write_end)
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, self.stage.process.pid, 19)
+        self.thread = threading.Thread(target=self.read, daemon=True)
+        self.thread.start()
+
+    def read(self) -> None:
+        for chunk in iter(lambda: os.read(self.read_end, PIPE_SIZE), b""):
+            self.meter.feed(chunk)
+
+    def wait(self) -> SizeMeter:
+        """The finished meter; BackupError where the send failed."""
+        self.thread.join()
+        self.stage.wait(ENDING_GRACE)
+        return self.meter
+
+    def end(self) -> None:
+        self.stage.end()
+        self.thread.join()
+        os.close(self.read_end)
+
+
+class LocalHost:
+    """This machine. Paths are real paths; names are names in a folder."""
+
+    def __init__(self, events: Events) -> None:
+        self.events = events
+        self.known_capabilities: Optional[Capabilities] = None
+
+    def command(self, argv: Sequence[str], doing: str) -> str:
+        begun = time.monotonic()
+        try:
+            return check(argv, doing)
+        finally:
+            self.events.debug("command", "ran {} ({:.3f} s)".format(" ".join(argv), time.monotonic() - begun))
+
+    def capabilities(self) -> Capabilities:
+        if self.known_capabilities is None:
+            self.known_capabilities = read_capabilities()
+        return self.known_capabilities
+
+    def look(self, path: str) -> Place:
+        """What is at `path`; links are followed, as a user means them."""
+        real = os.path.realpath(path)
+        kind = "folder" if os.path.isdir(real) else "other" if os.path.lexists(real) else "missing"
+        if kind == "other":
+            return Place(real, kind)
+        ground = nearest_existing(real)
+        try:
+            filesystem = read_filesystem_id(ground)
+            inside, is_top = self.subvolume_around(ground) if filesystem else (None, False)
+            flags = os.statvfs(ground).f_flag
+        except OSError as error:
+            raise os_error("cannot look at {}".format(path), error) from None
+        return Place(real, kind, filesystem, inside, is_top and kind == "folder", bool(flags & os.ST_RDONLY),
+                     find_unmounted(real))
+
+    def subvolume_around(self, folder: str) -> Tuple[Optional[Subvolume], bool]:
+        """The subvolume that holds `folder`, and whether `folder` is its top."""
+        top = folder
+        while os.stat(top).st_ino != SUBVOLUME_INODE and top != "/":
+            top = os.path.dirname(top)
+        return read_subvolume(top, os.path.basename(top)), top == folder
+
+    def list(self, folder: str) -> Listing:
+        """What `folder` holds; BackupError where it cannot be read, for that is not an empty folder."""
+        subvolumes, others = [], set()
+        try:
+            for name in os.listdir(folder):
+                subvolume = read_subvolume(os.path.join(folder, name), name)
+                if subvolume is None:
+                    others.add(name)
+                else:
+                    subvolumes.append(subvolume)
+        except OSError as error:
+            raise os_error("cannot list {}".format(folder), error) from None
+        return Listing(tuple(subvolumes), frozenset(others))
+
+    def nested_subvolumes(self, path: str, beside: str) -> List[str]:
+        """Subvolumes directly nested in the one at `path`, relative to it, without those in folder `beside`."""
+        around, _ = self.subvolume_around(path)
+        listed = self.command(["btrfs", "subvolume", "list", "-o", path], "cannot list subvolumes of {}".format(path))
+        paths = re.findall(r"^ID [0-9]+ .*? path (.*)$", listed, re.MULTILINE)
+        if not paths or around is None:
+            return []
+        own = "" if around.subvolid == 5 else self.command(
+            ["btrfs", "inspect-internal", "subvolid-resolve", str(around.subvolid), path], "cannot resolve " + path).strip()
+        inner = [nested[len(own) + 1:] if own and nested.startswith(own + "/") else nested for nested in paths]
+        return [nested for nested in inner if os.path.dirname(os.path.join(path, nested)) != beside]
+
+    def make_folder(self, path: str) -> None:
+        """Makes a folder that only its owner may enter, and its parents; no error where it is there."""
+        try:
+            os.makedirs(path, 0o700, exist_ok=True)
+        except OSError as error:
+            raise os_error("cannot make the folder {}".format(path), error) from None
+
+    def snapshot(self, source: str, folder: str, name: str) -> Subvolume:
+        path = os.path.join(folder, name)
+        self.command(["btrfs", "subvolume", "snapshot", "-r", source, path], "cannot take a snapshot of {}".format(source))
+        taken = read_subvolume(path, name)
+        if taken is None or not taken.readonly:
+            raise BackupError("the snapshot {} was not made as asked".format(path), "look at it with btrfs subvolume show")
+        return taken
+
+    def delete(self, folder: str, doomed: Sequence[Subvolume], convert_rw: bool) -> List[BackupError]:
+        """Deletes subvolumes of `folder` that still are what they were planned as; an error for each that is not gone."""
+        errors = []
+        for subvolume in doomed:
+            path = os.path.join(folder, subvolume.name)
+            try:
+                found = read_subvolume(path, subvolume.name)
+                if found is None or found.uuid != subvolume.uuid:
+                    raise BackupError("not deleted: {} is no longer what it was".format(path), "run again")
+                if convert_rw and found.readonly:
+                    self.make_writable(path)
+                self.command(["btrfs", "subvolume", "delete", path], "cannot delete {}".format(path))
+            except BackupError as error:
+                errors.append(error)
+        if doomed:
+            self.sync(folder)
+        return errors
+
+    def make_writable(self, path: str) -> None:
+        argv = ["btrfs", "property", "set", "-ts", path, "ro", "false"]
+        if self.capabilities().progs >= (5, 14, 2):  # from there on a received subvolume needs force
+            argv.insert(3, "-f")
+        self.command(argv, "cannot make {} writable".format(path))
+
+    def sync(self, folder: str) -> None:
+        """Makes all that was written to the filesystem of `folder` durable."""
+        self.command(["btrfs", "filesystem", "sync", folder], "cannot sync {}".format(folder))
+
+    def wait_for_cleaning(self, folder: str) -> None:
+        self.command(["btrfs", "subvolume", "sync", folder], "cannot wait for deleted subvolumes of {}".format(folder))
+
+    def free_space(self, folder: str) -> int:
+        """Bytes that may still be written."""
+        facts = os.statvfs(folder)
+        return facts.f_bavail * facts.f_frsize
+
+    def read_locks(self, folder: str) -> Locks:
+        return read_state_file(folder, LOCK_FILE, parse_locks)
+
+    def change_locks(self, folder: str, change: Callable[[Locks], Locks]) -> Locks:
+        """Applies a pure change to the locks as they stand now; what comes out is durable."""
+        import json
+        with folder_mutex(folder):
+            before = self.read_locks(folder)
+            after = change(before)
+            if after != before:
+                replace_state_file(folder, LOCK_FILE, json.dumps(after, indent=1, sort_keys=True))
+        return after
+
+    def read_pins(self, folder: str) -> Pins:
+        return read_state_file(folder, PIN_FILE, parse_pins)
+
+    def change_pins(self, folder: str, prefix: str, pins: Dict[str, Optional[Pin]]) -> None:
+        """Sets the pins of `prefix` by destination; None forgets."""
+        with folder_mutex(folder):
+            before = self.read_pins(folder)
+            after = {destination: dict(entry) for destination, entry in before.items()}
+            for destination, pin in pins.items():
+                after.setdefault(destination, {}).pop(prefix, None)
+                if pin is not None:
+                    after[destination][prefix] = pin
+            after = {destination: entry for destination, entry in after.items() if entry}
+            if after != before:
+                replace_state_file(folder, PIN_FILE, format_pins(after))
+
+    def hold(self, folder: str, prefix: str, wait: float) -> "contextlib.AbstractContextManager[None]":
+        """A context in which no other run works on `prefix` in `folder`."""
+        return run_lock(folder, prefix, wait,
+                        lambda: self.events.info("waiting", "waiting for another run in {}".format(folder)))
+
+    def expected_stream(self, folder: str, snapshot: Subvolume, parent: Optional[Subvolume]) -> ExpectedStream:
+        """What the stream of a snapshot must say; read right before it is sent."""
+        top = os.stat(os.path.join(folder, snapshot.name))
+        return ExpectedStream(snapshot.name, snapshot.stream_id or "", parent.stream_id if parent else None,
+                              top.st_uid, top.st_gid, stat.S_IMODE(top.st_mode))
+
+    def open_send(self, folder: str, name: str, parent: Optional[str], options: SendOptions) -> "LocalSender":
+        argv = send_argv(os.path.join(folder, name), os.path.join(folder, parent) if parent else None, options)
+        self.events.debug("command", "starting {}".format(" ".join(argv)))
+        return LocalSender(argv)
+
+    def measure_send(self, folder: str, name: str, parent: Optional[str]) -> Measuring:
+        options = SendOptions(no_data=True)
+        return Measuring(send_argv(os.path.join(folder, name), os.path.join(folder, parent) if parent else None, options))
+
+    def data_since(self, path: str, generation: int) -> int:
+        """Bytes of data in extents of the subvolume at `path` written after `generation`; an estimate of a send."""
+        return parse_find_new(self.command(["btrfs", "subvolume", "find-new", path, str(generation)],
+                                           "cannot look for changes in {}".format(path)))
+
+    def open_receive(self, folder: str, expected: ExpectedStream, debug: bool) -> "LocalReceiver":
+        if os.path.lexists(os.path.join(folder, expected.name)):
+            raise ReceiverFailed("{} exists at {}".format(expected.name, folder))
+        argv = receive_argv(folder, debug)
+        self.events.debug("command", "starting {}".format(" ".join(argv)))
+        return LocalReceiver(self, folder, expected, argv)
+
+
+########################################################################################################
+# 13 TRANSFER: sender, receiver, and the relay between them
+#
+# A sender gives chunks, a receiver takes them, and neither ever blocks: the relay moves what can be
+# moved, then naps. Waking for every 4 KiB that a pipe has room for costs more than moving the data, so
+# it naps whenever little moved. One sender may feed several receivers (lanes); a lane that fails is
+# dropped, the others go on. A backup is complete when the sender and its receiver exited 0, the result
+# was seen read-only with the right identity, and its filesystem is synced; only then it gets its name.
+########################################################################################################
+
+WINDOW = 4 << 20  # bytes that may wait for the slowest lane
+NAP, LONGEST_NAP = 0.001, 0.008  # seconds
+LITTLE = 256 << 10  # bytes: less than this at once is not worth going on without a nap
+PROGRESS_INTERVAL = 0.2  # seconds
+
+
+class LocalSender:
+    """`btrfs send` and its pipe."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.read_end, write_end = make_pipe()
+        try:
+            self.stage = Stage(argv, subprocess.DEVNULL, write_end)
+        except BackupError:
+            os.close(self.read_end)
+            raise
+        finally:
+            os.close(write_end)
+        os.set_blocking(self.read_end, False)
+
+    def read(self) -> Optional[bytes]:
+        """What has come, None while there is nothing, b'' at the end."""
+        try:
+            return os.read(self.read_end, PIPE_SIZE)
+        except BlockingIOError:
+            return None
+
+    def finish(self, timeout: float) -> None:
+        self.stage.wait(timeout)
+
+    def end(self) -> None:
+        os.close(self.read_end)
+        self.stage.end()
+
+
+class LocalReceiver:
+    """`btrfs receive` and its pipe: takes a stream, leaves a complete backup or a partial one."""
+
+    def __init__(self, host: LocalHost, folder: str, expected: ExpectedStream, argv: Sequence[str]) -> None:
+        self.host, self.folder, self.expected = host, folder, expected
+        self.stream = IncomingStream(expected)
+        self.queue: "collections.deque[memoryview]" = collections.deque()
+        self.pending = 0
+        read_end, write_end = make_pipe()
+        self.write_end: Optional[int] = write_end
+        try:
+            self.stage = Stage(argv, read_end, subprocess.DEVNULL)
+        except BackupError:
+            os.close(write_end)
+            raise
+        finally:
+            os.close(read_end)
+        os.set_blocking(write_end, False)
+
+    def offer(self, chunk: bytes) -> None:
+        for piece in self.stream.edit(chunk):
+            self.queue.append(memoryview(piece))
+            self.pending += len(piece)
+
+    def pump(self) -> int:
+        """Writes what the pipe has room for; returns how many bytes that were."""
+        moved = 0
+        try:
+            while self.queue:
+                piece = self.queue[0]
+                written = os.write(self.write_end, piece)
+                moved += written
+                if written < len(piece):
+                    self.queue[0] = piece[written:]
+                else:
+                    self.queue.popleft()
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            raise self.failure() from None
+        self.pending -= moved
+        return moved
+
+    def failure(self) -> BackupError:
+        """Why `btrfs receive` ended early."""
+        try:
+            self.stage.wait(ENDING_GRACE)
+        except BackupError as error:
+            return ReceiverFailed(error.message, error.hint, error.detail)
+        return ReceiverFailed("btrfs receive ended before the stream did")
+
+    def check_alive(self) -> None:
+        if self.stage.has_ended():
+            raise self.failure()
+
+    def finish(self, timeout: float) -> Subvolume:
+        """The complete backup under its final name."""
+        if not self.stream.ended:
+            raise BackupError("the stream ended before its end command")
+        self.close_pipe()
+        try:
+            self.stage.wait(timeout)
+        except BackupError as error:
+            raise ReceiverFailed(error.message, error.hint, error.detail) from None
+        backup = self.check_result()
+        self.host.sync(self.folder)
+        return self.give_name(backup)
+
+    def check_result(self) -> Subvolume:
+        name = partial_name(self.expected.name)
+        found = read_subvolume(os.path.join(self.folder, name), name)
+        if found is None or not found.readonly or found.received_uuid != self.expected.uuid:
+            raise ReceiverFailed("btrfs receive left {} incomplete though it reported success".format(name))
+        if (found.parent_uuid is not None) != (self.expected.parent_uuid is not None):
+            raise ReceiverFailed("{} was received on another parent than planned".format(name))
+        return found
+
+    def give_name(self, backup: Subvolume) -> Subvolume:
+        path = os.path.join(self.folder, self.expected.name)
+        if os.path.lexists(path):
+            raise ReceiverFailed("{} has appeared meanwhile".format(path))
+        try:
+            os.rename(os.path.join(self.folder, backup.name), path)
+            sync_folder(self.folder)
+        except OSError as error:
+            raise os_error("cannot rename {}".format(backup.name), error) from None
+        return backup._replace(name=self.expected.name)
+
+    def close_pipe(self) -> None:
+        if self.write_end is not None:
+            os.close(self.write_end)
+            self.write_end = None
+
+    def end(self) -> None:
+        self.close_pipe()
+        self.stage.end()
+
+
+class Relayed(NamedTuple):
+    """How a relay ended: bytes and seconds, and per lane its backup or its error."""
+
+    size: int
+    seconds: float
+    backups: Dict[str, Subvolume]
+    errors: Dict[str, BackupError]
+
+
+class Relay:
+    """Moves one stream from a sender to the receivers in `lanes` (destination id to receiver)."""
+
+    def __init__(self, sender: LocalSender, lanes: Dict[str, LocalReceiver], stall_timeout: float,
+                 on_progress: Callable[[int, int], None]) -> None:
+        self.sender, self.lanes, self.stall_timeout, self.on_progress = sender, dict(lanes), stall_timeout, on_progress
+        self.errors: Dict[str, BackupError] = {}
+        self.size = 0
+        self.begun = self.last_moved = self.last_look = time.monotonic()
+
+    def run(self) -> Relayed:
+        """The relay from first byte to named backups. BackupError where the sender failed; lanes end in any case."""
+        everyone = list(self.lanes.values())
+        try:
+            self.move_all()
+            self.sender.finish(self.stall_timeout)
+            backups = self.finish_lanes()
+        finally:
+            for receiver in everyone:
+                receiver.end()
+            self.sender.end()
+        return Relayed(self.size, time.monotonic() - self.begun, backups, self.errors)
+
+    def move_all(self) -> None:
+        nap, at_end = NAP, False
+        while self.lanes and not (at_end and not self.waiting()):
+            read = 0
+            if not at_end and self.waiting() < WINDOW:
+                chunk = self.sender.read()
+                at_end = chunk == b""
+                read = self.spread(chunk) if chunk else 0
+            moved = self.each_lane(lambda receiver: receiver.pump())
+            now = time.monotonic()
+            if read or moved:
+                nap, self.last_moved = NAP, now
+            self.look_around(now)
+            if read < LITTLE:
+                time.sleep(nap)
+                nap = min(LONGEST_NAP, nap * 2) if not (read or moved) else NAP
+
+    def waiting(self) -> int:
+        """Bytes that the slowest lane still has to take."""
+        return max((receiver.pending for receiver in self.lanes.values()), default=0)
+
+    def spread(self, chunk: bytes) -> int:
+        self.size += len(chunk)
+        self.each_lane(lambda receiver: receiver.offer(chunk) or 0)
+        return len(chunk)
+
+    def each_lane(self, act: Callable[[LocalReceiver], int]) -> int:
+        """Does something with each lane; one that fails is dropped."""
+        total = 0
+        for key, receiver in list(self.lanes.items()):
+            try:
+                total += act(receiver)
+            except BackupError as error:
+                self.drop(key, error)
+        return total
+
+    def drop(self, key: str, error: BackupError) -> None:
+        self.errors[key] = error
+        self.lanes.pop(key).end()
+
+    def look_around(self, now: float) -> None:
+        if now - self.last_look < PROGRESS_INTERVAL:
+            return
+        self.last_look = now
+        self.each_lane(lambda receiver: receiver.check_alive() or 0)
+        self.on_progress(self.size, max((r.stream.reader.file_data for r in self.lanes.values()), default=0))
+        if now - self.last_moved > self.stall_timeout:
+            stalled = "stalled: not a byte moved for {}".format(format_duration(self.stall_timeout))
+            slow = [key for key, receiver in self.lanes.items() if receiver.pending]
+            if not slow:
+                raise Stalled("btrfs send " + stalled)
+            for key in slow:
+                self.drop(key, ReceiverFailed("btrfs receive " + stalled))
+
+    def finish_lanes(self) -> Dict[str, Subvolume]:
+        backups = {}
+        for receiver in self.lanes.values():
+            receiver.close_pipe()  # each can end while the first is waited for
+        for key, receiver in list(self.lanes.items()):
+            try:
+                backups[key] = receiver.finish(self.stall_timeout)
+            except BackupError as error:
+                self.drop(key, error)
+        return backups
+
+
+########################################################################################################
+# 14 TASK: observe, plan, show or execute
+#
+# The order: locks and pins are read, and where they cannot be the task stops; the snapshot is taken;
+# each destination is reached, listed and rid of what a failed transfer left; what is missing is sent,
+# oldest first, to all destinations that lack it on the same parent at once; retention comes last. A
+# destination that fails is reported and left alone from there on: nothing is deleted at it, and the
+# others go on. A dry run observes and plans with the same functions and prints instead of doing.
+########################################################################################################
+
+
+class Destination:
+    """One destination during a run: reachable until `error` says otherwise."""
+
+    def __init__(self, text: str, key: str) -> None:
+        self.text, self.key = text, key
+        self.path, self.filesystem = key, None  # type: str, Optional[str]
+        self.listing: Optional[Listing] = None
+        self.plan = DestinationPlan()
+        self.is_new = False
+        self.failed = False  # something was not done as asked: nothing is deleted here
+        self.closed = False  # no transfer is tried any more
+
+    @property
+    def is_open(self) -> bool:
+        return self.listing is not None and not self.closed
+
+
+def describe_transfer(transfer: Transfer) -> str:
+    if transfer.parent is None:
+        return "send {} in full".format(transfer.snapshot.name)
+    return "send {}, incrementally from {}".format(transfer.snapshot.name, transfer.parent.name)
+
+
+class TaskRun:
+    """One task from its first look to its last deletion."""
+
+    def __init__(self, task: Task, events: Events, clock: Callable[[], float] = time.time) -> None:
+        self.task, self.events, self.clock = task, events, clock
+        self.host = LocalHost(events)
+        self.prefix = os.uname().nodename + "-" if task.prefix is None else task.prefix
+        self.failed = False
+        self.counts: "collections.Counter[str]" = collections.Counter()
+        self.snapshots: List[Subvolume] = []
+        self.locks: Locks = {}
+        self.pins: Dict[str, Pin] = {}
+        self.destinations: List[Destination] = []
+
+    # -- saying what happens
+
+    def report(self, error: BackupError, destination: Optional[Destination] = None, prefix: str = "") -> None:
+        """An error of one destination or deletion; the run goes on and ends non-zero."""
+        self.failed = True
+        if destination is not None:
+            destination.failed = True
+            if destination.text not in error.message and destination.path not in error.message:
+                prefix = prefix or "{}: ".format(destination.text)
+        told = BackupError(prefix + error.message, error.hint, error.detail)
+        self.events.error(told, destination=destination.key if destination else None)
+
+    # -- source
+
+    def open_source(self) -> None:
+        """Finds the source subvolume and its snapshot folder, or says why not."""
+        text, taking = self.task.source, not self.task.no_snapshot
+        place = self.host.look(text)
+        if place.kind == "missing":
+            raise BackupError("no such source: {}".format(text), "is its filesystem mounted?")
+        if place.kind == "other":
+            raise BackupError("{} is not a subvolume but a file".format(text), "name the subvolume that holds it")
+        if not self.task.skip_fs_checks and place.filesystem is None:
+            raise BackupError("{} is not on btrfs".format(text), "only subvolumes of btrfs can be backed up")
+        if not self.task.skip_fs_checks and not place.is_top:
+            raise BackupError("{} is an ordinary folder, not a subvolume".format(text),
+                              "name the subvolume that holds it, or make it one with btrfs subvolume create")
+        if taking and place.inside is not None and place.inside.received_uuid is not None:
+            raise BackupError(
+                "{} has a received UUID, so that all its snapshots would look alike".format(text),
+                "take a writable snapshot of it with 'btrfs subvolume snapshot' and use that in its place")
+        self.source, self.filesystem, self.source_place = place.path, place.filesystem, place
+        self.open_snapshot_folder()
+
+    def open_snapshot_folder(self) -> None:
+        folder = self.host.look(os.path.join(self.source, self.task.snapshot_folder))
+        if folder.kind == "other":
+            raise BackupError("the snapshot folder {} is a file".format(folder.path), "choose another with -f")
+        if not self.task.skip_fs_checks and folder.filesystem != self.filesystem:
+            raise BackupError("the snapshot folder {} is not on the source's filesystem".format(folder.path),
+                              "choose another with -f")
+        self.folder, self.folder_exists = folder.path, folder.kind == "folder"
+
+    def read_state(self) -> None:
+        """Locks and pins as they shall be; writes them where options change them and this is no dry run."""
+        forget = {self.destination_key(text) for text in self.task.forget}
+        self.locks = self.host.read_locks(self.folder) if self.folder_exists else {}
+        pins = self.host.read_pins(self.folder) if self.folder_exists else {}
+        self.pins = {key: entry[self.prefix] for key, entry in pins.items() if self.prefix in entry and key not in forget}
+        self.find_destinations()
+        unlock = forget | ({d.key for d in self.destinations} if self.task.remove_locks else set())
+
+        def unlocked(locks: Locks) -> Locks:
+            for key in sorted(unlock):
+                locks = clear_destination(locks, key, self.prefix)
+            return locks
+
+        if not self.task.dry_run:
+            if unlock:
+                self.host.change_locks(self.folder, unlocked)
+            if forget:
+                self.host.change_pins(self.folder, self.prefix, {key: None for key in forget})
+        for key in sorted(unlock):
+            self.events.info("unlocked", "removed the locks of {}".format(key), destination=key)
+        self.locks = own_locks(unlocked(self.locks), self.prefix)
+
+    @staticmethod
+    def destination_key(text: str) -> str:
+        """The normalised id of a destination: what locks and pins name it by."""
+        return os.path.realpath(text)
+
+    def find_destinations(self) -> None:
+        texts = list(self.task.destinations)
+        if self.task.locked_destinations:
+            texts += sorted({key for entry in own_locks(self.locks, self.prefix).values() for key in entry.get("locks", ())})
+        for text in texts:
+            try:
+                key = self.destination_key(parse_endpoint(text))
+            except UsageError as error:
+                self.report(BackupError("locked destination {}: {}".format(text, error.message), error.hint))
+                continue
+            if key not in [d.key for d in self.destinations]:
+                self.destinations.append(Destination(text, key))
+
+    # -- destinations
+
+    def reach(self, destination: Destination, stack: contextlib.ExitStack) -> None:
+        """Checks and lists a destination, making its folder where that is allowed; failing is its own affair."""
+        try:
+            place = self.host.look(destination.text)
+            self.check_destination(destination, place)
+            destination.path, destination.filesystem = place.path, place.filesystem
+            destination.is_new = place.kind == "missing"
+            if destination.is_new and self.task.dry_run:
+                destination.listing = Listing()
+                return
+            if destination.is_new:
+                self.host.make_folder(place.path)
+            if not self.task.dry_run:
+                stack.enter_context(self.host.hold(place.path, self.prefix, float("inf")))
+            destination.listing = self.host.list(place.path)
+        except BackupError as error:
+            self.report(error, destination)
+
+    def check_destination(self, destination: Destination, place: Place) -> None:
+        text, pin = destination.text, self.pins.get(destination.key)
+        same = place.filesystem == self.filesystem
+        inside = self.source_place.inside
+        if place.kind == "other":
+            raise BackupError("destination {} is not a folder".format(text), "name a folder on btrfs")
+        if place.unmounted:
+            raise BackupError("destination {}: nothing is mounted at {}".format(text, place.unmounted),
+                              "mount it and run again")
+        if place.path == self.folder:
+            raise BackupError("destination {} is the snapshot folder itself".format(text), "name a folder elsewhere")
+        if same and place.inside and inside and place.inside.subvolid == inside.subvolid:
+            raise BackupError("destination {} is inside the source".format(text),
+                              "name a folder on another filesystem; is it mounted?")
+        if place.filesystem is None and not self.task.skip_fs_checks:
+            raise BackupError("destination {} is not on btrfs".format(text), "is its filesystem mounted?")
+        if same and place.kind == "missing":
+            raise BackupError("no such destination: {}".format(text),
+                              "is its filesystem mounted? On the source's own filesystem the folder must exist")
+        if same and pin is not None and pin.filesystem not in (None, self.filesystem):
+            raise BackupError("destination {} was on another filesystem before".format(text),
+                              "is it mounted? If it moved for good: --forget-destination {}".format(text))
+        if place.readonly:
+            raise BackupError("destination {} is mounted read-only".format(text), "mount it writable")
+        if same:
+            self.events.warning("same-filesystem", "{} is on the source's own filesystem: what breaks that takes both"
+                                .format(text), destination=destination.key)
+
+    def plan_destination(self, destination: Destination) -> None:
+        if self.task.no_transfer or destination.listing is None:
+            return
+        recoveries = plan_recoveries(self.locks, destination.key, self.snapshots, destination.listing)
+        destination.plan = plan_transfers(self.snapshots, destination.listing, self.prefix, Policy(self.task.num_backups),
+                                          self.clock(), recoveries, not self.task.no_incremental)
+
+    # -- snapshot
+
+    def new_name(self, listing: Listing) -> str:
+        """A name that nothing bears yet; the later of two within one second waits."""
+        taken = {s.name for s in listing.subvolumes} | listing.others
+        while snapshot_name(self.prefix, self.clock()) in taken:
+            time.sleep(0.05)
+        return snapshot_name(self.prefix, self.clock())
+
+    def take_snapshot(self) -> None:
+        name = self.new_name(self.host.list(self.folder))
+        snapshot = self.host.snapshot(self.source, self.folder, name)
+        self.counts["snapshot taken"] += 1
+        self.events.info("snapshot", "took snapshot {} of {}".format(name, self.task.source), snapshot=name, source=self.source)
+        self.snapshots.append(snapshot)
+
+    def warn_of_nested(self) -> None:
+        nested = self.host.nested_subvolumes(self.source, self.folder)
+        if nested:
+            self.events.warning("nested", "subvolumes nested in {} are not in its snapshots: {}".format(
+                self.task.source, ", ".join(printable(path) for path in sorted(nested))), paths=nested)
+
+    def warn_of_future(self) -> None:
+        for snapshot in self.snapshots:
+            moment = snapshot_time(self.prefix, snapshot.name)
+            if moment is not None and is_future(moment, self.clock()):
+                self.events.warning("future", "snapshot {} has a name from the future: kept and not counted".format(
+                    snapshot.name), snapshot=snapshot.name)
+
+    # -- execution
+
+    def execute(self) -> None:
+        self.host.make_folder(self.folder)
+        self.folder_exists = True
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.host.hold(self.folder, self.prefix, self.task.wait))
+            self.read_state()
+            self.snapshots = snapshots_of(self.host.list(self.folder), self.prefix)
+            if not self.task.no_snapshot:
+                self.take_snapshot()
+                self.warn_of_nested()
+            self.warn_of_future()
+            for destination in self.destinations:
+                self.reach(destination, stack)
+                self.plan_destination(destination)
+                self.recover(destination)
+            self.transfer_all()
+            self.remember_common()
+            self.retain()
+        done = ", ".join("{} {}".format(count, what) for what, count in sorted(self.counts.items()))
+        self.events.info("done", "{}: {}".format("done, but not all as asked" if self.failed else "done", done or "nothing to do"))
+
+    def recover(self, destination: Destination) -> None:
+        """Clears what failed transfers left at a destination, under their locks."""
+        for recovery in destination.plan.recoveries:
+            errors = self.host.delete(destination.path, recovery.delete, False)
+            for subvolume in recovery.delete if not errors else ():
+                self.events.info("recovered", "deleted {} at {}: its transfer was broken off".format(
+                    subvolume.name, destination.text), destination=destination.key, name=subvolume.name)
+            for error in errors:
+                self.report(error, destination)
+            if recovery.problem:
+                self.report(BackupError("{}: {}".format(destination.text, recovery.problem),
+                                        "look at it; --remove-locks removes its lock"), destination)
+            elif not errors:
+                self.clear_lock(LockChange(recovery.snapshot, destination.key), notes=True)
+        for problem in destination.plan.problems:
+            self.report(BackupError("{}: {}".format(destination.text, problem.text), problem.hint), destination)
+        for verdict in destination.plan.skipped:
+            self.events.debug("skipped", "not sent to {}: {}, {}".format(destination.text, verdict.name, verdict.reason))
+        if destination.listing is not None and destination.plan.recoveries:
+            gone = {s.name for r in destination.plan.recoveries for s in r.delete}
+            destination.listing = destination.listing._replace(
+                subvolumes=tuple(s for s in destination.listing.subvolumes if s.name not in gone))
+
+    def clear_lock(self, change: LockChange, notes: bool = False) -> None:
+        """Clears one lock with its parent note; `notes` clears every parent note of the destination."""
+        changes = [change]
+        if notes:
+            changes += [change._replace(parent=name) for name in locked_names(self.locks, change.destination, "parent_locks")]
+        locks = self.host.change_locks(self.folder, lambda locks: clear_locks(locks, changes))
+        self.locks = own_locks(locks, self.prefix)
+
+    def transfer_all(self) -> None:
+        """Sends snapshot by snapshot; destinations that lack one on the same parent share its stream."""
+        for snapshot in self.snapshots:
+            groups: Dict[Optional[str], List[Destination]] = {}
+            parents: Dict[Optional[str], Optional[Subvolume]] = {}
+            for destination in self.destinations:
+                if destination.is_open and any(t.snapshot.name == snapshot.name for t in destination.plan.transfers):
+                    parent = self.parent_now(snapshot, destination)
+                    key = parent.name if parent else None
+                    parents[key] = parent
+                    groups.setdefault(key, []).append(destination)
+            for key, destinations in groups.items():
+                self.transfer(Transfer(snapshot, parents[key]), destinations)
+
+    def parent_now(self, snapshot: Subvolume, destination: Destination) -> Optional[Subvolume]:
+        """The parent by what the destination really holds by now: a failed transfer brought none."""
+        if self.task.no_incremental or destination.listing is None:
+            return None
+        common = {s.stream_id for s in common_snapshots(self.snapshots, destination.listing) if s.stream_id}
+        return choose_parent(snapshot, self.snapshots, common - ambiguous_ids(self.snapshots))
+
+    def transfer(self, transfer: Transfer, destinations: List[Destination]) -> None:
+        """Sends one snapshot to some destinations, under locks."""
+        name, parent = transfer.snapshot.name, transfer.parent.name if transfer.parent else None
+        changes = [LockChange(name, d.key, parent) for d in destinations]
+        self.locks = own_locks(self.host.change_locks(self.folder, lambda locks: add_locks(locks, changes)), self.prefix)
+        for destination in destinations:
+            self.events.info("sending", "sending {} to {}{}".format(
+                name, destination.text, ", incrementally from {}".format(parent) if parent else " in full"),
+                snapshot=name, destination=destination.key, parent=parent)
+        try:
+            relayed = self.relay(transfer, destinations)
+        except BackupError as error:
+            for destination in destinations:
+                self.report(error, destination, "sending {} to {}: ".format(name, destination.text))
+            return
+        for destination in destinations:
+            self.conclude(transfer, destination, relayed)
+
+    def relay(self, transfer: Transfer, destinations: List[Destination]) -> Relayed:
+        name, parent = transfer.snapshot.name, transfer.parent.name if transfer.parent else None
+        able = self.host.capabilities()
+        options = SendOptions(able.sends_compressed and able.receives_compressed, False, self.task.btrfs_debug)
+        expected = self.host.expected_stream(self.folder, transfer.snapshot, transfer.parent)
+        lanes: Dict[str, LocalReceiver] = {}
+        refused: Dict[str, BackupError] = {}
+        with contextlib.ExitStack() as stack:
+            for destination in destinations:
+                try:
+                    lanes[destination.key] = self.host.open_receive(destination.path, expected, self.task.btrfs_debug)
+                    stack.callback(lanes[destination.key].end)
+                except BackupError as error:
+                    refused[destination.key] = error
+            if not lanes:
+                return Relayed(0, 0.0, {}, refused)
+            sender = self.host.open_send(self.folder, name, parent, options)
+            progress = stack.enter_context(ProgressOf(self, transfer, destinations, options))
+            relayed = Relay(sender, lanes, self.task.stall_timeout, progress.tell).run()
+        relayed.errors.update(refused)
+        return relayed
+
+    def conclude(self, transfer: Transfer, destination: Destination, relayed: Relayed) -> None:
+        """Books the end of a transfer at one destination: a backup, or an error."""
+        name, parent = transfer.snapshot.name, transfer.parent.name if transfer.parent else None
+        backup, error = relayed.backups.get(destination.key), relayed.errors.get(destination.key)
+        if error is not None or backup is None or destination.listing is None:
+            destination.closed = True
+            self.report(error or BackupError("not completed"), destination, "sending {} to {}: ".format(name, destination.text))
+            return
+        destination.listing = destination.listing._replace(subvolumes=destination.listing.subvolumes + (backup,))
+        self.clear_lock(LockChange(name, destination.key, parent))
+        self.counts["backup sent"] += 1
+        seconds = max(relayed.seconds, 0.001)
+        self.events.info("sent", "sent {} to {}: {} in {}, {}/s".format(
+            name, destination.text, format_size(relayed.size), format_duration(relayed.seconds),
+            format_size(relayed.size / seconds)),
+            snapshot=name, destination=destination.key, bytes=relayed.size, seconds=round(relayed.seconds, 3))
+
+    # -- what stays
+
+    def remember_common(self) -> None:
+        """Pins, for each destination that was seen, the newest snapshot in common."""
+        pins: Dict[str, Optional[Pin]] = {}
+        for destination in self.destinations:
+            newest = newest_common(self.snapshots, destination.listing) if destination.listing is not None else None
+            if newest is not None:
+                moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(newest.otime / 1e9)) + "Z"
+                pins[destination.key] = Pin(newest.name, newest.stream_id or "", moment, destination.filesystem)
+        if any(self.pins.get(key) != pin for key, pin in pins.items()):
+            self.host.change_pins(self.folder, self.prefix, pins)
+            self.pins.update({key: pin for key, pin in pins.items() if pin is not None})
+
+    def source_verdicts(self, seen: Dict[str, Listing]) -> List[Verdict]:
+        return plan_source_retention(self.snapshots, self.prefix, Policy(self.task.num_snapshots), self.locks,
+                                     self.pins, seen, self.clock())
+
+    def retain(self) -> None:
+        seen = {d.key: d.listing for d in self.destinations if d.listing is not None}
+        for destination in self.destinations:
+            if destination.listing is not None and not destination.failed:
+                verdicts = plan_destination_retention(self.snapshots, destination.listing, self.prefix,
+                                                      Policy(self.task.num_backups), self.clock())
+                self.delete(destination.path, destination.text, destination.listing.subvolumes, verdicts)
+        self.delete(self.folder, self.task.source, self.snapshots, self.source_verdicts(seen))
+
+    def delete(self, folder: str, text: str, subvolumes: Sequence[Subvolume], verdicts: Sequence[Verdict]) -> None:
+        for verdict in verdicts:
+            if verdict.keep:
+                self.events.debug("kept", "kept {} at {}: {}".format(verdict.name, text, verdict.reason))
+        named = {s.name: s for s in subvolumes}
+        doomed = deletions(verdicts)
+        for verdict in doomed:
+            self.events.info("deleting", "deleting {} at {}: {}".format(verdict.name, text, verdict.reason),
+                             name=verdict.name, folder=folder, reason=verdict.reason)
+        errors = self.host.delete(folder, [named[v.name] for v in doomed], self.task.convert_rw)
+        for error in errors:
+            self.report(error)
+        if doomed:
+            self.counts["deleted"] += len(doomed) - len(errors)
+        if doomed and self.task.sync:
+            self.host.wait_for_cleaning(folder)
+
+    # -- dry run
+
+    def show(self) -> List[str]:
+        """The plan of this task, in lines; nothing is changed."""
+        self.read_state()
+        listing = self.host.list(self.folder) if self.folder_exists else Listing()
+        self.snapshots = snapshots_of(listing, self.prefix)
+        if not self.task.no_snapshot:
+            name = self.new_name(listing)
+            self.snapshots.append(Subvolume(name, "not taken yet", otime=int(self.clock() * 10 ** 9)))
+        self.warn_of_future()
+        with contextlib.ExitStack() as stack:
+            for destination in self.destinations:
+                self.reach(destination, stack)
+                self.plan_destination(destination)
+        lines = ["source {}, snapshots in {}".format(self.task.source, self.folder)]
+        if not self.task.no_snapshot:
+            lines.append("  take snapshot {}".format(self.snapshots[-1].name))
+        after = {}
+        for destination in self.destinations:
+            if destination.listing is not None:
+                after[destination.key] = after_transfers(destination.listing, destination.plan)
+        for verdict in self.source_verdicts(after):
+            lines += self.describe_verdict(verdict)
+        for destination in self.destinations:
+            lines += self.describe_destination(destination, after)
+        return lines
+
+    def describe_verdict(self, verdict: Verdict) -> List[str]:
+        if verdict.keep:
+            return ["  keep {}: {}".format(verdict.name, verdict.reason)] if self.task.verbosity == "debug" else []
+        return ["  delete {}: {}".format(verdict.name, verdict.reason)]
+
+    def describe_destination(self, destination: Destination, after: Dict[str, Listing]) -> List[str]:
+        lines = ["destination {}".format(destination.text)]
+        if destination.listing is None:
+            return lines + ["  nothing: it cannot be used now"]
+        if destination.is_new:
+            lines.append("  make the folder")
+        for recovery in destination.plan.recoveries:
+            lines += ["  delete {}: its transfer was broken off".format(s.name) for s in recovery.delete]
+            if recovery.problem:
+                self.report(BackupError("{}: {}".format(destination.text, recovery.problem)), destination)
+        for problem in destination.plan.problems:
+            self.report(BackupError("{}: {}".format(destination.text, problem.text), problem.hint), destination)
+        lines += ["  do not send {}: {}".format(v.name, v.reason) for v in destination.plan.skipped]
+        for transfer in destination.plan.transfers:
+            lines.append("  {}, {}".format(describe_transfer(transfer), self.describe_size(transfer)))
+        if not destination.failed:
+            for verdict in plan_destination_retention(self.snapshots, after[destination.key], self.prefix,
+                                                      Policy(self.task.num_backups), self.clock()):
+                lines += self.describe_verdict(verdict)
+        return lines if len(lines) > 1 else lines + ["  nothing to do"]
+
+    def describe_size(self, transfer: Transfer) -> str:
+        """How much a transfer will send: from the kernel where the snapshot exists, else from new extents."""
+        parent = transfer.parent
+        if transfer.snapshot not in self.snapshots[-1:] or self.task.no_snapshot:
+            taken = parent is None or parent.uuid != "not taken yet"
+            measuring = self.host.measure_send(self.folder, transfer.snapshot.name, parent.name if parent and taken else None)
+            try:
+                return "at most {}".format(format_size(measuring.wait().stream_size))
+            finally:
+                measuring.end()
+        return "about {}".format(format_size(self.host.data_since(self.source, parent.generation + 1 if parent else 0)))
+
+
+class ProgressOf:
+    """Tells the progress of one transfer as events; measures beside it what is to come."""
+
+    def __init__(self, run: TaskRun, transfer: Transfer, destinations: Sequence[Destination], options: SendOptions) -> None:
+        self.run, self.transfer, self.options = run, transfer, options
+        self.wanted = any(getattr(reader, "progress", False) for reader in run.events.readers)
+        self.destination = ", ".join(d.text for d in destinations)
+        self.measuring: Optional[Measuring] = None
+        self.recent: "collections.deque[Tuple[float, int]]" = collections.deque(maxlen=25)
+
+    def __enter__(self) -> "ProgressOf":
+        if self.wanted:
+            parent = self.transfer.parent.name if self.transfer.parent else None
+            self.measuring = self.run.host.measure_send(self.run.folder, self.transfer.snapshot.name, parent)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.measuring is not None:
+            self.measuring.end()
+            self.run.events.emit("progress", "progress")
+
+    def tell(self, size: int, file_data: int) -> None:
+        """size: bytes of stream so far; file_data: bytes of file contents so far."""
+        if self.measuring is None:
+            return
+        meter = self.measuring.meter
+        done, expected = (file_data, meter.file_data) if self.options.compressed else (size, meter.stream_size)
+        now = time.monotonic()
+        self.recent.append((now, done))
+        elapsed = now - self.recent[0][0]
+        self.run.events.emit("progress", "progress", snapshot=self.transfer.snapshot.name, destination=self.destination,
+                             done=done, expected=expected if meter.ended else None,
+                             rate=(done - self.recent[0][1]) / elapsed if elapsed > 0 else 0.0)
+
+
+def run_task(task: Task, events: Events) -> int:
+    """Does one task; the exit status. Errors that stop it are raised."""
+    run = TaskRun(task, events)
+    run.open_source()
+    if task.dry_run:
+        print_result("\n".join(run.show()))
+    else:
+        run.execute()
+    return 1 if run.failed else 0
+
+
+def print_result(text: str) -> None:
+    """Writes text to stdout in whatever encoding that has."""
+    data = text.encode(sys.stdout.encoding or "ascii", "backslashreplace") + b"\n"
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data)
+    sys.stdout.flush()
+
+
+########################################################################################################
+# 15 COMMAND LINE: help, version, sudo, signals, main
+#
+# The thin shell around a task: everything that touches the process as a whole (its arguments, user,
+# signals, exit status) is here and nowhere else.
+########################################################################################################
+
+USAGE = "usage: btrfs-backup-ng [options] SOURCE [DESTINATION ...]"
+
+INTRODUCTION = """\
+Takes a read-only snapshot of the subvolume SOURCE, sends it and every older one that is
+missing to each DESTINATION, incrementally where it can, then applies retention. Without
+DESTINATION it keeps snapshots only. Options and paths mix in any order."""
+
+EXAMPLES = """\
+examples:
+  btrfs-backup-ng /home /mnt/backup/home        a full backup first, then increments
+  btrfs-backup-ng --dry-run /home /mnt/backup/home
+                                                what would be done, and why
+  btrfs-backup-ng -N 3 -n 30 /home /mnt/backup/home
+                                                keep 3 snapshots and 30 backups
+  btrfs-backup-ng -S --locked-dests /home       retry what failed, take no snapshot
+  btrfs-backup-ng /home                         a snapshot only
+
+exit status: 0 all done; 1 something was not done as asked; 2 the command line is wrong;
+75 another run is at work; 130, 143 interrupted. Locks stay, and the next run goes on."""
+
+
+def format_help() -> str:
+    import textwrap
+    lines = [USAGE, "", INTRODUCTION]
+    for group in OPTION_TABLE:
+        lines += ["", group.title.lower() + ":"]
+        for option in group.options:
+            flags = ", ".join(option.flags) + (" " + option.metavar if option.metavar else "")
+            text = textwrap.wrap(option.help, 56)
+            if len(flags) > 28:
+                lines.append("  " + flags)
+                flags = ""
+            lines.append("  {:<28}  {}".format(flags, text[0]))
+            lines += [" " * 32 + more for more in text[1:]]
+    return "\n".join(lines + ["", EXAMPLES])
+
+
+def source_digest() -> str:
+    """SHA-256 of this file's source, also from inside a zip."""
+    import hashlib
+    loader = globals().get("__loader__")
+    data = loader.get_data(__file__) if loader is not None else b""
+    return hashlib.sha256(data).hexdigest()
+
+
+def format_version() -> str:
+    try:
+        progs = check(["btrfs", "--version"], "btrfs --version").splitlines()[0]
+    except BackupError as error:
+        progs = error.message
+    return "btrfs-backup-ng {}\nsha256 {}\nPython {}\n{}".format(
+        __version__, source_digest(), sys.version.split()[0], progs)
+
+
+def elevate(arguments: Sequence[str]) -> None:
+    """Runs again through sudo with the same interpreter, file and arguments; does not come back."""
+    try:
+        sudo = find_program("sudo")
+    except BackupError:
+        raise BackupError("this needs root, and sudo is not installed", "run as root, or with --no-elevate") from None
+    argv = [sudo, "--", sys.executable, os.path.abspath(sys.argv[0])] + list(arguments)
+    sys.stderr.flush()
+    try:
+        os.execv(sudo, argv)
+    except OSError as error:
+        raise os_error("cannot run sudo", error, "run as root") from None
+
+
+def catch_signals() -> None:
+    """Makes INT, TERM and HUP raise Interrupted, once: cleaning up is not interrupted again."""
+
+    def interrupt(number: int, _frame: Any) -> None:
+        for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(other, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, interrupt)
+
+
+def make_events(task: Task) -> Events:
+    progress = not task.no_progress and task.verbosity in ("info", "debug") and os.isatty(2)
+    readers: List[Callable[[Event], None]] = [LogLines(task.verbosity, progress)]
+    if task.log_json:
+        readers.append(JsonLog(task.log_json))
+    return Events(*readers)
+
+
+def run_arguments(arguments: Sequence[str]) -> int:
+    """The exit status of a command line; BackupError where it ends early."""
+    task = parse_arguments(arguments)
+    if task.help:
+        print_result(format_help())
+        return 0
+    if task.version:
+        print_result(format_version())
+        return 0
+    check_task(task)
+    if os.geteuid() != 0 and not task.no_elevate:
+        elevate(arguments)
+    events = make_events(task)
+    try:
+        return run_task(task, events)
+    except BackupError as error:
+        if task.verbosity == "debug":
+            import traceback
+            traceback.print_exc()
+        events.error(error)
+        return error.status
+    except Interrupted as interruption:
+        events.warning("interrupted", "interrupted by {}; locks are kept, the next run goes on".format(interruption))
+        return interruption.status
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Does what the arguments ask; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        catch_signals()
+        return run_arguments(arguments)
+    except BackupError as error:
+        print("error: " + format_error(error), file=sys.stderr)
+        return error.status
+    except Interrupted as interruption:
+        return interruption.status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,109 @@
+#!/bin/sh
+# Packs btrfs_backup_ng.py into one executable file, btrfs_backup_ng.pyz:
+#
+#     ./build_zipapp.sh [OUTPUT]
+#
+# The same source gives the same bytes, whatever the time zone, umask, locale or Python
+# (one built with zlib-ng instead of zlib compresses differently). PYTHON names the
+# interpreter that packs, SOURCE_DATE_EPOCH the date that the entries carry.
+#
+# Python's own zipapp module is not used, because the __main__.py that it writes drops what
+# main() returns, and because it neither sorts nor dates its entries the same way each time.
+set -eu
+
+fail() {
+    printf 'build_zipapp.sh: %s\n' "$1" >&2
+    exit 1
+}
+
+[ $# -le 1 ] || fail "too many arguments; usage: build_zipapp.sh [OUTPUT]"
+folder=$(cd "$(dirname -- "$0")" && pwd)
+source=$folder/btrfs_backup_ng.py
+output=${1:-$folder/btrfs_backup_ng.pyz}
+python=${PYTHON:-python3}
+
+[ -f "$source" ] || fail "no $source to pack"
+[ ! -d "$output" ] || fail "$output is a folder; name a file"
+command -v "$python" >/dev/null || fail "no $python; install Python 3.6 or later, or set PYTHON"
+
+"$python" -E -s - "$source" "$output" <<'PYTHON'
+import sys
+
+if sys.version_info < (3, 6):
+    sys.exit("build_zipapp.sh: needs Python 3.6 or later, this is %d.%d" % sys.version_info[:2])
+
+import os
+import stat
+import tempfile
+import time
+import zipfile
+
+SHEBANG = b"#!/usr/bin/env python3\n"
+
+# The earliest date that a zip file can hold, and the first one it no longer can.
+EARLIEST, TOO_LATE = 315532800, 4354819200
+
+# Kept in syntax that every Python parses, so that an old one says what is wrong.
+MAIN = b'''\
+import sys
+
+if sys.version_info < (3, 6):
+    sys.stderr.write(
+        "btrfs-backup-ng: needs Python 3.6 or later, this is %d.%d (%s)\\n"
+        % (sys.version_info[0], sys.version_info[1], sys.executable)
+    )
+    sys.exit(1)
+
+from btrfs_backup_ng import main
+
+raise SystemExit(main())
+'''
+
+
+def entry_date():
+    text = os.environ.get("SOURCE_DATE_EPOCH") or str(EARLIEST)
+    try:
+        seconds = int(text)
+    except ValueError:
+        sys.exit("build_zipapp.sh: SOURCE_DATE_EPOCH is no number of seconds: " + ascii(text))
+    return time.gmtime(min(max(seconds, EARLIEST), TOO_LATE - 1))[:6]
+
+
+def entry(name, date):
+    info = zipfile.ZipInfo(name, date)
+    info.compress_type = zipfile.ZIP_DEFLATED
+    info.create_system = 3  # Unix; else the system that packs shows
+    info.external_attr = (stat.S_IFREG | 0o644) << 16
+    return info
+
+
+def write_archive(stream, contents):
+    date = entry_date()
+    stream.write(SHEBANG)
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name in sorted(contents):
+            archive.writestr(entry(name, date), contents[name])
+
+
+def replace(path, contents):
+    """Write aside and rename: whoever runs the old file meanwhile goes on undisturbed."""
+    folder, name = os.path.split(os.path.abspath(path))
+    handle, aside = tempfile.mkstemp(prefix="." + name + ".", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            write_archive(stream, contents)
+            os.fchmod(stream.fileno(), 0o755)
+        os.replace(aside, path)
+    except BaseException:
+        os.unlink(aside)
+        raise
+
+
+source, output = sys.argv[1:]
+try:
+    with open(source, "rb") as stream:
+        program = stream.read()
+    replace(output, {"__main__.py": MAIN, "btrfs_backup_ng.py": program})
+except OSError as error:
+    sys.exit("build_zipapp.sh: cannot write %s: %s" % (ascii(output), error.strerror))
+PYTHON

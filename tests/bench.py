@@ -1,0 +1,610 @@
+"""Measures the program against what does the same by hand, in turns, on scratch filesystems.
+
+    python3 tests/bench.py [--rounds N] [--json FILE] [CASE ...]
+
+Each round runs ours, then theirs, and gives one ratio of wall-clock times, start-up included; the
+median of the ratios counts. Before the rounds comes one of each unmeasured, so that the source is
+in the page cache. Between runs, outside the measured time, what has arrived is deleted and the
+filesystems are synced. The status is 1 when a target is missed.
+
+The filesystems are loop devices, with their images in memory if /dev/shm has the room. Needs
+root, btrfs-progs, and btrfs_backup_ng.pyz beside this folder.
+
+A new case is a function that prepares a Stage and returns a Pair of commands, or that measures
+something else and returns a Row; an entry in CASES gives it a name and a target.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import platform
+import random
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+from scratch import (
+    MIB,
+    ZIPAPP,
+    ScratchError,
+    btrfs_on_loop,
+    end_cleanly_on_signals,
+    find_system_programs,
+    run_quietly,
+    scratch_folder,
+)
+
+GIB = 1024 * MIB
+MEMORY = "/dev/shm"
+MEMORY_NEEDED = 10 * GIB
+IMAGE_SIZE = 4 * GIB
+
+PREFIX = "bench-"
+BEFORE = PREFIX + "20200101-000000"
+AFTER = PREFIX + "20200102-000000"
+
+MANY = 300
+
+BTRBK_CONFIG = """\
+timestamp_format      long
+snapshot_create       no
+snapshot_preserve_min all
+target_preserve_min   all
+volume {source}
+  snapshot_dir {snapshots}
+  subvolume {subvolume}
+    target {destination}
+"""
+
+
+class BenchError(Exception):
+    """A measured command failed, or did not do its work."""
+
+
+# ---- what is measured ----------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """Two commands that do the same."""
+
+    ours: Sequence[str]
+    theirs: Sequence[str]  # empty where the other program is not at hand
+    check: Callable[[], None]  # raises BenchError if a run has not done its work
+    reset: Callable[[], None]  # puts everything back as it was before the run
+
+
+class Row(NamedTuple):
+    """What came out of a case: a figure of ours and one of theirs from each round."""
+
+    unit: str
+    ours: List[float]
+    theirs: List[float]  # empty where there is nothing to compare with
+
+    def ratios(self) -> List[float]:
+        return [ours / theirs for ours, theirs in zip(self.ours, self.theirs)]
+
+
+class Case(NamedTuple):
+    about: str
+    target: float
+    is_ratio: bool  # whether the target holds for the median ratio, or for ours by itself
+    measure: Callable[["Stage", int], Row]
+
+
+# ---- the stage -----------------------------------------------------------------------------
+
+
+class Tree(NamedTuple):
+    """Files to back up, and a change of them."""
+
+    name: str
+    fill: Callable[[str, float, random.Random], None]
+    change: Callable[[str, float, random.Random], None]
+
+
+class Stage:
+    """The two filesystems and what has been prepared on them."""
+
+    def __init__(self, source: str, destination: str, scratch: str, scale: float) -> None:
+        self.source = source
+        self.destination = destination
+        self.log = os.path.join(scratch, "log")
+        self.scratch = scratch
+        self.scale = scale
+        self.backups = self.folder(destination, "backups")
+        self.prepared: Set[str] = set()
+
+    @staticmethod
+    def folder(*parts: str) -> str:
+        path = os.path.join(*parts)
+        os.makedirs(path, exist_ok=True)
+        return path
+
+    def data(self, tree: Tree) -> str:
+        return os.path.join(self.source, tree.name)
+
+    def snapshots(self, tree: Tree, kind: str) -> str:
+        """The snapshot folder of a tree: "full" holds one snapshot, "incremental" two."""
+        return self.folder(self.source, "snapshots", tree.name + "-" + kind)
+
+    def prepare(self, tree: Tree) -> None:
+        """Write a tree and take its snapshots, once."""
+        if tree.name in self.prepared:
+            return
+        data = self.data(tree)
+        chance = random.Random(tree.name)
+        run_quietly(["btrfs", "subvolume", "create", data])
+        tree.fill(data, self.scale, chance)
+        take_snapshot(data, os.path.join(self.snapshots(tree, "full"), BEFORE))
+        take_snapshot(data, os.path.join(self.snapshots(tree, "incremental"), BEFORE))
+        tree.change(data, self.scale, chance)
+        take_snapshot(data, os.path.join(self.snapshots(tree, "incremental"), AFTER))
+        run_quietly(["btrfs", "filesystem", "sync", self.source])
+        self.prepared.add(tree.name)
+
+    def clear(self, keep: Sequence[str] = (), snapshots: Optional[str] = None) -> None:
+        """Delete the backups but those named, and what the program noted among the snapshots."""
+        for name in sorted(set(os.listdir(self.backups)) - set(keep)):
+            path = os.path.join(self.backups, name)
+            run_quietly(["btrfs", "subvolume", "delete", path])
+        for name in os.listdir(snapshots) if snapshots else ():
+            path = os.path.join(snapshots or "", name)
+            if name.startswith(".") and os.path.isfile(path):
+                os.unlink(path)
+        # Waits until the space is free again, which else happens during the next run.
+        run_quietly(["btrfs", "subvolume", "sync", self.destination])
+        for filesystem in (self.destination, self.source):
+            run_quietly(["btrfs", "filesystem", "sync", filesystem])
+
+    def run(self, argv: Sequence[str]) -> float:
+        """Run a command, return its wall-clock seconds; raise BenchError if it fails."""
+        started = time.monotonic()
+        with self.started(argv) as process:
+            status = process.wait()
+            seconds = time.monotonic() - started
+        self.check_status(argv, status)
+        return seconds
+
+    @contextlib.contextmanager
+    def started(self, argv: Sequence[str]) -> Iterator["subprocess.Popen[bytes]"]:
+        """A running command, its output in the log; ended on errors."""
+        with open(self.log, "wb") as log:
+            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            try:
+                yield process
+            finally:
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait()
+
+    def check_status(self, argv: Sequence[str], status: int) -> None:
+        if status != 0:
+            with open(self.log, "rb") as log:
+                tail = log.read()[-2000:].decode(errors="replace")
+            raise BenchError("{}: status {}\n{}".format(" ".join(argv), status, tail))
+
+
+def take_snapshot(subvolume: str, snapshot: str) -> None:
+    run_quietly(["btrfs", "subvolume", "snapshot", "-r", subvolume, snapshot])
+
+
+def ours_argv(snapshots: str, source: str, destination: str) -> List[str]:
+    return [sys.executable, ZIPAPP, "-S", "-p", PREFIX, "-f", snapshots, source, destination]
+
+
+def pipe_argv(snapshot: str, parent: Optional[str], destination: str) -> List[str]:
+    """A shell that does with btrfs alone what the program does."""
+    send = ["btrfs", "send", "-q"] + (["-p", parent] if parent else []) + [snapshot]
+    receive = ["btrfs", "receive", "-q", destination]
+    sync = ["btrfs", "filesystem", "sync", destination]
+    send, receive, sync = ([shlex.quote(word) for word in argv] for argv in (send, receive, sync))
+    script = "{} | {} && {}".format(" ".join(send), " ".join(receive), " ".join(sync))
+    return ["sh", "-c", script]
+
+
+# ---- trees ---------------------------------------------------------------------------------
+
+
+def write_random(path: str, size: int, offset: int = 0) -> None:
+    """Write incompressible bytes into a file, which is made if missing."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    with os.fdopen(handle, "wb") as stream:
+        stream.seek(offset)
+        while size > 0:
+            size -= stream.write(os.urandom(min(size, 16 * MIB)))
+
+
+def fill_large(folder: str, scale: float, _chance: random.Random) -> None:
+    for number in range(4):
+        write_random(os.path.join(folder, "large{}".format(number)), int(256 * MIB * scale))
+
+
+def change_large(folder: str, scale: float, _chance: random.Random) -> None:
+    """A quarter of each file anew, 256 MiB in all, and one file more."""
+    size = int(64 * MIB * scale)
+    for number in range(4):
+        write_random(os.path.join(folder, "large{}".format(number)), size, offset=size * number)
+    write_random(os.path.join(folder, "new"), size)
+
+
+def write_small(path: str, chance: random.Random) -> None:
+    write_random(path, chance.randint(100, 16000))
+
+
+def fill_small(folder: str, scale: float, chance: random.Random) -> None:
+    for folder_number in range(int(200 * scale)):
+        subfolder = os.path.join(folder, "folder{:03}".format(folder_number))
+        os.mkdir(subfolder)
+        for number in range(100):
+            write_small(os.path.join(subfolder, "file{:03}".format(number)), chance)
+
+
+def change_small(folder: str, scale: float, chance: random.Random) -> None:
+    """Of 20,000 files 3,000 changed, 1,000 renamed, 1,000 deleted; and 2,000 new."""
+    some = int(1000 * scale)
+    files = sorted(os.path.join(top, name) for top, _, names in os.walk(folder) for name in names)
+    chance.shuffle(files)
+    for path in files[: 3 * some]:
+        write_small(path, chance)
+    for path in files[3 * some : 4 * some]:
+        os.rename(path, path + ".renamed")
+    for path in files[4 * some : 5 * some]:
+        os.unlink(path)
+    for path in files[5 * some : 7 * some]:
+        write_small(path + ".new", chance)
+
+
+LARGE = Tree("large", fill_large, change_large)
+SMALL = Tree("small", fill_small, change_small)
+
+
+# ---- cases ---------------------------------------------------------------------------------
+
+
+def check_arrived(stage: Stage, names: Sequence[str]) -> None:
+    """Raise BenchError unless exactly the named backups are there, each of them complete."""
+    if sorted(os.listdir(stage.backups)) != sorted(names):
+        raise BenchError("expected {}, found {}".format(names, sorted(os.listdir(stage.backups))))
+    for name in names:
+        about = run_quietly(["btrfs", "subvolume", "show", os.path.join(stage.backups, name)])
+        received = about.split("Received UUID:", 1)[1].split()[0]
+        if "readonly" not in about or received == "-":
+            raise BenchError("{} is not complete".format(name))
+
+
+def full(tree: Tree, stage: Stage) -> Pair:
+    stage.prepare(tree)
+    stage.clear()
+    snapshots = stage.snapshots(tree, "full")
+    return Pair(
+        ours_argv(snapshots, stage.data(tree), stage.backups),
+        pipe_argv(os.path.join(snapshots, BEFORE), None, stage.backups),
+        lambda: check_arrived(stage, [BEFORE]),
+        lambda: stage.clear(snapshots=snapshots),
+    )
+
+
+def incremental(tree: Tree, stage: Stage) -> Pair:
+    stage.prepare(tree)
+    stage.clear()
+    snapshots = stage.snapshots(tree, "incremental")
+    before, after = os.path.join(snapshots, BEFORE), os.path.join(snapshots, AFTER)
+    stage.run(pipe_argv(before, None, stage.backups))
+    return Pair(
+        ours_argv(snapshots, stage.data(tree), stage.backups),
+        pipe_argv(after, before, stage.backups),
+        lambda: check_arrived(stage, [BEFORE, AFTER]),
+        lambda: stage.clear(keep=[BEFORE], snapshots=snapshots),
+    )
+
+
+def make_many(stage: Stage, subvolume: str, snapshots: str, backups: str, names: List[str]) -> None:
+    """Take a snapshot for each name, and send all of them into one `btrfs receive`."""
+    run_quietly(["btrfs", "subvolume", "create", subvolume])
+    script, parent = [], ""
+    for name in names:
+        snapshot = os.path.join(snapshots, name)
+        take_snapshot(subvolume, snapshot)
+        script.append("btrfs send -q {} {}".format(parent, shlex.quote(snapshot)))
+        parent = "-p " + shlex.quote(snapshot)
+    receive = "btrfs receive -q " + shlex.quote(backups)
+    stage.run(["sh", "-c", "{{ {}; }} | {}".format("; ".join(script), receive)])
+
+
+def check_nothing_to_do(stage: Stage, btrbk_argv: Sequence[str], backups: str) -> None:
+    if len(os.listdir(backups)) != MANY:
+        raise BenchError("expected {} backups in {}".format(MANY, backups))
+    if not btrbk_argv:
+        return
+    # btrbk marks what it would send by ">>>" or "***", and what it would delete by "---".
+    said = run_quietly(btrbk_argv)
+    if any(line.startswith((">>>", "***", "---", "+++")) for line in said.splitlines()):
+        raise BenchError("btrbk finds something to do:\n" + said)
+
+
+def nothing_to_do(stage: Stage) -> Pair:
+    """A pair of folders for each program, as each wants names of its own."""
+    folders = {
+        name: (
+            os.path.join(stage.source, name),
+            stage.folder(stage.source, "snapshots", name),
+            stage.folder(stage.destination, name),
+        )
+        for name in ("many", "many-btrbk")
+    }
+    days = ["202{}{:02}{:02}".format(i // 252, i // 21 % 12 + 1, i % 21 + 1) for i in range(MANY)]
+    make_many(stage, *folders["many"], names=[PREFIX + day + "-000000" for day in days])
+    subvolume, snapshots, backups = folders["many-btrbk"]
+    make_many(stage, *folders["many-btrbk"], names=["many-btrbk." + day + "T0000" for day in days])
+    btrbk_argv = btrbk_dry_run_argv(stage, subvolume, snapshots, backups)
+    check_nothing_to_do(stage, btrbk_argv, backups)
+    subvolume, snapshots, backups = folders["many"]
+    return Pair(
+        ours_argv(snapshots, subvolume, backups),
+        btrbk_argv,
+        lambda: check_nothing_to_do(stage, [], backups),
+        lambda: None,
+    )
+
+
+def btrbk_dry_run_argv(stage: Stage, subvolume: str, snapshots: str, backups: str) -> List[str]:
+    """btrbk's command, or [] where it is not installed."""
+    if not shutil.which("btrbk"):
+        return []
+    config = os.path.join(stage.scratch, "btrbk.conf")
+    with open(config, "w", encoding="utf-8") as stream:
+        stream.write(
+            BTRBK_CONFIG.format(
+                source=stage.source,
+                snapshots=os.path.relpath(snapshots, stage.source),
+                subvolume=os.path.relpath(subvolume, stage.source),
+                destination=backups,
+            )
+        )
+    return ["btrbk", "-c", config, "dryrun"]
+
+
+def measure_in_turns(prepare: Callable[[Stage], Pair], stage: Stage, rounds: int) -> Row:
+    """Seconds of ours and of theirs from each round."""
+    pair = prepare(stage)
+    row = Row("s", [], [])
+    for number in range(-1, rounds):
+        for argv, seconds in ((pair.ours, row.ours), (pair.theirs, row.theirs)):
+            if not argv:
+                continue
+            took = stage.run(argv)
+            pair.check()
+            pair.reset()
+            # The round before the first only warms the caches.
+            if number >= 0:
+                seconds.append(took)
+    return row
+
+
+def parents_and_pids() -> Iterator[Tuple[int, int]]:
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                with open("/proc/{}/stat".format(name), "rb") as stream:
+                    # The command's name, in brackets, may hold anything.
+                    yield int(stream.read().rpartition(b")")[2].split()[1]), int(name)
+
+
+def with_descendants(root: int) -> Set[int]:
+    found, pairs = {root}, list(parents_and_pids())
+    while True:
+        more = {pid for parent, pid in pairs if parent in found} - found
+        if not more:
+            return found
+        found |= more
+
+
+def is_python(pid: int) -> bool:
+    executable = os.path.realpath("/proc/{}/exe".format(pid))
+    return executable == os.path.realpath(sys.executable)
+
+
+def peak_mib(pid: int) -> float:
+    """The most memory that a process has had resident, in MiB."""
+    with open("/proc/{}/status".format(pid), encoding="utf-8", errors="replace") as stream:
+        for line in stream:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def watch_memory(process: "subprocess.Popen[bytes]") -> float:
+    """The sum of the peaks of all Python processes below one, itself included, in MiB."""
+    peaks: Dict[int, float] = {}
+    while process.poll() is None:
+        for pid in with_descendants(process.pid):
+            with contextlib.suppress(OSError):
+                if is_python(pid):
+                    peaks[pid] = max(peaks.get(pid, 0.0), peak_mib(pid))
+                else:
+                    # Seen just before it became another program.
+                    peaks.pop(pid, None)
+        time.sleep(0.01)
+    return sum(peaks.values())
+
+
+def measure_memory(prepare: Callable[[Stage], Pair], stage: Stage, rounds: int) -> Row:
+    """MiB of ours from each round, outside of the rounds that measure time."""
+    pair = prepare(stage)
+    row = Row("MiB", [], [])
+    for _ in range(rounds):
+        with stage.started(pair.ours) as process:
+            row.ours.append(watch_memory(process))
+            stage.check_status(pair.ours, process.wait())
+        pair.check()
+        pair.reset()
+    return row
+
+
+def in_turns(prepare: Callable[[Stage], Pair]) -> Callable[[Stage, int], Row]:
+    return functools.partial(measure_in_turns, prepare)
+
+
+FULL_LARGE = functools.partial(full, LARGE)
+FULL_SMALL = functools.partial(full, SMALL)
+INCREMENTAL_LARGE = functools.partial(incremental, LARGE)
+INCREMENTAL_SMALL = functools.partial(incremental, SMALL)
+
+CASES = {
+    "full-large": Case("1 GiB in 4 files", 1.0, True, in_turns(FULL_LARGE)),
+    "full-small": Case("20,000 small files", 1.0, True, in_turns(FULL_SMALL)),
+    "incremental-large": Case("256 MiB rewritten, 64 new", 1.0, True, in_turns(INCREMENTAL_LARGE)),
+    "incremental-small": Case("7,000 files changed", 1.0, True, in_turns(INCREMENTAL_SMALL)),
+    "memory": Case(
+        "peak during full-large", 40.0, False, functools.partial(measure_memory, FULL_LARGE)
+    ),
+    "nothing": Case("300 on both sides, btrbk dryrun", 0.5, True, in_turns(nothing_to_do)),
+}
+
+
+# ---- the report ----------------------------------------------------------------------------
+
+LINE = "{:<18} {:<32} {:>10} {:>10} {:>6} {:>13} {:>6}  {}"
+
+
+def verdict(case: Case, row: Row) -> str:
+    if case.is_ratio and not row.theirs:
+        return "not measured"
+    reached = statistics.median(row.ratios() if case.is_ratio else row.ours)
+    return "ok" if reached <= case.target else "over"
+
+
+def format_median(values: List[float], unit: str) -> str:
+    return "{:.3g} {}".format(statistics.median(values), unit) if values else "-"
+
+
+def format_row(name: str, case: Case, row: Row) -> str:
+    ratios = row.ratios()
+    return LINE.format(
+        name,
+        case.about,
+        format_median(row.ours, row.unit),
+        format_median(row.theirs, row.unit),
+        "{:.2f}".format(statistics.median(ratios)) if ratios else "-",
+        "{:.2f}..{:.2f}".format(min(ratios), max(ratios)) if ratios else "-",
+        "{:g}".format(case.target),
+        verdict(case, row),
+    )
+
+
+def as_json(case: Case, row: Row) -> Dict[str, Any]:
+    ratios = row.ratios()
+    return {
+        "about": case.about,
+        "unit": row.unit,
+        "ours": row.ours,
+        "theirs": row.theirs,
+        "median_ours": statistics.median(row.ours),
+        "median_theirs": statistics.median(row.theirs) if row.theirs else None,
+        "median_ratio": statistics.median(ratios) if ratios else None,
+        "target": case.target,
+        "verdict": verdict(case, row),
+    }
+
+
+def about_system() -> Dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "btrfs-progs": run_quietly(["btrfs", "--version"]).split("\n", 1)[0],
+        "processors": os.cpu_count(),
+    }
+
+
+# ---- the command ---------------------------------------------------------------------------
+
+
+def images_folder() -> str:
+    """Memory where there is enough of it: a disk's own pace would drown the differences."""
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(MEMORY).free >= MEMORY_NEEDED:
+            return MEMORY
+    return tempfile.gettempdir()
+
+
+@contextlib.contextmanager
+def stage_with(scale: float) -> Iterator[Stage]:
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(scratch_folder("bench.", images_folder()))
+        # Discards of what the last run has left would go on during the next one.
+        source = stack.enter_context(btrfs_on_loop(scratch, "source", IMAGE_SIZE, "noatime,nodiscard"))
+        destination = stack.enter_context(
+            btrfs_on_loop(scratch, "destination", IMAGE_SIZE, "noatime,nodiscard")
+        )
+        yield Stage(source, destination, scratch, scale)
+
+
+def run_cases(names: Sequence[str], options: argparse.Namespace) -> Dict[str, Row]:
+    rows = {}
+    title = LINE.format("case", "", "ours", "theirs", "ratio", "low..high", "target", "")
+    print(title.rstrip(), flush=True)
+    for name in names:
+        # A filesystem that earlier cases have used up would be part of the figures.
+        with stage_with(options.scale) as stage:
+            rows[name] = CASES[name].measure(stage, options.rounds)
+        print(format_row(name, CASES[name], rows[name]), flush=True)
+    return rows
+
+
+def write_json(path: str, rows: Dict[str, Row], options: argparse.Namespace) -> None:
+    report = {
+        "system": about_system(),
+        "rounds": options.rounds,
+        "scale": options.scale,
+        "cases": {name: as_json(CASES[name], row) for name, row in rows.items()},
+    }
+    with open(path, "w", encoding="utf-8") as stream:
+        json.dump(report, stream, indent=2)
+        stream.write("\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure against btrfs send | btrfs receive.")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there as well")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, metavar="F", help="smaller trees, to try the bench itself"
+    )
+    options = parser.parse_args()
+    unknown = [name for name in options.cases if name not in CASES]
+    if unknown:
+        parser.error("no case {}; there are: {}".format(" ".join(unknown), ", ".join(CASES)))
+    if options.rounds < 1:
+        parser.error("--rounds takes a number from 1")
+    return options
+
+
+def main() -> int:
+    options = parse_arguments()
+    find_system_programs()
+    if os.geteuid() != 0 or not os.path.exists(ZIPAPP) or not shutil.which("mkfs.btrfs"):
+        print("bench: needs root, btrfs-progs and a built zipapp; try: sudo make bench", file=sys.stderr)
+        return 1
+    end_cleanly_on_signals()
+    try:
+        rows = run_cases(options.cases or list(CASES), options)
+    except (BenchError, ScratchError) as error:
+        print("bench: {}".format(error), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if options.json:
+        write_json(options.json, rows, options)
+    return 1 if any(verdict(CASES[name], row) == "over" for name, row in rows.items()) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

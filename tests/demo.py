@@ -1,0 +1,255 @@
+"""Shows the main job on two scratch filesystems: back up, change, back up, lose, restore.
+
+    python3 tests/demo.py
+
+Needs root, btrfs-progs, and btrfs_backup_ng.pyz beside this folder. Each command is run the way
+it is shown, and what it should have done is checked. The status is 0 when all was as it should be.
+"""
+
+import argparse
+import contextlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from typing import Callable, Iterator, List, NoReturn, Sequence
+
+from scratch import (
+    MIB,
+    ZIPAPP,
+    ScratchError,
+    btrfs_on_loop,
+    end_cleanly_on_signals,
+    find_system_programs,
+    run_quietly,
+    scratch_folder,
+)
+
+# The snapshot folder that the program makes in the source when none is given.
+SNAPSHOT_FOLDER = ".btrfs-backup-ng/snapshots"
+
+FILES = {
+    "letters/thanks.txt": b"Dear Aunt,\nthe bicycle has arrived.\n",
+    "letters/notes.txt": b"Buy a second disk.\n",
+    "photos/garden.raw": os.urandom(24 * MIB),
+}
+
+
+class DemoError(Exception):
+    """Something is not as the demo says it should be."""
+
+
+def fail(reason: str) -> NoReturn:
+    raise DemoError(reason)
+
+
+def explain(text: str) -> None:
+    print("\n# " + text.replace("\n", "\n# "), flush=True)
+
+
+def type_command(command: str) -> str:
+    """Show a command line, run it in a shell, show and return its output; it has to succeed.
+
+    Both streams are shown as one, as on a terminal. Of a pipe the shell tells only how its last
+    command ended, so what a pipe has done is looked at afterwards.
+    """
+    print("$ " + command, flush=True)
+    done = subprocess.run(
+        ["sh", "-c", command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    output = done.stdout.decode(errors="backslashreplace")
+    encoding = sys.stdout.encoding or "ascii"
+    print(output.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+    if done.returncode != 0:
+        fail("that command ended with status {}".format(done.returncode))
+    return output
+
+
+@contextlib.contextmanager
+def program_on_path(folder: str) -> Iterator[None]:
+    """Let `btrfs-backup-ng` name the zipapp, under the interpreter that runs the demo."""
+    os.mkdir(folder)
+    launcher = os.path.join(folder, "btrfs-backup-ng")
+    with open(launcher, "w", encoding="utf-8", errors="surrogateescape") as stream:
+        argv = " ".join(shlex.quote(part) for part in (sys.executable, ZIPAPP))
+        stream.write('#!/bin/sh\nexec {} "$@"\n'.format(argv))
+    os.chmod(launcher, 0o755)
+    path = os.environ["PATH"]
+    os.environ["PATH"] = folder + os.pathsep + path
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = path
+
+
+def write_file(path: str, contents: bytes) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as stream:
+        stream.write(contents)
+
+
+def read_file(path: str) -> bytes:
+    with open(path, "rb") as stream:
+        return stream.read()
+
+
+def visible_names(folder: str) -> List[str]:
+    """Names of the snapshots or backups in a folder, oldest first; [] where it does not exist."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    return []
+
+
+def shown(subvolume: str, field: str) -> str:
+    """What `btrfs subvolume show` says of "Received UUID" or "Parent UUID", "-" for none."""
+    for line in run_quietly(["btrfs", "subvolume", "show", subvolume]).splitlines():
+        if line.strip().startswith(field + ":"):
+            return line.split(":", 1)[1].strip()
+    return "-"
+
+
+class Demo:
+    """The two disks, and what is to be found on them."""
+
+    def __init__(self, laptop: str, disk: str) -> None:
+        self.home = os.path.join(laptop, "home")
+        self.snapshots = os.path.join(self.home, SNAPSHOT_FOLDER)
+        self.restored = os.path.join(laptop, "restored")
+        self.backups = os.path.join(disk, "home")
+
+    def check_backups(self, count: int) -> None:
+        names = visible_names(self.backups)
+        if len(names) != count or visible_names(self.snapshots) != names:
+            fail("there should be {} backups, each of its snapshot, but there are {} of {}".format(
+                count, names, visible_names(self.snapshots)))
+        for name in names:
+            backup = os.path.join(self.backups, name)
+            readonly = run_quietly(["btrfs", "property", "get", "-ts", backup, "ro"])
+            if readonly.strip() != "ro=true" or shown(backup, "Received UUID") == "-":
+                fail("{} is not a complete backup".format(backup))
+
+    def newest(self, folder: str) -> str:
+        return os.path.join(folder, visible_names(folder)[-1])
+
+    def make_home(self) -> None:
+        explain("A subvolume to back up, with some files, on the first of two btrfs disks:")
+        type_command("btrfs subvolume create {}".format(self.home))
+        for name, contents in FILES.items():
+            write_file(os.path.join(self.home, name), contents)
+        type_command("cd {} && du -h -a --apparent-size letters photos".format(self.home))
+
+    def full_backup(self) -> None:
+        explain("The first backup, onto the second disk. A read-only snapshot is taken,\n"
+                "and as there is nothing to build on yet, all of it is sent:")
+        type_command("btrfs-backup-ng {} {}".format(self.home, self.backups))
+        self.check_backups(1)
+
+    def change(self) -> None:
+        explain("Work goes on: one letter grows, one is new. The big photo stays as it is.")
+        type_command("echo 'It is red.' >> {}/letters/thanks.txt".format(self.home))
+        type_command("echo 'See you soon.' > {}/letters/postcard.txt".format(self.home))
+
+    def dry_run(self) -> None:
+        explain("What would the next backup do? --dry-run says it and changes nothing:")
+        type_command("btrfs-backup-ng --dry-run {} {}".format(self.home, self.backups))
+        self.check_backups(1)
+
+    def incremental_backup(self) -> None:
+        explain("The same command again. Now only what has changed since is sent:")
+        type_command("btrfs-backup-ng {} {}".format(self.home, self.backups))
+        self.check_backups(2)
+        if shown(self.newest(self.backups), "Parent UUID") == "-":
+            fail("the second backup was not incremental")
+
+    def listing(self) -> None:
+        explain("Each backup is a whole subvolume that can be looked into, not a bundle of\n"
+                "differences. The received UUID tells which snapshot it came from:")
+        output = type_command("btrfs subvolume list -R {}".format(self.backups))
+        if len(output.splitlines()) != 2:
+            fail("two subvolumes should be listed")
+
+    def restore_file(self) -> None:
+        letter = os.path.join(self.home, "letters/thanks.txt")
+        lost = read_file(letter)
+        explain("Oh dear:")
+        type_command("rm {}".format(letter))
+        explain("One file comes back by a plain copy out of the newest backup:")
+        backup = self.newest(self.backups)
+        type_command("cp -a {}/letters/thanks.txt {}/letters/".format(backup, self.home))
+        type_command("cat {}".format(letter))
+        if read_file(letter) != lost or b"It is red." not in lost:
+            fail("the letter is not what it was")
+
+    def restore_all(self) -> None:
+        backup = self.newest(self.backups)
+        received = os.path.join(self.restored, os.path.basename(backup))
+        explain("The whole of it, as after the loss of a disk: send the backup back, then make\n"
+                "a writable snapshot of what has arrived, to go on working in:")
+        type_command("mkdir {}".format(self.restored))
+        type_command("btrfs send -q {} | btrfs receive {}".format(backup, self.restored))
+        type_command("btrfs subvolume snapshot {} {}/home".format(received, self.restored))
+        explain("Is it the same? Compared with the snapshot that was taken at the source (the\n"
+                "folder of the snapshots aside, as subvolumes inside a subvolume are not sent):")
+        type_command("diff -r --no-dereference -x .btrfs-backup-ng {} {}/home && echo equal".format(
+            self.newest(self.snapshots), self.restored))
+        self.check_restored()
+
+    def check_restored(self) -> None:
+        """Look once more without diff: the files that the demo itself has written."""
+        for name, contents in FILES.items():
+            restored = read_file(os.path.join(self.restored, "home", name))
+            if not restored.startswith(contents):
+                fail("{} was not restored as it was".format(name))
+
+    def steps(self) -> Sequence[Callable[[], None]]:
+        return (
+            self.make_home,
+            self.full_backup,
+            self.change,
+            self.dry_run,
+            self.incremental_backup,
+            self.listing,
+            self.restore_file,
+            self.restore_all,
+        )
+
+
+def run_demo() -> None:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(scratch_folder("demo."))
+        laptop = stack.enter_context(btrfs_on_loop(folder, "laptop", 512 * MIB))
+        disk = stack.enter_context(btrfs_on_loop(folder, "disk", 512 * MIB))
+        stack.enter_context(program_on_path(os.path.join(folder, "bin")))
+        for step in Demo(laptop, disk).steps():
+            step()
+
+
+def main() -> int:
+    argparse.ArgumentParser(description="Show a backup and a restore on scratch disks.").parse_args()
+    find_system_programs()
+    if os.geteuid() != 0 or not os.path.exists(ZIPAPP) or not shutil.which("mkfs.btrfs"):
+        print("demo: needs root, btrfs-progs and a built zipapp; try: sudo make demo", file=sys.stderr)
+        return 1
+    end_cleanly_on_signals()
+    started = time.monotonic()
+    try:
+        run_demo()
+    except (DemoError, ScratchError) as error:
+        print("\ndemo: {}".format(error), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ndemo: interrupted; nothing is left behind", file=sys.stderr)
+        return 130
+    seconds = time.monotonic() - started
+    explain("All of it was as it should be, in {:.0f} seconds. Nothing is left behind.".format(seconds))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

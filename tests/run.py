@@ -1,0 +1,233 @@
+"""Runs the test suite: a line per test with its time, then the failures, the slowest, the sum.
+
+    python3 tests/run.py [-f] [--slowest N] [--limit SECONDS] [--list] [PATTERN ...]
+
+A pattern is a part of a test's full name, or has the shell's wildcards. The status is non-zero
+when a test failed or none ran. With CI set in the environment a skipped test is a failure, so
+that nothing goes untested in silence.
+"""
+
+import argparse
+import contextlib
+import fnmatch
+import os
+import signal
+import sys
+import time
+import unittest
+import warnings
+from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
+
+TESTS = os.path.dirname(os.path.abspath(__file__))
+REPOSITORY = os.path.dirname(TESTS)
+
+Suite = unittest.TestSuite
+
+
+class Problem(NamedTuple):
+    test: str
+    text: str
+
+
+def say(text: str) -> None:
+    """Print text whatever the locale's encoding: names may hold bytes that are not in it."""
+    encoding = sys.stdout.encoding or "ascii"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+class TooSlow(AssertionError):
+    """A test ran into the time limit."""
+
+
+class Report(unittest.TestResult):
+    """Prints each test as it ends, and keeps what the end of the run is about.
+
+    A test counts once, however many of its parts failed. What goes wrong outside of a test (in
+    setUpClass, say) counts as one more.
+    """
+
+    def __init__(self, skips_allowed: bool) -> None:
+        super().__init__()
+        self.skips_allowed = skips_allowed
+        self.counts = {"ok": 0, "skip": 0, "FAIL": 0}
+        self.problems: List[Problem] = []
+        self.times: List[Tuple[float, str]] = []
+        self.running: Any = None
+        self.verdict = "ok"
+        self.reason = ""
+        self.started = 0.0
+
+    def startTest(self, test: Any) -> None:
+        super().startTest(test)
+        self.running = test
+        self.verdict, self.reason = "ok", ""
+        self.started = time.monotonic()
+
+    def stopTest(self, test: Any) -> None:
+        seconds = time.monotonic() - self.started
+        self.times.append((seconds, test.id()))
+        self.count(self.verdict, test, seconds, self.reason)
+        self.running = None
+        super().stopTest(test)
+
+    def count(self, verdict: str, test: Any, seconds: float, reason: str) -> None:
+        self.counts[verdict] += 1
+        say("{:<5}{:>8.2f} s  {}{}".format(verdict, seconds, test.id(), reason and ": " + reason))
+
+    def judge(self, verdict: str, test: Any, reason: str = "") -> None:
+        if self.running is None:
+            self.count(verdict, test, 0.0, reason)
+        elif self.verdict != "FAIL":
+            self.verdict, self.reason = verdict, reason
+
+    def fail(self, test: Any, text: str) -> None:
+        self.problems.append(Problem(test.id(), text))
+        self.judge("FAIL", test)
+
+    def addFailure(self, test: Any, err: Any) -> None:
+        super().addFailure(test, err)
+        self.fail(test, self.failures[-1][1])
+
+    def addError(self, test: Any, err: Any) -> None:
+        super().addError(test, err)
+        self.fail(test, self.errors[-1][1])
+
+    def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:
+        failures, errors = len(self.failures), len(self.errors)
+        super().addSubTest(test, subtest, err)
+        for _, text in self.failures[failures:] + self.errors[errors:]:
+            self.fail(subtest, text)
+
+    def addSkip(self, test: Any, reason: str) -> None:
+        super().addSkip(test, reason)
+        if self.skips_allowed:
+            self.judge("skip", test, reason)
+        else:
+            self.fail(test, "skipped, which CI does not allow: {}\n".format(reason))
+
+    def addUnexpectedSuccess(self, test: Any) -> None:
+        super().addUnexpectedSuccess(test)
+        self.fail(test, "passed, though marked as an expected failure\n")
+
+
+def all_tests(suite: Any) -> Iterator[Any]:
+    for part in suite:
+        if isinstance(part, Suite):
+            yield from all_tests(part)
+        else:
+            yield part
+
+
+def is_chosen(name: str, patterns: List[str]) -> bool:
+    """Whether a test's full name contains one of the patterns, or matches it as a whole."""
+    return not patterns or any(
+        pattern in name or fnmatch.fnmatchcase(name, pattern) for pattern in patterns
+    )
+
+
+def choose_tests(patterns: List[str]) -> List[Any]:
+    """The tests that the patterns name. Keeps each class together, as setUpClass wants it."""
+    found = unittest.defaultTestLoader.discover(TESTS, top_level_dir=TESTS)
+    return [test for test in all_tests(found) if is_chosen(test.id(), patterns)]
+
+
+def _raise_too_slow(_number: int, _frame: Any) -> None:
+    raise TooSlow("the test took too long (see --limit)")
+
+
+def limited(test: Any, seconds: int) -> Any:
+    """Let a hanging test fail by an exception, so that its cleanups still run."""
+    run = test.run
+
+    def run_limited(result: Optional[unittest.TestResult] = None) -> Any:
+        signal.alarm(seconds)
+        try:
+            return run(result)
+        finally:
+            signal.alarm(0)
+
+    test.run = run_limited
+    return test
+
+
+@contextlib.contextmanager
+def signals_end_gently(report: Report) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM lets the test at work end and clean up, a second Ctrl-C raises.
+
+    An exception at once would leave out a test's cleanups, so mounts would stay behind.
+    """
+    unittest.installHandler()
+    unittest.registerResult(report)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: report.stop())
+    signal.signal(signal.SIGALRM, _raise_too_slow)
+    try:
+        yield
+    finally:
+        unittest.removeHandler()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def run_tests(tests: List[Any], options: argparse.Namespace) -> Report:
+    report = Report(skips_allowed=not os.environ.get("CI"))
+    report.failfast = options.failfast
+    with signals_end_gently(report), warnings.catch_warnings():
+        warnings.simplefilter("default", ResourceWarning)
+        Suite(limited(test, options.limit) for test in tests).run(report)
+    return report
+
+
+def format_counts(report: Report) -> str:
+    text = "{} passed, {} failed".format(report.counts["ok"], report.counts["FAIL"])
+    skipped = report.counts["skip"]
+    return text + (", {} skipped".format(skipped) if skipped else "")
+
+
+def print_summary(report: Report, slowest: int) -> None:
+    for problem in report.problems:
+        say("\n==== {}\n{}".format(problem.test, problem.text.rstrip("\n")))
+    times = sorted(report.times, reverse=True)[:slowest]
+    if len(times) > 1:
+        say("\nthe slowest:")
+        for seconds, name in times:
+            say("{:>8.2f} s  {}".format(seconds, name))
+    if report.shouldStop:
+        say("\nended before all tests had run")
+    if not report.testsRun:
+        say("\nno test ran")
+    say("\n" + format_counts(report))
+
+
+def is_success(report: Report) -> bool:
+    return bool(report.counts["ok"]) and not report.counts["FAIL"] and not report.shouldStop
+
+
+def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
+    # The long versions of the tests may take their time.
+    limit = 86400 if os.environ.get("TORTURE") else 600
+    parser = argparse.ArgumentParser(description="Run the test suite.")
+    parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="part of a test's name")
+    parser.add_argument("-f", "--failfast", action="store_true", help="stop at the first failure")
+    parser.add_argument("--list", action="store_true", help="only print the tests' names")
+    parser.add_argument("--slowest", type=int, default=10, metavar="N", help="default: 10")
+    parser.add_argument(
+        "--limit", type=int, default=limit, metavar="SECONDS", help="for one test; default: 600"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    options = parse_arguments(argv)
+    # Run by root, the suite must not leave root's files in a user's clone.
+    sys.dont_write_bytecode = True
+    sys.path[:0] = [REPOSITORY]
+    tests = choose_tests(options.patterns)
+    if options.list:
+        say("\n".join(test.id() for test in tests))
+        return 0
+    report = run_tests(tests, options)
+    print_summary(report, options.slowest)
+    return 0 if is_success(report) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

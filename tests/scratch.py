@@ -1,0 +1,97 @@
+"""Scratch btrfs filesystems for the demo and the benchmark.
+
+A sparse image in a temporary folder, mounted through a loop device that goes away by itself when
+it is unmounted. All is a context manager, and nothing outlives it: not on errors, not on Ctrl-C,
+not on SIGTERM.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, Iterator, Optional, Sequence
+
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ZIPAPP = os.path.join(REPOSITORY, "btrfs_backup_ng.pyz")
+
+# An ordinary user's PATH often lacks the folders that mkfs and losetup are in.
+SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+
+MIB = 1024 * 1024
+
+
+class ScratchError(Exception):
+    """A command that only prepares or cleans up has failed."""
+
+
+def run_quietly(argv: Sequence[str]) -> str:
+    """Run argv, return what it wrote to stdout; raise ScratchError with its stderr if it fails."""
+    done = subprocess.run(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False
+    )
+    if done.returncode != 0:
+        raise ScratchError(
+            "{}: status {}\n{}".format(
+                " ".join(argv), done.returncode, done.stderr.decode(errors="replace")
+            )
+        )
+    return done.stdout.decode(errors="surrogateescape")
+
+
+def _end_by_exception(number: int, _frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def end_cleanly_on_signals() -> None:
+    """Let SIGTERM and SIGHUP unwind the context managers, as SIGINT does anyway."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end_by_exception)
+
+
+def find_system_programs() -> None:
+    os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath),) + SYSTEM_FOLDERS)
+
+
+@contextlib.contextmanager
+def scratch_folder(prefix: str, parent: Optional[str] = None) -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix=prefix, dir=parent)
+    try:
+        yield folder
+    finally:
+        # A mount that would not go away must not have its files deleted through it.
+        if not any(os.path.ismount(entry.path) for entry in os.scandir(folder)):
+            shutil.rmtree(folder)
+
+
+def unmount(folder: str) -> None:
+    """Unmount, with some patience for a killed child that still holds a file open."""
+    for _ in range(20):
+        try:
+            run_quietly(["umount", folder])
+            return
+        except ScratchError as error:
+            failure = error
+            time.sleep(0.25)
+    print("cannot unmount {}: {}".format(folder, failure), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def btrfs_on_loop(
+    folder: str, name: str, size: int, options: str = "noatime"
+) -> Iterator[str]:
+    """A new btrfs of `size` bytes, its image folder/name.img, mounted at folder/name."""
+    image, mountpoint = os.path.join(folder, name + ".img"), os.path.join(folder, name)
+    with open(image, "wb") as stream:
+        stream.truncate(size)
+    run_quietly(["mkfs.btrfs", "-q", image])
+    os.mkdir(mountpoint)
+    try:
+        run_quietly(["mount", "-o", "loop," + options, image, mountpoint])
+        yield mountpoint
+    finally:
+        if os.path.ismount(mountpoint):
+            unmount(mountpoint)

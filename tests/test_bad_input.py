@@ -1,0 +1,274 @@
+"""Bad input gets one clear line, and nothing is lost or changed."""
+
+import os
+import tempfile
+
+import support
+from support import create, names, snapshot, subvolume
+
+
+class BadInputTestCase(support.BackupTestCase):
+    """With a backup of two snapshots already there, which must stay as it is."""
+
+    def setUp(self):
+        super().setUp()
+        self.take(1, 2)
+        self.transfer("-q")
+
+    def plain_folder(self):
+        """A folder that is not on btrfs."""
+        return tempfile.mkdtemp(dir=support.scratch_folder())
+
+    def assertRefused(self, arguments, status, *words, **more):
+        """The run fails with one error line that holds the words, and has changed nothing."""
+        disks = self.source_disk.path, self.target_disk.path
+        before = support.listing(*disks)
+        result = self.run_program(*arguments, status=status, **more)
+        self.assertErrorSays(result, *words)
+        self.assertUnchanged(before, *disks)
+        self.assertEqual("", result.stdout)
+
+    def assertRefusedSource(self, source, *words, status=1):
+        self.assertRefused(["-p", "home", source, self.target], status, source, *words)
+
+    def assertDestinationFails(self, target, *words):
+        """The destination's error, status 1, and nothing deleted; the snapshot may have been taken."""
+        before = support.listing(self.target_disk.path)
+        result = self.backup("-N", "1", "-n", "1", to=[target], status=1)
+        self.assertErrorSays(result, *words)
+        self.assertUnchanged(before, self.target_disk.path)
+        # The newest that the good destination has in common stays.
+        self.assertIn(self.name(2), names(self.snapshots))
+
+
+class CommandLine(BadInputTestCase):
+
+    def refuse(self, *words, arguments=(), positionals=None):
+        positionals = [self.source, self.target] if positionals is None else positionals
+        self.assertRefused(["-p", "home"] + list(arguments) + list(positionals), 2, *words)
+
+    def test_nothing_to_back_up(self):
+        self.refuse("source", positionals=[])
+
+    def test_unknown_options(self):
+        for option in ("--no-such-option", "-y", "--num-snapshot-s"):
+            with self.subTest(option=option):
+                self.refuse(option, arguments=[option])
+
+    def test_numbers(self):
+        for option in ("--num-snapshots", "--num-backups", "--stall-timeout"):
+            for value in ("-1", "x", "1.5x", ""):
+                with self.subTest(option=option, value=value):
+                    self.refuse(option, arguments=[option + "=" + value])
+        for short in ("-N", "-n"):
+            with self.subTest(option=short):
+                self.refuse(short, arguments=[short, "x"])
+
+    def test_wait_takes_seconds(self):
+        for value in ("-1", "x"):
+            with self.subTest(value=value):
+                self.refuse("--wait", arguments=["--wait=" + value])
+
+    def test_verbosity(self):
+        self.refuse("verbosity", "loud", arguments=["-v", "loud"])
+
+    def test_an_option_without_its_value(self):
+        self.refuse("-f", positionals=[self.source, self.target, "-f"])
+
+    def test_a_prefix_that_is_no_part_of_a_file_name(self):
+        for prefix in ("a/b", "../", "a\nb"):
+            with self.subTest(prefix=prefix):
+                self.refuse("prefix", arguments=["-p", prefix])
+
+    def test_unknown_schemes(self):
+        for endpoint in ("ftp://host/path", "file:///mnt/backups", "btrfs://x"):
+            with self.subTest(endpoint=endpoint):
+                self.refuse(endpoint, positionals=[self.source, endpoint])
+                self.refuse(endpoint, positionals=[endpoint, self.target])
+
+
+class Source(BadInputTestCase):
+
+    def test_missing(self):
+        missing = os.path.join(self.source_disk.path, "missing")
+        self.assertRefusedSource(missing)
+        self.assertFalse(os.path.exists(missing))
+
+    def test_an_ordinary_folder(self):
+        folder = os.path.join(self.source_disk.path, "folder")
+        os.mkdir(folder)
+        self.assertRefusedSource(folder, "subvolume")
+
+    def test_a_folder_inside_a_subvolume(self):
+        folder = os.path.join(self.source, "documents")
+        os.mkdir(folder)
+        self.assertRefusedSource(folder, "subvolume")
+
+    def test_not_on_btrfs(self):
+        folder = self.plain_folder()
+        self.assertRefusedSource(folder, "btrfs")
+        self.assertEqual([], os.listdir(folder))
+
+    def test_a_file(self):
+        self.assertRefusedSource(os.path.join(self.source, "day1"))
+
+    def test_a_read_only_snapshot(self):
+        self.assertRefusedSource(self.snapshot_path(self.name(1)))
+
+    def test_writable_with_a_received_uuid(self):
+        received = snapshot(self.snapshot_path(self.name(1)), os.path.join(self.source_disk.path, "back"),
+                            readonly=False)
+        support.set_received_uuid(received, os.urandom(16))
+        self.assertIsNotNone(subvolume(received).received_uuid)
+        self.assertRefusedSource(received, "received", "snapshot")
+
+    def test_on_a_disk_mounted_read_only(self):
+        self.source_disk.remount("ro")
+        self.assertRefusedSource(self.source, "read-only")
+
+
+class SnapshotFolder(BadInputTestCase):
+
+    def refuse(self, folder, *words):
+        self.assertRefused(["-p", "home", "-f", folder, self.source, self.target], 1, folder, *words)
+
+    def test_in_a_read_only_subvolume(self):
+        inside = create(os.path.join(self.source_disk.path, "frozen"))
+        os.mkdir(os.path.join(inside, "snapshots"))
+        support.command("btrfs", "property", "set", inside, "ro", "true")
+        self.refuse(os.path.join(inside, "snapshots"), "read-only")
+
+    def test_where_nothing_may_be_made(self):
+        folder = os.path.join(self.source_disk.path, "sealed")
+        os.mkdir(folder)
+        support.command("chattr", "+i", folder)
+        self.addCleanup(support.command, "chattr", "-i", folder)
+        self.refuse(folder, "not permitted")
+
+    def test_on_another_filesystem(self):
+        folder = os.path.join(self.target_disk.path, "snapshots")
+        os.mkdir(folder)
+        self.refuse(folder, "filesystem")
+
+    def test_a_file(self):
+        self.refuse(os.path.join(self.source, "day1"))
+
+
+class Destination(BadInputTestCase):
+
+    def test_not_on_btrfs(self):
+        folder = self.plain_folder()
+        self.assertDestinationFails(folder, folder, "btrfs")
+        self.assertEqual([], os.listdir(folder))
+
+    def test_the_skipped_check_does_not_make_it_work(self):
+        folder = self.plain_folder()
+        result = self.transfer("--skip-fs-checks", to=[folder], status=1)
+        self.assertIn(folder, result.stderr)
+        self.assertEqual([], names(folder))
+
+    def test_a_file(self):
+        path = os.path.join(self.target_disk.path, "file")
+        open(path, "w").close()
+        self.assertDestinationFails(path, path)
+
+    def test_a_file_on_the_way(self):
+        path = os.path.join(self.target_disk.path, "file")
+        open(path, "w").close()
+        self.assertDestinationFails(os.path.join(path, "backups"), path)
+
+    def test_inside_the_source(self):
+        inside = os.path.join(self.source, "backups")
+        os.mkdir(inside)
+        result = self.transfer(to=[inside], status=None)
+        self.assertIn(result.status, (1, 2))
+        self.assertErrorSays(result, inside, "source")
+        self.assertEqual([], os.listdir(inside))
+
+    def test_the_source_itself(self):
+        result = self.transfer(to=[self.source], status=None)
+        self.assertIn(result.status, (1, 2))
+        self.assertErrorSays(result, self.source)
+
+    def test_read_only(self):
+        self.target_disk.remount("ro")
+        self.assertDestinationFails(self.target, self.target, "read-only")
+
+    def test_a_read_only_subvolume(self):
+        frozen = create(os.path.join(self.target_disk.path, "frozen"))
+        support.command("btrfs", "property", "set", frozen, "ro", "true")
+        self.assertDestinationFails(frozen, frozen, "read-only")
+
+    def test_an_unmounted_mount_point_outside_btrfs(self):
+        self.target_disk.unmount()
+        result = self.backup("-N", "1", "-n", "1", status=1)
+        self.assertErrorSays(result, self.target, "mount")
+        self.assertEqual([], os.listdir(self.target_disk.path))
+        self.check_that_the_run_went_on()
+
+    def test_an_unmounted_mount_point_on_the_disk_of_the_source(self):
+        mount_point = os.path.join(self.source_disk.path, "mnt")
+        away = self.disk("128M", at=mount_point)
+        target = os.path.join(mount_point, "backups")
+        self.transfer(to=[target])
+        away.unmount()
+        result = self.backup("-N", "1", to=[target], status=1)
+        self.assertErrorSays(result, target, "mount")
+        self.assertEqual([], os.listdir(mount_point))
+        self.check_that_the_run_went_on()
+
+    def check_that_the_run_went_on(self):
+        """A snapshot was taken, and the common one kept."""
+        kept, new = names(self.snapshots)
+        self.assertEqual(self.name(2), kept)
+        self.assertGreater(new, kept)
+
+    def test_a_foreign_subvolume_of_the_same_name(self):
+        taken, = self.take(3)
+        create(self.backup_path(taken))
+        before = support.listing(self.target)
+        self.assertErrorSays(self.transfer("-n", "1", status=1), taken, self.target)
+        self.assertUnchanged(before, self.target)
+
+    def test_an_ordinary_folder_of_the_same_name(self):
+        taken, = self.take(3)
+        os.mkdir(self.backup_path(taken))
+        before = support.listing(self.target)
+        self.assertErrorSays(self.transfer("-n", "1", status=1), taken, self.target)
+        self.assertUnchanged(before, self.target)
+
+
+class Programs(BadInputTestCase):
+
+    def test_btrfs_missing(self):
+        empty = {"PATH": self.plain_folder()}
+        self.assertRefused(["-p", "home", self.source, self.target], 1, "btrfs", "btrfs-progs", env=empty)
+
+    def test_an_ordinary_user_is_told_that_it_takes_root(self):
+        disks = self.source_disk.path, self.target_disk.path
+        before = support.listing(*disks)
+        result = self.run_program("--no-elevate", "-p", "home", self.source, self.target,
+                                  status=1, wrapper=support.as_nobody())
+        self.assertRegex("\n".join(result.errors), "(?i)root|privilege|permi")
+        self.assertUnchanged(before, *disks)
+
+
+class Future(BadInputTestCase):
+
+    def test_a_name_from_the_future_is_reported_and_kept(self):
+        future = "home20991231-235959"
+        snapshot(self.source, self.snapshot_path(future))
+        result = self.transfer("-N", "1", "-n", "1")
+        self.assertIn(future, result.stderr)
+        self.assertIn(future, names(self.snapshots))
+        self.assertIn(future, names(self.target))
+
+    def test_it_does_not_keep_the_next_snapshot_from_being_taken(self):
+        snapshot(self.source, self.snapshot_path("home20991231-235959"))
+        self.backup()
+        self.assertEqual(4, len(names(self.snapshots)))
+        self.assertEqual(4, len(names(self.target)))
+
+
+if __name__ == "__main__":
+    support.unittest.main()

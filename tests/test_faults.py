@@ -1,0 +1,468 @@
+"""Kills, full disks, torn files: nothing incomplete bears a final name, and the next run converges.
+
+TORTURE in the environment is the number of random moments at which a run is killed.
+"""
+
+import os
+import random
+import shutil
+import signal
+import time
+
+import support
+from support import bulk, names, partials, snapshot, subvolume
+
+MOMENTS = int(os.environ.get("TORTURE", 5))
+
+
+class FaultTestCase(support.BackupTestCase):
+
+    source_size = "1G"
+    target_size = "1G"
+
+    def assertConverged(self):
+        """Everything at the source is at the target, whole, and no lock is left."""
+        self.assertEqual({}, support.read_locks(self.snapshots))
+        self.assertBackedUp(names(self.snapshots))
+
+    def assertNothingRuns(self, run):
+        """No child outlives the program, but for the moment that the kernel needs to end it."""
+        deadline = time.monotonic() + 2
+        while run.processes() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.assertEqual({}, run.processes())
+
+    def start_large_transfer(self, *options):
+        """A transfer of a snapshot large enough to be met half-way; its name and the run."""
+        bulk(os.path.join(self.source, "large"), 192)
+        name, = self.take(9)
+        return name, self.start_backup("-S", *options)
+
+    def stop_half_way(self, run):
+        """Stop the receiving process while it has written a part; its pid."""
+        run.wait_for("partial backup", lambda: partials(self.target))
+        return run.hold("receive")
+
+
+class KilledAtRandomMoments(FaultTestCase):
+    """kill -9 of the whole process group; then a look, then a clean run."""
+
+    options = ("-N", "3", "-n", "3")
+
+    def setUp(self):
+        super().setUp()
+        self.random = random.Random()
+        self.churn = support.Churn(self.source, seed=self.random.getrandbits(32))
+        self.churn.fill()
+        self.trees = {}
+
+    def test_every_clean_run_converges(self):
+        self.back_up()
+        duration = self.back_up()
+        for moment in range(MOMENTS):
+            delay = self.random.uniform(0, duration)
+            with self.subTest(moment=moment, delay=delay):
+                self.change()
+                run = self.start_backup(*self.options)
+                time.sleep(delay)
+                run.kill()
+                self.remember_snapshots()
+                self.look_at_the_target()
+                self.back_up()
+
+    def change(self):
+        self.churn.change()
+        bulk(os.path.join(self.source, "large"), 48, seed=self.random.random())
+
+    def back_up(self):
+        """A clean run; the seconds it took."""
+        self.change()
+        started = time.monotonic()
+        self.backup(*self.options)
+        took = time.monotonic() - started
+        self.remember_snapshots()
+        self.look_at_the_target()
+        self.assertEqual([], partials(self.target))
+        self.assertEqual({}, support.read_locks(self.snapshots))
+        self.assertEqual(names(self.snapshots)[-1], names(self.target)[-1])
+        return took
+
+    def remember_snapshots(self):
+        """What each snapshot holds, for retention may take it away before its backup."""
+        for name in set(names(self.snapshots)) - set(self.trees):
+            path = self.snapshot_path(name)
+            self.trees[name] = subvolume(path).uuid, support.tree(path)
+
+    def look_at_the_target(self):
+        for name in names(self.target):
+            found = subvolume(self.backup_path(name))
+            uuid, content = self.trees[name]
+            self.assertTrue(found.readonly, name)
+            self.assertEqual(uuid, found.received_uuid, name)
+            self.assertTreesEqual(content, self.backup_path(name))
+
+
+class Interrupted(FaultTestCase):
+
+    def interrupt_half_way(self, send_signal, status):
+        self.take(1)
+        self.transfer()
+        name, run = self.start_large_transfer()
+        self.stop_half_way(run)
+        send_signal(run.pid)
+        self.assertEqual(status, run.finish(20).status)
+        self.assertNothingRuns(run)
+        self.assertEqual([self.target], support.read_locks(self.snapshots)[name]["locks"])
+        self.assertNotIn(name, names(self.target))
+        self.transfer()
+        self.assertConverged()
+
+    def test_ctrl_c_reaches_the_whole_group(self):
+        self.interrupt_half_way(lambda pid: os.killpg(pid, signal.SIGINT), 130)
+
+    def test_sigint_to_the_program_alone(self):
+        self.interrupt_half_way(lambda pid: os.kill(pid, signal.SIGINT), 130)
+
+    def test_sigterm_to_the_program_alone(self):
+        self.interrupt_half_way(lambda pid: os.kill(pid, signal.SIGTERM), 143)
+
+    def test_sigterm_to_the_whole_group(self):
+        self.interrupt_half_way(lambda pid: os.killpg(pid, signal.SIGTERM), 143)
+
+    def test_at_random_moments(self):
+        for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            for moment in range(max(3, MOMENTS // 5)):
+                with self.subTest(signal=number, moment=moment):
+                    self.interrupt_at_random(number, status)
+
+    def interrupt_at_random(self, number, status):
+        before = names(self.snapshots)
+        bulk(os.path.join(self.source, "large"), 64)
+        run = self.start_backup("-N", "2", "-n", "2")
+        # Before there is a snapshot, Python itself may still be starting up.
+        run.wait_for("new snapshot", lambda: set(names(self.snapshots)) - set(before))
+        time.sleep(random.uniform(0, 0.4))
+        os.kill(run.pid, number)
+        result = run.finish(20)
+        self.assertIn(result.status, (0, status), result.stderr)
+        self.assertNotIn("Traceback", result.stderr)
+        self.assertNothingRuns(run)
+        locked = support.read_locks(self.snapshots)
+        for partial in partials(self.target):
+            self.assertTrue([name for name in locked if partial.startswith("." + name + ".")], partial)
+        self.backup("-N", "2", "-n", "2")
+        self.assertConverged()
+
+
+class ChildKilled(FaultTestCase):
+
+    def kill_child(self, verb):
+        name, run = self.start_large_transfer()
+        receiver = self.stop_half_way(run)
+        os.kill(run.find(verb), signal.SIGKILL)
+        if verb == "send":
+            os.kill(receiver, signal.SIGCONT)
+        result = run.finish(20)
+        self.assertEqual(1, result.status, result.stderr)
+        self.assertTrue(result.errors, result.stderr)
+        self.assertIn(verb, result.errors[0])
+        self.assertNothingRuns(run)
+        self.assertNotIn(name, names(self.target))
+        self.assertIn(name, support.read_locks(self.snapshots))
+        self.transfer()
+        self.assertConverged()
+
+    def test_send(self):
+        self.kill_child("send")
+
+    def test_receive(self):
+        self.kill_child("receive")
+
+    def test_a_stalled_transfer_is_given_up(self):
+        name, run = self.start_large_transfer("--stall-timeout", "2")
+        self.stop_half_way(run)
+        result = run.finish(30)
+        self.assertEqual(1, result.status, result.stderr)
+        self.assertRegex(result.errors[0], "(?i)stall")
+        self.assertNothingRuns(run)
+        self.assertNotIn(name, names(self.target))
+        self.transfer()
+        self.assertConverged()
+
+
+class FullDisk(FaultTestCase):
+
+    target_size = "160M"
+
+    def test_it_says_so_and_converges_once_there_is_room(self):
+        self.take(1)
+        self.transfer()
+        bulk(os.path.join(self.source, "large"), 200)
+        second, = self.take(2)
+        result = self.transfer(status=1)
+        self.assertErrorSays(result, "No space left", self.target)
+        self.assertIn("No space left", result.errors[0])
+        self.assertEqual([self.name(1)], names(self.target))
+        self.assertIn(second, support.read_locks(self.snapshots))
+        self.target_disk.grow("1G")
+        self.transfer()
+        self.assertConverged()
+
+
+class OneOfTwoDestinations(FaultTestCase):
+    """One that fails stops neither the snapshot nor the other one."""
+
+    target_size = "160M"
+
+    def run_with_a_good_one(self, *words):
+        good = self.disk("1G").path
+        before = names(self.target)
+        result = self.backup(to=[self.target, good], status=1)
+        self.assertBackedUp(names(self.snapshots), good)
+        self.assertEqual(before, names(self.target))
+        said = "\n".join(result.errors)
+        for word in words:
+            self.assertRegex(said, word)
+        self.assertIn(self.target, said)
+
+    def test_full(self):
+        bulk(os.path.join(self.source, "large"), 200)
+        self.run_with_a_good_one("No space left")
+
+    def test_away(self):
+        self.take(1)
+        self.transfer()
+        self.target_disk.unmount()
+        self.run_with_a_good_one()
+
+    def test_read_only(self):
+        self.target_disk.remount("ro")
+        self.run_with_a_good_one("(?i)read-only")
+
+    def test_a_file_in_the_place_of_the_folder(self):
+        os.rmdir(self.target)
+        open(self.target, "w").close()
+        self.run_with_a_good_one()
+
+
+class TakenOver(FaultTestCase):
+    """What 0.6.6 left: a writable subvolume without received UUID under the final name, and a lock."""
+
+    def half_received(self, lock):
+        first, second = self.take(1, 2)
+        support.send_receive(self.snapshot_path(first), self.target)
+        snapshot(self.backup_path(first), self.backup_path(second), readonly=False)
+        os.unlink(os.path.join(self.backup_path(second), "day1"))
+        support.write_locks(self.snapshots, {second: {"locks": [lock], "parent_locks": []},
+                                             first: {"locks": [], "parent_locks": [lock]}})
+
+    def test_it_is_deleted_and_sent_again(self):
+        self.half_received(self.target)
+        self.transfer()
+        self.assertConverged()
+
+    def test_the_lock_may_end_with_a_slash(self):
+        self.half_received(self.target + "/")
+        self.transfer()
+        self.assertConverged()
+
+    def test_it_is_left_alone_when_the_lock_is_of_another_destination(self):
+        self.half_received("/mnt/other")
+        before = support.listing(self.target)
+        self.transfer(status=1)
+        self.assertUnchanged(before, self.target)
+
+    def test_nothing_was_received_at_all(self):
+        taken = self.take(1, 2)
+        support.write_locks(self.snapshots, {taken[1]: {"locks": [self.target], "parent_locks": []}})
+        self.transfer()
+        self.assertConverged()
+
+    def test_a_complete_backup_that_a_stale_lock_names_is_kept(self):
+        taken = self.take(1, 2)
+        self.transfer()
+        before = support.listing(self.target)
+        support.write_locks(self.snapshots, {taken[1]: {"locks": [self.target], "parent_locks": []},
+                                             taken[0]: {"locks": [], "parent_locks": [self.target]}})
+        self.transfer()
+        self.assertUnchanged(before, self.target)
+        self.assertConverged()
+
+    def test_the_snapshot_is_gone(self):
+        self.half_received(self.target)
+        support.delete(self.snapshot_path(self.name(2)))
+        self.transfer()
+        self.assertConverged()
+
+
+class LockFile(FaultTestCase):
+
+    OTHER = {"work20240101-000000": {"locks": ["/mnt/other", "ssh://nas/backups"], "parent_locks": []},
+             "work20230101-000000": {"locks": [], "parent_locks": ["/mnt/other", "shell://cat"]}}
+
+    def test_one_that_cannot_be_read_stops_the_run(self):
+        self.backup()
+        for content in (b'{"home20240101-000000": {"lo', b"\xff\xfe\0", b"[]", b'"none of ours"',
+                        b'{"home20240101-000000": "/mnt"}', b'{"home20240101-000000": {"locks": "/mnt"}}'):
+            with self.subTest(content=content):
+                support.write_locks(self.snapshots, content)
+                self.check_that_the_run_stops()
+
+    def check_that_the_run_stops(self):
+        before = support.listing(self.source, self.target)
+        result = self.backup("-N", "1", "-n", "1", status=1)
+        self.assertErrorSays(result, ".outstanding_transfers")
+        self.assertUnchanged(before, self.source, self.target)
+
+    def test_a_folder_in_its_place_stops_the_run(self):
+        self.backup()
+        path = os.path.join(self.snapshots, ".outstanding_transfers")
+        if os.path.exists(path):
+            os.unlink(path)
+        os.mkdir(path)
+        self.check_that_the_run_stops()
+
+    def test_locks_of_other_prefixes_survive(self):
+        support.write_locks(self.snapshots, self.OTHER)
+        self.backup()
+        self.assertEqual(self.OTHER, support.read_locks(self.snapshots))
+        name, run = self.start_large_transfer()
+        self.stop_half_way(run)
+        found = support.read_locks(self.snapshots)
+        run.kill()
+        self.assertEqual([self.target], found[name]["locks"])
+        self.assertLessEqual(set(self.OTHER), set(found))
+        self.transfer()
+        self.assertEqual(self.OTHER, support.read_locks(self.snapshots))
+
+    def test_the_parent_is_noted_while_it_is_needed(self):
+        first, = self.take(1)
+        self.transfer()
+        _, run = self.start_large_transfer()
+        self.stop_half_way(run)
+        self.assertEqual([self.target], support.read_locks(self.snapshots)[first]["parent_locks"])
+
+    def test_remove_locks(self):
+        name, = self.take(1)
+        support.write_locks(self.snapshots, {name: {"locks": [self.target, "/mnt/other"], "parent_locks": []}})
+        self.transfer("-T", "--remove-locks")
+        self.assertEqual(["/mnt/other"], support.read_locks(self.snapshots)[name]["locks"])
+
+    def test_remove_locks_of_locked_destinations(self):
+        name, = self.take(1)
+        support.write_locks(self.snapshots, {name: {"locks": [self.target], "parent_locks": []}})
+        self.transfer("-T", "--remove-locks", "--locked-destinations", to=[])
+        self.assertEqual({}, support.read_locks(self.snapshots))
+
+    def test_locked_destinations(self):
+        taken = self.take(1)
+        support.write_locks(self.snapshots, {taken[0]: {"locks": [self.target], "parent_locks": []}})
+        self.transfer("--locked-dests", to=[])
+        self.assertConverged()
+
+    def test_a_locked_destination_may_be_given_as_well(self):
+        taken = self.take(1)
+        support.write_locks(self.snapshots, {taken[0]: {"locks": [self.target], "parent_locks": []}})
+        self.transfer("--locked-destinations", to=[self.target + "/"])
+        self.assertConverged()
+
+    def test_locked_destinations_without_locks_do_nothing(self):
+        self.take(1)
+        self.transfer("--locked-destinations", to=[])
+        self.assertEqual([], names(self.target))
+
+
+class TwoRunsAtOnce(FaultTestCase):
+
+    def setUp(self):
+        super().setUp()
+        _, self.first = self.start_large_transfer()
+        self.receiver = self.stop_half_way(self.first)
+
+    def go_on(self):
+        os.kill(self.receiver, signal.SIGCONT)
+        self.assertEqual(0, self.first.finish().status)
+
+    def test_the_second_fails_at_once(self):
+        before = support.listing(self.snapshots)
+        started = time.monotonic()
+        result = self.backup(status=75)
+        self.assertLess(time.monotonic() - started, 3)
+        self.assertEqual(1, len(result.errors))
+        self.assertUnchanged(before, self.snapshots)
+        self.go_on()
+        self.assertConverged()
+
+    def test_wait_waits_for_the_first(self):
+        second = self.start_backup("--wait")
+        time.sleep(0.7)
+        self.assertIsNone(second.process.poll())
+        self.go_on()
+        result = second.finish()
+        self.assertEqual(0, result.status, result.stderr)
+        self.assertEqual(2, len(names(self.target)))
+        self.assertConverged()
+
+    def test_wait_gives_up_after_its_seconds(self):
+        started = time.monotonic()
+        self.backup("--wait", "1", status=75)
+        self.assertTrue(1 <= time.monotonic() - started < 5)
+
+    def test_another_prefix_is_free_to_run(self):
+        other = os.path.join(self.target_disk.path, "work")
+        before = support.read_locks(self.snapshots)
+        self.run_program("-p", "work", self.source, other)
+        self.assertEqual(1, len(names(other)))
+        self.assertEqual(before, support.read_locks(self.snapshots))
+        self.go_on()
+
+    def test_a_killed_run_does_not_lock_out_the_next(self):
+        self.first.kill()
+        self.transfer()
+        self.assertConverged()
+
+
+class BrokenBtrfs(FaultTestCase):
+    """A `btrfs` found earlier on the PATH, one of whose verbs fails."""
+
+    def path_where(self, verb):
+        folder = os.path.join(support.scratch_folder(), "no-" + verb)
+        os.makedirs(folder, exist_ok=True)
+        script = os.path.join(folder, "btrfs")
+        with open(script, "w") as file:
+            file.write('#!/bin/sh\ncase " $* " in *" %s "*) echo "ERROR: out of luck" >&2; exit 1;; esac\n'
+                       'exec %s "$@"\n' % (verb, shutil.which("btrfs")))
+        os.chmod(script, 0o755)
+        return {"PATH": folder + ":" + os.environ["PATH"]}
+
+    def test_snapshot(self):
+        result = self.backup(status=1, env=self.path_where("snapshot"))
+        self.assertErrorSays(result, self.source)
+        self.assertIn("out of luck", result.stderr)
+
+    def test_send(self):
+        result = self.backup(status=1, env=self.path_where("send"))
+        self.assertIn("out of luck", result.stderr)
+        self.assertEqual(1, len(names(self.snapshots)))
+        self.assertEqual([], names(self.target))
+        self.transfer()
+        self.assertConverged()
+
+    def test_receive(self):
+        result = self.backup(status=1, env=self.path_where("receive"))
+        self.assertIn("out of luck", result.stderr)
+        self.transfer()
+        self.assertConverged()
+
+    def test_delete(self):
+        taken = self.take(1, 2, 3)
+        self.transfer()
+        result = self.transfer("-N", "1", status=1, env=self.path_where("delete"))
+        for name in taken[:2]:
+            self.assertRegex(result.stderr, "(?m)^error: .*" + name)
+        self.transfer("-N", "1")
+        self.assertEqual(taken[-1:], names(self.snapshots))
+
+
+if __name__ == "__main__":
+    support.unittest.main()

@@ -1,0 +1,110 @@
+"""The fixtures themselves: tree() sees every change, Churn can be sent, nothing stays mounted."""
+
+import os
+import stat
+import struct
+import subprocess
+import sys
+import unittest
+
+import support
+
+
+def overwrite(path):
+    with open(path, "r+b") as file:
+        file.write(b"X")
+
+
+class TreeSeesEveryChange(support.TestCase):
+
+    CHANGES = {
+        "content": overwrite,
+        "mode": lambda path: os.chmod(path, 0o600),
+        "owner": lambda path: os.chown(path, 5, 6),
+        "mtime_ns": lambda path: os.utime(path, ns=(1, 1)),
+        "xattrs": lambda path: os.setxattr(path, "user.x", b"1"),
+        "size": lambda path: os.truncate(path, 100),
+        "links": lambda path: os.link(path, path + "-link"),
+        "only in": lambda path: os.rename(path, path + "-renamed"),
+        "type": lambda path: (os.unlink(path), os.mkfifo(path)),
+    }
+
+    def test_each_kind(self):
+        top = self.disk("128M").path
+        for number, (word, change) in enumerate(self.CHANGES.items()):
+            path = os.path.join(top, str(number))
+            with open(path, "wb") as file:
+                file.write(b"content")
+            before = support.tree(top)
+            self.assertEqual([], list(support.differences(before, support.tree(top))))
+            change(path)
+            found = "\n".join(support.differences(before, support.tree(top)))
+            self.assertIn(word, found)
+
+    def test_capability_target_and_device(self):
+        top = self.disk("128M").path
+        for name in ("file", "link", "device"):
+            os.mknod(os.path.join(top, name), stat.S_IFREG | 0o644)
+        file, link, device = (os.path.join(top, name) for name in ("file", "link", "device"))
+        os.setxattr(file, "security.capability", struct.pack("<5I", 0x02000001, 1, 0, 0, 0))
+        os.unlink(link)
+        os.symlink("one", link)
+        os.unlink(device)
+        os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        before = support.tree(top)
+        os.setxattr(file, "security.capability", struct.pack("<5I", 0x02000001, 2, 0, 0, 0))
+        os.unlink(link)
+        os.symlink("two", link)
+        os.unlink(device)
+        os.mknod(device, stat.S_IFCHR | 0o600, os.makedev(1, 5))
+        found = "\n".join(support.differences(before, support.tree(top)))
+        for word in ("security.capability", "target", "device"):
+            self.assertIn(word, found)
+
+
+class ChurnCanBeSent(support.BackupTestCase):
+
+    def test_plain_send_and_receive_bring_it_over(self):
+        for seed in range(int(os.environ.get("CHURN_SEEDS", 2))):
+            with self.subTest(seed=seed):
+                self.send_churn(seed)
+
+    def send_churn(self, seed):
+        top = support.create(os.path.join(self.source_disk.path, "churn%d" % seed))
+        churn = support.Churn(top, seed)
+        churn.fill()
+        parent = None
+        for round_ in range(6):
+            taken = support.snapshot(top, "%s-%d" % (top, round_))
+            support.send_receive(taken, self.target, parent)
+            self.assertTreesEqual(taken, os.path.join(self.target, os.path.basename(taken)))
+            self.assertTreesEqual(taken, top)
+            parent = taken
+            churn.change()
+
+
+class NothingStaysBehind(support.TestCase):
+
+    def test_what_a_killed_run_left_is_swept(self):
+        script = ("import os, support; print(support.Disk('128M').image, flush=True); os.kill(os.getpid(), 9)")
+        child = subprocess.run([sys.executable, "-c", script], cwd=support.HERE, stdout=subprocess.PIPE)
+        folder = os.path.dirname(os.fsdecode(child.stdout).strip())
+        self.assertTrue(support.mounts_below(folder))
+        support.sweep()
+        self.assertFalse(support.mounts_below(folder))
+        self.assertFalse(list(support.loops_below(folder)))
+        self.assertFalse(os.path.exists(folder))
+
+    def test_a_disk_grows_goes_away_and_comes_back(self):
+        disk = self.disk("128M")
+        disk.grow("256M")
+        self.assertGreater(os.statvfs(disk.path).f_blocks * 4096, 200 * support.MIB)
+        open(os.path.join(disk.path, "file"), "w").close()
+        disk.unmount()
+        self.assertEqual([], os.listdir(disk.path))
+        disk.mount()
+        self.assertEqual(["file"], os.listdir(disk.path))
+
+
+if __name__ == "__main__":
+    unittest.main()
