@@ -392,11 +392,11 @@ def split_flags(argument: str) -> Iterator[Tuple[str, Optional[str]]]:
         yield flag, None
 
 
-def parse_value(option: Option, flag: str, text: str) -> Any:
+def parse_value(option: Option, text: str) -> Any:
     try:
         return option.parse(text) if option.parse else option.implied
     except ValueError as error:
-        raise UsageError("{}: {} {}".format(flag, printable(repr(text)), error), "see --help") from None
+        raise UsageError("{}: {} {}".format("/".join(option.flags), printable(repr(text)), error), "see --help") from None
 
 
 def parse_arguments(arguments: Sequence[str]) -> Task:
@@ -424,7 +424,7 @@ def parse_arguments(arguments: Sequence[str]) -> Task:
                 if not left:
                     raise UsageError("{} needs a value ({})".format(flag, option.metavar), "see --help")
                 value = left.popleft()
-            parsed = option.implied if value is None else parse_value(option, flag, value)
+            parsed = option.implied if value is None else parse_value(option, value)
             fields[option.field] = fields.get(option.field, ()) + (parsed,) if option.many else parsed
     task = Task(**fields)
     if paths:
@@ -651,8 +651,13 @@ class DestinationPlan(NamedTuple):
     problems: Tuple[Problem, ...] = ()
 
 
+def normal_destination(text: str) -> str:
+    """A destination's id as it is compared: locks of other programs may end with a slash."""
+    return text.rstrip("/") or "/"
+
+
 def locked_names(locks: Locks, destination: str, kind: str = "locks") -> List[str]:
-    return [name for name, entry in locks.items() if destination in entry.get(kind, ())]
+    return [name for name, entry in locks.items() if destination in map(normal_destination, entry.get(kind, ()))]
 
 
 def own_locks(locks: Locks, prefix: str) -> Locks:
@@ -757,15 +762,14 @@ def newest_common(snapshots: Sequence[Subvolume], listing: Listing) -> Optional[
 def plan_source_retention(snapshots: Sequence[Subvolume], prefix: str, policy: Policy, locks: Locks,
                           pins: Dict[str, Pin], seen: Dict[str, Listing], now: float) -> List[Verdict]:
     """Verdicts on the snapshots. seen: what each destination that could be listed holds."""
+    common = {destination: newest_common(snapshots, listing) for destination, listing in seen.items()}
     protected = {}
-    for destination, pin in pins.items():
-        for snapshot in snapshots:
-            if snapshot.stream_id == pin.uuid:
-                protected[snapshot.name] = "newest in common with {}".format(printable(destination))
-    for destination, listing in seen.items():
-        newest = newest_common(snapshots, listing)
-        if newest is not None:
-            protected[newest.name] = "newest in common with {}".format(printable(destination))
+    for destination in list(pins) + [d for d in seen if d not in pins]:
+        pin, newest = pins.get(destination), common.get(destination)
+        # a pin holds as long as nothing newer was seen in common, as with a disk that came back empty
+        kept = newest.stream_id if newest is not None else pin.uuid if pin is not None else None
+        protected.update({s.name: "newest in common with {}".format(printable(destination))
+                          for s in snapshots if kept is not None and s.stream_id == kept})
     protected.update(lock_reasons(locks))
     return plan_retention({s.name: snapshot_time(prefix, s.name) or 0.0 for s in snapshots}, policy, protected, now)
 
@@ -1231,6 +1235,7 @@ def end_process(process: "subprocess.Popen") -> None:
     """Asks a process to end, kills it after ENDING_GRACE, and waits for it."""
     if process.poll() is None:
         process.terminate()
+        process.send_signal(signal.SIGCONT)  # a stopped process takes no other signal
         try:
             process.wait(ENDING_GRACE)
         except subprocess.TimeoutExpired:
@@ -1477,7 +1482,7 @@ def clear_locks(locks: Locks, changes: Iterable[LockChange]) -> Locks:
     gone = set()
     for change in changes:
         gone |= {(change.snapshot, "locks", change.destination), (change.parent, "parent_locks", change.destination)}
-    result = {name: {kind: [d for d in entry.get(kind, ()) if (name, kind, d) not in gone]
+    result = {name: {kind: [d for d in entry.get(kind, ()) if (name, kind, normal_destination(d)) not in gone]
                      for kind in ("locks", "parent_locks")} for name, entry in locks.items()}
     return {name: entry for name, entry in result.items() if entry["locks"] or entry["parent_locks"]}
 
@@ -1998,7 +2003,8 @@ class Relay:
         everyone = list(self.lanes.values())
         try:
             self.move_all()
-            self.sender.finish(self.stall_timeout)
+            if self.lanes:
+                self.sender.finish(self.stall_timeout)
             backups = self.finish_lanes()
         finally:
             for receiver in everyone:
@@ -2206,8 +2212,12 @@ class TaskRun:
 
     # -- destinations
 
-    def reach(self, destination: Destination, stack: contextlib.ExitStack) -> None:
-        """Checks and lists a destination, making its folder where that is allowed; failing is its own affair."""
+    def reach(self, destination: Destination) -> None:
+        """Checks and lists a destination, making its folder where that is allowed; failing is its own affair.
+
+        It needs no lock of its own: `btrfs receive` makes a partial only where none of its name exists, so
+        that of two writers of one name the later fails at its first command.
+        """
         try:
             place = self.host.look(destination.text)
             self.check_destination(destination, place)
@@ -2218,8 +2228,6 @@ class TaskRun:
                 return
             if destination.is_new:
                 self.host.make_folder(place.path)
-            if not self.task.dry_run:
-                stack.enter_context(self.host.hold(place.path, self.prefix, float("inf")))
             destination.listing = self.host.list(place.path)
         except BackupError as error:
             self.report(error, destination)
@@ -2293,8 +2301,7 @@ class TaskRun:
     def execute(self) -> None:
         self.host.make_folder(self.folder)
         self.folder_exists = True
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.host.hold(self.folder, self.prefix, self.task.wait))
+        with self.host.hold(self.folder, self.prefix, self.task.wait):
             self.read_state()
             self.snapshots = snapshots_of(self.host.list(self.folder), self.prefix)
             if not self.task.no_snapshot:
@@ -2302,7 +2309,7 @@ class TaskRun:
                 self.warn_of_nested()
             self.warn_of_future()
             for destination in self.destinations:
-                self.reach(destination, stack)
+                self.reach(destination)
                 self.plan_destination(destination)
                 self.recover(destination)
             self.transfer_all()
@@ -2475,10 +2482,9 @@ class TaskRun:
             name = self.new_name(listing)
             self.snapshots.append(Subvolume(name, "not taken yet", otime=int(self.clock() * 10 ** 9)))
         self.warn_of_future()
-        with contextlib.ExitStack() as stack:
-            for destination in self.destinations:
-                self.reach(destination, stack)
-                self.plan_destination(destination)
+        for destination in self.destinations:
+            self.reach(destination)
+            self.plan_destination(destination)
         lines = ["source {}, snapshots in {}".format(self.task.source, self.folder)]
         if not self.task.no_snapshot:
             lines.append("  take snapshot {}".format(self.snapshots[-1].name))

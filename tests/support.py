@@ -292,7 +292,7 @@ class Result(NamedTuple):
 
 
 class Running:
-    """The program at work, in a session of its own.
+    """The program at work, in a session of its own; the scratch folder is where it starts.
 
     A mark in the environment finds every process that it started, whatever process group or
     session that one has moved to.
@@ -310,7 +310,7 @@ class Running:
         self.process = subprocess.Popen(
             [os.fsencode(word) for word in argv], stdin=subprocess.DEVNULL, stdout=self.stdout,
             stderr=self.stderr, env=dict(os.environ, **dict(env or {}, **{name: value})),
-            start_new_session=True)
+            cwd=scratch_folder(), start_new_session=True)
         self.pid = self.process.pid
 
     def processes(self):
