@@ -1,0 +1,317 @@
+"""Options: arguments to a task, and one line for every mistake."""
+
+import os
+import re
+import sys
+import unittest
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from btrfs_backup_ng import (
+    FLAGS,
+    OPTION_TABLE,
+    Task,
+    UsageError,
+    check_task,
+    format_error,
+    format_help,
+    parse_arguments,
+    parse_endpoint,
+)
+
+OPTIONS = [option for group in OPTION_TABLE for option in group.options]
+
+# A good value for what the help calls so.
+SAMPLES = {"LEVEL": "error", "FILE": "/log", "N": "3", "DEST": "/b", "DIR": "folder", "P": "home",
+           "SECONDS": "7", "[SECONDS]": "7"}
+
+
+class Accepted(unittest.TestCase):
+
+    def check(self, table):
+        for arguments, fields in table:
+            with self.subTest(arguments=arguments):
+                self.assertEqual(Task(**fields), parse_arguments(arguments))
+
+    def test_nothing(self):
+        self.check([([], {})])
+
+    def test_paths(self):
+        self.check([
+            (["/s"], {"source": "/s"}),
+            (["/s", "/b"], {"source": "/s", "destinations": ("/b",)}),
+            (["/s", "/b", "/c"], {"source": "/s", "destinations": ("/b", "/c")}),
+            (["s", "two words"], {"source": "s", "destinations": ("two words",)}),
+            (["-"], {"source": "-"}),
+            (["@s", "\udcff"], {"source": "@s", "destinations": ("\udcff",)}),
+        ])
+
+    def test_any_order(self):
+        task = {"source": "/s", "destinations": ("/b", "/c"), "num_snapshots": 3, "no_snapshot": True, "prefix": "p"}
+        self.check([
+            (["-S", "-N", "3", "-p", "p", "/s", "/b", "/c"], task),
+            (["/s", "/b", "/c", "-S", "-N", "3", "-p", "p"], task),
+            (["-N", "3", "/s", "-S", "/b", "-p", "p", "/c"], task),
+            (["/s", "-p", "p", "/b", "-N", "3", "/c", "-S"], task),
+        ])
+
+    def test_short_options(self):
+        self.check([
+            (["-N", "3"], {"num_snapshots": 3}),
+            (["-N3"], {"num_snapshots": 3}),
+            (["-SN3"], {"no_snapshot": True, "num_snapshots": 3}),
+            (["-SN", "3"], {"no_snapshot": True, "num_snapshots": 3}),
+            (["-STI"], {"no_snapshot": True, "no_transfer": True, "no_incremental": True}),
+            (["-ph"], {"prefix": "h"}),
+            (["-p-"], {"prefix": "-"}),
+            (["-p=x"], {"prefix": "=x"}),
+            (["-Sp@home"], {"no_snapshot": True, "prefix": "@home"}),
+            (["-fN3"], {"snapshot_folder": "N3"}),
+            (["-qvdebug"], {"verbosity": "debug"}),
+        ])
+
+    def test_long_options(self):
+        self.check([
+            (["--num-snapshots", "3"], {"num_snapshots": 3}),
+            (["--num-snapshots=3"], {"num_snapshots": 3}),
+            (["--snapshot-folder=a=b"], {"snapshot_folder": "a=b"}),
+            (["--log-json=/a b"], {"log_json": "/a b"}),
+            (["--stall-timeout=0.5"], {"stall_timeout": 0.5}),
+        ])
+
+    def test_a_value_is_taken_as_it_stands(self):
+        self.check([
+            (["-p", "@home"], {"prefix": "@home"}),
+            (["--snapshot-prefix=@home"], {"prefix": "@home"}),
+            (["--snapshot-prefix=-x"], {"prefix": "-x"}),
+            (["-p", "-x"], {"prefix": "-x"}),
+            (["-p", "--help"], {"prefix": "--help"}),
+            (["-p", "--"], {"prefix": "--"}),
+            (["-p", ""], {"prefix": ""}),
+            (["--snapshot-prefix="], {"prefix": ""}),
+            (["-p", " "], {"prefix": " "}),
+            (["-p", "\udcff"], {"prefix": "\udcff"}),
+            (["-f", "-S"], {"snapshot_folder": "-S"}),
+            (["-f", "/absolute"], {"snapshot_folder": "/absolute"}),
+        ])
+
+    def test_numbers(self):
+        self.check([
+            (["-N", "0"], {}),
+            (["-N", "007"], {"num_snapshots": 7}),
+            (["-n", "999999999"], {"num_backups": 999999999}),
+        ])
+
+    def test_shortened(self):
+        self.check([
+            (["--num-s", "3"], {"num_snapshots": 3}),
+            (["--num-b=3"], {"num_backups": 3}),
+            (["--dry"], {"dry_run": True}),
+            (["--locked"], {"locked_destinations": True}),  # two spellings of one option
+            (["--locked-dests"], {"locked_destinations": True}),
+            (["--verb", "debug"], {"verbosity": "debug"}),
+        ])
+
+    def test_wait_with_and_without_a_number(self):
+        forever = float("inf")
+        self.check([
+            (["--wait"], {"wait": forever}),
+            (["--wait", "/s"], {"wait": forever, "source": "/s"}),
+            (["--wait", "-S", "/s"], {"wait": forever, "source": "/s", "no_snapshot": True}),
+            (["--wait", "60", "/s"], {"wait": 60.0, "source": "/s"}),
+            (["--wait", "0", "/s"], {"wait": 0.0, "source": "/s"}),
+            (["--wait", "1.5", "/s"], {"wait": 1.5, "source": "/s"}),
+            (["--wait=1.5", "/s"], {"wait": 1.5, "source": "/s"}),
+            (["--wait=60", "5"], {"wait": 60.0, "source": "5"}),
+            (["/s", "60", "--wait"], {"wait": forever, "source": "/s", "destinations": ("60",)}),
+            (["--wait", "./60"], {"wait": forever, "source": "./60"}),
+            (["--wait", "60d"], {"wait": forever, "source": "60d"}),
+        ])
+
+    def test_after_two_dashes_all_are_paths(self):
+        self.check([
+            (["--", "-S"], {"source": "-S"}),
+            (["-S", "--", "--no-transfer", "--"], {"no_snapshot": True, "source": "--no-transfer",
+                                                   "destinations": ("--",)}),
+            (["/s", "--", "-N", "3"], {"source": "/s", "destinations": ("-N", "3")}),
+            (["--wait", "--", "60"], {"wait": float("inf"), "source": "60"}),
+            (["/s", "--"], {"source": "/s"}),
+        ])
+
+    def test_the_last_one_counts(self):
+        self.check([
+            (["-N", "3", "-N", "5"], {"num_snapshots": 5}),
+            (["-N", "3", "--latest-only"], {"num_snapshots": 1}),
+            (["--latest-only", "-N", "3"], {"num_snapshots": 3}),
+            (["-v", "debug", "-q"], {"verbosity": "warning"}),
+        ])
+
+    def test_what_may_be_repeated(self):
+        self.check([
+            (["--forget-destination", "/b"], {"forget": ("/b",)}),
+            (["--forget-destination", "/b", "/s", "--forget-destination=/c"], {"source": "/s", "forget": ("/b", "/c")}),
+        ])
+
+
+class Refused(unittest.TestCase):
+    """One line, which names the option."""
+
+    def refuse(self, arguments, *words):
+        with self.subTest(arguments=arguments):
+            with self.assertRaises(UsageError) as caught:
+                check_task(parse_arguments(arguments))
+            said = format_error(caught.exception)
+            self.assertEqual(2, caught.exception.status)
+            self.assertEqual(1, len(said.splitlines()), said)
+            self.assertTrue(said.isprintable(), said)
+            for word in words:
+                self.assertIn(word, said)
+
+    def test_numbers(self):
+        bad = ["-1", "+1", "x", "", " ", "1.5", "1e3", "0x10", "3 ", " 3", "3\n", "1,000", "9999999999", "\u0663",
+               "nan", "inf", "\udcff"]
+        for value in bad:
+            self.refuse(["-N", value, "/s"], "-N")
+            self.refuse(["--num-backups=" + value, "/s"], "--num-backups")
+            self.refuse(["-n" + value, "/s"] if value else ["-n"], "-n")
+
+    def test_seconds(self):
+        bad = ["-1", "+1", "x", "", " ", "1.", ".5", "1e3", "60s", "1.5.5", "5\n", "\u0663", "nan", "inf"]
+        for value in bad:
+            self.refuse(["--wait=" + value, "/s"], "--wait")
+            self.refuse(["--stall-timeout=" + value, "/s"], "--stall-timeout")
+            self.refuse(["--stall-timeout", value, "/s"], "--stall-timeout")
+        for value in ("0", "0.0", "000"):
+            self.refuse(["--stall-timeout=" + value, "/s"], "--stall-timeout")
+
+    def test_verbosity(self):
+        for value in ("", "loud", "DEBUG", "debug ", "infos", "progress"):
+            self.refuse(["-v", value, "/s"], "-v")
+
+    def test_prefix(self):
+        for value in ("a/b", "/", "../x", "a\nb", "\n", "a\0b"):
+            self.refuse(["-p", value, "/s"], "-p")
+            self.refuse(["--snapshot-prefix=" + value, "/s"], "--snapshot-prefix")
+
+    def test_paths_of_options(self):
+        for flag in ("-f", "--snapshot-folder", "--log-json", "--forget-destination"):
+            for value in ("", "a\nb", "a\0b"):
+                self.refuse([flag, value, "/s"], flag)
+
+    def test_unknown_options(self):
+        for argument in ("-y", "-Sy", "-ySN3", "--no-such", "--no-such=1", "--num-snapshot-s", "---", "--Sync",
+                         "-\u00e9", "-S=1", "-\n", "--a\nb"):
+            self.refuse([argument, "/s"], "unknown option")
+
+    def test_ambiguous_options(self):
+        self.refuse(["--num", "3", "/s"], "--num ", "-N", "-n", "could be")
+        self.refuse(["--s", "/s"], "--s ", "-s", "--stall-timeout", "--skip-fs-checks")
+        self.refuse(["--no-", "/s"], "--no- ", "--no-elevate")
+        self.refuse(["--=3", "/s"], "--wait", "--dry-run")
+
+    def test_without_the_value(self):
+        for option in OPTIONS:
+            if option.parse and not option.metavar.startswith("["):
+                for flag in option.flags:
+                    self.refuse(["/s", flag], flag, option.metavar)
+        self.refuse(["/s", "-SN"], "-N")
+
+    def test_a_flag_with_a_value(self):
+        for option in OPTIONS:
+            if option.parse is None:
+                for flag in option.flags:
+                    if flag.startswith("--"):
+                        self.refuse([flag + "=1", "/s"], flag, "no value")
+                        self.refuse([flag + "=", "/s"], flag, "no value")
+
+    def test_no_source(self):
+        for arguments in ([], ["-S"], ["--"], [""], ["", "/b"], ["-N", "3"]):
+            self.refuse(arguments, "source")
+
+    def test_remove_locks_of_nobody(self):
+        self.refuse(["--remove-locks", "/s"], "--remove-locks", "--locked-destinations")
+        check_task(parse_arguments(["--remove-locks", "/s", "/b"]))
+        check_task(parse_arguments(["--remove-locks", "--locked-destinations", "/s"]))
+
+
+class Endpoints(unittest.TestCase):
+
+    PATHS = ["/", "/s", "s", ".", "..", "./a:b", "../a:b", "/a:b", "/a/host:/b", "a/b:c", ".hidden:x", "@home", "-",
+             "two words", "$HOME", "it's", "\udcff", "./ssh://x", "/ssh://x", "~", "#", "%20"]
+
+    NO_PATHS = ["", "a\nb", "/a\0b", "\n"]
+
+    SCHEMES = ["ftp://host/path", "file:///mnt", "FTP://host", "x-y+z.1://a", "s3://bucket", "btrfs://"]
+
+    HOSTS = ["host:/path", "user@host:/path", "host:path", "a:b", "[::1]:/path", "a b:/c", "\udcff:/c", "::", "a::b"]
+
+    def refuse(self, text, *words):
+        for arguments in ([text, "/b"], ["/s", text], ["/s", "/b", text]):
+            with self.subTest(arguments=arguments):
+                with self.assertRaises(UsageError) as caught:
+                    check_task(parse_arguments(["--"] + arguments))
+                said = format_error(caught.exception)
+                self.assertEqual(1, len(said.splitlines()), said)
+                for word in words:
+                    self.assertIn(word, said)
+
+    def test_paths(self):
+        for text in self.PATHS:
+            with self.subTest(text=text):
+                self.assertEqual(text, parse_endpoint(text))
+                check_task(parse_arguments(["--", text, text]))
+
+    def test_no_paths(self):
+        for text in self.NO_PATHS:
+            self.refuse(text)
+
+    def test_unknown_schemes(self):
+        for text in self.SCHEMES:
+            self.refuse(text, text.partition("://")[0] + "://", "unknown")
+
+    def test_hosts_are_not_taken_for_paths(self):
+        for text in self.HOSTS:
+            self.refuse(text, "./")
+
+
+class Table(unittest.TestCase):
+
+    # What people's scripts and crontabs contain.
+    PROMISED = """-h --help -V --version -v --verbosity -q --quiet -d --btrfs-debug -N --num-snapshots
+        -n --num-backups -S --no-snapshot -f --snapshot-folder -p --snapshot-prefix -T --no-transfer
+        -I --no-incremental -s --sync -w --convert-rw --remove-locks --locked-destinations --locked-dests
+        --forget-destination --skip-fs-checks --latest-only --dry-run --wait -P --no-progress --log-json
+        --stall-timeout --no-elevate""".split()
+
+    def test_every_promised_option_is_there(self):
+        self.assertEqual([], [flag for flag in self.PROMISED if flag not in FLAGS])
+
+    def test_no_flag_is_there_twice(self):
+        flags = [flag for option in OPTIONS for flag in option.flags]
+        self.assertEqual(sorted(set(flags)), sorted(flags))
+
+    def test_options_and_fields_of_a_task_match(self):
+        self.assertEqual(set(Task._fields) - {"source", "destinations"}, {option.field for option in OPTIONS})
+
+    def test_each_flag_sets_its_field(self):
+        for option in OPTIONS:
+            for flag in option.flags:
+                with self.subTest(flag=flag):
+                    value = [SAMPLES[option.metavar]] if option.parse else []
+                    task = parse_arguments([flag] + value)
+                    changed = [name for name in Task._fields if getattr(task, name) != getattr(Task(), name)]
+                    self.assertEqual([option.field], changed)
+
+    def test_help_names_all(self):
+        text = format_help()
+        words = set(re.findall(r"(?<!\S)(-[-A-Za-z]+)", text))
+        self.assertEqual(set(), set(FLAGS) - words)
+        flat = " ".join(text.split())
+        for option in OPTIONS:
+            self.assertIn(" ".join((", ".join(option.flags) + " " + option.metavar).split()) + " ", flat)
+            self.assertIn(option.help, flat)
+        for group in OPTION_TABLE:
+            self.assertIn("\n" + group.title.lower() + ":\n", text)
+
+
+if __name__ == "__main__":
+    unittest.main()

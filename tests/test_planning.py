@@ -1,0 +1,544 @@
+"""Identity, retention and planning: observed state in, a plan out."""
+
+import os
+import random
+import sys
+import time
+import unittest
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from btrfs_backup_ng import (
+    DestinationPlan,
+    Listing,
+    Pin,
+    Policy,
+    Recovery,
+    Subvolume,
+    after_transfers,
+    ambiguous_ids,
+    backups_of,
+    choose_parent,
+    common_snapshots,
+    corresponds,
+    deletions,
+    lock_reasons,
+    locked_names,
+    newest_common,
+    own_locks,
+    plan_destination_retention,
+    plan_recoveries,
+    plan_recovery,
+    plan_retention,
+    plan_source_retention,
+    plan_transfers,
+    snapshots_of,
+)
+
+NOW = time.mktime((2026, 2, 1, 0, 0, 0, 0, 0, -1))
+
+
+def name_of(day):
+    return "home202601{:02}-000000".format(day)
+
+
+def day_of(name):
+    return int(name[10:12])
+
+
+def snapshot(day, **changes):
+    """The snapshot of a day of January 2026."""
+    return Subvolume(name_of(day), "uuid-{}".format(day), otime=day)._replace(**changes)
+
+
+def snapshots(*days):
+    return [snapshot(day) for day in days]
+
+
+def backup(day, **changes):
+    """The complete backup of a snapshot. It was received later than those of younger snapshots."""
+    return Subvolume(name_of(day), "backup-{}".format(day), received_uuid="uuid-{}".format(day),
+                     otime=1000 - day)._replace(**changes)
+
+
+def partial(day, piece="", **changes):
+    """What a broken transfer leaves: writable, without received UUID, under the partial's name."""
+    return Subvolume(".{}{}.partial".format(name_of(day), piece), "partial-{}".format(day),
+                     readonly=False)._replace(**changes)
+
+
+def holding(*days, **more):
+    """A destination with the backups of some days and, in `also`, other subvolumes."""
+    return Listing(tuple(backup(day) for day in days) + tuple(more.get("also", ())), frozenset(more.get("others", ())))
+
+
+class Correspondence(unittest.TestCase):
+
+    A = Subvolume("one", "a")
+    B = Subvolume("two", "b", received_uuid="a")  # received from A
+    C = Subvolume("three", "c", received_uuid="a")  # received from B
+    OTHER = Subvolume("one", "x", parent_uuid="a", received_uuid="y")
+
+    def test_along_a_chain_and_back(self):
+        for one in (self.A, self.B, self.C):
+            for other in (self.A, self.B, self.C):
+                with self.subTest(one=one, other=other):
+                    self.assertTrue(corresponds(one, other))
+
+    def test_neither_name_nor_parent_tell(self):
+        for one in (self.A, self.B, self.C):
+            self.assertFalse(corresponds(one, self.OTHER))
+            self.assertFalse(corresponds(self.OTHER, one))
+        self.assertFalse(corresponds(Subvolume("one", "a"), Subvolume("one", "b")))
+
+    def test_a_received_snapshot_goes_by_its_received_id(self):
+        """What was received from B's own UUID is no copy of B, for its stream never bore that one."""
+        self.assertFalse(corresponds(self.B, Subvolume("four", "d", received_uuid="b")))
+
+    def test_writable_ones_may_have_changed(self):
+        for one, other in ((self.A, self.B), (self.B, self.C), (self.C, self.A)):
+            self.assertFalse(corresponds(one._replace(readonly=False), other))
+            self.assertFalse(corresponds(one, other._replace(readonly=False)))
+
+    def test_no_id_is_no_identity(self):
+        nobody = Subvolume("one", None)
+        self.assertFalse(corresponds(nobody, nobody))
+        self.assertFalse(corresponds(nobody, self.A))
+        self.assertFalse(corresponds(self.A, nobody))
+
+
+class WhatAFolderHolds(unittest.TestCase):
+
+    def test_snapshots_by_creation(self):
+        """Local time repeats: by its name the second one is the older."""
+        first = Subvolume("home20241027-025000", "1", otime=1)
+        second = Subvolume("home20241027-021000", "2", otime=2)
+        third = Subvolume("home20241027-020500", "3", otime=2, otransid=1)
+        found = snapshots_of(Listing((third, first, second)), "home")
+        self.assertEqual([first, second, third], found)
+
+    def test_only_snapshots_of_the_prefix(self):
+        listing = Listing((snapshot(1), snapshot(2, readonly=False), Subvolume("home", "x"), partial(3, readonly=True),
+                           Subvolume("home-data20260101-000000", "y"), Subvolume("20260101-000000", "z")))
+        self.assertEqual([snapshot(1)], snapshots_of(listing, "home"))
+        self.assertEqual(["z"], [s.uuid for s in snapshots_of(listing, "")])
+
+    def test_backups_are_received_complete_and_of_the_prefix(self):
+        listing = holding(1, also=[backup(2, readonly=False), backup(3, received_uuid=None), backup(4, name="other"),
+                                   partial(5, readonly=True, received_uuid="uuid-5")])
+        self.assertEqual([backup(1)], backups_of(listing, "home"))
+
+    def test_common_snapshots(self):
+        listing = holding(1, also=[
+            backup(2, name="renamed"),
+            backup(3, readonly=False),
+            backup(4, received_uuid="another"),
+            partial(5, readonly=True, received_uuid="uuid-5"),
+            Subvolume("the snapshot itself", "uuid-6"),
+        ])
+        found = common_snapshots(snapshots(1, 2, 3, 4, 5, 6), listing)
+        self.assertEqual(snapshots(1, 2, 6), found)
+
+    def test_the_newest_common_one(self):
+        taken = snapshots(1, 2, 3, 4)
+        self.assertEqual(snapshot(3), newest_common(taken, holding(1, 3)))
+        self.assertIsNone(newest_common(taken, holding(7)))
+        self.assertIsNone(newest_common(taken, Listing()))
+        alike = [snapshot(1), snapshot(2, received_uuid="same"), snapshot(3, received_uuid="same")]
+        self.assertEqual(snapshot(1), newest_common(alike, holding(1, also=[backup(3, received_uuid="same")])))
+
+    def test_ambiguous_ids(self):
+        self.assertEqual(set(), ambiguous_ids(snapshots(1, 2, 3)))
+        self.assertEqual({"same"}, ambiguous_ids([snapshot(1), snapshot(2, received_uuid="same"),
+                                                  snapshot(3, received_uuid="same")]))
+        self.assertEqual({"uuid-1"}, ambiguous_ids([snapshot(1), snapshot(2, received_uuid="uuid-1")]))
+        self.assertEqual(set(), ambiguous_ids([snapshot(1, uuid=None), snapshot(2, uuid=None)]))
+
+
+class Retention(unittest.TestCase):
+
+    # Names are letters, their times 1, 2, 3 …; it is 100. Capital letters are from the future.
+    TIMES = {"c": 3, "a": 1, "e": 5, "b": 2, "d": 4}
+    FUTURE = {"Y": 102, "Z": 10 ** 9}
+
+    def kept(self, times, newest, protected=()):
+        verdicts = plan_retention(times, Policy(newest), {name: "protected" for name in protected}, 100)
+        self.assertEqual(sorted(times, key=lambda name: times[name]), [v.name for v in verdicts], "oldest first")
+        self.assertEqual([v for v in verdicts if not v.keep], deletions(verdicts))
+        return "".join(v.name for v in verdicts if v.keep)
+
+    def test_by_number(self):
+        for newest, expected in ((0, "abcde"), (1, "e"), (2, "de"), (4, "bcde"), (5, "abcde"), (99, "abcde")):
+            with self.subTest(newest=newest):
+                self.assertEqual(expected, self.kept(self.TIMES, newest))
+
+    def test_protected(self):
+        for newest, protected, expected in ((1, "a", "ae"), (1, "ace", "ace"), (2, "e", "de"), (2, "b", "bde"),
+                                            (0, "a", "abcde"), (1, "x", "e")):
+            with self.subTest(newest=newest, protected=protected):
+                self.assertEqual(expected, self.kept(self.TIMES, newest, protected))
+
+    def test_the_future_is_kept_and_not_counted(self):
+        times = dict(self.TIMES, **self.FUTURE)
+        self.assertEqual("eYZ", self.kept(times, 1))
+        self.assertEqual("deYZ", self.kept(times, 2))
+        self.assertEqual("YZ", self.kept(self.FUTURE, 1))
+        self.assertEqual("aYZ", self.kept(dict(self.FUTURE, a=1), 1))
+
+    def test_this_very_second_is_not_the_future(self):
+        self.assertEqual("x", self.kept({"a": 1, "x": 100}, 1))
+        self.assertEqual("x", self.kept({"a": 1, "x": 101}, 1))
+
+    def test_the_only_one_left(self):
+        self.assertEqual("a", self.kept({"a": 1}, 1))
+        self.assertEqual("", self.kept({}, 1))
+
+    def test_equal_times_go_by_name(self):
+        verdicts = plan_retention({"b": 1, "a": 1}, Policy(1), {}, 100)
+        self.assertEqual([("a", False), ("b", True)], [(v.name, v.keep) for v in verdicts])
+
+    def test_each_verdict_says_why(self):
+        times = dict(self.TIMES, Z=10 ** 9)
+        reasons = {v.name: v.reason for v in plan_retention(times, Policy(2), {"a": "locked for /b"}, 100)}
+        self.assertEqual({"a": "locked for /b", "b": "older than the newest 2", "c": "older than the newest 2",
+                          "d": "among the newest 2", "e": "among the newest 2", "Z": "its name is from the future"},
+                         reasons)
+        self.assertEqual("all are kept", plan_retention({"a": 1}, Policy(0), {}, 100)[0].reason)
+
+
+class RetentionAtTheSource(unittest.TestCase):
+
+    TAKEN = snapshots(1, 2, 3, 4)
+
+    def kept(self, newest=1, locks=None, pins=None, seen=None):
+        verdicts = plan_source_retention(self.TAKEN, "home", Policy(newest), locks or {}, pins or {}, seen or {}, NOW)
+        return [day_of(v.name) for v in verdicts if v.keep]
+
+    @staticmethod
+    def pin(day, **changes):
+        return Pin(name_of(day), "uuid-{}".format(day), "")._replace(**changes)
+
+    def test_without_destinations(self):
+        self.assertEqual([4], self.kept())
+        self.assertEqual([3, 4], self.kept(2))
+        self.assertEqual([1, 2, 3, 4], self.kept(0))
+
+    def test_the_newest_in_common_with_each_destination(self):
+        self.assertEqual([1, 4], self.kept(seen={"/b": holding(1)}))
+        self.assertEqual([2, 4], self.kept(seen={"/b": holding(1, 2)}))
+        self.assertEqual([1, 3, 4], self.kept(seen={"/b": holding(1), "/c": holding(2, 3)}))
+        self.assertEqual([4], self.kept(seen={"/b": holding(1, 2, 3, 4)}))
+
+    def test_the_pin_of_a_destination_that_is_away(self):
+        self.assertEqual([1, 4], self.kept(pins={"/b": self.pin(1)}))
+        self.assertEqual([1, 2, 4], self.kept(pins={"/b": self.pin(1), "/c": self.pin(2)}))
+        self.assertEqual([1, 3, 4], self.kept(pins={"/b": self.pin(1)}, seen={"/c": holding(3)}))
+
+    def test_seen_without_anything_in_common_keeps_the_pin(self):
+        """It may be an empty folder where the disk is mounted at other times."""
+        self.assertEqual([2, 4], self.kept(pins={"/b": self.pin(2)}, seen={"/b": Listing()}))
+        self.assertEqual([2, 4], self.kept(pins={"/b": self.pin(2)}, seen={"/b": holding(9)}))
+
+    def test_seen_with_a_newer_one_the_pin_is_history(self):
+        self.assertEqual([3, 4], self.kept(pins={"/b": self.pin(1)}, seen={"/b": holding(1, 2, 3)}))
+
+    def test_a_pin_goes_by_identity(self):
+        self.assertEqual([4], self.kept(pins={"/b": self.pin(1, uuid="of an earlier one of that name")}))
+        self.assertEqual([1, 4], self.kept(pins={"/b": self.pin(9, uuid="uuid-1")}))
+
+    def test_a_pin_of_a_snapshot_that_was_received(self):
+        taken = [snapshot(1, received_uuid="original"), snapshot(2)]
+        verdicts = plan_source_retention(taken, "home", Policy(1), {}, {"/b": self.pin(1, uuid="original")}, {}, NOW)
+        self.assertEqual([], deletions(verdicts))
+
+    def test_locks_and_parent_notes(self):
+        locks = {name_of(1): {"locks": ["/b"]}, name_of(2): {"parent_locks": ["/b"]},
+                 name_of(3): {"locks": [], "parent_locks": []}, "other20260101-000000": {"locks": ["/b"]}}
+        self.assertEqual([1, 2, 4], self.kept(locks=locks))
+
+    def test_reasons(self):
+        verdicts = plan_source_retention(self.TAKEN, "home", Policy(1), {name_of(1): {"locks": ["/c"]}},
+                                         {"/b": self.pin(2)}, {"/d": holding(3)}, NOW)
+        for verdict, destination in zip(verdicts, ("/c", "/b", "/d")):
+            self.assertIn(destination, verdict.reason)
+
+
+class LockReasons(unittest.TestCase):
+
+    def test_which_and_why(self):
+        locks = {"a": {"locks": ["/b"], "parent_locks": []}, "b": {"parent_locks": ["/c"]}, "c": {"locks": ["/d"]},
+                 "d": {"locks": ["/e"], "parent_locks": ["/f"]}, "e": {"locks": [], "parent_locks": []}, "f": {}}
+        reasons = lock_reasons(locks)
+        self.assertEqual({"a": "locked for /b", "b": "parent of an unfinished transfer to /c",
+                          "c": "locked for /d", "d": "locked for /e"}, reasons)
+
+    def test_on_one_line(self):
+        self.assertEqual({"a": "locked for /b\\n\\udcff"}, lock_reasons({"a": {"locks": ["/b\n\udcff"]}}))
+
+
+class RetentionAtADestination(unittest.TestCase):
+
+    def kept(self, listing, newest=1, taken=()):
+        verdicts = plan_destination_retention(list(taken), listing, "home", Policy(newest), NOW)
+        return [day_of(v.name) for v in verdicts if v.keep]
+
+    def test_by_number(self):
+        self.assertEqual([3], self.kept(holding(1, 2, 3)))
+        self.assertEqual([2, 3], self.kept(holding(1, 2, 3), 2))
+        self.assertEqual([1, 2, 3], self.kept(holding(1, 2, 3), 0))
+
+    def test_the_newest_in_common_with_the_source_stays(self):
+        self.assertEqual([2, 4], self.kept(holding(1, 2, 3, 4), 1, snapshots(1, 2, 5)))
+
+    def test_nothing_but_backups_is_judged(self):
+        also = [backup(1, received_uuid=None), backup(2, readonly=False), backup(3, name="other"),
+                partial(4), Subvolume("home-data20260101-000000", "x", received_uuid="y")]
+        verdicts = plan_destination_retention([], holding(5, 6, also=also), "home", Policy(1), NOW)
+        self.assertEqual([name_of(5), name_of(6)], [v.name for v in verdicts])
+
+    def test_the_future(self):
+        future = backup(1, name="home20991231-235959", uuid="f")
+        verdicts = plan_destination_retention([], holding(2, 3, also=[future]), "home", Policy(1), NOW)
+        self.assertEqual([False, True, True], [v.keep for v in verdicts])
+
+
+class ChooseParent(unittest.TestCase):
+
+    TAKEN = snapshots(1, 2, 3, 4, 5)
+
+    def test_the_nearest_older_one_else_the_nearest_newer(self):
+        for day, common, expected in ((3, (1, 2, 4, 5), 2), (3, (1, 4), 1), (3, (4, 5), 4), (3, (5,), 5),
+                                      (1, (4, 2), 2), (5, (1, 2), 2), (3, (), None), (3, (9,), None), (3, (3,), None)):
+            with self.subTest(day=day, common=common):
+                ids = {"uuid-{}".format(other) for other in common}
+                parent = choose_parent(snapshot(day), self.TAKEN, ids)
+                self.assertEqual(expected, parent and day_of(parent.name))
+
+    def test_by_creation_and_not_by_name(self):
+        taken = [Subvolume("home20241027-02{}000".format(minute), minute, otime=at)
+                 for at, minute in enumerate("3514")]
+        self.assertEqual("5", choose_parent(taken[2], taken, {"3", "5", "4"}).uuid)
+
+    def test_by_the_id_that_travels(self):
+        restored = snapshot(1, received_uuid="original")
+        self.assertEqual(restored, choose_parent(snapshot(2), [restored, snapshot(2)], {"original"}))
+        self.assertIsNone(choose_parent(snapshot(2), [restored, snapshot(2)], {"uuid-1"}))
+
+
+class PlanTransfers(unittest.TestCase):
+
+    def plan(self, taken, listing, newest=0, **more):
+        return plan_transfers(taken, listing, "home", Policy(newest), NOW, **more)
+
+    @staticmethod
+    def sent(plan):
+        """[(day, day of its parent)] in order."""
+        return [(day_of(t.snapshot.name), t.parent and day_of(t.parent.name)) for t in plan.transfers]
+
+    @staticmethod
+    def days(things):
+        return [day_of(thing.snapshot) for thing in things]
+
+    def test_order_and_parents(self):
+        for there, expected in (
+            ((), [(1, None), (2, 1), (3, 2), (4, 3)]),
+            ((1,), [(2, 1), (3, 2), (4, 3)]),
+            ((1, 2, 3), [(4, 3)]),
+            ((1, 2, 3, 4), []),
+            ((2,), [(1, 2), (3, 2), (4, 3)]),
+            ((4,), [(1, 4), (2, 1), (3, 2)]),
+            ((1, 4), [(2, 1), (3, 2)]),
+            ((9,), [(1, None), (2, 1), (3, 2), (4, 3)]),
+        ):
+            with self.subTest(there=there):
+                plan = self.plan(snapshots(1, 2, 3, 4), holding(*there))
+                self.assertEqual(DestinationPlan((), plan.transfers), plan)
+                self.assertEqual(expected, self.sent(plan))
+
+    def test_in_full_when_asked(self):
+        plan = self.plan(snapshots(1, 2, 3), holding(1), incremental=False)
+        self.assertEqual([(2, None), (3, None)], self.sent(plan))
+
+    def test_a_backup_under_another_name_is_there(self):
+        listing = holding(also=[backup(1, name="mine"), backup(2, name=name_of(9))])
+        self.assertEqual([(3, 2)], self.sent(self.plan(snapshots(1, 2, 3), listing)))
+
+    def test_what_retention_would_delete_is_not_sent(self):
+        for there, newest, expected, skipped in (
+            ((), 2, [(3, None), (4, 3)], [1, 2]),
+            ((), 1, [(4, None)], [1, 2, 3]),
+            ((1,), 1, [(4, 1)], [2, 3]),
+            ((4,), 1, [], [1, 2, 3]),
+            ((4,), 2, [(3, 4)], [1, 2]),
+            ((7, 8), 2, [], [1, 2, 3, 4]),  # newer backups of the same prefix, from elsewhere
+            ((7,), 2, [(4, None)], [1, 2, 3]),
+        ):
+            with self.subTest(there=there, newest=newest):
+                plan = self.plan(snapshots(1, 2, 3, 4), holding(*there), newest)
+                self.assertEqual(expected, self.sent(plan))
+                self.assertEqual(skipped, [day_of(verdict.name) for verdict in plan.skipped])
+
+    def test_the_future_is_sent_and_takes_no_place(self):
+        future = snapshot(31, name="home20991231-235959")
+        plan = self.plan([snapshot(1), snapshot(2), future], Listing(), 1)
+        self.assertEqual([name_of(2), future.name], [t.snapshot.name for t in plan.transfers])
+
+    # What bears the name of snapshot 2 at the destination, and what is said about it.
+    CONFLICTS = (
+        (Listing((backup(2, received_uuid="another"),)), ("another", "uuid-2")),
+        (Listing((backup(2, received_uuid=None),)), ("none", "uuid-2")),
+        (Listing((backup(2, received_uuid=None, readonly=False),)), ("writable",)),
+        (Listing((backup(2, readonly=False),)), ("writable",)),
+        (Listing((), frozenset([name_of(2)])), ("no subvolume",)),
+        (Listing((partial(2),)), ("partial", partial(2).name)),
+        (Listing((partial(2, ".3"),)), ("partial", partial(2, ".3").name)),
+        (Listing((partial(2, readonly=True, received_uuid="uuid-2"),)), ("partial",)),
+    )
+
+    def test_conflicts_are_reported_and_the_others_sent(self):
+        for listing, words in self.CONFLICTS:
+            with self.subTest(listing=listing):
+                plan = self.plan(snapshots(1, 2, 3), listing)
+                self.assertEqual([2], self.days(plan.problems))
+                self.assertEqual([(1, None), (3, 1)], self.sent(plan))
+                self.assertTrue(plan.problems[0].hint)
+                for word in words:
+                    self.assertIn(word, plan.problems[0].text)
+
+    def test_a_conflict_does_not_matter_where_nothing_is_to_be_sent(self):
+        for listing, _ in self.CONFLICTS:
+            there = listing._replace(subvolumes=(backup(2, name="elsewhere"),) + listing.subvolumes)
+            with self.subTest(listing=listing):
+                self.assertEqual(DestinationPlan(), self.plan(snapshots(2), there))
+
+    def test_what_recovery_deletes_is_no_conflict(self):
+        pieces = (partial(2), partial(2, ".2"))
+        recovery = Recovery(name_of(2), pieces)
+        plan = self.plan(snapshots(1, 2), holding(1, also=pieces), recoveries=[recovery])
+        self.assertEqual(DestinationPlan((recovery,), plan.transfers), plan)
+        self.assertEqual([(2, 1)], self.sent(plan))
+
+    def test_a_recovery_clears_only_what_it_names(self):
+        plan = self.plan(snapshots(1, 2), holding(also=[partial(1), partial(2)]),
+                         recoveries=[Recovery(name_of(1), (partial(1),))])
+        self.assertEqual([(1, None)], self.sent(plan))
+        self.assertEqual([2], self.days(plan.problems))
+
+    def test_a_recovery_with_a_problem_blocks_its_snapshot(self):
+        """It has been said already, so that it is no further problem."""
+        recovery = Recovery(name_of(2), (partial(2),), "is another subvolume")
+        plan = self.plan(snapshots(1, 2, 3), holding(1, also=[partial(2)]), recoveries=[recovery])
+        self.assertEqual(DestinationPlan((recovery,), plan.transfers), plan)
+        self.assertEqual([(3, 1)], self.sent(plan))
+
+    def test_snapshots_that_cannot_be_told_apart(self):
+        taken = [snapshot(1), snapshot(2, received_uuid="same"), snapshot(3, received_uuid="same"), snapshot(4)]
+        for listing in (holding(1), holding(1, also=[backup(3, received_uuid="same")])):
+            with self.subTest(listing=listing):
+                plan = self.plan(taken, listing)
+                self.assertEqual([2, 3], self.days(plan.problems))
+                self.assertEqual([(4, 1)], self.sent(plan))
+
+    def test_any_subset(self):
+        """Each missing one is sent once, from what is there by then; afterwards nothing is left to do."""
+        chance = random.Random(5)
+        taken = snapshots(*range(1, 13))
+        for _ in range(100):
+            there = [s for s in taken if chance.random() < 0.5]
+            listing = holding(*(day_of(s.name) for s in there))
+            newest = chance.choice([0, 0, 1, 3, 8])
+            plan = self.plan(taken, listing, newest)
+            known = {s.name for s in there}
+            for transfer in plan.transfers:
+                self.assertNotIn(transfer.snapshot.name, known)
+                self.assertTrue(transfer.parent.name in known if known else transfer.parent is None)
+                known.add(transfer.snapshot.name)
+            missing = {s.name for s in taken} - known
+            self.assertEqual(missing, {v.name for v in plan.skipped})
+            self.assertEqual((), self.plan(taken, after_transfers(listing, plan), newest).transfers)
+
+    def test_afterwards(self):
+        recovery = Recovery(name_of(2), (partial(2),))
+        listing = holding(1, also=[partial(2)], others=["file"])
+        after = after_transfers(listing, self.plan(snapshots(1, 2), listing, recoveries=[recovery]))
+        self.assertEqual([name_of(1), name_of(2)], [s.name for s in after.subvolumes])
+        self.assertTrue(corresponds(snapshot(2), after.subvolumes[1]))
+        self.assertTrue(after.subvolumes[1].is_received)
+        self.assertEqual(frozenset(["file"]), after.others)
+
+
+class PlanRecovery(unittest.TestCase):
+
+    HALF = backup(2, received_uuid=None, readonly=False)
+    STAMPED = backup(2, readonly=False)
+    FOREIGN = backup(2, received_uuid="another")
+
+    # Beside the lock of snapshot 2: what the destination holds, what is deleted, what is said.
+    TABLE = (
+        ("nothing", [], [], ""),
+        ("the complete backup", [backup(2)], [], ""),
+        ("the complete backup and a partial", [backup(2), partial(2)], [partial(2)], ""),
+        ("a partial", [partial(2)], [partial(2)], ""),
+        ("a partial that was complete but for its name",
+         [partial(2, readonly=True, received_uuid="uuid-2")], [partial(2, readonly=True, received_uuid="uuid-2")], ""),
+        ("pieces", [partial(2, ".2"), partial(2, ".11")], [partial(2, ".2"), partial(2, ".11")], ""),
+        ("what 0.6.6 left", [HALF], [HALF], ""),
+        ("what 0.6.6 left, and a partial", [HALF, partial(2)], [partial(2), HALF], ""),
+        ("writable with a received UUID", [STAMPED], [], "received UUID"),
+        ("writable with a received UUID, and a partial", [STAMPED, partial(2)], [partial(2)], "received UUID"),
+        ("another subvolume", [FOREIGN], [], "another"),
+        ("another subvolume, not received", [backup(2, received_uuid=None)], [], "another"),
+        ("another subvolume and a partial", [FOREIGN, partial(2)], [partial(2)], "another"),
+        ("others' partials and backups", [partial(1), partial(3), backup(1), backup(3, readonly=False)], [], ""),
+    )
+
+    def test_with_the_snapshot(self):
+        for what, there, deleted, words in self.TABLE:
+            with self.subTest(what):
+                recovery = plan_recovery(name_of(2), snapshot(2), Listing(tuple(there)))
+                self.assertEqual(name_of(2), recovery.snapshot)
+                self.assertEqual(deleted, list(recovery.delete))
+                self.assertEqual(bool(words), bool(recovery.problem))
+                self.assertIn(words, recovery.problem)
+
+    def test_when_the_snapshot_is_gone(self):
+        """Nothing can be compared then, so that what is read-only stays and the lock goes."""
+        for what, there, deleted, words in self.TABLE:
+            with self.subTest(what):
+                recovery = plan_recovery(name_of(2), None, Listing(tuple(there)))
+                self.assertEqual(deleted, list(recovery.delete))
+                self.assertEqual("writable" in what, bool(recovery.problem))
+
+    def test_the_problem_names_both_ids(self):
+        problem = plan_recovery(name_of(2), snapshot(2), Listing((self.FOREIGN,))).problem
+        self.assertIn("another", problem)
+        self.assertIn("uuid-2", problem)
+
+    LOCKS = {
+        name_of(3): {"locks": ["/b", "/c"], "parent_locks": []},
+        name_of(1): {"locks": ["/b"]},
+        name_of(2): {"parent_locks": ["/b"]},
+        name_of(4): {"locks": ["/bb", "/b/c"]},
+        name_of(9): {"locks": ["/b/"]},  # as others wrote it
+    }
+
+    def test_each_lock_of_the_destination(self):
+        recoveries = plan_recoveries(self.LOCKS, "/b", snapshots(1, 2, 3, 4), holding(also=[partial(1), partial(9)]))
+        self.assertEqual([Recovery(name_of(1), (partial(1),)), Recovery(name_of(3)),
+                          Recovery(name_of(9), (partial(9),))], recoveries)
+        self.assertEqual([], plan_recoveries(self.LOCKS, "/d", snapshots(1), holding(also=[partial(1)])))
+
+    def test_names_by_kind(self):
+        self.assertEqual([name_of(3), name_of(1), name_of(9)], locked_names(self.LOCKS, "/b"))
+        self.assertEqual([name_of(2)], locked_names(self.LOCKS, "/b", "parent_locks"))
+        self.assertEqual([], locked_names({}, "/b"))
+        self.assertEqual(["a"], locked_names({"a": {"locks": ["/"]}, "b": {"locks": ["/b"]}}, "/"))
+
+    def test_own_locks(self):
+        entry = {"locks": ["/b"]}
+        locks = {name_of(1): entry, "home-data20260101-000000": entry, "20260101-000000": entry, "home": entry}
+        self.assertEqual({name_of(1): entry}, own_locks(locks, "home"))
+        self.assertEqual({"20260101-000000": entry}, own_locks(locks, ""))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,351 @@
+"""The one file: how it is packed, and where it runs from."""
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import unittest
+import zipfile
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+
+from pythons import old_pythons, pythons
+
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+BUILD = "build_zipapp.sh"
+PROGRAM = "btrfs_backup_ng.py"
+ZIPAPP = "btrfs_backup_ng.pyz"
+
+# Stands in for the program where only what is around it is tested.
+STAND_IN = """\
+import sys
+
+
+def main(argv=None):
+    print("arguments: " + " ".join(sys.argv[1:]))
+    return 7
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
+"""
+
+
+def run(argv: Sequence[str], **options: Any) -> Tuple[int, str, str]:
+    """Status, stdout and stderr of a command; `env` adds to the environment."""
+    environment = dict(os.environ)
+    # What make, or the runner's own interpreter, leaves to its children is no part of the test.
+    for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "SOURCE_DATE_EPOCH", "PYTHONDONTWRITEBYTECODE"):
+        environment.pop(name, None)
+    environment.update(options.pop("env", {}))
+    done = subprocess.run(
+        argv,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        check=False,
+        **options
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def contents(path: str) -> bytes:
+    with open(path, "rb") as stream:
+        return stream.read()
+
+
+class ZipappTest(unittest.TestCase):
+    """Each test has a folder of its own, with a copy of what it packs."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory(prefix="zipapp.")
+        self.addCleanup(folder.cleanup)
+        # Blanks and more in the path: a script that forgets to quote shows it here.
+        self.folder = os.path.join(folder.name, "with blank $HOME")
+        os.mkdir(self.folder)
+        self.zipapp = os.path.join(self.folder, ZIPAPP)
+
+    def copy(self, *names: str) -> None:
+        for name in names:
+            shutil.copy(os.path.join(REPOSITORY, name), self.folder)
+
+    def write_stand_in(self) -> None:
+        with open(os.path.join(self.folder, PROGRAM), "w", encoding="utf-8") as stream:
+            stream.write(STAND_IN)
+
+    def build(self, *arguments: str, **options: Any) -> Tuple[int, str, str]:
+        script = os.path.join(self.folder, BUILD)
+        options.setdefault("env", {}).setdefault("PYTHON", sys.executable)
+        return run((script,) + arguments, **options)
+
+    def build_bytes(self, **options: Any) -> bytes:
+        status, _, errors = self.build(**options)
+        self.assertEqual((status, errors), (0, ""))
+        return contents(self.zipapp)
+
+    def names(self) -> List[str]:
+        return sorted(os.listdir(self.folder))
+
+
+class Packing(ZipappTest):
+    def setUp(self) -> None:
+        super().setUp()
+        self.copy(BUILD, PROGRAM)
+
+    def test_same_bytes_from_every_python_and_environment(self) -> None:
+        expected = self.build_bytes()
+        for python in pythons():
+            with self.subTest(python=python):
+                self.assertEqual(self.build_bytes(env={"PYTHON": python}), expected)
+        environments: Iterable[Dict[str, str]] = (
+            {"TZ": "Pacific/Kiritimati"},
+            {"TZ": "XYZ+11:30"},
+            {"LANG": "C", "LC_ALL": "C"},
+            {"LANG": "tr_TR.UTF-8", "LC_ALL": "tr_TR.UTF-8"},
+            {"PYTHONHASHSEED": "7", "PYTHONUTF8": "1"},
+        )
+        for environment in environments:
+            with self.subTest(environment=environment):
+                self.assertEqual(self.build_bytes(env=environment), expected)
+
+    def test_same_bytes_whatever_umask_file_times_and_folder(self) -> None:
+        expected = self.build_bytes()
+        for umask in (0o077, 0o000):
+            previous = os.umask(umask)
+            try:
+                self.assertEqual(self.build_bytes(cwd="/"), expected)
+            finally:
+                os.umask(previous)
+            self.assertEqual(stat.S_IMODE(os.stat(self.zipapp).st_mode), 0o755)
+        program = os.path.join(self.folder, PROGRAM)
+        os.utime(program, (1, 1))
+        os.chmod(program, 0o600)
+        self.assertEqual(self.build_bytes(), expected)
+
+    def test_contents(self) -> None:
+        packed = self.build_bytes()
+        self.assertTrue(packed.startswith(b"#!/usr/bin/env python3\n"))
+        with zipfile.ZipFile(self.zipapp) as archive:
+            self.assertIsNone(archive.testzip())
+            self.assertEqual(archive.namelist(), ["__main__.py", PROGRAM])
+            self.assertEqual(archive.read(PROGRAM), contents(os.path.join(self.folder, PROGRAM)))
+            for info in archive.infolist():
+                self.assertEqual(info.date_time, (1980, 1, 1, 0, 0, 0))
+                self.assertEqual(info.compress_type, zipfile.ZIP_DEFLATED)
+                self.assertEqual(info.external_attr >> 16, stat.S_IFREG | 0o644)
+
+    def test_source_date_epoch(self) -> None:
+        for seconds, date in (
+            ("1700000000", (2023, 11, 14, 22, 13, 20)),
+            ("0", (1980, 1, 1, 0, 0, 0)),
+            ("99999999999", (2107, 12, 31, 23, 59, 58)),
+        ):
+            with self.subTest(seconds=seconds):
+                self.build_bytes(env={"SOURCE_DATE_EPOCH": seconds, "TZ": "Asia/Tokyo"})
+                with zipfile.ZipFile(self.zipapp) as archive:
+                    self.assertEqual([i.date_time for i in archive.infolist()], [date, date])
+
+    def test_output_path(self) -> None:
+        expected = self.build_bytes()
+        status, _, errors = self.build("other name", cwd=self.folder)
+        self.assertEqual((status, errors), (0, ""))
+        self.assertEqual(contents(os.path.join(self.folder, "other name")), expected)
+
+    def assert_refused(self, reason: str, outcome: Tuple[int, str, str]) -> None:
+        status, output, errors = outcome
+        self.assertNotEqual(status, 0)
+        self.assertEqual(output, "")
+        self.assertRegex(errors, r"\Abuild_zipapp\.sh: [^\n]*{}[^\n]*\n\Z".format(re.escape(reason)))
+
+    def test_refusals_leave_the_old_file_alone(self) -> None:
+        expected, names = self.build_bytes(), self.names()
+        self.assert_refused("SOURCE_DATE_EPOCH", self.build(env={"SOURCE_DATE_EPOCH": "today"}))
+        self.assert_refused("no-such-python", self.build(env={"PYTHON": "no-such-python"}))
+        self.assert_refused("No such file", self.build(os.path.join(self.folder, "none", "out")))
+        self.assert_refused("is a folder", self.build(self.folder))
+        self.assert_refused("too many", self.build("a", "b"))
+        for python in old_pythons():
+            self.assert_refused("needs Python 3.6", self.build(env={"PYTHON": python}))
+        self.assertEqual(contents(self.zipapp), expected)
+        self.assertEqual(self.names(), names)
+        os.unlink(os.path.join(self.folder, PROGRAM))
+        self.assert_refused(PROGRAM, self.build())
+
+
+class Running(ZipappTest):
+    def setUp(self) -> None:
+        super().setUp()
+        self.copy(BUILD, PROGRAM)
+        self.build_bytes()
+        os.unlink(os.path.join(self.folder, BUILD))
+
+    def assert_runs(self, *command: str, **options: Any) -> str:
+        """The command must know its version and help, refuse a bad option, and write no file.
+
+        Returns the name and version that it has given.
+        """
+        names = self.names()
+        status, version, errors = run(command + ("--version",), **options)
+        self.assertEqual((status, errors), (0, ""))
+        self.assertRegex(version, r"\Abtrfs-backup-ng \d+\.\d+")
+        status, text, errors = run(command + ("--help",), **options)
+        self.assertEqual((status, errors), (0, ""))
+        self.assertIn("usage: btrfs-backup-ng", text)
+        status, _, errors = run(command + ("--no-such-option",), **options)
+        self.assertEqual(status, 2)
+        self.assertIn("--no-such-option", errors)
+        self.assertNotIn("Traceback", errors)
+        self.assertEqual(self.names(), names)
+        return " ".join(version.split()[:2])
+
+    def test_as_file_and_zipapp_under_every_python(self) -> None:
+        versions = set()
+        for python in pythons():
+            for name in (PROGRAM, ZIPAPP):
+                with self.subTest(python=python, name=name):
+                    versions.add(self.assert_runs(python, os.path.join(self.folder, name)))
+        self.assertEqual(len(versions), 1)
+
+    def python_on_path(self) -> Dict[str, str]:
+        """An environment whose python3 is the one that runs the tests."""
+        folder = tempfile.TemporaryDirectory(prefix="zipapp.")
+        self.addCleanup(folder.cleanup)
+        os.symlink(sys.executable, os.path.join(folder.name, "python3"))
+        return {"PATH": folder.name + os.pathsep + os.environ["PATH"]}
+
+    def test_executed_directly_and_through_a_symlink(self) -> None:
+        environment = self.python_on_path()
+        self.assert_runs(self.zipapp, env=environment)
+        self.assert_runs("./" + ZIPAPP, cwd=self.folder, env=environment)
+        links = os.path.join(os.path.dirname(self.folder), "bin")
+        os.mkdir(links)
+        link = os.path.join(links, "btrfs-backup-ng")
+        os.symlink(os.path.join("..", os.path.basename(self.folder), ZIPAPP), link)
+        self.assert_runs(link, env=environment)
+        environment["PATH"] = links + os.pathsep + environment["PATH"]
+        self.assert_runs("btrfs-backup-ng", env=environment)
+        self.assertEqual(os.listdir(links), ["btrfs-backup-ng"])
+
+    def read_only(self) -> List[str]:
+        """What a command is to begin with, so that nothing can be written to the folder."""
+        os.chmod(self.folder, 0o555)
+        self.addCleanup(os.chmod, self.folder, 0o755)
+        if os.geteuid() != 0:
+            return []
+        # Modes do not hold root back, a read-only mount does. It is in a namespace of its own,
+        # which goes away with the command.
+        script = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && [ ! -w "$0" ] && exec "$@"'
+        return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, self.folder]
+
+    def test_from_a_read_only_folder(self) -> None:
+        begin = self.read_only()
+        for name in (PROGRAM, ZIPAPP):
+            with self.subTest(name=name):
+                self.assert_runs(*begin, sys.executable, os.path.join(self.folder, name))
+
+    def test_in_any_locale(self) -> None:
+        for locale in ("C", "POSIX", "C.UTF-8", "no_SUCH.locale"):
+            with self.subTest(locale=locale):
+                self.assert_runs(sys.executable, self.zipapp, env={"LC_ALL": locale})
+
+    def test_without_a_home_and_without_site_packages(self) -> None:
+        self.assert_runs(sys.executable, "-I", "-S", self.zipapp, env={"HOME": "/nonexistent"})
+
+
+class Result(ZipappTest):
+    """With a stand-in for the program, whose main() returns 7."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.copy(BUILD)
+        self.write_stand_in()
+        self.build_bytes()
+
+    def test_status_of_main_comes_through(self) -> None:
+        for name in (PROGRAM, ZIPAPP):
+            outcome = run([sys.executable, os.path.join(self.folder, name), "-p", "@home", ""])
+            self.assertEqual(outcome, (7, "arguments: -p @home \n", ""))
+
+    def main_module(self) -> str:
+        with zipfile.ZipFile(self.zipapp) as archive:
+            return archive.read("__main__.py").decode("ascii")
+
+    def assert_refuses(self, status: Optional[int], output: str, errors: str) -> None:
+        self.assertEqual((status, output), (1, ""))
+        self.assertRegex(errors, r"\Abtrfs-backup-ng: needs Python 3\.6 or later, this is [^\n]+\n\Z")
+
+    def test_too_old_python_gets_one_line(self) -> None:
+        for python in old_pythons():
+            with self.subTest(python=python):
+                self.assert_refuses(*run([python, self.zipapp, "--version"]))
+
+    def test_version_is_looked_at_first(self) -> None:
+        """The same where no old Python is at hand: by a Python that says it is one."""
+        pretend = "import sys; sys.version_info = (3, 5, 10, 'final', 0); exec(sys.argv[1])"
+        self.assert_refuses(*run([sys.executable, "-c", pretend, self.main_module()]))
+
+
+class Make(ZipappTest):
+    """The targets of the Makefile that build and install."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.copy("Makefile", BUILD)
+        self.write_stand_in()
+        # Beside the folder, as make takes a $ in what it is given for a variable of its own.
+        self.destination = os.path.join(os.path.dirname(self.folder), "package root")
+
+    def make(self, *arguments: str) -> str:
+        command = ["make", "-s", "PYTHON=" + sys.executable]
+        status, output, errors = run(command + list(arguments), cwd=self.folder)
+        self.assertEqual((status, errors), (0, ""))
+        return output
+
+    def installed(self) -> List[str]:
+        return sorted(
+            os.path.relpath(os.path.join(top, name), self.destination)
+            for top, _, names in os.walk(self.destination)
+            for name in names
+        )
+
+    def test_install_and_uninstall(self) -> None:
+        where = ["DESTDIR=" + self.destination, "PREFIX=/opt/tools"]
+        self.make("install", *where)
+        self.assertEqual(self.installed(), ["opt/tools/bin/btrfs-backup-ng"])
+        program = os.path.join(self.destination, "opt/tools/bin/btrfs-backup-ng")
+        self.assertEqual(stat.S_IMODE(os.stat(program).st_mode), 0o755)
+        self.assertEqual(run([sys.executable, program])[0], 7)
+        self.make("uninstall", *where)
+        self.assertEqual(self.installed(), [])
+
+    def test_build_again_only_after_a_change(self) -> None:
+        self.make("build")
+        before = os.stat(self.zipapp)
+        self.make("build")
+        self.assertEqual(os.stat(self.zipapp), before)
+        with open(os.path.join(self.folder, PROGRAM), "a", encoding="utf-8") as stream:
+            stream.write("# changed\n")
+        self.make("build")
+        self.assertNotEqual(os.stat(self.zipapp).st_ino, before.st_ino)
+
+    def test_help_names_every_target(self) -> None:
+        text = self.make()
+        targets = re.findall(r"^\.PHONY: (.*)$", self.makefile(), re.MULTILINE)[0].split()
+        for target in targets:
+            self.assertRegex(text, r"(?m)^  {} +\S".format(target))
+
+    def makefile(self) -> str:
+        return contents(os.path.join(self.folder, "Makefile")).decode()
+
+    def test_clean(self) -> None:
+        names = self.names()
+        self.make("build")
+        self.make("clean")
+        self.assertEqual(self.names(), names)
+
+
+if __name__ == "__main__":
+    unittest.main()
