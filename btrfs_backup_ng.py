@@ -922,7 +922,7 @@ class CommandReader:
 
     def feed(self, chunk: bytes) -> Tuple[bytes, List[Tuple[int, int, int]]]:
         """The bytes that may go on now, and (start, end, command) of each wanted command in them."""
-        data = self.carry + chunk if self.carry else chunk
+        data = self.carry + bytes(chunk) if self.carry else chunk
         at, size, spans, wanted, start_of = self.skip, len(data), [], self.wanted, COMMAND_START.unpack_from
         while at + 10 <= size:
             length, command = start_of(data, at)
@@ -939,7 +939,7 @@ class CommandReader:
         if at >= size:
             self.skip, self.carry = at - size, b""
             return data, spans
-        self.skip, self.carry = 0, data[at:]
+        self.skip, self.carry = 0, bytes(data[at:])
         return data[:at], spans
 
 
@@ -969,7 +969,7 @@ class IncomingStream:
     def edit(self, chunk: bytes) -> List[bytes]:
         """What `btrfs receive` gets for `chunk`."""
         if self.opening is not None:
-            self.opening += chunk
+            self.opening += bytes(chunk)
             first = parse_first_command(self.opening)
             if first is None:
                 return []
@@ -1839,16 +1839,18 @@ class LocalHost:
 ########################################################################################################
 # 13 TRANSFER: sender, receiver, and the relay between them
 #
-# A sender gives chunks, a receiver takes them, and neither ever blocks: the relay moves what can be
-# moved, then naps. Waking for every 4 KiB that a pipe has room for costs more than moving the data, so
-# it naps whenever little moved. One sender may feed several receivers (lanes); a lane that fails is
-# dropped, the others go on. A backup is complete when the sender and its receiver exited 0, the result
-# was seen read-only with the right identity, and its filesystem is synced; only then it gets its name.
+# A sender fills buffers, a receiver takes them, and neither ever blocks: the relay moves what can be
+# moved, then naps. Waking for every few KiB costs more than moving them, and memory made anew for each
+# read more than both, so a few buffers go round and the naps are as long as the pipes can bear at the
+# present rate. One sender may feed several receivers (lanes); a lane that fails is dropped, the others
+# go on. A backup is complete when the sender and its receiver exited 0, the result was seen read-only
+# with the right identity, and its filesystem is synced; only then it gets its name.
 ########################################################################################################
 
-WINDOW = 4 << 20  # bytes that may wait for the slowest lane
-NAP, LONGEST_NAP = 0.001, 0.008  # seconds
-LITTLE = 256 << 10  # bytes: less than this at once is not worth going on without a nap
+BUFFERS = 4  # of PIPE_SIZE: how far the fastest lane may be ahead of the slowest
+READ_AHEAD, WRITE_AHEAD = 64 << 10, 256 << 10  # bytes that may come, and go, during a nap
+READ_NAP, WRITE_NAP, IDLE_NAP = 0.001, 0.003, 0.008  # seconds, at most
+SHORTEST_NAP = 0.00005
 PROGRESS_INTERVAL = 0.2  # seconds
 
 
@@ -1866,10 +1868,10 @@ class LocalSender:
             os.close(write_end)
         os.set_blocking(self.read_end, False)
 
-    def read(self) -> Optional[bytes]:
-        """What has come, None while there is nothing, b'' at the end."""
+    def read(self, buffer: bytearray) -> Optional[int]:
+        """How many bytes came into `buffer`: None while there are none, 0 at the end."""
         try:
-            return os.read(self.read_end, PIPE_SIZE)
+            return os.readv(self.read_end, [buffer])
         except BlockingIOError:
             return None
 
@@ -1887,8 +1889,8 @@ class LocalReceiver:
     def __init__(self, host: LocalHost, folder: str, expected: ExpectedStream, argv: Sequence[str]) -> None:
         self.host, self.folder, self.expected = host, folder, expected
         self.stream = IncomingStream(expected)
-        self.queue: "collections.deque[memoryview]" = collections.deque()
-        self.pending = 0
+        self.queue: "collections.deque[memoryview]" = collections.deque()  # an empty piece ends a chunk
+        self.pending = 0  # chunks not wholly written
         read_end, write_end = make_pipe()
         self.write_end: Optional[int] = write_end
         try:
@@ -1900,10 +1902,11 @@ class LocalReceiver:
             os.close(read_end)
         os.set_blocking(write_end, False)
 
-    def offer(self, chunk: bytes) -> None:
-        for piece in self.stream.edit(chunk):
-            self.queue.append(memoryview(piece))
-            self.pending += len(piece)
+    def offer(self, chunk: memoryview) -> None:
+        """Takes a chunk, whose memory must not change before `pending` has gone down."""
+        self.queue.extend(memoryview(piece) for piece in self.stream.edit(chunk))
+        self.queue.append(memoryview(b""))
+        self.pending += 1
 
     def pump(self) -> int:
         """Writes what the pipe has room for; returns how many bytes that were."""
@@ -1911,17 +1914,17 @@ class LocalReceiver:
         try:
             while self.queue:
                 piece = self.queue[0]
-                written = os.write(self.write_end, piece)
+                written = os.write(self.write_end, piece) if len(piece) else 0
                 moved += written
                 if written < len(piece):
                     self.queue[0] = piece[written:]
                 else:
                     self.queue.popleft()
+                    self.pending -= not len(piece)
         except BlockingIOError:
             pass
         except BrokenPipeError:
             raise self.failure() from None
-        self.pending -= moved
         return moved
 
     def failure(self) -> BackupError:
@@ -2013,30 +2016,41 @@ class Relay:
         return Relayed(self.size, time.monotonic() - self.begun, backups, self.errors)
 
     def move_all(self) -> None:
-        nap, at_end = NAP, False
-        while self.lanes and not (at_end and not self.waiting()):
-            read = 0
-            if not at_end and self.waiting() < WINDOW:
-                chunk = self.sender.read()
-                at_end = chunk == b""
-                read = self.spread(chunk) if chunk else 0
+        buffers = [bytearray(PIPE_SIZE) for _ in range(BUFFERS)]
+        idle, got, next_buffer = SHORTEST_NAP, None, 0  # type: float, Optional[int], int
+        while self.lanes and (got != 0 or self.waiting()):
+            if got != 0 and self.waiting() < BUFFERS:
+                got = self.sender.read(buffers[next_buffer])
+                if got:
+                    self.spread(memoryview(buffers[next_buffer])[:got])
+                    next_buffer = (next_buffer + 1) % BUFFERS
+                full = False
+            else:
+                full = True
             moved = self.each_lane(lambda receiver: receiver.pump())
             now = time.monotonic()
-            if read or moved:
-                nap, self.last_moved = NAP, now
+            if moved or (got and not full):
+                self.last_moved, idle = now, SHORTEST_NAP
+            else:
+                idle = min(IDLE_NAP, idle * 2)
             self.look_around(now)
-            if read < LITTLE:
-                time.sleep(nap)
-                nap = min(LONGEST_NAP, nap * 2) if not (read or moved) else NAP
+            self.nap(full, got or 0, idle)
+
+    def nap(self, full: bool, got: int, idle: float) -> None:
+        """Sleeps for as long as the pipes can do without us."""
+        rate = max(1.0, self.size / (time.monotonic() - self.begun))
+        if full:
+            time.sleep(min(WRITE_NAP, WRITE_AHEAD / rate))
+        elif got < READ_AHEAD:
+            time.sleep(max(idle, min(READ_NAP, READ_AHEAD / rate)))
 
     def waiting(self) -> int:
-        """Bytes that the slowest lane still has to take."""
+        """Chunks that the slowest lane still has to take."""
         return max((receiver.pending for receiver in self.lanes.values()), default=0)
 
-    def spread(self, chunk: bytes) -> int:
+    def spread(self, chunk: memoryview) -> None:
         self.size += len(chunk)
         self.each_lane(lambda receiver: receiver.offer(chunk) or 0)
-        return len(chunk)
 
     def each_lane(self, act: Callable[[LocalReceiver], int]) -> int:
         """Does something with each lane; one that fails is dropped."""

@@ -38,18 +38,18 @@ class InZone(unittest.TestCase):
 
 class ParseTime(InZone):
 
-    TIMES = {
-        "20260131-093000": (2026, 1, 31, 9, 30, 0),
-        "20240229-235959": (2024, 2, 29, 23, 59, 59),
-        "20000101-000000": (2000, 1, 1, 0, 0, 0),
-        "19691231-235959": (1969, 12, 31, 23, 59, 59),
-        "99991231-000000": (9999, 12, 31, 0, 0, 0),
-        "260131-093000": (2026, 1, 31, 9, 30, 0),
-        "680101-000000": (2068, 1, 1, 0, 0, 0),
-        "690101-000000": (1969, 1, 1, 0, 0, 0),
-    }
+    TIMES = (
+        ("20260131-093000", (2026, 1, 31, 9, 30, 0)),
+        ("20240229-235959", (2024, 2, 29, 23, 59, 59)),
+        ("20000101-000000", (2000, 1, 1, 0, 0, 0)),
+        ("19691231-235959", (1969, 12, 31, 23, 59, 59)),
+        ("99991231-000000", (9999, 12, 31, 0, 0, 0)),
+        ("260131-093000", (2026, 1, 31, 9, 30, 0)),
+        ("680101-000000", (2068, 1, 1, 0, 0, 0)),
+        ("690101-000000", (1969, 1, 1, 0, 0, 0)),
+    )
 
-    NO_TIMES = [
+    NO_TIMES = (
         "", "-", "x",
         "2025111-1111", "2025111-111111", "202511-1111", "20250111-1111",  # strptime takes the first
         "20250230-000000", "20230229-000000", "19000229-000000", "250230-000000",
@@ -64,12 +64,12 @@ class ParseTime(InZone):
         "+0250131-093000", "-0250131-093000", "2025 131-093000", "20250131- 93000", "20250131-9 3000",
         "\u0662\u0660\u0662\u0665\u0660\u0661\u0663\u0661-\u0660\u0669\u0663\u0660\u0660\u0660",
         "2025013\u00b9-093000",
-    ]
+    )
 
     def test_times(self):
-        for text, parts in self.TIMES.items():
+        for text, parts in self.TIMES:
             with self.subTest(text=text):
-                self.assertEqual(parts, parse_time(text)[:6])
+                self.assertEqual(parts, tuple(parse_time(text) or ())[:6])
 
     def test_everything_else(self):
         for text in self.NO_TIMES:
@@ -90,7 +90,7 @@ class ParseTime(InZone):
 
 class Prefix(InZone):
 
-    SNAPSHOTS = [
+    SNAPSHOTS = (
         ("home", "home20260131-093000"),
         ("home", "home260131-093000"),
         ("home-", "home-20260131-093000"),
@@ -108,9 +108,9 @@ class Prefix(InZone):
         ("20260131-093000", "20260131-09300020260131-093000"),
         (".*", ".*20260131-093000"),
         ("a\nb", "a\nb20260131-093000"),
-    ]
+    )
 
-    OTHERS = [
+    OTHERS = (
         ("home", "home"),
         ("home", "home-data20260131-093000"),
         ("home-data", "home20260131-093000"),
@@ -136,7 +136,7 @@ class Prefix(InZone):
         ("home20", "home20260131-093000"),
         ("home19", "home19700101-000000"),
         ("20", "20260131-093000"),
-    ]
+    )
 
     def test_snapshots(self):
         for prefix, name in self.SNAPSHOTS:
@@ -161,17 +161,17 @@ class Moments(InZone):
         self.assertEqual("20260731-093000", snapshot_name("", utc("2026-07-31 07:30:00")))
 
     # The clock went from 02:00 to 03:00 on 31 March, from 03:00 to 02:00 on 27 October.
-    AROUND_CHANGES = {
-        "20240331-015959": "2024-03-31 00:59:59",
-        "20240331-030000": "2024-03-31 01:00:00",
-        "20241027-015959": "2024-10-26 23:59:59",
-        "20241027-020000": "2024-10-27 00:00:00",  # the first time
-        "20241027-025959": "2024-10-27 00:59:59",
-        "20241027-030000": "2024-10-27 02:00:00",
-    }
+    AROUND_CHANGES = (
+        ("20240331-015959", "2024-03-31 00:59:59"),
+        ("20240331-030000", "2024-03-31 01:00:00"),
+        ("20241027-015959", "2024-10-26 23:59:59"),
+        ("20241027-020000", "2024-10-27 00:00:00"),  # the first time
+        ("20241027-025959", "2024-10-27 00:59:59"),
+        ("20241027-030000", "2024-10-27 02:00:00"),
+    )
 
     def test_around_the_changes(self):
-        for name, moment in self.AROUND_CHANGES.items():
+        for name, moment in self.AROUND_CHANGES:
             with self.subTest(name=name):
                 self.assertEqual(utc(moment), snapshot_time("", name))
 
@@ -198,28 +198,28 @@ class Moments(InZone):
 
 class Partial(unittest.TestCase):
 
-    PARTIALS = {
-        ".home20260131-093000.partial": "home20260131-093000",
-        ".home20260131-093000.2.partial": "home20260131-093000",
-        ".home20260131-093000.17.partial": "home20260131-093000",
-        ".home.20260131-093000.2.partial": "home.20260131-093000",
-        ".20260131-093000.partial": "20260131-093000",
-        "..hidden20260131-093000.partial": ".hidden20260131-093000",
-        ".a.partial.partial": "a.partial",
-        ".a.2.3.partial": "a.2",
-        ".a\nb.partial": "a\nb",
-        ".\udcff.partial": "\udcff",
-    }
+    PARTIALS = (
+        (".home20260131-093000.partial", "home20260131-093000"),
+        (".home20260131-093000.2.partial", "home20260131-093000"),
+        (".home20260131-093000.17.partial", "home20260131-093000"),
+        (".home.20260131-093000.2.partial", "home.20260131-093000"),
+        (".20260131-093000.partial", "20260131-093000"),
+        ("..hidden20260131-093000.partial", ".hidden20260131-093000"),
+        (".a.partial.partial", "a.partial"),
+        (".a.2.3.partial", "a.2"),
+        (".a\nb.partial", "a\nb"),
+        (".\udcff.partial", "\udcff"),
+    )
 
-    OTHERS = [
+    OTHERS = (
         "", ".partial", "..partial", "home20260131-093000", "home20260131-093000.partial",
         ".home20260131-093000", ".home20260131-093000.partia", ".home20260131-093000.partial.old",
         ".home20260131-093000.partial\n", "x.home20260131-093000.partial", ".homepartial", "\n.home.partial",
         ".home20260131-093000.Partial",
-    ]
+    )
 
     def test_partials(self):
-        for name, whole in self.PARTIALS.items():
+        for name, whole in self.PARTIALS:
             with self.subTest(name=name):
                 self.assertEqual(whole, partial_of(name))
 

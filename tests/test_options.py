@@ -46,7 +46,8 @@ class Accepted(unittest.TestCase):
         ])
 
     def test_any_order(self):
-        task = {"source": "/s", "destinations": ("/b", "/c"), "num_snapshots": 3, "no_snapshot": True, "prefix": "p"}
+        task = {"source": "/s", "destinations": ("/b", "/c"), "num_snapshots": 3, "no_snapshot": True,
+                "prefix": "p"}
         self.check([
             (["-S", "-N", "3", "-p", "p", "/s", "/b", "/c"], task),
             (["/s", "/b", "/c", "-S", "-N", "3", "-p", "p"], task),
@@ -148,7 +149,8 @@ class Accepted(unittest.TestCase):
     def test_what_may_be_repeated(self):
         self.check([
             (["--forget-destination", "/b"], {"forget": ("/b",)}),
-            (["--forget-destination", "/b", "/s", "--forget-destination=/c"], {"source": "/s", "forget": ("/b", "/c")}),
+            (["--forget-destination", "/b", "/s", "--forget-destination=/c"],
+             {"source": "/s", "forget": ("/b", "/c")}),
         ])
 
 
@@ -167,8 +169,8 @@ class Refused(unittest.TestCase):
                 self.assertIn(word, said)
 
     def test_numbers(self):
-        bad = ["-1", "+1", "x", "", " ", "1.5", "1e3", "0x10", "3 ", " 3", "3\n", "1,000", "9999999999", "\u0663",
-               "nan", "inf", "\udcff"]
+        bad = ["-1", "+1", "x", "", " ", "1.5", "1e3", "0x10", "3 ", " 3", "3\n", "1,000", "9999999999",
+               "\u0663", "nan", "inf", "\udcff"]
         for value in bad:
             self.refuse(["-N", value, "/s"], "-N")
             self.refuse(["--num-backups=" + value, "/s"], "--num-backups")
@@ -198,8 +200,8 @@ class Refused(unittest.TestCase):
                 self.refuse([flag, value, "/s"], flag)
 
     def test_unknown_options(self):
-        for argument in ("-y", "-Sy", "-ySN3", "--no-such", "--no-such=1", "--num-snapshot-s", "---", "--Sync",
-                         "-\u00e9", "-S=1", "-\n", "--a\nb"):
+        for argument in ("-y", "-Sy", "-ySN3", "--no-such", "--no-such=1", "--num-snapshot-s", "---",
+                         "--Sync", "-\u00e9", "-S=1", "-\n", "--a\nb"):
             self.refuse([argument, "/s"], "unknown option")
 
     def test_ambiguous_options(self):
@@ -235,14 +237,15 @@ class Refused(unittest.TestCase):
 
 class Endpoints(unittest.TestCase):
 
-    PATHS = ["/", "/s", "s", ".", "..", "./a:b", "../a:b", "/a:b", "/a/host:/b", "a/b:c", ".hidden:x", "@home", "-",
-             "two words", "$HOME", "it's", "\udcff", "./ssh://x", "/ssh://x", "~", "#", "%20"]
+    PATHS = ("/", "/s", "s", ".", "..", "./a:b", "../a:b", "/a:b", "/a/host:/b", "a/b:c", ".hidden:x",
+             "@home", "-", "two words", "$HOME", "it's", "\udcff", "./ssh://x", "/ssh://x", "~", "#", "%20")
 
-    NO_PATHS = ["", "a\nb", "/a\0b", "\n"]
+    NO_PATHS = ("", "a\nb", "/a\0b", "\n")
 
-    SCHEMES = ["ftp://host/path", "file:///mnt", "FTP://host", "x-y+z.1://a", "s3://bucket", "btrfs://"]
+    SCHEMES = ("ftp://host/path", "file:///mnt", "FTP://host", "x-y+z.1://a", "s3://bucket", "btrfs://")
 
-    HOSTS = ["host:/path", "user@host:/path", "host:path", "a:b", "[::1]:/path", "a b:/c", "\udcff:/c", "::", "a::b"]
+    HOSTS = ("host:/path", "user@host:/path", "host:path", "a:b", "[::1]:/path", "a b:/c", "\udcff:/c", "::",
+             "a::b")
 
     def refuse(self, text, *words):
         for arguments in ([text, "/b"], ["/s", text], ["/s", "/b", text]):
@@ -276,11 +279,13 @@ class Endpoints(unittest.TestCase):
 class Table(unittest.TestCase):
 
     # What people's scripts and crontabs contain.
-    PROMISED = """-h --help -V --version -v --verbosity -q --quiet -d --btrfs-debug -N --num-snapshots
-        -n --num-backups -S --no-snapshot -f --snapshot-folder -p --snapshot-prefix -T --no-transfer
-        -I --no-incremental -s --sync -w --convert-rw --remove-locks --locked-destinations --locked-dests
-        --forget-destination --skip-fs-checks --latest-only --dry-run --wait -P --no-progress --log-json
-        --stall-timeout --no-elevate""".split()
+    PROMISED = (
+        "-h", "--help", "-V", "--version", "-v", "--verbosity", "-q", "--quiet", "-d", "--btrfs-debug",
+        "-N", "--num-snapshots", "-n", "--num-backups", "-S", "--no-snapshot", "-f", "--snapshot-folder",
+        "-p", "--snapshot-prefix", "-T", "--no-transfer", "-I", "--no-incremental", "-s", "--sync",
+        "-w", "--convert-rw", "--remove-locks", "--locked-destinations", "--locked-dests",
+        "--forget-destination", "--skip-fs-checks", "--latest-only", "--dry-run", "--wait",
+        "-P", "--no-progress", "--log-json", "--stall-timeout", "--no-elevate")
 
     def test_every_promised_option_is_there(self):
         self.assertEqual([], [flag for flag in self.PROMISED if flag not in FLAGS])

@@ -5,6 +5,7 @@ import random
 import sys
 import time
 import unittest
+from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from btrfs_backup_ng import (
@@ -68,7 +69,15 @@ def partial(day, piece="", **changes):
 
 def holding(*days, **more):
     """A destination with the backups of some days and, in `also`, other subvolumes."""
-    return Listing(tuple(backup(day) for day in days) + tuple(more.get("also", ())), frozenset(more.get("others", ())))
+    subvolumes = [backup(day) for day in days] + list(more.get("also", ()))
+    return Listing(tuple(subvolumes), frozenset(more.get("others", ())))
+
+
+# What may be found in place of the backup of day 2.
+HALF = backup(2, received_uuid=None, readonly=False)  # as release 0.6.6 left it
+STAMPED = backup(2, readonly=False)
+FOREIGN = backup(2, received_uuid="another")
+NEARLY = partial(2, readonly=True, received_uuid="uuid-2")  # complete but for its name
 
 
 class Correspondence(unittest.TestCase):
@@ -117,14 +126,15 @@ class WhatAFolderHolds(unittest.TestCase):
         self.assertEqual([first, second, third], found)
 
     def test_only_snapshots_of_the_prefix(self):
-        listing = Listing((snapshot(1), snapshot(2, readonly=False), Subvolume("home", "x"), partial(3, readonly=True),
-                           Subvolume("home-data20260101-000000", "y"), Subvolume("20260101-000000", "z")))
+        listing = Listing((snapshot(1), snapshot(2, readonly=False), partial(3, readonly=True),
+                           Subvolume("home", "x"), Subvolume("home-data20260101-000000", "y"),
+                           Subvolume("20260101-000000", "z")))
         self.assertEqual([snapshot(1)], snapshots_of(listing, "home"))
         self.assertEqual(["z"], [s.uuid for s in snapshots_of(listing, "")])
 
     def test_backups_are_received_complete_and_of_the_prefix(self):
-        listing = holding(1, also=[backup(2, readonly=False), backup(3, received_uuid=None), backup(4, name="other"),
-                                   partial(5, readonly=True, received_uuid="uuid-5")])
+        listing = holding(1, also=[backup(2, readonly=False), backup(3, received_uuid=None), NEARLY,
+                                   backup(4, name="other")])
         self.assertEqual([backup(1)], backups_of(listing, "home"))
 
     def test_common_snapshots(self):
@@ -143,8 +153,9 @@ class WhatAFolderHolds(unittest.TestCase):
         self.assertEqual(snapshot(3), newest_common(taken, holding(1, 3)))
         self.assertIsNone(newest_common(taken, holding(7)))
         self.assertIsNone(newest_common(taken, Listing()))
-        alike = [snapshot(1), snapshot(2, received_uuid="same"), snapshot(3, received_uuid="same")]
-        self.assertEqual(snapshot(1), newest_common(alike, holding(1, also=[backup(3, received_uuid="same")])))
+        alike = [snapshot(1)] + [snapshot(day, received_uuid="same") for day in (2, 3)]
+        listing = holding(1, also=[backup(3, received_uuid="same")])
+        self.assertEqual(snapshot(1), newest_common(alike, listing))
 
     def test_ambiguous_ids(self):
         self.assertEqual(set(), ambiguous_ids(snapshots(1, 2, 3)))
@@ -154,35 +165,39 @@ class WhatAFolderHolds(unittest.TestCase):
         self.assertEqual(set(), ambiguous_ids([snapshot(1, uuid=None), snapshot(2, uuid=None)]))
 
 
+# Letters are names, with the times 1, 2, 3 …; it is 100. Capital letters are from the future.
+TIMES = {"c": 3.0, "a": 1.0, "e": 5.0, "b": 2.0, "d": 4.0}
+FUTURE = {"Y": 102.0, "Z": 1e9}
+
+
 class Retention(unittest.TestCase):
 
-    # Names are letters, their times 1, 2, 3 …; it is 100. Capital letters are from the future.
-    TIMES = {"c": 3, "a": 1, "e": 5, "b": 2, "d": 4}
-    FUTURE = {"Y": 102, "Z": 10 ** 9}
-
     def kept(self, times, newest, protected=()):
-        verdicts = plan_retention(times, Policy(newest), {name: "protected" for name in protected}, 100)
-        self.assertEqual(sorted(times, key=lambda name: times[name]), [v.name for v in verdicts], "oldest first")
+        verdicts = plan_retention(times, Policy(newest), dict.fromkeys(protected, "protected"), 100)
+        oldest_first = sorted(times, key=lambda name: times[name])
+        self.assertEqual(oldest_first, [v.name for v in verdicts])
         self.assertEqual([v for v in verdicts if not v.keep], deletions(verdicts))
         return "".join(v.name for v in verdicts if v.keep)
 
     def test_by_number(self):
-        for newest, expected in ((0, "abcde"), (1, "e"), (2, "de"), (4, "bcde"), (5, "abcde"), (99, "abcde")):
+        for newest, expected in ((0, "abcde"), (1, "e"), (2, "de"), (4, "bcde"), (5, "abcde"), (9, "abcde")):
             with self.subTest(newest=newest):
-                self.assertEqual(expected, self.kept(self.TIMES, newest))
+                self.assertEqual(expected, self.kept(TIMES, newest))
 
     def test_protected(self):
-        for newest, protected, expected in ((1, "a", "ae"), (1, "ace", "ace"), (2, "e", "de"), (2, "b", "bde"),
-                                            (0, "a", "abcde"), (1, "x", "e")):
+        for newest, protected, expected in (
+            (1, "a", "ae"), (1, "ace", "ace"), (2, "e", "de"), (2, "b", "bde"), (0, "a", "abcde"),
+            (1, "x", "e"),
+        ):
             with self.subTest(newest=newest, protected=protected):
-                self.assertEqual(expected, self.kept(self.TIMES, newest, protected))
+                self.assertEqual(expected, self.kept(TIMES, newest, protected))
 
     def test_the_future_is_kept_and_not_counted(self):
-        times = dict(self.TIMES, **self.FUTURE)
+        times = dict(TIMES, **FUTURE)
         self.assertEqual("eYZ", self.kept(times, 1))
         self.assertEqual("deYZ", self.kept(times, 2))
-        self.assertEqual("YZ", self.kept(self.FUTURE, 1))
-        self.assertEqual("aYZ", self.kept(dict(self.FUTURE, a=1), 1))
+        self.assertEqual("YZ", self.kept(FUTURE, 1))
+        self.assertEqual("aYZ", self.kept(dict(FUTURE, a=1), 1))
 
     def test_this_very_second_is_not_the_future(self):
         self.assertEqual("x", self.kept({"a": 1, "x": 100}, 1))
@@ -197,11 +212,15 @@ class Retention(unittest.TestCase):
         self.assertEqual([("a", False), ("b", True)], [(v.name, v.keep) for v in verdicts])
 
     def test_each_verdict_says_why(self):
-        times = dict(self.TIMES, Z=10 ** 9)
-        reasons = {v.name: v.reason for v in plan_retention(times, Policy(2), {"a": "locked for /b"}, 100)}
-        self.assertEqual({"a": "locked for /b", "b": "older than the newest 2", "c": "older than the newest 2",
-                          "d": "among the newest 2", "e": "among the newest 2", "Z": "its name is from the future"},
-                         reasons)
+        verdicts = plan_retention(dict(TIMES, Z=1e9), Policy(2), {"a": "locked for /b"}, 100)
+        self.assertEqual({
+            "a": "locked for /b",
+            "b": "older than the newest 2",
+            "c": "older than the newest 2",
+            "d": "among the newest 2",
+            "e": "among the newest 2",
+            "Z": "its name is from the future",
+        }, {v.name: v.reason for v in verdicts})
         self.assertEqual("all are kept", plan_retention({"a": 1}, Policy(0), {}, 100)[0].reason)
 
 
@@ -210,7 +229,8 @@ class RetentionAtTheSource(unittest.TestCase):
     TAKEN = snapshots(1, 2, 3, 4)
 
     def kept(self, newest=1, locks=None, pins=None, seen=None):
-        verdicts = plan_source_retention(self.TAKEN, "home", Policy(newest), locks or {}, pins or {}, seen or {}, NOW)
+        verdicts = plan_source_retention(
+            self.TAKEN, "home", Policy(newest), locks or {}, pins or {}, seen or {}, NOW)
         return [day_of(v.name) for v in verdicts if v.keep]
 
     @staticmethod
@@ -247,8 +267,8 @@ class RetentionAtTheSource(unittest.TestCase):
 
     def test_a_pin_of_a_snapshot_that_was_received(self):
         taken = [snapshot(1, received_uuid="original"), snapshot(2)]
-        verdicts = plan_source_retention(taken, "home", Policy(1), {}, {"/b": self.pin(1, uuid="original")}, {}, NOW)
-        self.assertEqual([], deletions(verdicts))
+        pins = {"/b": self.pin(1, uuid="original")}
+        self.assertEqual([], deletions(plan_source_retention(taken, "home", Policy(1), {}, pins, {}, NOW)))
 
     def test_locks_and_parent_notes(self):
         locks = {name_of(1): {"locks": ["/b"]}, name_of(2): {"parent_locks": ["/b"]},
@@ -265,9 +285,14 @@ class RetentionAtTheSource(unittest.TestCase):
 class LockReasons(unittest.TestCase):
 
     def test_which_and_why(self):
-        locks = {"a": {"locks": ["/b"], "parent_locks": []}, "b": {"parent_locks": ["/c"]}, "c": {"locks": ["/d"]},
-                 "d": {"locks": ["/e"], "parent_locks": ["/f"]}, "e": {"locks": [], "parent_locks": []}, "f": {}}
-        reasons = lock_reasons(locks)
+        reasons = lock_reasons({
+            "a": {"locks": ["/b"], "parent_locks": []},
+            "b": {"parent_locks": ["/c"]},
+            "c": {"locks": ["/d", "/e"]},
+            "d": {"locks": ["/e"], "parent_locks": ["/f"]},
+            "e": {"locks": [], "parent_locks": []},
+            "f": {},
+        })
         self.assertEqual({"a": "locked for /b", "b": "parent of an unfinished transfer to /c",
                           "c": "locked for /d", "d": "locked for /e"}, reasons)
 
@@ -306,8 +331,10 @@ class ChooseParent(unittest.TestCase):
     TAKEN = snapshots(1, 2, 3, 4, 5)
 
     def test_the_nearest_older_one_else_the_nearest_newer(self):
-        for day, common, expected in ((3, (1, 2, 4, 5), 2), (3, (1, 4), 1), (3, (4, 5), 4), (3, (5,), 5),
-                                      (1, (4, 2), 2), (5, (1, 2), 2), (3, (), None), (3, (9,), None), (3, (3,), None)):
+        for day, common, expected in (
+            (3, (1, 2, 4, 5), 2), (3, (1, 4), 1), (3, (4, 5), 4), (3, (5,), 5), (1, (4, 2), 2),
+            (5, (1, 2), 2), (3, (), None), (3, (9,), None), (3, (3,), None),
+        ):
             with self.subTest(day=day, common=common):
                 ids = {"uuid-{}".format(other) for other in common}
                 parent = choose_parent(snapshot(day), self.TAKEN, ids)
@@ -316,7 +343,7 @@ class ChooseParent(unittest.TestCase):
     def test_by_creation_and_not_by_name(self):
         taken = [Subvolume("home20241027-02{}000".format(minute), minute, otime=at)
                  for at, minute in enumerate("3514")]
-        self.assertEqual("5", choose_parent(taken[2], taken, {"3", "5", "4"}).uuid)
+        self.assertEqual(taken[1], choose_parent(taken[2], taken, {"3", "5", "4"}))
 
     def test_by_the_id_that_travels(self):
         restored = snapshot(1, received_uuid="original")
@@ -384,14 +411,14 @@ class PlanTransfers(unittest.TestCase):
 
     # What bears the name of snapshot 2 at the destination, and what is said about it.
     CONFLICTS = (
-        (Listing((backup(2, received_uuid="another"),)), ("another", "uuid-2")),
+        (Listing((FOREIGN,)), ("another", "uuid-2")),
         (Listing((backup(2, received_uuid=None),)), ("none", "uuid-2")),
-        (Listing((backup(2, received_uuid=None, readonly=False),)), ("writable",)),
-        (Listing((backup(2, readonly=False),)), ("writable",)),
+        (Listing((HALF,)), ("writable",)),
+        (Listing((STAMPED,)), ("writable",)),
         (Listing((), frozenset([name_of(2)])), ("no subvolume",)),
         (Listing((partial(2),)), ("partial", partial(2).name)),
         (Listing((partial(2, ".3"),)), ("partial", partial(2, ".3").name)),
-        (Listing((partial(2, readonly=True, received_uuid="uuid-2"),)), ("partial",)),
+        (Listing((NEARLY,)), ("partial",)),
     )
 
     def test_conflicts_are_reported_and_the_others_sent(self):
@@ -431,7 +458,8 @@ class PlanTransfers(unittest.TestCase):
         self.assertEqual([(3, 1)], self.sent(plan))
 
     def test_snapshots_that_cannot_be_told_apart(self):
-        taken = [snapshot(1), snapshot(2, received_uuid="same"), snapshot(3, received_uuid="same"), snapshot(4)]
+        alike = [snapshot(day, received_uuid="same") for day in (2, 3)]
+        taken = [snapshot(1)] + alike + [snapshot(4)]
         for listing in (holding(1), holding(1, also=[backup(3, received_uuid="same")])):
             with self.subTest(listing=listing):
                 plan = self.plan(taken, listing)
@@ -466,29 +494,33 @@ class PlanTransfers(unittest.TestCase):
         self.assertEqual(frozenset(["file"]), after.others)
 
 
+LOCKS = {
+    name_of(3): {"locks": ["/b", "/c"], "parent_locks": []},
+    name_of(1): {"locks": ["/b"]},
+    name_of(2): {"parent_locks": ["/b"]},
+    name_of(4): {"locks": ["/bb", "/b/c"]},
+    name_of(9): {"locks": ["/b/"]},  # as others wrote it
+}
+
+
 class PlanRecovery(unittest.TestCase):
 
-    HALF = backup(2, received_uuid=None, readonly=False)
-    STAMPED = backup(2, readonly=False)
-    FOREIGN = backup(2, received_uuid="another")
-
     # Beside the lock of snapshot 2: what the destination holds, what is deleted, what is said.
-    TABLE = (
+    TABLE: Any = (
         ("nothing", [], [], ""),
         ("the complete backup", [backup(2)], [], ""),
         ("the complete backup and a partial", [backup(2), partial(2)], [partial(2)], ""),
         ("a partial", [partial(2)], [partial(2)], ""),
-        ("a partial that was complete but for its name",
-         [partial(2, readonly=True, received_uuid="uuid-2")], [partial(2, readonly=True, received_uuid="uuid-2")], ""),
+        ("a partial that is complete but for its name", [NEARLY], [NEARLY], ""),
         ("pieces", [partial(2, ".2"), partial(2, ".11")], [partial(2, ".2"), partial(2, ".11")], ""),
         ("what 0.6.6 left", [HALF], [HALF], ""),
         ("what 0.6.6 left, and a partial", [HALF, partial(2)], [partial(2), HALF], ""),
         ("writable with a received UUID", [STAMPED], [], "received UUID"),
-        ("writable with a received UUID, and a partial", [STAMPED, partial(2)], [partial(2)], "received UUID"),
+        ("writable with a received UUID, and a partial", [STAMPED, partial(2)], [partial(2)], "received"),
         ("another subvolume", [FOREIGN], [], "another"),
         ("another subvolume, not received", [backup(2, received_uuid=None)], [], "another"),
         ("another subvolume and a partial", [FOREIGN, partial(2)], [partial(2)], "another"),
-        ("others' partials and backups", [partial(1), partial(3), backup(1), backup(3, readonly=False)], [], ""),
+        ("other snapshots' ones", [partial(1), partial(3), backup(1), backup(3, readonly=False)], [], ""),
     )
 
     def test_with_the_snapshot(self):
@@ -502,40 +534,34 @@ class PlanRecovery(unittest.TestCase):
 
     def test_when_the_snapshot_is_gone(self):
         """Nothing can be compared then, so that what is read-only stays and the lock goes."""
-        for what, there, deleted, words in self.TABLE:
+        for what, there, deleted, _ in self.TABLE:
             with self.subTest(what):
                 recovery = plan_recovery(name_of(2), None, Listing(tuple(there)))
                 self.assertEqual(deleted, list(recovery.delete))
                 self.assertEqual("writable" in what, bool(recovery.problem))
 
     def test_the_problem_names_both_ids(self):
-        problem = plan_recovery(name_of(2), snapshot(2), Listing((self.FOREIGN,))).problem
+        problem = plan_recovery(name_of(2), snapshot(2), Listing((FOREIGN,))).problem
         self.assertIn("another", problem)
         self.assertIn("uuid-2", problem)
 
-    LOCKS = {
-        name_of(3): {"locks": ["/b", "/c"], "parent_locks": []},
-        name_of(1): {"locks": ["/b"]},
-        name_of(2): {"parent_locks": ["/b"]},
-        name_of(4): {"locks": ["/bb", "/b/c"]},
-        name_of(9): {"locks": ["/b/"]},  # as others wrote it
-    }
-
     def test_each_lock_of_the_destination(self):
-        recoveries = plan_recoveries(self.LOCKS, "/b", snapshots(1, 2, 3, 4), holding(also=[partial(1), partial(9)]))
+        listing = holding(also=[partial(1), partial(9)])
         self.assertEqual([Recovery(name_of(1), (partial(1),)), Recovery(name_of(3)),
-                          Recovery(name_of(9), (partial(9),))], recoveries)
-        self.assertEqual([], plan_recoveries(self.LOCKS, "/d", snapshots(1), holding(also=[partial(1)])))
+                          Recovery(name_of(9), (partial(9),))],
+                         plan_recoveries(LOCKS, "/b", snapshots(1, 2, 3, 4), listing))
+        self.assertEqual([], plan_recoveries(LOCKS, "/d", snapshots(1), listing))
 
     def test_names_by_kind(self):
-        self.assertEqual([name_of(3), name_of(1), name_of(9)], locked_names(self.LOCKS, "/b"))
-        self.assertEqual([name_of(2)], locked_names(self.LOCKS, "/b", "parent_locks"))
+        self.assertEqual([name_of(3), name_of(1), name_of(9)], locked_names(LOCKS, "/b"))
+        self.assertEqual([name_of(2)], locked_names(LOCKS, "/b", "parent_locks"))
         self.assertEqual([], locked_names({}, "/b"))
         self.assertEqual(["a"], locked_names({"a": {"locks": ["/"]}, "b": {"locks": ["/b"]}}, "/"))
 
     def test_own_locks(self):
         entry = {"locks": ["/b"]}
-        locks = {name_of(1): entry, "home-data20260101-000000": entry, "20260101-000000": entry, "home": entry}
+        names = (name_of(1), "home-data20260101-000000", "20260101-000000", "home")
+        locks = dict.fromkeys(names, entry)
         self.assertEqual({name_of(1): entry}, own_locks(locks, "home"))
         self.assertEqual({"20260101-000000": entry}, own_locks(locks, ""))
 

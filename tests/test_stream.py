@@ -29,10 +29,12 @@ from btrfs_backup_ng import (
 )
 
 # Numbers of btrfs-progs' send.h.
-SUBVOL, SNAPSHOT, MKFILE, SET_XATTR, WRITE, CHMOD, CHOWN, UTIMES, END = 1, 2, 3, 13, 15, 18, 19, 20, 21
-UPDATE_EXTENT, ENCODED_WRITE = 22, 25
-UUID, CTRANSID, SIZE, MODE, UID, GID, XATTR_NAME, XATTR_DATA, PATH, FILE_OFFSET, DATA, CLONE_UUID, CLONE_CTRANSID = (
-    1, 2, 4, 5, 6, 7, 13, 14, 15, 18, 19, 20, 21)
+SUBVOL, SNAPSHOT, MKFILE, SET_XATTR, WRITE, TRUNCATE, CHMOD, CHOWN, UTIMES = 1, 2, 3, 13, 15, 17, 18, 19, 20
+END, UPDATE_EXTENT, ENCODED_WRITE = 21, 22, 25
+UUID, CTRANSID, INO, SIZE, MODE, UID, GID, XATTR_NAME, XATTR_DATA, PATH, FILE_OFFSET, DATA = (
+    1, 2, 3, 4, 5, 6, 7, 13, 14, 15, 18, 19)
+CLONE_UUID, CLONE_CTRANSID, UNENCODED_FILE_LEN, UNENCODED_LEN, UNENCODED_OFFSET, COMPRESSION = (
+    20, 21, 27, 28, 29, 30)
 
 HEADER = b"btrfs-stream\0\1\0\0\0"
 THE_END = bytes.fromhex("00000000 1500 506cc99d")
@@ -56,7 +58,9 @@ INCREMENTAL = bytes.fromhex(
     "150008000700000000000000"
     "000000001500506cc99d")
 
-NAME, PARENT_ID, ID = "home20260201-093000", "e42ccb4a-8d5d-c340-a290-7cb41c8888e7", "67d98679-23a4-1847-a6e9-04b601981784"
+NAME = "home20260201-093000"
+ID = "67d98679-23a4-1847-a6e9-04b601981784"
+PARENT_ID = "e42ccb4a-8d5d-c340-a290-7cb41c8888e7"
 EXPECTED = ExpectedStream(NAME, ID, PARENT_ID, 1000, 100, 0o2750)
 
 
@@ -69,8 +73,10 @@ def raw(uuid):
 
 
 def first_command(name=NAME, parent=PARENT_ID):
-    clone = [(CLONE_UUID, raw(parent)), (CLONE_CTRANSID, u64(7))] if parent else []
-    return SNAPSHOT if parent else SUBVOL, [(PATH, os.fsencode(name)), (UUID, raw(ID)), (CTRANSID, u64(7))] + clone
+    attributes = [(PATH, os.fsencode(name)), (UUID, raw(ID)), (CTRANSID, u64(7))]
+    if parent:
+        attributes += [(CLONE_UUID, raw(parent)), (CLONE_CTRANSID, u64(7))]
+    return SNAPSHOT if parent else SUBVOL, attributes
 
 
 def stream(commands, first=None):
@@ -82,6 +88,15 @@ def encode(command):
     return command if isinstance(command, bytes) else make_command(*command)
 
 
+def parse(start):
+    """The first command of bytes that hold it."""
+    return parse_first_command(start)
+
+
+MAKE_FILE = make_command(MKFILE, [(PATH, b"x"), (INO, u64(257))])
+TOP_MODE = make_command(CHMOD, [(PATH, b""), (MODE, u64(0o777))])
+
+
 def pieces_of(data, size):
     return [data[at:at + size] for at in range(0, len(data), size)]
 
@@ -89,6 +104,13 @@ def pieces_of(data, size):
 def random_pieces(chance, data):
     cuts = sorted(chance.randrange(len(data) + 1) for _ in range(chance.randrange(20)))
     return [data[one:other] for one, other in zip([0] + cuts, cuts + [len(data)])]
+
+
+def cut_in_many_ways(chance, data):
+    for size in (1, 2, 3, 7, 9, 10, 11, 17, 27, 64, 1000, len(data)):
+        yield pieces_of(data, size)
+    for _ in range(20):
+        yield random_pieces(chance, data)
 
 
 class RandomCommands:
@@ -111,7 +133,8 @@ class RandomCommands:
 
     def encoded_write(self):
         """As protocol 2 has it: the DATA comes last and without its length."""
-        attributes = [self.path(), self.number(FILE_OFFSET), (27, u64(5000)), (28, u64(8192)), (29, u64(0)), (30, bytes(4))]
+        attributes = [self.path(), self.number(FILE_OFFSET), (UNENCODED_FILE_LEN, u64(5000)),
+                      (UNENCODED_LEN, u64(8192)), (UNENCODED_OFFSET, u64(0)), (COMPRESSION, bytes(4))]
         payload = b"".join(struct.pack("<HH", kind, len(data)) + data for kind, data in attributes)
         payload += struct.pack("<H", DATA) + self.data(3000)
         checksum = crc32c(struct.pack("<IHI", len(payload), ENCODED_WRITE, 0) + payload)
@@ -120,7 +143,7 @@ class RandomCommands:
     def command(self):
         path = self.path()
         return self.chance.choice([
-            lambda: (MKFILE, [(PATH, path[1] or b"x"), self.number(3)]),
+            lambda: (MKFILE, [(PATH, path[1] or b"x"), self.number(INO)]),
             lambda: (WRITE, [path, self.number(FILE_OFFSET), (DATA, self.data(3000))]),
             lambda: (SET_XATTR, [path, (XATTR_NAME, b"user.note"), (XATTR_DATA, self.data())]),
             lambda: (CHMOD, [path, self.number(MODE)]),
@@ -156,7 +179,7 @@ class Commands(unittest.TestCase):
 
     def test_a_real_command_made_again(self):
         for real in (FULL_START, INCREMENTAL[:-len(THE_END)]):
-            first = parse_first_command(real)
+            first = parse(real)
             self.assertEqual(real[len(HEADER):], make_command(first.number, first.attributes))
 
     def test_there_and_back(self):
@@ -164,7 +187,7 @@ class Commands(unittest.TestCase):
             for parent in (None, PARENT_ID):
                 with self.subTest(name=name, parent=parent):
                     number, attributes = first_command(name, parent)
-                    first = parse_first_command(stream([], (number, attributes)) + THE_END)
+                    first = parse(stream([], (number, attributes)) + THE_END)
                     self.assertEqual((number, attributes, name), (first.number, first.attributes, first.name))
                     self.assertEqual((ID, parent), (first.uuid(UUID), first.uuid(CLONE_UUID)))
                     self.assertEqual(THE_END, (stream([], (number, attributes)) + THE_END)[first.end:])
@@ -183,10 +206,10 @@ class Commands(unittest.TestCase):
 class FirstCommand(unittest.TestCase):
 
     def test_real_ones(self):
-        first = parse_first_command(FULL_START)
+        first = parse(FULL_START)
         self.assertEqual((SUBVOL, "home20260131-093000", PARENT_ID, None, len(FULL_START)),
                          (first.number, first.name, first.uuid(UUID), first.uuid(CLONE_UUID), first.end))
-        first = parse_first_command(INCREMENTAL)
+        first = parse(INCREMENTAL)
         self.assertEqual((SNAPSHOT, NAME, ID, PARENT_ID, len(INCREMENTAL) - 10),
                          (first.number, first.name, first.uuid(UUID), first.uuid(CLONE_UUID), first.end))
 
@@ -201,9 +224,9 @@ class FirstCommand(unittest.TestCase):
                 self.assertRaises(BackupError, parse_first_command, start)
 
     def test_a_stream_that_begins_with_something_else(self):
-        for command in (THE_END + bytes(30), (MKFILE, [(PATH, b"x"), (3, bytes(8))]), (0, []), (26, [(PATH, b"x")])):
+        for command in (THE_END + bytes(30), MAKE_FILE, TOP_MODE, make_command(0, []), make_command(26, [])):
             with self.subTest(command=command):
-                self.assertRaises(BackupError, parse_first_command, HEADER + encode(command))
+                self.assertRaises(BackupError, parse_first_command, HEADER + command)
 
     def test_a_name_beyond_all_bounds(self):
         endless = HEADER + struct.pack("<IHI", 1 << 30, SUBVOL, 0)
@@ -223,7 +246,7 @@ class FirstCommand(unittest.TestCase):
                     continue
                 self.assertEqual(([], False), (passed, incoming.ended), (at, bit))
 
-    UNPLANNED = [
+    UNPLANNED = (
         EXPECTED._replace(name="home20260201-093001"),
         EXPECTED._replace(name=""),
         EXPECTED._replace(name=NAME + "\n"),
@@ -232,10 +255,10 @@ class FirstCommand(unittest.TestCase):
         EXPECTED._replace(uuid=ID.upper()),
         EXPECTED._replace(parent_uuid=ID),
         EXPECTED._replace(parent_uuid=None),
-    ]
+    )
 
     def test_only_the_planned_one(self):
-        check_first_command(parse_first_command(INCREMENTAL), EXPECTED)
+        check_first_command(parse(INCREMENTAL), EXPECTED)
         for expected in self.UNPLANNED:
             with self.subTest(expected=expected):
                 with self.assertRaises(BackupError) as caught:
@@ -251,7 +274,8 @@ class FirstCommand(unittest.TestCase):
 
     def test_a_parent_in_a_command_that_takes_none(self):
         """Receive looks at the command's number; what it ignores must not count as the planned parent."""
-        self.assertRaises(BackupError, IncomingStream(EXPECTED).edit, stream([], (SUBVOL, first_command()[1])))
+        _, attributes = first_command()
+        self.assertRaises(BackupError, IncomingStream(EXPECTED).edit, stream([], (SUBVOL, attributes)))
 
     def test_without_name_or_id(self):
         for left_out in (PATH, UUID, CLONE_UUID):
@@ -265,23 +289,22 @@ class Reader(unittest.TestCase):
 
     WANTED = (SET_XATTR, CHMOD, CHOWN, END)
 
-    @staticmethod
-    def read(pieces, wanted=WANTED, skip=len(HEADER)):
+    def read(self, pieces):
         """(what came out, spans in it, what was held back)"""
-        reader, out, spans = CommandReader(wanted, skip), b"", []
+        reader, out, spans = CommandReader(self.WANTED, len(HEADER)), b"", []
         for piece in pieces:
             data, found = reader.feed(piece)
             spans += [(len(out) + start, len(out) + end, command) for start, end, command in found]
             out += bytes(data)
         return out, spans, reader.carry
 
-    @staticmethod
-    def spans_of(commands, wanted=WANTED):
+    def spans_of(self, commands):
         at, found = len(HEADER), []
-        for number, size in commands:
-            if number in wanted:
-                found.append((at, at + size, number))
-            at += size
+        for command in commands:
+            number, = struct.unpack_from("<H", command, 4)
+            if number in self.WANTED:
+                found.append((at, at + len(command), number))
+            at += len(command)
         return found
 
     def test_any_chunks_give_the_same(self):
@@ -289,13 +312,12 @@ class Reader(unittest.TestCase):
             source = RandomCommands(seed)
             commands = [encode(command) for command in source.commands()] + [THE_END]
             data = HEADER + b"".join(commands)
-            expected = self.spans_of([(struct.unpack_from("<H", c, 4)[0], len(c)) for c in commands])
-            sizes = list(range(1, 40)) + [100, 1000, len(data)]
-            for pieces in [pieces_of(data, size) for size in sizes] + [random_pieces(source.chance, data) for _ in range(20)]:
+            expected = self.spans_of(commands)
+            for pieces in cut_in_many_ways(source.chance, data):
                 self.assertEqual((data, expected, b""), self.read(pieces))
 
     def test_only_whole_commands_are_shown(self):
-        data = HEADER + encode((CHMOD, [(PATH, b"x"), (MODE, bytes(8))]))
+        data = HEADER + TOP_MODE
         for cut in range(len(HEADER) + 10, len(data)):
             out, spans, held = self.read([data[:cut]])
             self.assertEqual([], spans)
@@ -310,8 +332,9 @@ class Reader(unittest.TestCase):
     def test_bytes_of_file_contents(self):
         sizes = (1, 10, 4096, 48 * 1024)
         for path in (b"a", b"some/longer/path", b"n" * 255):
-            with self.subTest(path=path):
-                data = stream((WRITE, [(PATH, path), (FILE_OFFSET, bytes(8)), (DATA, bytes(size))]) for size in sizes)
+            with self.subTest(path=path[:20]):
+                data = stream((WRITE, [(PATH, path), (FILE_OFFSET, bytes(8)), (DATA, bytes(size))])
+                              for size in sizes)
                 reader = CommandReader(self.WANTED, len(HEADER))
                 reader.feed(data)
                 # Protocol 2 leaves a length of two bytes out.
@@ -357,25 +380,19 @@ class Incoming(unittest.TestCase):
 
     def test_the_top_folder_stays_private_until_the_end(self):
         mode, owner = (MODE, u64(0o777)), [(UID, u64(7)), (GID, u64(7))]
-        out, _ = self.edit([stream([
-            (CHMOD, [(PATH, b""), mode]), (CHOWN, [(PATH, b"")] + owner),
-            (CHMOD, [(PATH, b"x"), mode]), (CHOWN, [(PATH, b"x")] + owner),
-            (SET_XATTR, [(PATH, b""), (XATTR_NAME, b"system.posix_acl_access"), (XATTR_DATA, b"acl")]),
-            (CHMOD, [(PATH, b""), mode]),
-        ]) + THE_END])
-        self.assertEqual(
-            self.opening()
-            + make_command(CHMOD, [(PATH, b"x"), mode]) + make_command(CHOWN, [(PATH, b"x")] + owner)
-            + make_command(SET_XATTR, [(PATH, b""), (XATTR_NAME, b"system.posix_acl_access"), (XATTR_DATA, b"acl")])
-            + self.PRIVATE + self.PUBLIC + THE_END, out)
+        top_owner = make_command(CHOWN, [(PATH, b"")] + owner)
+        others = make_command(CHMOD, [(PATH, b"x"), mode]) + make_command(CHOWN, [(PATH, b"x")] + owner)
+        acl = make_command(SET_XATTR, [(PATH, b""), (XATTR_NAME, b"system.posix_acl_access"),
+                                       (XATTR_DATA, b"entries")])
+        out, _ = self.edit([stream([TOP_MODE, top_owner, others, acl, TOP_MODE]) + THE_END])
+        self.assertEqual(self.opening() + others + acl + self.PRIVATE + self.PUBLIC + THE_END, out)
 
     def test_any_chunks_give_the_same(self):
         for seed in range(20):
             source = RandomCommands(seed)
             commands = source.commands()
-            data, expected = stream(commands) + THE_END, (self.edited(commands), True)
-            sizes = [1, 2, 3, 7, 9, 10, 11, 64, 1000, len(data)]
-            for pieces in [pieces_of(data, size) for size in sizes] + [random_pieces(source.chance, data) for _ in range(20)]:
+            expected = self.edited(commands), True
+            for pieces in cut_in_many_ways(source.chance, stream(commands) + THE_END):
                 self.assertEqual(expected, self.edit(pieces))
 
     def test_names_of_any_bytes(self):
@@ -404,14 +421,13 @@ class Incoming(unittest.TestCase):
         return False
 
     def test_nothing_may_follow_the_end(self):
-        commands = encode((MKFILE, [(PATH, b"x"), (3, bytes(8))])), encode((CHMOD, [(PATH, b""), (MODE, bytes(8))]))
-        for more in (bytes(40), THE_END, INCREMENTAL) + commands:
-            with self.subTest(more=more):
-                sizes = range(1, len(more) + 1)
-                at_once = [size for size in sizes if not self.refused([INCREMENTAL + more[:size]])]
-                apart = [size for size in sizes if not self.refused([INCREMENTAL, more[:size]])]
-                by_bytes = [size for size in sizes if not self.refused(pieces_of(INCREMENTAL + more[:size], 1))]
-                self.assertEqual(([], [], []), (at_once, apart, by_bytes))
+        for more in (bytes(40), THE_END, INCREMENTAL, MAKE_FILE, TOP_MODE):
+            for cut in (lambda whole: [whole], lambda whole: pieces_of(whole, 1),
+                        lambda whole: pieces_of(whole, len(INCREMENTAL))):
+                with self.subTest(more=more[:20]):
+                    sizes = range(1, len(more) + 1)
+                    passed = [size for size in sizes if not self.refused(cut(INCREMENTAL + more[:size]))]
+                    self.assertEqual([], passed)
 
     def test_nothing_at_all_may(self):
         self.assertEqual((self.edited([]), True), self.edit([b"", INCREMENTAL, b"", b""]))
@@ -428,11 +444,11 @@ class Size(unittest.TestCase):
     def test_it_is_exact(self):
         sizes = (1, 4096, 48 * 1024 - 1, 48 * 1024, 48 * 1024 + 1, 200000, 0)
         extents = [(path, size) for path in (b"a", b"caf\xe9/x", b"n" * 255) for size in sizes]
-        others = [(MKFILE, [(PATH, b"a"), (3, bytes(8))]), (CHMOD, [(PATH, b""), (MODE, bytes(8))])]
-        full, no_data = list(others), list(others)
+        full, no_data = [MAKE_FILE, TOP_MODE], [MAKE_FILE, TOP_MODE]
         for path, size in extents:
             full += self.write(path, size)
-            no_data.append((UPDATE_EXTENT, [(PATH, path), (FILE_OFFSET, bytes(8)), (SIZE, u64(size))]))
+            attributes = [(PATH, path), (FILE_OFFSET, bytes(8)), (SIZE, u64(size))]
+            no_data.append(make_command(UPDATE_EXTENT, attributes))
         expected = len(stream(full) + THE_END), sum(size for _, size in extents), True
         data = stream(no_data) + THE_END
         for size in (1, 3, 10, 17, 50, 1000, len(data)):
@@ -459,8 +475,9 @@ class Size(unittest.TestCase):
 class RealStreams(support.TestCase):
     """Streams of `btrfs send`, edited on their way into `btrfs receive`."""
 
-    ACL = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in (
-        (0x01, 7, 2 ** 32 - 1), (0x02, 6, 1000), (0x04, 5, 2 ** 32 - 1), (0x10, 6, 2 ** 32 - 1), (0x20, 1, 2 ** 32 - 1)))
+    # The owner, user 1000, the group, the mask, others.
+    ACL = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in (
+        (0x01, 7, -1), (0x02, 6, 1000), (0x04, 5, -1), (0x10, 6, -1), (0x20, 1, -1)))
 
     def setUp(self):
         self.source_disk = self.disk()
@@ -553,16 +570,28 @@ class RealStreams(support.TestCase):
             self.receive(out, self.target)
             parent = path
 
+    @staticmethod
+    def truncates(data):
+        """Bytes of all TRUNCATE commands in a stream of protocol 1."""
+        total, at = 0, len(HEADER)
+        while at < len(data):
+            length, number = struct.unpack_from("<IH", data, at)
+            total += (10 + length) * (number == TRUNCATE)
+            at += 10 + length
+        return total
+
     def test_the_size_is_known_to_the_byte(self):
         self.write_large()
         parent = None
         for path in self.taken(seed=13, count=4):
             for base in {None, parent}:
-                meter = SizeMeter()
-                for piece in random_pieces(self.chance, self.send(path, base, no_data=True)):
+                meter, real, no_data = SizeMeter(), self.send(path, base), self.send(path, base, no_data=True)
+                for piece in random_pieces(self.chance, no_data):
                     meter.feed(piece)
                 self.assertTrue(meter.ended)
-                self.assertEqual(len(self.send(path, base)), meter.stream_size)
+                # Linux 6.18 was seen to leave the TRUNCATE after some holes out of a stream without data.
+                left_out = self.truncates(real) - self.truncates(no_data)
+                self.assertEqual(len(real), meter.stream_size + left_out)
             parent = path
 
 
