@@ -32,6 +32,7 @@ import sys
 if sys.version_info < (3, 6):
     sys.exit("build_zipapp.sh: needs Python 3.6 or later, this is %d.%d" % sys.version_info[:2])
 
+import hashlib
 import os
 import stat
 import tempfile
@@ -53,6 +54,42 @@ if sys.version_info < (3, 6):
         % (sys.version_info[0], sys.version_info[1], sys.executable)
     )
     sys.exit(1)
+
+import os
+
+DIGEST, SIZE = "@DIGEST@", @SIZE@
+
+
+def cache_folder():
+    # Python keeps bytecode of files, not of what is in a zip, and compiling takes longer than
+    # most runs have to do: so the module is imported from a copy in the user's cache folder.
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache):
+        import pwd
+
+        cache = os.path.join(pwd.getpwuid(os.geteuid()).pw_dir, ".cache")
+    folder = os.path.join(cache, "btrfs-backup-ng", DIGEST)
+    source = os.path.join(folder, "btrfs_backup_ng.py")
+    if not os.path.exists(source):
+        os.makedirs(folder, 0o700, exist_ok=True)
+        aside = "%s.%d" % (source, os.getpid())
+        with open(aside, "wb") as copy:
+            copy.write(__loader__.get_data(os.path.join(os.path.dirname(__file__), "btrfs_backup_ng.py")))
+        os.rename(aside, source)
+    # only what nobody else can have written: sudo may leave another user's HOME in place
+    for path in (cache, folder, source):
+        status = os.lstat(path)
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise OSError(path + " is not private")
+    if status.st_size != SIZE:
+        raise OSError(source + " is damaged")
+    return folder
+
+
+try:
+    sys.path.insert(0, cache_folder())
+except (OSError, KeyError, ImportError):
+    pass
 
 from btrfs_backup_ng import main
 
@@ -103,7 +140,9 @@ source, output = sys.argv[1:]
 try:
     with open(source, "rb") as stream:
         program = stream.read()
-    replace(output, {"__main__.py": MAIN, "btrfs_backup_ng.py": program})
+    digest = hashlib.sha256(program).hexdigest().encode()
+    main = MAIN.replace(b"@DIGEST@", digest).replace(b"@SIZE@", b"%d" % len(program))
+    replace(output, {"__main__.py": main, "btrfs_backup_ng.py": program})
 except OSError as error:
     sys.exit("build_zipapp.sh: cannot write %s: %s" % (ascii(output), error.strerror))
 PYTHON

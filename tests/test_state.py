@@ -1,0 +1,455 @@
+"""State: locks and pins on disk, one run at a time."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from typing import List
+from unittest import mock
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from btrfs_backup_ng import (
+    LOCK_FILE,
+    PIN_FILE,
+    BackupError,
+    Busy,
+    Events,
+    LocalHost,
+    LockChange,
+    Pin,
+    add_locks,
+    clear_destination,
+    clear_locks,
+    folder_mutex,
+    format_pins,
+    parse_locks,
+    parse_pins,
+    read_state_file,
+    replace_state_file,
+    run_lock,
+)
+
+REPOSITORY = sys.path[0]
+
+# As release 0.6.6 wrote it: the last transfer of two, of which the second had the first as parent.
+OLD_LOCKS = """\
+{
+    "home20260130-093000": {
+        "parent_locks": [
+            "ssh://nas/backups"
+        ]
+    },
+    "home20260131-093000": {
+        "locks": [
+            "/mnt/backup/home",
+            "ssh://nas/backups"
+        ]
+    }
+}"""
+
+# Each is not what it has to be.
+DAMAGED = {
+    "empty": "",
+    "blank": " \n",
+    "torn": OLD_LOCKS[:-3],
+    "torn in a text": OLD_LOCKS[:60],
+    "two at once": OLD_LOCKS + OLD_LOCKS,
+    "zeros": "\0" * 100,
+    "not JSON": "locks:\n- home",
+    "no object": "[]",
+    "nothing": "null",
+    "a number": "7",
+    "so deep that the parser gives up": "[" * 200000,
+}
+
+DAMAGED_LOCKS = {
+    "no entry": '{"a": null}',
+    "a list for an entry": '{"a": ["/b"]}',
+    "another kind": '{"a": {"locks": [], "more": []}}',
+    "no list": '{"a": {"locks": "/b"}}',
+    "a number for a destination": '{"a": {"locks": ["/b", 7]}}',
+    "the format of the pins": '{"version": 1, "destinations": {}}',
+}
+
+DAMAGED_PINS = {
+    "without destinations": '{"version": 1}',
+    "a list of destinations": '{"version": 1, "destinations": []}',
+    "no pins": '{"version": 1, "destinations": {"/b": null}}',
+    "a pin without name": '{"version": 1, "destinations": {"/b": {"home": {"uuid": "u", "time": "t"}}}}',
+    "no pin": '{"version": 1, "destinations": {"/b": {"home": "home20260131-093000"}}}',
+    "the format of the locks": OLD_LOCKS,
+}
+
+PATHS = ["/b", "/", "/two words", "/it's \"so\"", "/back\\slash", "/t\u00fcr", "/caf\udce9", "/\udcff\udcfe",
+         "/\U0001f4be", "ssh://user@host:22/b", "shell://cat > /b", "/\x01\t"]
+
+
+class InFolder(unittest.TestCase):
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def write(self, name, text):
+        with open(self.path(name), "w", encoding="utf-8") as file:
+            file.write(text)
+
+    def content(self, name):
+        with open(self.path(name), "rb") as file:
+            return file.read()
+
+    def child(self, *lines):
+        """A second process that runs these lines of Python, with the folder in `folder`."""
+        start = ["import sys", "sys.path.insert(0, {!r})".format(REPOSITORY), "from btrfs_backup_ng import *",
+                 "folder = {!r}".format(self.folder)]
+        process = subprocess.Popen([sys.executable, "-B", "-c", "\n".join(start + list(lines))],
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True)
+        self.addCleanup(self.end, process)
+        return process
+
+    @staticmethod
+    def end(process):
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+def entry(locks=(), notes=()):
+    return {"locks": list(locks), "parent_locks": list(notes)}
+
+
+ONE = entry(["/b"])
+
+
+class Locks(unittest.TestCase):
+
+    def test_the_format_of_0_6_6(self):
+        locks = parse_locks(OLD_LOCKS)
+        self.assertEqual({"home20260130-093000": {"parent_locks": ["ssh://nas/backups"]},
+                          "home20260131-093000": {"locks": ["/mnt/backup/home", "ssh://nas/backups"]}}, locks)
+        self.assertEqual({}, parse_locks("{}\n"))
+
+    def test_anything_else(self):
+        for what, text in dict(DAMAGED, **DAMAGED_LOCKS).items():
+            with self.subTest(what):
+                self.assertRaises((ValueError, RecursionError), parse_locks, text)
+
+    def test_adding(self):
+        one = LockChange("a", "/b")
+        self.check(add_locks, (
+            ({}, [], {}),
+            ({}, [one], {"a": ONE}),
+            ({"a": ONE}, [one], {"a": ONE}),
+            ({"a": {}}, [one], {"a": ONE}),
+            ({"a": {"parent_locks": ["/c"]}}, [one], {"a": entry(["/b"], ["/c"])}),
+            ({"a": ONE}, [LockChange("a", "/c")], {"a": entry(["/b", "/c"])}),
+            ({}, [LockChange("b", "/b", "a")], {"a": entry([], ["/b"]), "b": ONE}),
+            ({}, [LockChange("b", "/b", "a"), LockChange("b", "/c", "a")],
+             {"a": entry([], ["/b", "/c"]), "b": entry(["/b", "/c"])}),
+            ({"other": ONE}, [one], {"other": ONE, "a": ONE}),
+        ))
+
+    def test_clearing(self):
+        self.check(clear_locks, (
+            ({}, [LockChange("a", "/b")], {}),
+            ({"a": ONE}, [], {"a": ONE}),
+            ({"a": ONE}, [LockChange("a", "/b")], {}),
+            ({"a": {"locks": ["/b/"]}}, [LockChange("a", "/b")], {}),
+            ({"a": ONE}, [LockChange("a", "/c")], {"a": ONE}),
+            ({"a": ONE}, [LockChange("b", "/b")], {"a": ONE}),
+            ({"a": ONE}, [LockChange("b", "/b", "a")], {"a": ONE}),
+            ({"a": {"parent_locks": ["/b"]}}, [LockChange("a", "/b")], {"a": entry([], ["/b"])}),
+            ({"a": {"parent_locks": ["/b", "/c"]}, "b": ONE}, [LockChange("b", "/b", "a")],
+             {"a": entry([], ["/c"])}),
+        ))
+
+    def check(self, change, table):
+        for before, changes, after in table:
+            with self.subTest(before=before, changes=changes):
+                self.assertEqual(after, change(before, changes))
+
+    def test_what_is_added_is_cleared_again(self):
+        changes = [LockChange("b", destination, "a") for destination in PATHS]
+        locks = add_locks({"other": ONE}, changes)
+        self.assertEqual({"other": ONE}, clear_locks(locks, changes))
+
+    def test_the_locks_given_stay_as_they_are(self):
+        before = parse_locks(OLD_LOCKS)
+        change = LockChange("home20260131-093000", "/new", "home20260130-093000")
+        add_locks(before, [change])
+        clear_locks(before, [change._replace(destination="ssh://nas/backups")])
+        self.assertEqual(parse_locks(OLD_LOCKS), before)
+
+    def test_a_destination_is_cleared_for_its_own_prefix_only(self):
+        both, rest = entry(["/b", "/c"], ["/c", "/b"]), entry(["/c"], ["/c"])
+        others = dict.fromkeys(("home-data20260131-093000", "20260131-093000", "home"), both)
+        own = {"home20260131-093000": both, "home20260130-093000": {"parent_locks": ["/b"]}}
+        locks = dict(others, **own)
+        after = dict(others, **{"home20260131-093000": rest})
+        self.assertEqual(after, clear_destination(locks, "/b", "home"))
+        self.assertEqual(set(locks), set(clear_destination(locks, "/d", "home")))
+        self.assertEqual(rest, clear_destination(locks, "/b", "")["20260131-093000"])
+
+
+class Pins(unittest.TestCase):
+
+    def test_there_and_back(self):
+        pin = Pin("20260131-093000", "u", "2026-01-31T08:30:00Z", "f")
+        entry = {"": pin, "home": pin._replace(filesystem=None), "\udcff": pin._replace(name="\udcff")}
+        pins = dict.fromkeys(PATHS, entry)
+        self.assertEqual(pins, parse_pins(format_pins(pins)))
+        self.assertEqual({}, parse_pins(format_pins({})))
+
+    def test_anything_else(self):
+        errors = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+        for what, text in dict(DAMAGED, **DAMAGED_PINS).items():
+            with self.subTest(what):
+                self.assertRaises(errors, parse_pins, text)
+
+
+class StateFiles(InFolder):
+
+    def setUp(self):
+        super().setUp()
+        self.host = LocalHost(Events())
+
+    def test_none_is_empty(self):
+        self.assertEqual({}, self.host.read_locks(self.folder))
+        self.assertEqual({}, self.host.read_pins(self.folder))
+
+    def test_damage_is_an_error_that_names_the_file(self):
+        for name, read, more in ((LOCK_FILE, self.host.read_locks, DAMAGED_LOCKS),
+                                 (PIN_FILE, self.host.read_pins, DAMAGED_PINS)):
+            for what, text in dict(DAMAGED, **more).items():
+                with self.subTest(what, name=name):
+                    self.write(name, text)
+                    with self.assertRaises(BackupError) as caught:
+                        read(self.folder)
+                    self.assertIn(self.path(name), caught.exception.message)
+                    self.assertTrue(caught.exception.hint)
+                    self.assertEqual(text.encode(), self.content(name))
+
+    def test_what_is_no_file(self):
+        os.mkdir(self.path(LOCK_FILE))
+        with self.assertRaises(BackupError) as caught:
+            self.host.read_locks(self.folder)
+        self.assertIn(self.path(LOCK_FILE), caught.exception.message)
+
+    def test_damaged_locks_are_not_written_over(self):
+        self.write(LOCK_FILE, OLD_LOCKS[:-3])
+        with self.assertRaises(BackupError):
+            self.host.change_locks(self.folder, lambda locks: add_locks(locks, [LockChange("a", "/b")]))
+        self.assertEqual(OLD_LOCKS[:-3].encode(), self.content(LOCK_FILE))
+
+    def test_locks_come_back_with_any_path(self):
+        changes = [LockChange(name, path, "parent") for path in PATHS for name in ("a", "caf\udce9")]
+        after = self.host.change_locks(self.folder, lambda locks: add_locks(locks, changes))
+        self.assertEqual(after, self.host.read_locks(self.folder))
+        self.assertEqual(PATHS, after["caf\udce9"]["locks"])
+
+    def test_others_read_what_was_written(self):
+        """In 0.6.6's format, with the json module and in UTF-8."""
+        change = LockChange("a", "/t\u00fcr", "p")
+        self.host.change_locks(self.folder, lambda locks: add_locks(locks, [change]))
+        with open(self.path(LOCK_FILE), encoding="utf-8") as file:
+            self.assertEqual({"a": {"locks": ["/t\u00fcr"], "parent_locks": []},
+                              "p": {"locks": [], "parent_locks": ["/t\u00fcr"]}}, json.load(file))
+
+    def test_raw_bytes_of_a_path(self):
+        """As a program in another locale may write them."""
+        with open(self.path(LOCK_FILE), "wb") as file:
+            file.write(b'{"a": {"locks": ["/caf\xe9"]}}')
+        self.assertEqual({"a": {"locks": ["/caf\udce9"]}}, self.host.read_locks(self.folder))
+
+    def test_nothing_is_written_where_nothing_changes(self):
+        self.assertEqual({}, self.host.change_locks(self.folder, lambda locks: locks))
+        self.host.change_pins(self.folder, "home", {"/b": None})
+        self.assertEqual([], os.listdir(self.folder))
+
+    def test_each_prefix_has_its_own_pin(self):
+        pin, newer = Pin("a", "1", "t"), Pin("b", "2", "t", "f")
+        self.host.change_pins(self.folder, "home", {"/b": pin, "/c": pin})
+        self.host.change_pins(self.folder, "data", {"/b": pin})
+        self.host.change_pins(self.folder, "home", {"/b": newer})
+        self.assertEqual({"/b": {"home": newer, "data": pin}, "/c": {"home": pin}},
+                         self.host.read_pins(self.folder))
+        self.host.change_pins(self.folder, "home", {"/b": None, "/c": None})
+        self.assertEqual({"/b": {"data": pin}}, self.host.read_pins(self.folder))
+
+
+class Replacing(InFolder):
+
+    def replace(self, text="new"):
+        replace_state_file(self.folder, "state", text)
+
+    def test_it_is_replaced(self):
+        self.replace("old")
+        before = os.stat(self.path("state")).st_ino
+        self.replace("new")
+        self.assertEqual(b"new\n", self.content("state"))
+        self.assertEqual(["state"], os.listdir(self.folder))
+        self.assertNotEqual(before, os.stat(self.path("state")).st_ino, "written in place")
+
+    def test_a_crash_at_any_step_leaves_the_old_one_or_the_new(self):
+        self.replace("old")
+        for step, left in (("os.fsync", b"old\n"), ("os.rename", b"old\n"),
+                           ("btrfs_backup_ng.sync_folder", b"new\n")):
+            with self.subTest(step):
+                self.replace("old")
+                with mock.patch(step, side_effect=KeyboardInterrupt):
+                    self.assertRaises(KeyboardInterrupt, self.replace)
+                self.assertEqual(left, self.content("state"))
+
+    def test_a_failure_is_said_and_leaves_the_old_one(self):
+        self.replace("old")
+        for step in ("os.fsync", "os.rename"):
+            with self.subTest(step), mock.patch(step, side_effect=OSError(28, "No space left on device")):
+                with self.assertRaises(BackupError) as caught:
+                    self.replace()
+                self.assertEqual("cannot write {}: no space left on device".format(self.path("state")),
+                                 caught.exception.message)
+                self.assertEqual(b"old\n", self.content("state"))
+
+    def test_what_a_crash_left_does_not_matter(self):
+        for name in ("state.new", "state"):
+            self.write(name, "much longer than what follows " * 100)
+        self.replace()
+        self.assertEqual(b"new\n", self.content("state"))
+
+    def test_the_bytes_are_durable_before_the_name_and_the_name_before_the_end(self):
+        steps = mock.Mock(fsync=mock.Mock(wraps=os.fsync), rename=mock.Mock(wraps=os.rename))
+        with mock.patch("os.fsync", steps.fsync), mock.patch("os.rename", steps.rename):
+            self.replace()
+        self.assertEqual(["fsync", "rename", "fsync"], [call[0] for call in steps.method_calls])
+
+    def test_reading(self):
+        self.assertEqual({}, read_state_file(self.folder, "state", str))
+        self.replace("caf\udce9")
+        self.assertEqual(b"caf\xe9\n", self.content("state"))
+        self.assertEqual("caf\udce9\n", read_state_file(self.folder, "state", str))
+
+
+class Mutex(InFolder):
+
+    def test_the_changes_of_two_processes_both_stay(self):
+        """The second one must not read before the first one has written."""
+        host, own = LocalHost(Events()), LockChange("a", "/b")
+        with folder_mutex(self.folder):
+            before = host.read_locks(self.folder)
+            child = self.child("host, change = LocalHost(Events()), LockChange('c', '/d')",
+                               "print('ready', flush=True)",
+                               "host.change_locks(folder, lambda locks: add_locks(locks, [change]))",
+                               "print('done', flush=True)")
+            self.assertEqual("ready\n", child.stdout.readline())
+            time.sleep(0.3)
+            replace_state_file(self.folder, LOCK_FILE, json.dumps(add_locks(before, [own])))
+        self.assertEqual("done\n", child.stdout.readline())
+        self.assertEqual({"a", "c"}, set(host.read_locks(self.folder)))
+
+    def test_many_changes_of_two_processes(self):
+        changing = ["host = LocalHost(Events())",
+                    "for number in range(30):",
+                    "    change = LockChange(sys.stdin.readline().strip(), '/b')",
+                    "    host.change_locks(folder, lambda locks: add_locks(locks, [change]))"]
+        children = [self.child(*changing) for _ in range(2)]
+        for at, child in enumerate(children):
+            child.stdin.write("".join("{}-{}\n".format(at, number) for number in range(30)))
+            child.stdin.close()
+        self.assertEqual([0, 0], [child.wait(30) for child in children])
+        self.assertEqual(60, len(LocalHost(Events()).read_locks(self.folder)))
+
+    def test_it_is_free_again_after_an_error(self):
+        with self.assertRaises(ZeroDivisionError):
+            with folder_mutex(self.folder):
+                raise ZeroDivisionError
+        with folder_mutex(self.folder):
+            pass
+
+
+class RunLock(InFolder):
+
+    def hold_in_child(self, prefix="home"):
+        child = self.child("with run_lock(folder, {!r}, 0, print):".format(prefix),
+                           "    print('held', flush=True)",
+                           "    sys.stdin.read()")
+        self.assertEqual("held\n", child.stdout.readline())
+        return child
+
+    def run_lock(self, prefix="home", wait=0.0):
+        self.waits: List[str] = []
+        return run_lock(self.folder, prefix, wait, lambda: self.waits.append("waiting"))
+
+    def test_the_second_run_is_refused_at_once(self):
+        self.hold_in_child()
+        begun = time.monotonic()
+        with self.assertRaises(Busy) as caught:
+            self.run_lock().__enter__()
+        self.assertLess(time.monotonic() - begun, 1)
+        self.assertEqual(75, caught.exception.status)
+        self.assertIn(self.folder, caught.exception.message)
+        self.assertIn("--wait", caught.exception.hint)
+        self.assertEqual([], self.waits)
+
+    def test_it_waits_so_long_and_says_so_once(self):
+        self.hold_in_child()
+        begun = time.monotonic()
+        self.assertRaises(Busy, self.run_lock(wait=0.4).__enter__)
+        self.assertGreaterEqual(time.monotonic() - begun, 0.4)
+        self.assertEqual(["waiting"], self.waits)
+
+    def test_it_goes_on_when_the_other_has_ended(self):
+        child = self.hold_in_child()
+        child.stdin.close()
+        with self.run_lock(wait=float("inf")):
+            self.assertEqual(0, child.wait(10))
+
+    def test_a_killed_run_leaves_nothing_behind(self):
+        child = self.hold_in_child()
+        child.kill()
+        child.wait()
+        with self.run_lock():
+            pass
+
+    def test_prefixes_do_not_disturb_each_other(self):
+        self.hold_in_child("")
+        for prefix in ("home", "home-", ".", "\udcff", "two words"):
+            with self.run_lock(prefix):
+                self.assertRaises(Busy, self.run_lock(prefix).__enter__)
+        self.assertRaises(Busy, self.run_lock("").__enter__)
+
+    def test_it_is_free_again_after_an_error(self):
+        with self.assertRaises(ZeroDivisionError):
+            with self.run_lock():
+                raise ZeroDivisionError
+        with self.run_lock():
+            pass
+
+    def test_changes_go_on_beside_a_run(self):
+        """A run of one prefix holds its lock for hours; those of others change the state meanwhile."""
+        self.hold_in_child()
+        change = LockChange("a", "/b")
+        LocalHost(Events()).change_locks(self.folder, lambda locks: add_locks(locks, [change]))
+
+    def test_a_link_is_not_followed(self):
+        os.symlink(self.path("elsewhere"), self.path(".home.lock"))
+        with self.assertRaises(BackupError) as caught:
+            self.run_lock().__enter__()
+        self.assertIn(".home.lock", caught.exception.message)
+        self.assertFalse(os.path.exists(self.path("elsewhere")))
+
+    def test_a_folder_that_is_not_there(self):
+        with self.assertRaises(BackupError) as caught:
+            run_lock(self.path("missing"), "home", 0, print).__enter__()
+        self.assertIn("missing", caught.exception.message)
+
+
+if __name__ == "__main__":
+    unittest.main()
