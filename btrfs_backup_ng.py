@@ -63,6 +63,7 @@ import fcntl
 import functools
 import os
 import re
+import select
 import signal
 import stat
 import struct
@@ -164,45 +165,56 @@ def printable(text: str) -> str:
 ########################################################################################################
 
 TIME_FORMATS = ("%Y%m%d-%H%M%S", "%y%m%d-%H%M%S")  # written; also recognised
+TIME_TEXT = re.compile(r"([0-9]{2})?([0-9]{2})([0-9]{2})([0-9]{2})-([0-9]{2})([0-9]{2})([0-9]{2})")
 PARTIAL_NAME = re.compile(r"\.(?P<name>.+?)(?:\.(?P<piece>[0-9]+))?\.partial", re.DOTALL)
 
 
-def parse_time(text: str) -> Optional[time.struct_time]:
+LocalTime = Tuple[int, int, int, int, int, int]  # year, month, day, hour, minute, second
+
+
+def parse_time(text: str) -> Optional[LocalTime]:
     """The local time that `text` states in one of TIME_FORMATS, or None."""
-    if not re.fullmatch(r"([0-9]{2}){3,4}-[0-9]{6}", text):
+    match = TIME_TEXT.fullmatch(text)
+    if match is None:
         return None
-    layout = TIME_FORMATS[0] if len(text) == 15 else TIME_FORMATS[1]
-    try:
-        parsed = time.strptime(text, layout)
-    except ValueError:
-        return None
-    return parsed if time.strftime(layout, parsed) == text else None
+    century, *rest = match.groups()
+    year, month, day, hour, minute, second = map(int, rest)
+    # a year without century as strptime reads it
+    year += 100 * int(century) if century else 2000 if year < 69 else 1900
+    leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+    days = (31, 28 + leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+    is_time = year > 0 and 0 < month <= 12 and 0 < day <= days[month - 1] and hour < 24 and minute < 60 and second < 60
+    return (year, month, day, hour, minute, second) if is_time else None
 
 
-def snapshot_time(prefix: str, name: str) -> Optional[float]:
-    """Seconds since the epoch that a snapshot's name states, or None where it is no name of `prefix`.
+@functools.lru_cache(maxsize=None)
+def name_time(prefix: str, name: str) -> Optional[LocalTime]:
+    """The local time that a snapshot's name states, or None where it is no name of `prefix`.
 
     A prefix `home20` must not take `home20260131-093000` of the prefix `home` for its own.
     """
     if not name.startswith(prefix):
         return None
     text = name[len(prefix):]
-    parsed = parse_time(text)
-    if parsed is None or (len(text) == 13 and parse_time(prefix[-2:] + text) is not None):
+    if len(text) == 13 and parse_time(prefix[-2:] + text) is not None:
         return None
-    return earliest_moment(parsed)
+    return parse_time(text)
 
 
-def earliest_moment(local: time.struct_time) -> Optional[float]:
-    """Seconds since the epoch of a local time; the earlier where the clock was put back over it."""
-    moments = set()
-    for dst in (-1, 0, 1):
-        try:
-            moments.add(time.mktime(local[:8] + (dst,)))
-        except (OverflowError, ValueError):
-            continue
-    exact = [moment for moment in moments if time.localtime(moment)[:6] == local[:6]]
-    return min(exact or moments, default=None)
+def snapshot_time(prefix: str, name: str) -> Optional[float]:
+    """Seconds since the epoch of the time that a snapshot's name states, or None.
+
+    The earlier one where the clock was put back over it, so that no new snapshot is from the future.
+    """
+    local = name_time(prefix, name)
+    if local is None:
+        return None
+    try:
+        moment = time.mktime(local + (0, 0, -1))
+        repeated = [moment - shift for shift in (3600, 1800) if time.localtime(moment - shift)[:6] == local]
+    except (OverflowError, ValueError, OSError):
+        return None
+    return repeated[0] if repeated else moment
 
 
 def snapshot_name(prefix: str, now: float) -> str:
@@ -506,7 +518,7 @@ def by_creation(subvolume: Subvolume) -> Tuple[int, int, str]:
 
 def snapshots_of(listing: Listing, prefix: str) -> List[Subvolume]:
     """The snapshots of `prefix` in a snapshot folder, oldest first."""
-    found = [s for s in listing.subvolumes if s.readonly and snapshot_time(prefix, s.name) is not None]
+    found = [s for s in listing.subvolumes if s.readonly and name_time(prefix, s.name)]
     return sorted(found, key=by_creation)
 
 
@@ -539,7 +551,7 @@ def ambiguous_ids(snapshots: Sequence[Subvolume]) -> Set[str]:
 
 def backups_of(listing: Listing, prefix: str) -> List[Subvolume]:
     """The received, complete backups of `prefix` in a folder: all that retention may ever delete there."""
-    return [s for s in listing.subvolumes if s.is_received and snapshot_time(prefix, s.name) is not None]
+    return [s for s in listing.subvolumes if s.is_received and name_time(prefix, s.name)]
 
 
 ########################################################################################################
@@ -662,7 +674,7 @@ def locked_names(locks: Locks, destination: str, kind: str = "locks") -> List[st
 
 def own_locks(locks: Locks, prefix: str) -> Locks:
     """The locks of snapshots of `prefix`: those of others are never touched."""
-    return {name: entry for name, entry in locks.items() if snapshot_time(prefix, name) is not None}
+    return {name: entry for name, entry in locks.items() if name_time(prefix, name)}
 
 
 def plan_recovery(name: str, snapshot: Optional[Subvolume], listing: Listing) -> Recovery:
@@ -1867,6 +1879,11 @@ class LocalSender:
         finally:
             os.close(write_end)
         os.set_blocking(self.read_end, False)
+        self.poll = select.poll()
+        self.poll.register(self.read_end, select.POLLIN)
+
+    def wait_readable(self, seconds: float) -> None:
+        self.poll.poll(1000 * seconds)
 
     def read(self, buffer: bytearray) -> Optional[int]:
         """How many bytes came into `buffer`: None while there are none, 0 at the end."""
@@ -2041,8 +2058,10 @@ class Relay:
         rate = max(1.0, self.size / (time.monotonic() - self.begun))
         if full:
             time.sleep(min(WRITE_NAP, WRITE_AHEAD / rate))
+        elif not got:
+            self.sender.wait_readable(idle)
         elif got < READ_AHEAD:
-            time.sleep(max(idle, min(READ_NAP, READ_AHEAD / rate)))
+            time.sleep(min(READ_NAP, READ_AHEAD / rate))
 
     def waiting(self) -> int:
         """Chunks that the slowest lane still has to take."""

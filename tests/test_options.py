@@ -244,8 +244,8 @@ class Endpoints(unittest.TestCase):
 
     SCHEMES = ("ftp://host/path", "file:///mnt", "FTP://host", "x-y+z.1://a", "s3://bucket", "btrfs://")
 
-    HOSTS = ("host:/path", "user@host:/path", "nas.local:/path", "host:path", "a:b", "[::1]:/path", "a b:/c", "\udcff:/c", "::",
-             "a::b")
+    HOSTS = ("host:/path", "user@host:/path", "nas.local:/path", "host:path", "a:b", "[::1]:/path", "a b:/c",
+             "\udcff:/c", "::", "a::b")
 
     def refuse(self, text, *words):
         for arguments in ([text, "/b"], ["/s", text], ["/s", "/b", text]):
