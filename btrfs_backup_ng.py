@@ -25,10 +25,11 @@ Contents; a section uses only what stands above it:
      9 PROCESSES       programs: found, run, watched, ended
     10 BTRFS           what the kernel and the btrfs program say and do
     11 STATE           locks and pins in the snapshot folder
-    12 HOST            the semantic calls that everything above planning goes through
-    13 TRANSFER        sender, receiver, and the relay between them
-    14 TASK            observe, plan, show or execute
-    15 COMMAND LINE    help, version, sudo, signals, main
+    12 ENDS            the processes at the two ends of a stream
+    13 HOST            the semantic calls that everything above planning goes through
+    14 RELAY           one stream from a sender to its receivers
+    15 TASK            observe, plan, show or execute
+    16 COMMAND LINE    help, version, sudo, signals, main
 
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
@@ -196,7 +197,7 @@ def name_time(prefix: str, name: str) -> Optional[LocalTime]:
     if not name.startswith(prefix):
         return None
     text = name[len(prefix):]
-    if len(text) == 13 and parse_time(prefix[-2:] + text) is not None:
+    if len(text) == 13 and prefix and parse_time(prefix[-2:] + text) is not None:
         return None
     return parse_time(text)
 
@@ -431,7 +432,7 @@ def parse_arguments(arguments: Sequence[str]) -> Task:
                     raise UsageError("{} takes no value".format(flag), "see --help")
                 value = ""
             elif option.metavar.startswith("[") and value is None:
-                value = left.popleft() if left and re.fullmatch(r"[0-9]+", left[0]) else None
+                value = left.popleft() if left and re.fullmatch(r"[0-9.]+", left[0]) else None
             elif value is None:
                 if not left:
                     raise UsageError("{} needs a value ({})".format(flag, option.metavar), "see --help")
@@ -943,10 +944,8 @@ class CommandReader:
                 if after > size:
                     break
                 spans.append((at, after, command))
-            elif command == WRITE:
-                self.file_data += length - WRITE_OVERHEAD
-            elif command == ENCODED_WRITE:
-                self.file_data += unencoded_length(data, at, length)
+            elif command in (WRITE, ENCODED_WRITE):
+                self.file_data += contents_length(data, at, length, command)
             at = after
         if at >= size:
             self.skip, self.carry = at - size, b""
@@ -955,12 +954,16 @@ class CommandReader:
         return data[:at], spans
 
 
-def unencoded_length(data: bytes, at: int, length: int) -> int:
-    """Bytes of file that an ENCODED_WRITE at `at` stands for; its own length where that is not in sight."""
-    if at + 14 <= len(data):
-        third = at + 14 + ATTRIBUTE.unpack_from(data, at + 10)[1] + 12
-        if third + 12 <= len(data) and ATTRIBUTE.unpack_from(data, third)[0] == A_UNENCODED_FILE_LEN:
-            return struct.unpack_from("<Q", data, third + 4)[0]
+def contents_length(data: bytes, at: int, length: int, command: int) -> int:
+    """About the bytes of file that the write at `at` stands for; its own length where those are not in sight."""
+    if at + 14 > len(data):
+        return length
+    path_length = ATTRIBUTE.unpack_from(data, at + 10)[1]
+    if command == WRITE:
+        return length - path_length - WRITE_OVERHEAD + COMMAND_HEADER.size
+    third = at + 14 + path_length + 12
+    if third + 12 <= len(data) and ATTRIBUTE.unpack_from(data, third)[0] == A_UNENCODED_FILE_LEN:
+        return struct.unpack_from("<Q", data, third + 4)[0]
     return length
 
 
@@ -1003,7 +1006,7 @@ class IncomingStream:
             if command == END:
                 pieces += [view[passed:start], self.public, view[start:]]
                 self.ended, passed = True, len(data)
-                if end < len(data):
+                if end < len(data) or self.reader.carry:
                     raise BackupError("the stream goes on after its end")
             elif ATTRIBUTE.unpack_from(data, start + 10) == (A_PATH, 0):  # the top folder
                 kept = end if command == SET_XATTR else start
@@ -1434,6 +1437,11 @@ def receive_argv(folder: str, debug: bool) -> List[str]:
     return ["btrfs", "receive"] + ["-vv"] * debug + [folder]
 
 
+def sync_filesystem(folder: str) -> None:
+    """Makes all that was written to the filesystem of `folder` durable; a read-only flag alone does not."""
+    check(["btrfs", "filesystem", "sync", folder], "cannot sync {}".format(folder))
+
+
 def parse_find_new(text: str) -> int:
     """Bytes of data in the extents that `btrfs subvolume find-new` lists."""
     return sum(int(size) for size in re.findall(r" file offset [0-9]+ len ([0-9]+) disk start ", text))
@@ -1595,7 +1603,178 @@ def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None])
 
 
 ########################################################################################################
-# 12 HOST: the semantic calls that everything above planning goes through
+# 12 ENDS: the processes at the two ends of a stream
+#
+# A sender fills buffers, a receiver takes them, and neither ever blocks. The receiver is the only place
+# where a backup becomes complete: `btrfs receive` exited 0, the result was seen read-only with the right
+# identity, its filesystem is synced; only then it gets its name. Before that it is `.NAME.partial`.
+########################################################################################################
+
+
+class LocalSender:
+    """`btrfs send` and its pipe."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.read_end, write_end = make_pipe()
+        try:
+            self.stage = Stage(argv, subprocess.DEVNULL, write_end)
+        except BackupError:
+            os.close(self.read_end)
+            raise
+        finally:
+            os.close(write_end)
+        os.set_blocking(self.read_end, False)
+        self.poll = select.poll()
+        self.poll.register(self.read_end, select.POLLIN)
+
+    def wait_readable(self, seconds: float) -> None:
+        self.poll.poll(1000 * seconds)
+
+    def read(self, buffer: bytearray) -> Optional[int]:
+        """How many bytes came into `buffer`: None while there are none, 0 at the end."""
+        try:
+            return os.readv(self.read_end, [buffer])
+        except BlockingIOError:
+            return None
+
+    def finish(self, timeout: float) -> None:
+        self.stage.wait(timeout)
+
+    def end(self) -> None:
+        os.close(self.read_end)
+        self.stage.end()
+
+
+class LocalReceiver:
+    """`btrfs receive` and its pipe: takes a stream, leaves a complete backup or a partial one."""
+
+    def __init__(self, folder: str, expected: ExpectedStream, argv: Sequence[str]) -> None:
+        self.folder, self.expected = folder, expected
+        self.stream = IncomingStream(expected)
+        self.queue: "collections.deque[memoryview]" = collections.deque()  # an empty piece ends a chunk
+        self.pending = 0  # chunks not wholly written
+        read_end, write_end = make_pipe()
+        self.write_end: Optional[int] = write_end
+        try:
+            self.stage = Stage(argv, read_end, subprocess.DEVNULL)
+        except BackupError:
+            os.close(write_end)
+            raise
+        finally:
+            os.close(read_end)
+        os.set_blocking(write_end, False)
+
+    def offer(self, chunk: memoryview) -> None:
+        """Takes a chunk, whose memory must not change before `pending` has gone down."""
+        self.queue.extend(memoryview(piece) for piece in self.stream.edit(chunk))
+        self.queue.append(memoryview(b""))
+        self.pending += 1
+
+    def pump(self) -> int:
+        """Writes what the pipe has room for; returns how many bytes that were."""
+        moved = 0
+        try:
+            while self.queue:
+                piece = self.queue[0]
+                written = os.write(self.write_end, piece) if len(piece) else 0
+                moved += written
+                if written < len(piece):
+                    self.queue[0] = piece[written:]
+                else:
+                    self.queue.popleft()
+                    self.pending -= not len(piece)
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            raise self.failure() from None
+        return moved
+
+    def failure(self) -> BackupError:
+        """Why `btrfs receive` ended early."""
+        try:
+            self.stage.wait(ENDING_GRACE)
+        except BackupError as error:
+            return ReceiverFailed(error.message, error.hint, error.detail)
+        return ReceiverFailed("btrfs receive ended before the stream did")
+
+    def check_alive(self) -> None:
+        if self.stage.has_ended():
+            raise self.failure()
+
+    def finish(self, timeout: float) -> Subvolume:
+        """The complete backup under its final name."""
+        if not self.stream.ended:
+            raise BackupError("the stream ended before its end command")
+        self.close_pipe()
+        try:
+            self.stage.wait(timeout)
+        except BackupError as error:
+            raise ReceiverFailed(error.message, error.hint, error.detail) from None
+        backup = self.check_result()
+        sync_filesystem(self.folder)
+        return self.give_name(backup)
+
+    def check_result(self) -> Subvolume:
+        name = partial_name(self.expected.name)
+        found = read_subvolume(os.path.join(self.folder, name), name)
+        if found is None or not found.readonly or found.received_uuid != self.expected.uuid:
+            raise ReceiverFailed("btrfs receive left {} incomplete though it reported success".format(name))
+        if (found.parent_uuid is not None) != (self.expected.parent_uuid is not None):
+            raise ReceiverFailed("{} was received on another parent than planned".format(name))
+        return found
+
+    def give_name(self, backup: Subvolume) -> Subvolume:
+        path = os.path.join(self.folder, self.expected.name)
+        if os.path.lexists(path):
+            raise ReceiverFailed("{} has appeared meanwhile".format(path))
+        try:
+            os.rename(os.path.join(self.folder, backup.name), path)
+            sync_folder(self.folder)
+        except OSError as error:
+            raise os_error("cannot rename {}".format(backup.name), error) from None
+        return backup._replace(name=self.expected.name)
+
+    def close_pipe(self) -> None:
+        if self.write_end is not None:
+            os.close(self.write_end)
+            self.write_end = None
+
+    def end(self) -> None:
+        self.close_pipe()
+        self.stage.end()
+
+
+class Measuring:
+    """`btrfs send --no-data` beside a transfer, niced, to learn what the transfer will weigh."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self.meter = SizeMeter()
+        self.read_end, write_end = make_pipe()
+        self.stage = Stage(argv, subprocess.DEVNULL, write_end)
+        os.close(write_end)
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, self.stage.process.pid, 19)
+        self.thread = threading.Thread(target=self.read, daemon=True)
+        self.thread.start()
+
+    def read(self) -> None:
+        for chunk in iter(lambda: os.read(self.read_end, PIPE_SIZE), b""):
+            self.meter.feed(chunk)
+
+    def wait(self) -> SizeMeter:
+        """The finished meter; BackupError where the send failed."""
+        self.thread.join()
+        self.stage.wait(ENDING_GRACE)
+        return self.meter
+
+    def end(self) -> None:
+        self.stage.end()
+        self.thread.join()
+        os.close(self.read_end)
+
+
+########################################################################################################
+# 13 HOST: the semantic calls that everything above planning goes through
 #
 # A host is a machine that things are done on. Its calls take and return plain values, so that they can
 # travel: look at a place, list a folder, snapshot, delete, rename, state, send, receive. LocalHost does
@@ -1636,35 +1815,6 @@ def find_unmounted(path: str) -> str:
         return ""
     above = [point for point in points if point and (path + "/").startswith(point + "/")]
     return next((point for point in above if not os.path.ismount(point)), "")
-
-
-class Measuring:
-    """`btrfs send --no-data` beside a transfer, niced, to learn what the transfer will weigh."""
-
-    def __init__(self, argv: Sequence[str]) -> None:
-        self.meter = SizeMeter()
-        self.read_end, write_end = make_pipe()
-        self.stage = Stage(argv, subprocess.DEVNULL, write_end)
-        os.close(write_end)
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, self.stage.process.pid, 19)
-        self.thread = threading.Thread(target=self.read, daemon=True)
-        self.thread.start()
-
-    def read(self) -> None:
-        for chunk in iter(lambda: os.read(self.read_end, PIPE_SIZE), b""):
-            self.meter.feed(chunk)
-
-    def wait(self) -> SizeMeter:
-        """The finished meter; BackupError where the send failed."""
-        self.thread.join()
-        self.stage.wait(ENDING_GRACE)
-        return self.meter
-
-    def end(self) -> None:
-        self.stage.end()
-        self.thread.join()
-        os.close(self.read_end)
 
 
 class LocalHost:
@@ -1765,7 +1915,7 @@ class LocalHost:
             except BackupError as error:
                 errors.append(error)
         if doomed:
-            self.sync(folder)
+            sync_filesystem(folder)
         return errors
 
     def make_writable(self, path: str) -> None:
@@ -1773,10 +1923,6 @@ class LocalHost:
         if self.capabilities().progs >= (5, 14, 2):  # from there on a received subvolume needs force
             argv.insert(3, "-f")
         self.command(argv, "cannot make {} writable".format(path))
-
-    def sync(self, folder: str) -> None:
-        """Makes all that was written to the filesystem of `folder` durable."""
-        self.command(["btrfs", "filesystem", "sync", folder], "cannot sync {}".format(folder))
 
     def wait_for_cleaning(self, folder: str) -> None:
         self.command(["btrfs", "subvolume", "sync", folder], "cannot wait for deleted subvolumes of {}".format(folder))
@@ -1826,7 +1972,7 @@ class LocalHost:
         return ExpectedStream(snapshot.name, snapshot.stream_id or "", parent.stream_id if parent else None,
                               top.st_uid, top.st_gid, stat.S_IMODE(top.st_mode))
 
-    def open_send(self, folder: str, name: str, parent: Optional[str], options: SendOptions) -> "LocalSender":
+    def open_send(self, folder: str, name: str, parent: Optional[str], options: SendOptions) -> LocalSender:
         argv = send_argv(os.path.join(folder, name), os.path.join(folder, parent) if parent else None, options)
         self.events.debug("command", "starting {}".format(" ".join(argv)))
         return LocalSender(argv)
@@ -1840,23 +1986,21 @@ class LocalHost:
         return parse_find_new(self.command(["btrfs", "subvolume", "find-new", path, str(generation)],
                                            "cannot look for changes in {}".format(path)))
 
-    def open_receive(self, folder: str, expected: ExpectedStream, debug: bool) -> "LocalReceiver":
+    def open_receive(self, folder: str, expected: ExpectedStream, debug: bool) -> LocalReceiver:
         if os.path.lexists(os.path.join(folder, expected.name)):
             raise ReceiverFailed("{} exists at {}".format(expected.name, folder))
         argv = receive_argv(folder, debug)
         self.events.debug("command", "starting {}".format(" ".join(argv)))
-        return LocalReceiver(self, folder, expected, argv)
+        return LocalReceiver(folder, expected, argv)
 
 
 ########################################################################################################
-# 13 TRANSFER: sender, receiver, and the relay between them
+# 14 RELAY: one stream from a sender to its receivers
 #
-# A sender fills buffers, a receiver takes them, and neither ever blocks: the relay moves what can be
-# moved, then naps. Waking for every few KiB costs more than moving them, and memory made anew for each
-# read more than both, so a few buffers go round and the naps are as long as the pipes can bear at the
-# present rate. One sender may feed several receivers (lanes); a lane that fails is dropped, the others
-# go on. A backup is complete when the sender and its receiver exited 0, the result was seen read-only
-# with the right identity, and its filesystem is synced; only then it gets its name.
+# The relay moves what can be moved, then naps. Waking for every few KiB costs more than moving them, and
+# memory made anew for each read more than both, so a few buffers go round and the naps are as long as the
+# pipes can bear at the present rate. One sender may feed several receivers (lanes); a lane that fails is
+# dropped, the others go on. Never: a lane finished before the sender exited 0.
 ########################################################################################################
 
 BUFFERS = 4  # of PIPE_SIZE: how far the fastest lane may be ahead of the slowest
@@ -1864,139 +2008,6 @@ READ_AHEAD, WRITE_AHEAD = 64 << 10, 256 << 10  # bytes that may come, and go, du
 READ_NAP, WRITE_NAP, IDLE_NAP = 0.001, 0.003, 0.008  # seconds, at most
 SHORTEST_NAP = 0.00005
 PROGRESS_INTERVAL = 0.2  # seconds
-
-
-class LocalSender:
-    """`btrfs send` and its pipe."""
-
-    def __init__(self, argv: Sequence[str]) -> None:
-        self.read_end, write_end = make_pipe()
-        try:
-            self.stage = Stage(argv, subprocess.DEVNULL, write_end)
-        except BackupError:
-            os.close(self.read_end)
-            raise
-        finally:
-            os.close(write_end)
-        os.set_blocking(self.read_end, False)
-        self.poll = select.poll()
-        self.poll.register(self.read_end, select.POLLIN)
-
-    def wait_readable(self, seconds: float) -> None:
-        self.poll.poll(1000 * seconds)
-
-    def read(self, buffer: bytearray) -> Optional[int]:
-        """How many bytes came into `buffer`: None while there are none, 0 at the end."""
-        try:
-            return os.readv(self.read_end, [buffer])
-        except BlockingIOError:
-            return None
-
-    def finish(self, timeout: float) -> None:
-        self.stage.wait(timeout)
-
-    def end(self) -> None:
-        os.close(self.read_end)
-        self.stage.end()
-
-
-class LocalReceiver:
-    """`btrfs receive` and its pipe: takes a stream, leaves a complete backup or a partial one."""
-
-    def __init__(self, host: LocalHost, folder: str, expected: ExpectedStream, argv: Sequence[str]) -> None:
-        self.host, self.folder, self.expected = host, folder, expected
-        self.stream = IncomingStream(expected)
-        self.queue: "collections.deque[memoryview]" = collections.deque()  # an empty piece ends a chunk
-        self.pending = 0  # chunks not wholly written
-        read_end, write_end = make_pipe()
-        self.write_end: Optional[int] = write_end
-        try:
-            self.stage = Stage(argv, read_end, subprocess.DEVNULL)
-        except BackupError:
-            os.close(write_end)
-            raise
-        finally:
-            os.close(read_end)
-        os.set_blocking(write_end, False)
-
-    def offer(self, chunk: memoryview) -> None:
-        """Takes a chunk, whose memory must not change before `pending` has gone down."""
-        self.queue.extend(memoryview(piece) for piece in self.stream.edit(chunk))
-        self.queue.append(memoryview(b""))
-        self.pending += 1
-
-    def pump(self) -> int:
-        """Writes what the pipe has room for; returns how many bytes that were."""
-        moved = 0
-        try:
-            while self.queue:
-                piece = self.queue[0]
-                written = os.write(self.write_end, piece) if len(piece) else 0
-                moved += written
-                if written < len(piece):
-                    self.queue[0] = piece[written:]
-                else:
-                    self.queue.popleft()
-                    self.pending -= not len(piece)
-        except BlockingIOError:
-            pass
-        except BrokenPipeError:
-            raise self.failure() from None
-        return moved
-
-    def failure(self) -> BackupError:
-        """Why `btrfs receive` ended early."""
-        try:
-            self.stage.wait(ENDING_GRACE)
-        except BackupError as error:
-            return ReceiverFailed(error.message, error.hint, error.detail)
-        return ReceiverFailed("btrfs receive ended before the stream did")
-
-    def check_alive(self) -> None:
-        if self.stage.has_ended():
-            raise self.failure()
-
-    def finish(self, timeout: float) -> Subvolume:
-        """The complete backup under its final name."""
-        if not self.stream.ended:
-            raise BackupError("the stream ended before its end command")
-        self.close_pipe()
-        try:
-            self.stage.wait(timeout)
-        except BackupError as error:
-            raise ReceiverFailed(error.message, error.hint, error.detail) from None
-        backup = self.check_result()
-        self.host.sync(self.folder)
-        return self.give_name(backup)
-
-    def check_result(self) -> Subvolume:
-        name = partial_name(self.expected.name)
-        found = read_subvolume(os.path.join(self.folder, name), name)
-        if found is None or not found.readonly or found.received_uuid != self.expected.uuid:
-            raise ReceiverFailed("btrfs receive left {} incomplete though it reported success".format(name))
-        if (found.parent_uuid is not None) != (self.expected.parent_uuid is not None):
-            raise ReceiverFailed("{} was received on another parent than planned".format(name))
-        return found
-
-    def give_name(self, backup: Subvolume) -> Subvolume:
-        path = os.path.join(self.folder, self.expected.name)
-        if os.path.lexists(path):
-            raise ReceiverFailed("{} has appeared meanwhile".format(path))
-        try:
-            os.rename(os.path.join(self.folder, backup.name), path)
-            sync_folder(self.folder)
-        except OSError as error:
-            raise os_error("cannot rename {}".format(backup.name), error) from None
-        return backup._replace(name=self.expected.name)
-
-    def close_pipe(self) -> None:
-        if self.write_end is not None:
-            os.close(self.write_end)
-            self.write_end = None
-
-    def end(self) -> None:
-        self.close_pipe()
-        self.stage.end()
 
 
 class Relayed(NamedTuple):
@@ -2112,7 +2123,7 @@ class Relay:
 
 
 ########################################################################################################
-# 14 TASK: observe, plan, show or execute
+# 15 TASK: observe, plan, show or execute
 #
 # The order: locks and pins are read, and where they cannot be the task stops; the snapshot is taken;
 # each destination is reached, listed and rid of what a failed transfer left; what is missing is sent,
@@ -2625,7 +2636,7 @@ def print_result(text: str) -> None:
 
 
 ########################################################################################################
-# 15 COMMAND LINE: help, version, sudo, signals, main
+# 16 COMMAND LINE: help, version, sudo, signals, main
 #
 # The thin shell around a task: everything that touches the process as a whole (its arguments, user,
 # signals, exit status) is here and nowhere else.
@@ -2659,7 +2670,7 @@ def format_help() -> str:
         lines += ["", group.title.lower() + ":"]
         for option in group.options:
             flags = ", ".join(option.flags) + (" " + option.metavar if option.metavar else "")
-            text = textwrap.wrap(option.help, 56)
+            text = textwrap.wrap(option.help, 56, break_on_hyphens=False)
             if len(flags) > 28:
                 lines.append("  " + flags)
                 flags = ""
