@@ -52,6 +52,10 @@ AFTER = PREFIX + "20200102-000000"
 
 MANY = 300
 
+# The system's own interpreter where it has one, as btrbk is run by the system's own Perl.
+SYSTEM_PYTHON = "/usr/bin/python3"
+INTERPRETER = SYSTEM_PYTHON if os.access(SYSTEM_PYTHON, os.X_OK) else sys.executable
+
 BTRBK_CONFIG = """\
 timestamp_format      long
 snapshot_create       no
@@ -203,7 +207,7 @@ def take_snapshot(subvolume: str, snapshot: str) -> None:
 
 
 def ours_argv(snapshots: str, source: str, destination: str) -> List[str]:
-    return [sys.executable, ZIPAPP, "-S", "-p", PREFIX, "-f", snapshots, source, destination]
+    return [INTERPRETER, ZIPAPP, "-S", "-p", PREFIX, "-f", snapshots, source, destination]
 
 
 def pipe_argv(snapshot: str, parent: Optional[str], destination: str) -> List[str]:
@@ -414,7 +418,7 @@ def with_descendants(root: int) -> Set[int]:
 
 def is_python(pid: int) -> bool:
     executable = os.path.realpath("/proc/{}/exe".format(pid))
-    return executable == os.path.realpath(sys.executable)
+    return executable == os.path.realpath(INTERPRETER)
 
 
 def peak_mib(pid: int) -> float:

@@ -9,10 +9,10 @@ import unittest
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from btrfs_backup_ng import parse_time, partial_name, partial_of, snapshot_name, snapshot_time
 
-# The rules of Europe/Berlin written out, as not every machine has the time zone's file.
+# The zones' rules written out, as not every machine has their files.
 BERLIN = "CET-1CEST,M3.5.0,M10.5.0/3"
-
-HOUR = 3600
+NEW_YORK = "EST5EDT,M3.2.0,M11.1.0"
+LORD_HOWE = "LHST-10:30LHDT-11,M10.1.0,M4.1.0"  # half an hour
 
 
 def utc(text):
@@ -41,7 +41,7 @@ class ParseTime(InZone):
     TIMES = (
         ("20260131-093000", (2026, 1, 31, 9, 30, 0)),
         ("20240229-235959", (2024, 2, 29, 23, 59, 59)),
-        ("20000101-000000", (2000, 1, 1, 0, 0, 0)),
+        ("20000229-000000", (2000, 2, 29, 0, 0, 0)),
         ("19691231-235959", (1969, 12, 31, 23, 59, 59)),
         ("99991231-000000", (9999, 12, 31, 0, 0, 0)),
         ("260131-093000", (2026, 1, 31, 9, 30, 0)),
@@ -189,11 +189,15 @@ class Moments(InZone):
                 self.assertEqual(utc("2024-10-27 00:30:00"), snapshot_time("", "20241027-023000"))
 
     def test_every_name_says_when_it_was_made(self):
-        for day in ("2024-03-31", "2024-10-27", "2025-12-31"):
-            start = utc(day + " 00:00:00")
-            for moment in (start + 900 * quarter for quarter in range(-48, 96)):
-                repeated = utc("2024-10-27 01:00:00") <= moment < utc("2024-10-27 02:00:00")
-                self.assertEqual(moment - HOUR * repeated, snapshot_time("p", snapshot_name("p", moment)))
+        """For the first time, where the clock showed the same twice."""
+        for zone, day in ((BERLIN, "2024-03-31"), (BERLIN, "2024-10-27"), (LORD_HOWE, "2024-04-06"),
+                          (LORD_HOWE, "2024-10-05"), (NEW_YORK, "2024-11-03"), ("UTC0", "2025-12-31")):
+            with self.subTest(zone=zone, day=day):
+                self.set_zone(zone)
+                midnight, first = utc(day + " 00:00:00"), {}
+                for moment in (midnight + 900 * quarter for quarter in range(-96, 192)):
+                    name = snapshot_name("p", moment)
+                    self.assertEqual(first.setdefault(name, moment), snapshot_time("p", name))
 
 
 class Partial(unittest.TestCase):

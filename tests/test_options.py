@@ -126,6 +126,8 @@ class Accepted(unittest.TestCase):
             (["/s", "60", "--wait"], {"wait": forever, "source": "/s", "destinations": ("60",)}),
             (["--wait", "./60"], {"wait": forever, "source": "./60"}),
             (["--wait", "60d"], {"wait": forever, "source": "60d"}),
+            (["--wait", "."], {"wait": forever, "source": "."}),
+            (["--wait", "..", "1.2.3"], {"wait": forever, "source": "..", "destinations": ("1.2.3",)}),
         ])
 
     def test_after_two_dashes_all_are_paths(self):

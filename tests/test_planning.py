@@ -349,6 +349,7 @@ class ChooseParent(unittest.TestCase):
         restored = snapshot(1, received_uuid="original")
         self.assertEqual(restored, choose_parent(snapshot(2), [restored, snapshot(2)], {"original"}))
         self.assertIsNone(choose_parent(snapshot(2), [restored, snapshot(2)], {"uuid-1"}))
+        self.assertIsNone(choose_parent(snapshot(2, received_uuid="original"), [restored], {"original"}))
 
 
 class PlanTransfers(unittest.TestCase):
@@ -438,11 +439,12 @@ class PlanTransfers(unittest.TestCase):
                 self.assertEqual(DestinationPlan(), self.plan(snapshots(2), there))
 
     def test_what_recovery_deletes_is_no_conflict(self):
-        pieces = (partial(2), partial(2, ".2"))
-        recovery = Recovery(name_of(2), pieces)
-        plan = self.plan(snapshots(1, 2), holding(1, also=pieces), recoveries=[recovery])
-        self.assertEqual(DestinationPlan((recovery,), plan.transfers), plan)
-        self.assertEqual([(2, 1)], self.sent(plan))
+        for left in ((partial(2),), (partial(2), partial(2, ".2")), (HALF,), (HALF, partial(2)), (NEARLY,)):
+            with self.subTest(left=left):
+                recovery = Recovery(name_of(2), left)
+                plan = self.plan(snapshots(1, 2), holding(1, also=left), recoveries=[recovery])
+                self.assertEqual(DestinationPlan((recovery,), plan.transfers), plan)
+                self.assertEqual([(2, 1)], self.sent(plan))
 
     def test_a_recovery_clears_only_what_it_names(self):
         plan = self.plan(snapshots(1, 2), holding(also=[partial(1), partial(2)]),

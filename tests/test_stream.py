@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import unittest
+from typing import Any
 
 import support
 
@@ -353,11 +354,16 @@ class Incoming(unittest.TestCase):
     PUBLIC = (make_command(CHOWN, [(PATH, b""), (UID, u64(1000)), (GID, u64(100))])
               + make_command(CHMOD, [(PATH, b""), (MODE, u64(0o2750))]))
 
-    @staticmethod
-    def edit(pieces, expected=EXPECTED):
+    def edit(self, pieces, expected=EXPECTED):
         """(what receive gets, whether the end was seen)"""
-        incoming = IncomingStream(expected)
-        out = b"".join(bytes(part) for piece in pieces for part in incoming.edit(piece))
+        incoming: Any = IncomingStream(expected)
+        out = b""
+        for piece in pieces:
+            buffer = bytearray(piece)
+            parts = incoming.edit(memoryview(buffer))
+            self.assertNotIn(0, [len(part) for part in parts])
+            out += b"".join(parts)
+            buffer[:] = bytes(len(buffer))  # the relay uses it again
         return out, incoming.ended
 
     def opening(self, expected=EXPECTED):
