@@ -383,7 +383,7 @@ def find_option(flag: str) -> Option:
     """The option of a flag as typed; long ones may be shortened while unique."""
     if flag in FLAGS:
         return FLAGS[flag]
-    meant = {FLAGS[known].flags[0]: FLAGS[known] for known in FLAGS if flag.startswith("--") and known.startswith(flag)}
+    meant = {FLAGS[known].flags[-1]: FLAGS[known] for known in FLAGS if flag.startswith("--") and known.startswith(flag)}
     if len(meant) != 1:
         raise UsageError("unknown option {}".format(printable(flag)) if not meant else
                          "option {} could be {}".format(flag, " or ".join(sorted(meant))), "see --help")
@@ -432,7 +432,7 @@ def parse_arguments(arguments: Sequence[str]) -> Task:
                     raise UsageError("{} takes no value".format(flag), "see --help")
                 value = ""
             elif option.metavar.startswith("[") and value is None:
-                value = left.popleft() if left and re.fullmatch(r"[0-9.]+", left[0]) else None
+                value = left.popleft() if left and re.fullmatch(r"[0-9]+(\.[0-9]+)?", left[0]) else None
             elif value is None:
                 if not left:
                     raise UsageError("{} needs a value ({})".format(flag, option.metavar), "see --help")
@@ -548,6 +548,30 @@ def ambiguous_ids(snapshots: Sequence[Subvolume]) -> Set[str]:
     """Ids that several snapshots share: none of them can be told from the others."""
     counts = collections.Counter(s.stream_id for s in snapshots if s.stream_id)
     return {key for key, count in counts.items() if count > 1}
+
+
+def parent_ids(snapshots: Sequence[Subvolume], listing: Listing) -> Set[str]:
+    """The ids of snapshots that can serve as parent for a folder: complete and unmistakable on both sides."""
+    backups = [b for b in listing.subvolumes if b.readonly and partial_of(b.name) is None]
+    copies = collections.Counter(key for b in backups for key in {b.uuid, b.received_uuid} if key)
+    once = {s.stream_id for s in snapshots if s.stream_id and copies[s.stream_id] == 1}
+    return once - ambiguous_ids(snapshots)
+
+
+def snapshot_moment(prefix: str, snapshot: Subvolume) -> float:
+    """Seconds since the epoch that retention counts a snapshot at.
+
+    The name's time, but its creation where both agree but for a change of clock: in autumn an hour of names
+    comes twice. A restored snapshot was created long after its name's time.
+    """
+    named, created = snapshot_time(prefix, snapshot.name) or 0.0, snapshot.otime / 1e9
+    return created if abs(created - named) <= 7200 else named
+
+
+def backup_moments(prefix: str, backups: Sequence[Subvolume], snapshots: Sequence[Subvolume]) -> Dict[str, float]:
+    """The moments of backups by name: those of their snapshots where these still exist."""
+    known = {s.stream_id: snapshot_moment(prefix, s) for s in snapshots}
+    return {b.name: known.get(b.received_uuid, snapshot_time(prefix, b.name) or 0.0) for b in backups}
 
 
 def backups_of(listing: Listing, prefix: str) -> List[Subvolume]:
@@ -734,11 +758,12 @@ def plan_transfers(snapshots: Sequence[Subvolume], listing: Listing, prefix: str
     common = {s.stream_id for s in common_snapshots(snapshots, listing) if s.stream_id}
     ambiguous = ambiguous_ids(snapshots)
     missing = [s for s in snapshots if s.stream_id not in common or s.stream_id in ambiguous]
-    times = {s.name: snapshot_time(prefix, s.name) or 0.0 for s in backups_of(listing, prefix) + missing}
+    times = backup_moments(prefix, backups_of(listing, prefix), snapshots)
+    times.update({s.name: snapshot_moment(prefix, s) for s in missing})
     verdicts = {v.name: v for v in plan_retention(times, policy, {}, now)}
     cleared = {s.name for r in recoveries for s in r.delete}
     blocked = {r.snapshot for r in recoveries if r.problem}
-    parents = common - ambiguous
+    parents = parent_ids(snapshots, listing)
     transfers, skipped, problems = [], [], []
     for snapshot in missing:
         problem = name_problem(snapshot, listing, cleared)
@@ -768,8 +793,8 @@ def lock_reasons(locks: Locks) -> Dict[str, str]:
 
 def newest_common(snapshots: Sequence[Subvolume], listing: Listing) -> Optional[Subvolume]:
     """The newest snapshot, by creation, that can serve as parent for `listing`'s folder."""
-    ambiguous = ambiguous_ids(snapshots)
-    return next((s for s in reversed(common_snapshots(snapshots, listing)) if s.stream_id not in ambiguous), None)
+    usable = parent_ids(snapshots, listing)
+    return next((s for s in reversed(snapshots) if s.stream_id in usable), None)
 
 
 def plan_source_retention(snapshots: Sequence[Subvolume], prefix: str, policy: Policy, locks: Locks,
@@ -784,7 +809,7 @@ def plan_source_retention(snapshots: Sequence[Subvolume], prefix: str, policy: P
         protected.update({s.name: "newest in common with {}".format(printable(destination))
                           for s in snapshots if kept is not None and s.stream_id == kept})
     protected.update(lock_reasons(locks))
-    return plan_retention({s.name: snapshot_time(prefix, s.name) or 0.0 for s in snapshots}, policy, protected, now)
+    return plan_retention({s.name: snapshot_moment(prefix, s) for s in snapshots}, policy, protected, now)
 
 
 def plan_destination_retention(snapshots: Sequence[Subvolume], listing: Listing, prefix: str, policy: Policy,
@@ -794,7 +819,7 @@ def plan_destination_retention(snapshots: Sequence[Subvolume], listing: Listing,
     protected = {}
     if newest is not None:
         protected = {b.name: "newest in common with the source" for b in listing.subvolumes if corresponds(newest, b)}
-    times = {b.name: snapshot_time(prefix, b.name) or 0.0 for b in backups_of(listing, prefix)}
+    times = backup_moments(prefix, backups_of(listing, prefix), snapshots)
     return plan_retention(times, policy, protected, now)
 
 
@@ -905,7 +930,11 @@ def parse_first_command(start: bytes) -> Optional[FirstCommand]:
 
 
 class ExpectedStream(NamedTuple):
-    """What was planned: the names and ids of a stream, and owner and mode of its top folder."""
+    """What was planned: the names and ids of a stream, and owner and mode of its top folder.
+
+    `base` is the UUID of the backup that the parent is at the destination: `btrfs receive` looks for it on the
+    whole filesystem by received UUID, and may find another.
+    """
 
     name: str
     uuid: str
@@ -913,6 +942,7 @@ class ExpectedStream(NamedTuple):
     uid: int
     gid: int
     mode: int
+    base: Optional[str] = None
 
 
 def check_first_command(first: FirstCommand, expected: ExpectedStream) -> None:
@@ -1507,12 +1537,11 @@ def clear_locks(locks: Locks, changes: Iterable[LockChange]) -> Locks:
     return {name: entry for name, entry in result.items() if entry["locks"] or entry["parent_locks"]}
 
 
-def clear_destination(locks: Locks, destination: str, prefix: str) -> Locks:
-    """Without the locks and notes that snapshots of `prefix` have for `destination`."""
+def locks_of(locks: Locks, destination: str, prefix: str) -> List[LockChange]:
+    """The locks and notes that snapshots of `prefix` have for `destination`."""
     own = own_locks(locks, prefix)
-    changes = [LockChange(name, destination) for name in own]
-    notes = [LockChange("", destination, name) for name in own]
-    return clear_locks(locks, changes + notes)
+    return ([LockChange(name, destination) for name in locked_names(own, destination)]
+            + [LockChange("", destination, name) for name in locked_names(own, destination, "parent_locks")])
 
 
 def parse_pins(text: str) -> Pins:
@@ -1719,8 +1748,10 @@ class LocalReceiver:
         found = read_subvolume(os.path.join(self.folder, name), name)
         if found is None or not found.readonly or found.received_uuid != self.expected.uuid:
             raise ReceiverFailed("btrfs receive left {} incomplete though it reported success".format(name))
-        if (found.parent_uuid is not None) != (self.expected.parent_uuid is not None):
-            raise ReceiverFailed("{} was received on another parent than planned".format(name))
+        if found.parent_uuid != self.expected.base:
+            raise ReceiverFailed("{} was received on another parent (UUID {}) than planned (UUID {})".format(
+                name, found.parent_uuid, self.expected.base),
+                "two subvolumes there carry the same received UUID; delete the one that is no backup, or use -I")
         return found
 
     def give_name(self, backup: Subvolume) -> Subvolume:
@@ -1935,12 +1966,12 @@ class LocalHost:
     def read_locks(self, folder: str) -> Locks:
         return read_state_file(folder, LOCK_FILE, parse_locks)
 
-    def change_locks(self, folder: str, change: Callable[[Locks], Locks]) -> Locks:
-        """Applies a pure change to the locks as they stand now; what comes out is durable."""
+    def change_locks(self, folder: str, add: Sequence[LockChange], clear: Sequence[LockChange]) -> Locks:
+        """Sets and clears locks in the file as it stands now; what comes out is durable."""
         import json
         with folder_mutex(folder):
             before = self.read_locks(folder)
-            after = change(before)
+            after = clear_locks(add_locks(before, add), clear) if add or clear else before
             if after != before:
                 replace_state_file(folder, LOCK_FILE, json.dumps(after, indent=1, sort_keys=True))
         return after
@@ -2133,6 +2164,14 @@ class Relay:
 ########################################################################################################
 
 
+def destination_key(text: str) -> str:
+    """The normalised id of a destination, which locks and pins name it by; what is no path stays as it is."""
+    try:
+        return os.path.realpath(parse_endpoint(text))
+    except UsageError:
+        return normal_destination(text)
+
+
 class Destination:
     """One destination during a run: reachable until `error` says otherwise."""
 
@@ -2169,6 +2208,7 @@ class TaskRun:
         self.locks: Locks = {}
         self.pins: Dict[str, Pin] = {}
         self.destinations: List[Destination] = []
+        self.notes: List[str] = []
 
     # -- saying what happens
 
@@ -2214,45 +2254,51 @@ class TaskRun:
         self.folder, self.folder_exists = folder.path, folder.kind == "folder"
 
     def read_state(self) -> None:
-        """Locks and pins as they shall be; writes them where options change them and this is no dry run."""
-        forget = {self.destination_key(text) for text in self.task.forget}
-        self.locks = self.host.read_locks(self.folder) if self.folder_exists else {}
+        """Locks and pins as they shall be; changes them where options ask for it."""
+        self.locks = own_locks(self.host.read_locks(self.folder), self.prefix) if self.folder_exists else {}
         pins = self.host.read_pins(self.folder) if self.folder_exists else {}
-        self.pins = {key: entry[self.prefix] for key, entry in pins.items() if self.prefix in entry and key not in forget}
-        self.find_destinations()
-        unlock = forget | ({d.key for d in self.destinations} if self.task.remove_locks else set())
-
-        def unlocked(locks: Locks) -> Locks:
-            for key in sorted(unlock):
-                locks = clear_destination(locks, key, self.prefix)
-            return locks
-
-        if not self.task.dry_run:
-            if unlock:
-                self.host.change_locks(self.folder, unlocked)
-            if forget:
-                self.host.change_pins(self.folder, self.prefix, {key: None for key in forget})
+        self.pins = {key: entry[self.prefix] for key, entry in pins.items() if self.prefix in entry}
+        forget = {destination_key(text) for text in self.task.forget}
+        locked = {normal_destination(d) for entry in self.locks.values() for d in entry.get("locks", ())}
+        unlock = set(forget)
+        if self.task.remove_locks:
+            unlock |= {destination_key(text) for text in self.task.destinations}
+            unlock |= locked if self.task.locked_destinations else set()
+        self.find_destinations(sorted(locked - unlock) if self.task.locked_destinations else [])
         for key in sorted(unlock):
-            self.events.info("unlocked", "removed the locks of {}".format(key), destination=key)
-        self.locks = own_locks(unlocked(self.locks), self.prefix)
+            changes = locks_of(self.locks, key, self.prefix)
+            if changes:
+                self.change_locks(clear=changes)
+                self.note("unlocked", "remove the locks of {}".format(key), destination=key)
+        for key in sorted(forget & set(self.pins)):
+            del self.pins[key]
+            self.note("forgotten", "forget {}".format(key), destination=key)
+        if forget and not self.task.dry_run:
+            self.host.change_pins(self.folder, self.prefix, {key: None for key in forget})
 
-    @staticmethod
-    def destination_key(text: str) -> str:
-        """The normalised id of a destination: what locks and pins name it by."""
-        return os.path.realpath(text)
+    def note(self, kind: str, text: str, **facts: Any) -> None:
+        """Tells a change of state; a dry run makes a line of its plan of it."""
+        if self.task.dry_run:
+            self.notes.append("  " + text)
+        else:
+            self.events.info(kind, text, **facts)
 
-    def find_destinations(self) -> None:
-        texts = list(self.task.destinations)
-        if self.task.locked_destinations:
-            texts += sorted({key for entry in own_locks(self.locks, self.prefix).values() for key in entry.get("locks", ())})
-        for text in texts:
+    def change_locks(self, add: Sequence[LockChange] = (), clear: Sequence[LockChange] = ()) -> None:
+        """Changes our view of the locks, and in a real run first the file."""
+        if not self.task.dry_run:
+            self.host.change_locks(self.folder, add, clear)
+        self.locks = clear_locks(add_locks(self.locks, add), clear)
+
+    def find_destinations(self, locked: Sequence[str]) -> None:
+        """The destinations given and those that locks name, each once."""
+        for text in list(self.task.destinations) + list(locked):
             try:
-                key = self.destination_key(parse_endpoint(text))
+                parse_endpoint(text)
             except UsageError as error:
                 self.report(BackupError("locked destination {}: {}".format(text, error.message), error.hint))
                 continue
-            if key not in [d.key for d in self.destinations]:
-                self.destinations.append(Destination(text, key))
+            if destination_key(text) not in [d.key for d in self.destinations]:
+                self.destinations.append(Destination(text, destination_key(text)))
 
     # -- destinations
 
@@ -2304,6 +2350,10 @@ class TaskRun:
             self.events.warning("same-filesystem", "{} is on the source's own filesystem: what breaks that takes both"
                                 .format(text), destination=destination.key)
 
+    def needed_destinations(self) -> List[Destination]:
+        """The destinations that something may be done at: without transfer and retention none."""
+        return [] if self.task.no_transfer and not self.task.num_backups else self.destinations
+
     def plan_destination(self, destination: Destination) -> None:
         if self.task.no_transfer or destination.listing is None:
             return
@@ -2352,7 +2402,7 @@ class TaskRun:
                 self.take_snapshot()
                 self.warn_of_nested()
             self.warn_of_future()
-            for destination in self.destinations:
+            for destination in self.needed_destinations():
                 self.reach(destination)
                 self.plan_destination(destination)
                 self.recover(destination)
@@ -2375,23 +2425,17 @@ class TaskRun:
                 self.report(BackupError("{}: {}".format(destination.text, recovery.problem),
                                         "look at it; --remove-locks removes its lock"), destination)
             elif not errors:
-                self.clear_lock(LockChange(recovery.snapshot, destination.key), notes=True)
+                self.change_locks(clear=[LockChange(recovery.snapshot, destination.key)])
         for problem in destination.plan.problems:
             self.report(BackupError("{}: {}".format(destination.text, problem.text), problem.hint), destination)
         for verdict in destination.plan.skipped:
             self.events.debug("skipped", "not sent to {}: {}, {}".format(destination.text, verdict.name, verdict.reason))
+        if destination.listing is not None and not locked_names(self.locks, destination.key):
+            self.change_locks(clear=locks_of(self.locks, destination.key, self.prefix))  # notes without a lock
         if destination.listing is not None and destination.plan.recoveries:
             gone = {s.name for r in destination.plan.recoveries for s in r.delete}
             destination.listing = destination.listing._replace(
                 subvolumes=tuple(s for s in destination.listing.subvolumes if s.name not in gone))
-
-    def clear_lock(self, change: LockChange, notes: bool = False) -> None:
-        """Clears one lock with its parent note; `notes` clears every parent note of the destination."""
-        changes = [change]
-        if notes:
-            changes += [change._replace(parent=name) for name in locked_names(self.locks, change.destination, "parent_locks")]
-        locks = self.host.change_locks(self.folder, lambda locks: clear_locks(locks, changes))
-        self.locks = own_locks(locks, self.prefix)
 
     def transfer_all(self) -> None:
         """Sends snapshot by snapshot; destinations that lack one on the same parent share its stream."""
@@ -2411,14 +2455,13 @@ class TaskRun:
         """The parent by what the destination really holds by now: a failed transfer brought none."""
         if self.task.no_incremental or destination.listing is None:
             return None
-        common = {s.stream_id for s in common_snapshots(self.snapshots, destination.listing) if s.stream_id}
-        return choose_parent(snapshot, self.snapshots, common - ambiguous_ids(self.snapshots))
+        return choose_parent(snapshot, self.snapshots, parent_ids(self.snapshots, destination.listing))
 
     def transfer(self, transfer: Transfer, destinations: List[Destination]) -> None:
         """Sends one snapshot to some destinations, under locks."""
         name, parent = transfer.snapshot.name, transfer.parent.name if transfer.parent else None
         changes = [LockChange(name, d.key, parent) for d in destinations]
-        self.locks = own_locks(self.host.change_locks(self.folder, lambda locks: add_locks(locks, changes)), self.prefix)
+        self.change_locks(add=changes)
         for destination in destinations:
             self.events.info("sending", "sending {} to {}{}".format(
                 name, destination.text, ", incrementally from {}".format(parent) if parent else " in full"),
@@ -2442,7 +2485,9 @@ class TaskRun:
         with contextlib.ExitStack() as stack:
             for destination in destinations:
                 try:
-                    lanes[destination.key] = self.host.open_receive(destination.path, expected, self.task.btrfs_debug)
+                    base = self.base_of(transfer.parent, destination)
+                    lanes[destination.key] = self.host.open_receive(
+                        destination.path, expected._replace(base=base), self.task.btrfs_debug)
                     stack.callback(lanes[destination.key].end)
                 except BackupError as error:
                     refused[destination.key] = error
@@ -2454,6 +2499,13 @@ class TaskRun:
         relayed.errors.update(refused)
         return relayed
 
+    @staticmethod
+    def base_of(parent: Optional[Subvolume], destination: Destination) -> Optional[str]:
+        """The UUID of the backup that `parent` is at a destination."""
+        if parent is None or destination.listing is None:
+            return None
+        return backup_index(destination.listing)[parent.stream_id or ""].uuid
+
     def conclude(self, transfer: Transfer, destination: Destination, relayed: Relayed) -> None:
         """Books the end of a transfer at one destination: a backup, or an error."""
         name, parent = transfer.snapshot.name, transfer.parent.name if transfer.parent else None
@@ -2463,7 +2515,7 @@ class TaskRun:
             self.report(error or BackupError("not completed"), destination, "sending {} to {}: ".format(name, destination.text))
             return
         destination.listing = destination.listing._replace(subvolumes=destination.listing.subvolumes + (backup,))
-        self.clear_lock(LockChange(name, destination.key, parent))
+        self.change_locks(clear=[LockChange(name, destination.key, parent)])
         self.counts["backup sent"] += 1
         seconds = max(relayed.seconds, 0.001)
         self.events.info("sent", "sent {} to {}: {} in {}, {}/s".format(
@@ -2526,10 +2578,13 @@ class TaskRun:
             name = self.new_name(listing)
             self.snapshots.append(Subvolume(name, "not taken yet", otime=int(self.clock() * 10 ** 9)))
         self.warn_of_future()
-        for destination in self.destinations:
+        for destination in self.needed_destinations():
             self.reach(destination)
             self.plan_destination(destination)
+            self.change_locks(clear=[LockChange(r.snapshot, destination.key) for r in destination.plan.recoveries
+                                     if not r.problem])
         lines = ["source {}, snapshots in {}".format(self.task.source, self.folder)]
+        lines += self.notes
         if not self.task.no_snapshot:
             lines.append("  take snapshot {}".format(self.snapshots[-1].name))
         after = {}
@@ -2538,7 +2593,7 @@ class TaskRun:
                 after[destination.key] = after_transfers(destination.listing, destination.plan)
         for verdict in self.source_verdicts(after):
             lines += self.describe_verdict(verdict)
-        for destination in self.destinations:
+        for destination in self.needed_destinations():
             lines += self.describe_destination(destination, after)
         return lines
 

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 import unittest
+from typing import Dict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from btrfs_backup_ng import parse_time, partial_name, partial_of, snapshot_name, snapshot_time
@@ -194,7 +195,8 @@ class Moments(InZone):
                           (LORD_HOWE, "2024-10-05"), (NEW_YORK, "2024-11-03"), ("UTC0", "2025-12-31")):
             with self.subTest(zone=zone, day=day):
                 self.set_zone(zone)
-                midnight, first = utc(day + " 00:00:00"), {}
+                midnight = utc(day + " 00:00:00")
+                first: Dict[str, float] = {}
                 for moment in (midnight + 900 * quarter for quarter in range(-96, 192)):
                     name = snapshot_name("p", moment)
                     self.assertEqual(first.setdefault(name, moment), snapshot_time("p", name))

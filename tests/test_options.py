@@ -207,7 +207,7 @@ class Refused(unittest.TestCase):
             self.refuse([argument, "/s"], "unknown option")
 
     def test_ambiguous_options(self):
-        self.refuse(["--num", "3", "/s"], "--num ", "-N", "-n", "could be")
+        self.refuse(["--num", "3", "/s"], "--num ", "--num-snapshots", "--num-backups", "could be")
         self.refuse(["--s", "/s"], "--s ", "-s", "--stall-timeout", "--skip-fs-checks")
         self.refuse(["--no-", "/s"], "--no- ", "--no-elevate")
         self.refuse(["--=3", "/s"], "--wait", "--dry-run")

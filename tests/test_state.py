@@ -22,8 +22,8 @@ from btrfs_backup_ng import (
     LockChange,
     Pin,
     add_locks,
-    clear_destination,
     clear_locks,
+    locks_of,
     folder_mutex,
     format_pins,
     parse_locks,
@@ -86,6 +86,11 @@ DAMAGED_PINS = {
 
 PATHS = ["/b", "/", "/two words", "/it's \"so\"", "/back\\slash", "/t\u00fcr", "/caf\udce9", "/\udcff\udcfe",
          "/\U0001f4be", "ssh://user@host:22/b", "shell://cat > /b", "/\x01\t"]
+
+
+def without(locks, destination, prefix):
+    """The locks less what those of a prefix have for a destination."""
+    return clear_locks(locks, locks_of(locks, destination, prefix))
 
 
 class InFolder(unittest.TestCase):
@@ -194,9 +199,9 @@ class Locks(unittest.TestCase):
         own = {"home20260131-093000": both, "home20260130-093000": {"parent_locks": ["/b"]}}
         locks = dict(others, **own)
         after = dict(others, **{"home20260131-093000": rest})
-        self.assertEqual(after, clear_destination(locks, "/b", "home"))
-        self.assertEqual(set(locks), set(clear_destination(locks, "/d", "home")))
-        self.assertEqual(rest, clear_destination(locks, "/b", "")["20260131-093000"])
+        self.assertEqual(after, without(locks, "/b", "home"))
+        self.assertEqual(set(locks), set(without(locks, "/d", "home")))
+        self.assertEqual(rest, without(locks, "/b", "")["20260131-093000"])
 
 
 class Pins(unittest.TestCase):
