@@ -349,6 +349,9 @@ OPTION_TABLE = (
 FLAGS = {flag: option for group in OPTION_TABLE for option in group.options for flag in option.flags}
 
 
+STATE_FOLDER = ".btrfs-backup-ng"  # in the source
+
+
 class Task(NamedTuple):
     """What one task shall do. Sizes in bytes, times in seconds, None is 'not given'."""
 
@@ -367,7 +370,7 @@ class Task(NamedTuple):
     sync: bool = False
     convert_rw: bool = False
     no_snapshot: bool = False
-    snapshot_folder: str = os.path.join(".btrfs-backup-ng", "snapshots")
+    snapshot_folder: str = STATE_FOLDER + "/snapshots"
     prefix: Optional[str] = None
     no_transfer: bool = False
     no_incremental: bool = False
@@ -462,11 +465,17 @@ def parse_endpoint(text: str) -> str:
     if scheme:
         raise UsageError("unknown scheme {}:// in {}".format(scheme.group(1), printable(text)),
                          "give a path; a relative path with a colon begins with ./")
-    if re.match(r"[^/.][^/]*:", text):
+    if text.startswith("@"):
+        raise UsageError("this version reads no arguments from files: {}".format(printable(text)),
+                         "a relative path begins with ./ where its name begins with @")
+    if re.match(r"[^/.:][^/:]*:", text):
         raise UsageError("{} names a host, which this version cannot reach".format(printable(text)),
                          "a relative path with a colon begins with ./")
+    if re.search(r"(?<!\\):", text) and not text.startswith("./"):
+        raise UsageError("one command does one task in this version: {}".format(printable(text)),
+                         "write \\: for a colon in a path")
     try:
-        return parse_path(text)
+        return parse_path(text.replace("\\:", ":"))
     except ValueError as error:
         raise UsageError("{} {}".format(printable(repr(text)), error)) from None
 
@@ -739,15 +748,15 @@ def name_problem(snapshot: Subvolume, listing: Listing, cleared: Set[str]) -> Op
     other = listing.named(snapshot.name)
     if other is not None and snapshot.name not in cleared:
         if other.readonly:
-            return Problem(snapshot.name, "{} there is another subvolume (received UUID {}, expected {})".format(
+            return Problem(snapshot.name, "its {} is another subvolume (received UUID {}, expected {})".format(
                 snapshot.name, other.received_uuid or "none", snapshot.stream_id), "move it away or delete it yourself")
-        return Problem(snapshot.name, "{} there is a writable subvolume that no lock names".format(snapshot.name),
+        return Problem(snapshot.name, "its {} is a writable subvolume that no lock names".format(snapshot.name),
                        "if it is what a broken transfer left, delete it: btrfs subvolume delete")
     if snapshot.name in listing.others:
-        return Problem(snapshot.name, "{} there is no subvolume".format(snapshot.name), "move it away")
+        return Problem(snapshot.name, "its {} is no subvolume".format(snapshot.name), "move it away")
     orphan = next((s.name for s in listing.subvolumes if partial_of(s.name) == snapshot.name), None)
     if orphan is not None and orphan not in cleared:
-        return Problem(snapshot.name, "{} there is a partial backup that no lock names".format(orphan),
+        return Problem(snapshot.name, "its {} is a partial backup that no lock names".format(orphan),
                        "if no other run is writing it, delete it: btrfs subvolume delete")
     return None
 
@@ -841,8 +850,9 @@ def after_transfers(listing: Listing, plan: DestinationPlan) -> Listing:
 # A stream is a header of 17 bytes and commands, each `le32 length | le16 command | le32 crc32c |
 # payload`, a payload being attributes `le16 type | le16 length | data` (btrfs-progs, send.h). The first
 # command says which subvolume `btrfs receive` will make, with which identity, on which parent: it must
-# be what was planned, and its name is replaced by the partial's. Everything else passes as it came,
-# but for one thing: until END nobody but root may enter the partial (a user could write into his own
+# be what was planned, and its name is replaced by the partial's. The parent is found by received UUID
+# first, anywhere on the filesystem, then by UUID: so the UUID of the one planned backup takes its place.
+# Everything else passes as it came, but for one thing: until END nobody but root may enter the partial (a user could write into his own
 # folders there while they are received), so owner and mode of the top folder are set last.
 ########################################################################################################
 
@@ -898,6 +908,11 @@ def format_uuid(raw: bytes) -> Optional[str]:
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:])) if any(raw) else None
 
 
+def parse_uuid(text: str) -> bytes:
+    """The 16 bytes of a UUID given as text."""
+    return bytes.fromhex(text.replace("-", ""))
+
+
 class FirstCommand(NamedTuple):
     number: int
     attributes: List[Tuple[int, bytes]]
@@ -932,8 +947,7 @@ def parse_first_command(start: bytes) -> Optional[FirstCommand]:
 class ExpectedStream(NamedTuple):
     """What was planned: the names and ids of a stream, and owner and mode of its top folder.
 
-    `base` is the UUID of the backup that the parent is at the destination: `btrfs receive` looks for it on the
-    whole filesystem by received UUID, and may find another.
+    `base` is the UUID of the backup that the parent is at the destination.
     """
 
     name: str
@@ -1027,8 +1041,10 @@ class IncomingStream:
         return self.edit_commands(*self.reader.feed(chunk))
 
     def renamed(self, first: FirstCommand) -> bytes:
-        name = os.fsencode(partial_name(self.expected.name))
-        return make_command(first.number, ((kind, name if kind == A_PATH else data) for kind, data in first.attributes))
+        changed = {A_PATH: os.fsencode(partial_name(self.expected.name))}
+        if self.expected.base:
+            changed[A_CLONE_UUID] = parse_uuid(self.expected.base)
+        return make_command(first.number, ((kind, changed.get(kind, data)) for kind, data in first.attributes))
 
     def edit_commands(self, data: bytes, spans: Sequence[Tuple[int, int, int]]) -> List[bytes]:
         pieces, passed, view = [], 0, memoryview(data)
@@ -1203,6 +1219,7 @@ class JsonLog:
 PACKAGES = {"btrfs": "btrfs-progs (btrfsprogs on openSUSE)", "sudo": "sudo"}
 ENDING_GRACE = 5.0  # seconds between asking a process to end and killing it
 PIPE_SIZE = 1 << 20
+SENDER_BUFFER = 2 << 20
 F_SETPIPE_SZ = 1031
 
 
@@ -1267,7 +1284,7 @@ def program_error(doing: str, words: str, status: int) -> BackupError:
 
 def hint_for(words: str) -> str:
     """What to do about the known complaints of btrfs."""
-    hints = (("No space left", "free some space there or keep fewer backups (-n), then run again"),
+    hints = (("No space left", "free some space there, or keep less: fewer snapshots (-N), fewer backups (-n)"),
              ("not permitted", "run as root"),
              ("Permission denied", "run as root"),
              ("cannot find parent", "the parent is not usable there; -I sends in full"),
@@ -1568,8 +1585,9 @@ def read_state_file(folder: str, name: str, parse: Callable[[str], Any]) -> Any:
     except OSError as error:
         raise os_error("cannot read {}".format(path), error) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise BackupError("{} is damaged or not ours, so nothing was changed".format(path),
-                          "mend it, or move it away if no transfer is unfinished") from None
+        hint = ("mend it, or move it away if no transfer is unfinished" if name == LOCK_FILE else
+                "mend it, or move it away: then snapshots that absent destinations need are no longer protected")
+        raise BackupError("{} is damaged or not ours, so nothing was changed".format(path), hint) from None
 
 
 def replace_state_file(folder: str, name: str, text: str) -> None:
@@ -1640,18 +1658,29 @@ def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None])
 ########################################################################################################
 
 
+def socket_pair() -> Tuple["socket.socket", "socket.socket"]:
+    """A pair for the output of `btrfs send`, which makes a pipe as small as its own 64 or 256 KiB."""
+    import socket
+    ours, theirs = socket.socketpair()
+    for option in (socket.SO_SNDBUF, 32):  # 32: SO_SNDBUFFORCE, beyond the limit for users
+        with contextlib.suppress(OSError):
+            theirs.setsockopt(socket.SOL_SOCKET, option, SENDER_BUFFER)
+    return ours, theirs
+
+
 class LocalSender:
-    """`btrfs send` and its pipe."""
+    """`btrfs send` and what it writes."""
 
     def __init__(self, argv: Sequence[str]) -> None:
-        self.read_end, write_end = make_pipe()
+        ours, theirs = socket_pair()
         try:
-            self.stage = Stage(argv, subprocess.DEVNULL, write_end)
+            self.stage = Stage(argv, subprocess.DEVNULL, theirs)
         except BackupError:
-            os.close(self.read_end)
+            ours.close()
             raise
         finally:
-            os.close(write_end)
+            theirs.close()
+        self.read_end = ours.detach()
         os.set_blocking(self.read_end, False)
         self.poll = select.poll()
         self.poll.register(self.read_end, select.POLLIN)
@@ -1750,8 +1779,7 @@ class LocalReceiver:
             raise ReceiverFailed("btrfs receive left {} incomplete though it reported success".format(name))
         if found.parent_uuid != self.expected.base:
             raise ReceiverFailed("{} was received on another parent (UUID {}) than planned (UUID {})".format(
-                name, found.parent_uuid, self.expected.base),
-                "two subvolumes there carry the same received UUID; delete the one that is no backup, or use -I")
+                name, found.parent_uuid, self.expected.base), "-I sends in full")
         return found
 
     def give_name(self, backup: Subvolume) -> Subvolume:
@@ -1914,10 +1942,11 @@ class LocalHost:
         own = "" if around.subvolid == 5 else self.command(
             ["btrfs", "inspect-internal", "subvolid-resolve", str(around.subvolid), path], "cannot resolve " + path).strip()
         inner = [nested[len(own) + 1:] if own and nested.startswith(own + "/") else nested for nested in paths]
-        return [nested for nested in inner if os.path.dirname(os.path.join(path, nested)) != beside]
+        return [nested for nested in inner if os.path.dirname(os.path.join(path, nested)) != beside
+                and not nested.startswith(STATE_FOLDER + "/")]
 
     def make_folder(self, path: str) -> None:
-        """Makes a folder that only its owner may enter, and its parents; no error where it is there."""
+        """Makes a folder, its parents as the umask says; no error where it is there."""
         try:
             os.makedirs(path, 0o700, exist_ok=True)
         except OSError as error:
@@ -2029,15 +2058,15 @@ class LocalHost:
 # 14 RELAY: one stream from a sender to its receivers
 #
 # The relay moves what can be moved, then naps. Waking for every few KiB costs more than moving them, and
-# memory made anew for each read more than both, so a few buffers go round and the naps are as long as the
-# pipes can bear at the present rate. One sender may feed several receivers (lanes); a lane that fails is
+# memory made anew for each read more than both, so a few buffers go round and it naps only while
+# little comes or nothing more fits. One sender may feed several receivers (lanes); a lane that fails is
 # dropped, the others go on. Never: a lane finished before the sender exited 0.
 ########################################################################################################
 
 BUFFERS = 4  # of PIPE_SIZE: how far the fastest lane may be ahead of the slowest
-READ_AHEAD, WRITE_AHEAD = 64 << 10, 256 << 10  # bytes that may come, and go, during a nap
-READ_NAP, WRITE_NAP, IDLE_NAP = 0.001, 0.003, 0.008  # seconds, at most
-SHORTEST_NAP = 0.00005
+LITTLE = 64 << 10  # bytes: after less than this at once a nap lets more come together
+NAP, FULL_NAP = 0.002, 0.0005  # seconds, in which the ends neither run dry nor full
+IDLE_NAP = 0.1  # seconds
 PROGRESS_INTERVAL = 0.2  # seconds
 
 
@@ -2076,34 +2105,25 @@ class Relay:
 
     def move_all(self) -> None:
         buffers = [bytearray(PIPE_SIZE) for _ in range(BUFFERS)]
-        idle, got, next_buffer = SHORTEST_NAP, None, 0  # type: float, Optional[int], int
+        got, next_buffer = None, 0  # type: Optional[int], int
         while self.lanes and (got != 0 or self.waiting()):
-            if got != 0 and self.waiting() < BUFFERS:
+            full = got == 0 or self.waiting() >= BUFFERS
+            if not full:
                 got = self.sender.read(buffers[next_buffer])
-                if got:
-                    self.spread(memoryview(buffers[next_buffer])[:got])
-                    next_buffer = (next_buffer + 1) % BUFFERS
-                full = False
-            else:
-                full = True
+            if got and not full:
+                self.spread(memoryview(buffers[next_buffer])[:got])
+                next_buffer = (next_buffer + 1) % BUFFERS
             moved = self.each_lane(lambda receiver: receiver.pump())
             now = time.monotonic()
             if moved or (got and not full):
-                self.last_moved, idle = now, SHORTEST_NAP
-            else:
-                idle = min(IDLE_NAP, idle * 2)
+                self.last_moved = now
             self.look_around(now)
-            self.nap(full, got or 0, idle)
-
-    def nap(self, full: bool, got: int, idle: float) -> None:
-        """Sleeps for as long as the pipes can do without us."""
-        rate = max(1.0, self.size / (time.monotonic() - self.begun))
-        if full:
-            time.sleep(min(WRITE_NAP, WRITE_AHEAD / rate))
-        elif not got:
-            self.sender.wait_readable(idle)
-        elif got < READ_AHEAD:
-            time.sleep(min(READ_NAP, READ_AHEAD / rate))
+            if full:
+                time.sleep(FULL_NAP)
+            elif got is not None and got < LITTLE:
+                time.sleep(NAP)
+            elif got is None:
+                self.sender.wait_readable(NAP if self.waiting() else IDLE_NAP)
 
     def waiting(self) -> int:
         """Chunks that the slowest lane still has to take."""
@@ -2203,7 +2223,7 @@ class TaskRun:
         self.host = LocalHost(events)
         self.prefix = os.uname().nodename + "-" if task.prefix is None else task.prefix
         self.failed = False
-        self.counts: "collections.Counter[str]" = collections.Counter()
+        self.counts: "collections.Counter[Tuple[str, str]]" = collections.Counter()
         self.snapshots: List[Subvolume] = []
         self.locks: Locks = {}
         self.pins: Dict[str, Pin] = {}
@@ -2227,7 +2247,7 @@ class TaskRun:
     def open_source(self) -> None:
         """Finds the source subvolume and its snapshot folder, or says why not."""
         text, taking = self.task.source, not self.task.no_snapshot
-        place = self.host.look(text)
+        place = self.host.look(parse_endpoint(text))
         if place.kind == "missing":
             raise BackupError("no such source: {}".format(text), "is its filesystem mounted?")
         if place.kind == "other":
@@ -2264,24 +2284,26 @@ class TaskRun:
         if self.task.remove_locks:
             unlock |= {destination_key(text) for text in self.task.destinations}
             unlock |= locked if self.task.locked_destinations else set()
-        self.find_destinations(sorted(locked - unlock) if self.task.locked_destinations else [])
+        self.find_destinations(sorted(locked - unlock) if self.task.locked_destinations and not self.task.no_transfer else [])
         for key in sorted(unlock):
             changes = locks_of(self.locks, key, self.prefix)
             if changes:
                 self.change_locks(clear=changes)
-                self.note("unlocked", "remove the locks of {}".format(key), destination=key)
+                self.note("unlocked", "removed", "remove", "the locks of {}".format(key), destination=key)
+            elif key in forget and key not in self.pins:
+                self.events.warning("unknown", "nothing is remembered of {}".format(key), destination=key)
         for key in sorted(forget & set(self.pins)):
             del self.pins[key]
-            self.note("forgotten", "forget {}".format(key), destination=key)
+            self.note("forgotten", "forgot", "forget", key, destination=key)
         if forget and not self.task.dry_run:
             self.host.change_pins(self.folder, self.prefix, {key: None for key in forget})
 
-    def note(self, kind: str, text: str, **facts: Any) -> None:
+    def note(self, kind: str, done: str, planned: str, what: str, **facts: Any) -> None:
         """Tells a change of state; a dry run makes a line of its plan of it."""
         if self.task.dry_run:
-            self.notes.append("  " + text)
+            self.notes.append("  {} {}".format(planned, what))
         else:
-            self.events.info(kind, text, **facts)
+            self.events.info(kind, "{} {}".format(done, what), **facts)
 
     def change_locks(self, add: Sequence[LockChange] = (), clear: Sequence[LockChange] = ()) -> None:
         """Changes our view of the locks, and in a real run first the file."""
@@ -2309,7 +2331,7 @@ class TaskRun:
         that of two writers of one name the later fails at its first command.
         """
         try:
-            place = self.host.look(destination.text)
+            place = self.host.look(parse_endpoint(destination.text))
             self.check_destination(destination, place)
             destination.path, destination.filesystem = place.path, place.filesystem
             destination.is_new = place.kind == "missing"
@@ -2344,6 +2366,9 @@ class TaskRun:
         if same and pin is not None and pin.filesystem not in (None, self.filesystem):
             raise BackupError("destination {} was on another filesystem before".format(text),
                               "is it mounted? If it moved for good: --forget-destination {}".format(text))
+        if place.kind == "missing" and pin is not None and pin.filesystem not in (None, place.filesystem):
+            raise BackupError("no such destination: {}, and its filesystem is not the one it was on".format(text),
+                              "is it mounted? On a new disk make the folder first")
         if place.readonly:
             raise BackupError("destination {} is mounted read-only".format(text), "mount it writable")
         if same:
@@ -2373,12 +2398,16 @@ class TaskRun:
     def take_snapshot(self) -> None:
         name = self.new_name(self.host.list(self.folder))
         snapshot = self.host.snapshot(self.source, self.folder, name)
-        self.counts["snapshot taken"] += 1
+        self.counts["snapshot", "taken"] += 1
         self.events.info("snapshot", "took snapshot {} of {}".format(name, self.task.source), snapshot=name, source=self.source)
         self.snapshots.append(snapshot)
 
     def warn_of_nested(self) -> None:
-        nested = self.host.nested_subvolumes(self.source, self.folder)
+        try:
+            nested = self.host.nested_subvolumes(self.source, self.folder)
+        except BackupError as error:  # an ordinary user may take snapshots but not list subvolumes
+            self.events.debug("nested", "nested subvolumes were not looked for: {}".format(error.message))
+            return
         if nested:
             self.events.warning("nested", "subvolumes nested in {} are not in its snapshots: {}".format(
                 self.task.source, ", ".join(printable(path) for path in sorted(nested))), paths=nested)
@@ -2409,7 +2438,7 @@ class TaskRun:
             self.transfer_all()
             self.remember_common()
             self.retain()
-        done = ", ".join("{} {}".format(count, what) for what, count in sorted(self.counts.items()))
+        done = ", ".join("{} {}".format(plural(count, noun), verb) for (noun, verb), count in sorted(self.counts.items()))
         self.events.info("done", "{}: {}".format("done, but not all as asked" if self.failed else "done", done or "nothing to do"))
 
     def recover(self, destination: Destination) -> None:
@@ -2516,7 +2545,7 @@ class TaskRun:
             return
         destination.listing = destination.listing._replace(subvolumes=destination.listing.subvolumes + (backup,))
         self.change_locks(clear=[LockChange(name, destination.key, parent)])
-        self.counts["backup sent"] += 1
+        self.counts["backup", "sent"] += 1
         seconds = max(relayed.seconds, 0.001)
         self.events.info("sent", "sent {} to {}: {} in {}, {}/s".format(
             name, destination.text, format_size(relayed.size), format_duration(relayed.seconds),
@@ -2563,7 +2592,7 @@ class TaskRun:
         for error in errors:
             self.report(error)
         if doomed:
-            self.counts["deleted"] += len(doomed) - len(errors)
+            self.counts["subvolume", "deleted"] += len(doomed) - len(errors)
         if doomed and self.task.sync:
             self.host.wait_for_cleaning(folder)
 

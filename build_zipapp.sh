@@ -60,6 +60,14 @@ import os
 DIGEST, SIZE = "@DIGEST@", @SIZE@
 
 
+def private_size(path):
+    # only what nobody else can have written: sudo may leave another user's settings in place
+    status = os.lstat(path)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise OSError(path + " is not private")
+    return status.st_size
+
+
 def cache_folder():
     # Python keeps bytecode of files, not of what is in a zip, and compiling takes longer than
     # most runs have to do: so the module is imported from a copy in the user's cache folder.
@@ -68,20 +76,18 @@ def cache_folder():
         import pwd
 
         cache = os.path.join(pwd.getpwuid(os.geteuid()).pw_dir, ".cache")
-    folder = os.path.join(cache, "btrfs-backup-ng", DIGEST)
+    for folder in (cache, os.path.join(cache, "btrfs-backup-ng"), os.path.join(cache, "btrfs-backup-ng", DIGEST)):
+        private_size(os.path.dirname(folder))
+        if not os.path.isdir(folder):
+            os.mkdir(folder, 0o700)
+    private_size(folder)
     source = os.path.join(folder, "btrfs_backup_ng.py")
     if not os.path.exists(source):
-        os.makedirs(folder, 0o700, exist_ok=True)
         aside = "%s.%d" % (source, os.getpid())
-        with open(aside, "wb") as copy:
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as copy:
             copy.write(__loader__.get_data(os.path.join(os.path.dirname(__file__), "btrfs_backup_ng.py")))
         os.rename(aside, source)
-    # only what nobody else can have written: sudo may leave another user's HOME in place
-    for path in (cache, folder, source):
-        status = os.lstat(path)
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            raise OSError(path + " is not private")
-    if status.st_size != SIZE:
+    if private_size(source) != SIZE:
         raise OSError(source + " is damaged")
     return folder
 

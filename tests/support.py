@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import unittest
-from typing import NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.abspath(os.environ.get("BTRFS_BACKUP_NG")
@@ -194,7 +194,7 @@ class Subvolume(NamedTuple):
 
 def subvolume(path):
     """What `btrfs subvolume show` says of a subvolume."""
-    fields = {}
+    fields: Dict[str, str] = {}
     for line in command("btrfs", "subvolume", "show", path).splitlines():
         key, colon, value = line.strip().partition(":")
         if colon:
@@ -230,10 +230,9 @@ def delete(path):
 def send_receive(path, folder, parent=None):
     """`btrfs send | btrfs receive`, as one does it by hand."""
     argv = ["btrfs", "send", "-q"] + (["-p", parent] if parent else []) + [path]
-    sender = subprocess.Popen(argv, stdout=subprocess.PIPE)
-    with sender.stdout:
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as sender:
         subprocess.check_call(["btrfs", "receive", "-q", folder], stdin=sender.stdout)
-    if sender.wait():
+    if sender.returncode:
         raise RuntimeError("btrfs send exited %d" % sender.returncode)
 
 
@@ -333,9 +332,9 @@ class Running:
         `send --no-data` is no transfer: it measures one.
         """
         for pid, argv in self.processes().items():
-            if argv and os.path.basename(argv[0]) == b"btrfs" and verb.encode() in argv[1:3]:
-                if b"--no-data" not in argv:
-                    return pid
+            is_transfer = verb.encode() in argv[1:3] and b"--no-data" not in argv
+            if argv and os.path.basename(argv[0]) == b"btrfs" and is_transfer:
+                return pid
         return None
 
     def wait_for(self, what, condition, timeout=30):
@@ -362,7 +361,7 @@ class Running:
         try:
             self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError("still running after %d s: %s" % (timeout, self.kill().stderr))
+            raise AssertionError("still running after %d s: %s" % (timeout, self.kill().stderr)) from None
         return self.result()
 
     def kill(self):
@@ -419,7 +418,7 @@ def tree(top):
     top = os.fsencode(top)
     found = {b".": describe(top)}
     del found[b"."]["mtime_ns"]
-    links = {}
+    links: Dict[int, List[bytes]] = {}
     for folder, folders, files in os.walk(top):
         folders[:] = [name for name in folders if belongs(top, folder, name)]
         for name in folders + files:

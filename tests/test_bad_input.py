@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import unittest
 
 import support
 from support import create, names, snapshot, subvolume
@@ -271,4 +272,4 @@ class Future(BadInputTestCase):
 
 
 if __name__ == "__main__":
-    support.unittest.main()
+    unittest.main()

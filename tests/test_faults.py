@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+import unittest
 
 import support
 from support import bulk, names, partials, snapshot, subvolume
@@ -354,6 +355,59 @@ class LockFile(FaultTestCase):
         self.transfer("-T", "--remove-locks", "--locked-destinations", to=[])
         self.assertEqual({}, support.read_locks(self.snapshots))
 
+    ELSEWHERE = ["ssh://nas/x", "shell://cat"]
+
+    def lock_elsewhere(self):
+        """A backed-up snapshot with locks of ours, of destinations elsewhere, and of another prefix."""
+        name, = self.take(1)
+        self.transfer()
+        kinds = ("locks", "parent_locks")
+        self.entry = {kind: ["/mnt/other"] + self.ELSEWHERE for kind in kinds}
+        support.write_locks(self.snapshots, dict(self.OTHER, **{name: self.entry}))
+        return name
+
+    def assertOnlyLocksGo(self, expected, *options):
+        kept = [self.snapshot_path(self.name(1)), os.path.join(self.snapshots, ".destinations.json"), self.target]
+        before = support.listing(*kept)
+        self.transfer("-T", *options, to=[])
+        self.assertEqual(dict(self.OTHER, **expected), support.read_locks(self.snapshots))
+        self.assertUnchanged(before, *kept)
+
+    def test_remove_locks_of_destinations_elsewhere(self):
+        self.lock_elsewhere()
+        self.assertOnlyLocksGo({}, "--remove-locks", "--locked-destinations")
+
+    def test_forget_destinations_elsewhere(self):
+        name = self.lock_elsewhere()
+        for gone in self.ELSEWHERE:
+            for destinations in self.entry.values():
+                destinations.remove(gone)
+            self.assertOnlyLocksGo({name: self.entry}, "--forget-destination", gone)
+
+    def test_no_transfer_does_not_reach_out(self):
+        name = self.lock_elsewhere()
+        self.assertOnlyLocksGo({name: self.entry}, "--locked-destinations")
+
+    def test_remove_locks_of_a_disk_that_is_away(self):
+        name, = self.take(1)
+        support.write_locks(self.snapshots, {name: {"locks": [self.target], "parent_locks": []}})
+        self.target_disk.unmount()
+        self.transfer("-T", "--remove-locks")
+        self.assertEqual({}, support.read_locks(self.snapshots))
+
+    def test_a_parent_note_without_a_lock_goes_once_the_destination_was_reached(self):
+        first, _ = self.take(1, 2)
+        self.transfer()
+        entry = {"locks": [], "parent_locks": [self.target, "/mnt/other"]}
+        support.write_locks(self.snapshots, {first: entry})
+        self.target_disk.unmount()
+        self.transfer(status=1)
+        self.assertEqual({first: entry}, support.read_locks(self.snapshots))
+        self.target_disk.mount()
+        self.transfer()
+        entry["parent_locks"].remove(self.target)
+        self.assertEqual({first: entry}, support.read_locks(self.snapshots))
+
     def test_locked_destinations(self):
         taken = self.take(1)
         support.write_locks(self.snapshots, {taken[0]: {"locks": [self.target], "parent_locks": []}})
@@ -465,4 +519,4 @@ class BrokenBtrfs(FaultTestCase):
 
 
 if __name__ == "__main__":
-    support.unittest.main()
+    unittest.main()

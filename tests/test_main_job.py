@@ -6,6 +6,8 @@ import socket
 import subprocess
 import tempfile
 import time
+import unittest
+import uuid
 
 import support
 from support import bulk, create, names, partials, snapshot, subvolume
@@ -373,31 +375,59 @@ class DryRun(support.BackupTestCase):
         self.assertUnchanged(before, self.source_disk.path, self.target_disk.path)
         self.assertRegex(result.stdout, ANY_NAME)
 
+    def plan_and_run(self, *options):
+        """What a dry run announces and what the run does: sent, deleted at the source, at the target."""
+        before = support.listing(self.source_disk.path, self.target_disk.path)
+        plan = self.transfer("--dry-run", *options).stdout
+        self.assertUnchanged(before, self.source_disk.path, self.target_disk.path)
+        at_source, at_target = plan.split("\ndestination ")
+        announced = [self.named(at_target, "send"), self.named(at_source, "delet"), self.named(at_target, "delet")]
+        snapshots, backups = names(self.snapshots), names(self.target)
+        self.transfer(*options)
+        done = [set(names(self.target)) - set(backups), set(snapshots) - set(names(self.snapshots)),
+                set(backups) - set(names(self.target))]
+        return announced, [sorted(each) for each in done]
+
     def test_it_says_what_the_real_run_then_does(self):
         bulk(os.path.join(self.source, "large"), 8)
-        self.take(1, 2, 3)
+        first, second, third = self.take(1, 2, 3)
         self.transfer()
-        self.take(4, 5)
-        options = ["-S", "-N", "2", "-n", "3"]
+        fourth, fifth = self.take(4, 5)
+        announced, done = self.plan_and_run("-N", "2", "-n", "3")
+        self.assertEqual([[fourth, fifth], [first, second, third], [first, second]], done)
+        self.assertEqual(done, announced)
+
+    def test_a_lock_that_the_run_will_clear_keeps_nothing_in_the_plan(self):
+        first, second = self.take(1, 2)
+        self.transfer()
+        third, = self.take(3)
+        support.write_locks(self.snapshots, {first: {"locks": [self.target], "parent_locks": []}})
+        announced, done = self.plan_and_run("-N", "1", "-n", "1")
+        self.assertEqual([[third], [first, second], [first, second]], done)
+        self.assertEqual(done, announced)
+
+    def test_what_is_forgotten_and_unlocked_protects_nothing_in_the_plan(self):
+        first, second = self.take(1, 2)
+        self.transfer()
+        self.take(3)
+        support.write_locks(self.snapshots, {first: {"locks": ["/mnt/other"], "parent_locks": []}})
         before = support.listing(self.source_disk.path, self.target_disk.path)
-        plan = self.backup("--dry-run", *options).stdout
+        plan = self.transfer("--dry-run", "-T", "-N", "1", "--remove-locks", "--forget-destination", self.target,
+                             to=["/mnt/other"]).stdout
         self.assertUnchanged(before, self.source_disk.path, self.target_disk.path)
-        held = {folder: set(names(folder)) for folder in (self.snapshots, self.target)}
-        self.backup(*options)
-        sent = set(names(self.target)) - held[self.target]
-        deleted = {os.path.join(folder, name)
-                   for folder in held for name in held[folder] - set(names(folder))}
-        self.assertEqual({self.name(4), self.name(5)}, sent)
-        self.assertEqual(sent, {ANY_NAME.findall(line)[0] for line in self.lines(plan, "send")})
-        self.assertEqual(len(deleted), len(self.lines(plan, "delet")))
-        for path in deleted:
-            self.assertIn(os.path.basename(path), "\n".join(self.lines(plan, "delet")))
+        self.assertRegex(plan, r"(?m)^ *remove the locks of /mnt/other$")
+        self.assertRegex(plan, r"(?m)^ *forget " + re.escape(self.target) + "$")
+        self.assertEqual([first, second], self.named(plan, "delet"))
 
     @staticmethod
     def lines(plan, verb):
         """The lines that say what happens to a snapshot, by their verb."""
         return [line for line in plan.splitlines()
                 if re.search(r"\b" + verb, line, re.I) and ANY_NAME.search(line)]
+
+    def named(self, plan, verb):
+        """The names that those lines begin with."""
+        return [ANY_NAME.findall(line)[0] for line in self.lines(plan, verb)]
 
     def test_it_names_parents_and_reasons(self):
         first, second, third = self.take(1, 2, 3)
@@ -461,6 +491,65 @@ class Identity(support.BackupTestCase):
         for name in set(names(self.target)) & {second}:
             self.assertIsNone(subvolume(self.backup_path(name)).parent_uuid)
             self.assertComplete(self.backup_path(name), self.snapshot_path(name))
+
+    def forge(self, name, path):
+        """A read-only subvolume that claims to be a copy of the snapshot, but holds something else."""
+        folder = tempfile.mkdtemp(dir=self.target_disk.path)
+        support.send_receive(self.snapshot_path(name), folder)
+        forged = os.path.join(folder, name)
+        support.command("btrfs", "property", "set", "-f", "-ts", forged, "ro", "false")
+        bulk(os.path.join(forged, "large"), 1, seed="forged")
+        support.set_received_uuid(forged, uuid.UUID(subvolume(self.snapshot_path(name)).uuid).bytes)
+        os.rename(forged, path)
+        support.command("btrfs", "property", "set", "-ts", path, "ro", "true")
+
+    def assertNextBackupIsRight(self, first):
+        """Or it is refused, in a way that says what to do."""
+        # As the file is gone, its contents are cloned out of the parent.
+        large = os.path.join(self.source, "large")
+        support.command("cp", "--reflink=always", large, large + "-cloned")
+        os.unlink(large)
+        second, = self.take(2)
+        result = self.transfer(status=None)
+        if result.status:
+            self.assertErrorSays(result, second, "parent", "-I")
+            self.assertEqual([first], names(self.target))
+        self.transfer("-I")
+        self.assertBackedUp([first, second])
+
+    def test_a_forged_copy_elsewhere_that_is_older_than_the_backup(self):
+        """`btrfs receive` looks for the parent on the whole filesystem, and takes the oldest."""
+        bulk(os.path.join(self.source, "large"), 1)
+        first, = self.take(1)
+        self.forge(first, os.path.join(self.target_disk.path, "forged"))
+        self.transfer()
+        self.assertNextBackupIsRight(first)
+
+    def test_a_forged_copy_elsewhere_that_is_younger_than_the_backup(self):
+        bulk(os.path.join(self.source, "large"), 1)
+        first, = self.take(1)
+        self.transfer()
+        self.forge(first, os.path.join(self.target_disk.path, "forged"))
+        self.assertNextBackupIsRight(first)
+
+    def test_two_backups_with_one_received_uuid_are_no_parent(self):
+        first, second = self.take(1, 2)
+        self.transfer()
+        self.forge(second, self.backup_path("forged"))
+        third, = self.take(3)
+        self.transfer()
+        self.assertComplete(self.backup_path(third), self.snapshot_path(third))
+        self.assertEqual(subvolume(self.backup_path(first)).uuid,
+                         subvolume(self.backup_path(third)).parent_uuid)
+
+    def test_two_folders_on_one_disk(self):
+        """Each backup is there twice, so that a parent need not be the one in the same folder."""
+        folders = [os.path.join(self.target_disk.path, name) for name in ("one", "two")]
+        for day in (1, 2, 3):
+            self.take(day)
+            self.transfer(to=folders)
+        for folder in folders:
+            self.assertBackedUp([self.name(1), self.name(2), self.name(3)], folder)
 
     def test_backups_of_backups(self):
         self.take(1, 2)
@@ -562,4 +651,4 @@ class Places(support.BackupTestCase):
 
 
 if __name__ == "__main__":
-    support.unittest.main()
+    unittest.main()

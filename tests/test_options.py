@@ -239,15 +239,17 @@ class Refused(unittest.TestCase):
 
 class Endpoints(unittest.TestCase):
 
-    PATHS = ("/", "/s", "s", ".", "..", "./a:b", "../a:b", "/a:b", "/a/host:/b", "a/b:c", ".hidden:x",
-             "@home", "-", "two words", "$HOME", "it's", "\udcff", "./ssh://x", "/ssh://x", "~", "#", "%20")
+    PATHS = ("/", "/s", "s", ".", "..", "./a:b", "./@home", "-", "two words", "$HOME", "it's", "\udcff",
+             "./ssh://x", "~", "#", "%20")
+
+    TASKS = (":", "::", "/a:/b", "../a:b", "a/b:c", "/a/host:/b", "/ssh://x")
 
     NO_PATHS = ("", "a\nb", "/a\0b", "\n")
 
     SCHEMES = ("ftp://host/path", "file:///mnt", "FTP://host", "x-y+z.1://a", "s3://bucket", "btrfs://")
 
     HOSTS = ("host:/path", "user@host:/path", "nas.local:/path", "host:path", "a:b", "[::1]:/path", "a b:/c",
-             "\udcff:/c", "::", "a::b")
+             "\udcff:/c", "a::b")
 
     def refuse(self, text, *words):
         for arguments in ([text, "/b"], ["/s", text], ["/s", "/b", text]):
@@ -264,6 +266,16 @@ class Endpoints(unittest.TestCase):
             with self.subTest(text=text):
                 self.assertEqual(text, parse_endpoint(text))
                 check_task(parse_arguments(["--", text, text]))
+
+    def test_a_colon_in_a_path_is_escaped(self):
+        self.assertEqual("/a:b", parse_endpoint("/a\\:b"))
+
+    def test_one_task_at_a_time(self):
+        for text in self.TASKS:
+            self.refuse(text, "one task")
+
+    def test_no_arguments_from_files(self):
+        self.refuse("@home", "files", "./")
 
     def test_no_paths(self):
         for text in self.NO_PATHS:

@@ -8,6 +8,8 @@ import unittest
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from test_names import InZone, utc
+
 from btrfs_backup_ng import (
     DestinationPlan,
     Listing,
@@ -15,6 +17,7 @@ from btrfs_backup_ng import (
     Policy,
     Recovery,
     Subvolume,
+    Transfer,
     after_transfers,
     ambiguous_ids,
     backups_of,
@@ -280,6 +283,41 @@ class RetentionAtTheSource(unittest.TestCase):
                                          {"/b": self.pin(2)}, {"/d": holding(3)}, NOW)
         for verdict, destination in zip(verdicts, ("/c", "/b", "/d")):
             self.assertIn(destination, verdict.reason)
+
+
+class TheRepeatedHour(InZone):
+    """In autumn the clock goes back from 3 to 2, so that the younger one bears the earlier time."""
+
+    OLDER = Subvolume("home20241027-025000", "older", otime=int(utc("2024-10-27 00:50:00")) * 10 ** 9)
+    NEWER = Subvolume("home20241027-021000", "newer", otime=int(utc("2024-10-27 01:10:00")) * 10 ** 9)
+    TAKEN = [OLDER, NEWER]
+
+    def kept(self, verdicts):
+        return [v.name for v in verdicts if v.keep]
+
+    def test_the_newer_is_sent(self):
+        plan = plan_transfers(self.TAKEN, Listing(), "home", Policy(1), NOW)
+        self.assertEqual((Transfer(self.NEWER, None),), plan.transfers)
+        self.assertEqual([self.OLDER.name], [v.name for v in plan.skipped])
+
+    def test_the_newer_is_sent_from_the_older(self):
+        there = self.OLDER._replace(uuid="backup", received_uuid="older", otime=0)
+        plan = plan_transfers(self.TAKEN, Listing((there,)), "home", Policy(1), NOW)
+        self.assertEqual((Transfer(self.NEWER, self.OLDER),), plan.transfers)
+
+    def test_the_newer_is_kept_at_the_source(self):
+        verdicts = plan_source_retention(self.TAKEN, "home", Policy(1), {}, {}, {}, NOW)
+        self.assertEqual([self.NEWER.name], self.kept(verdicts))
+
+    def test_the_newer_is_kept_at_the_destination(self):
+        backups = tuple(s._replace(uuid="backup " + s.name, received_uuid=s.uuid, otime=0) for s in self.TAKEN)
+        verdicts = plan_destination_retention(self.TAKEN, Listing(backups), "home", Policy(1), NOW)
+        self.assertEqual([self.NEWER.name], self.kept(verdicts))
+
+    def test_a_snapshot_restored_long_after_goes_by_its_name(self):
+        restored = self.OLDER._replace(otime=int(NOW) * 10 ** 9)
+        verdicts = plan_source_retention([self.NEWER, restored], "home", Policy(1), {}, {}, {}, NOW)
+        self.assertEqual([self.NEWER.name], self.kept(verdicts))
 
 
 class LockReasons(unittest.TestCase):

@@ -23,9 +23,9 @@ from btrfs_backup_ng import (
     Pin,
     add_locks,
     clear_locks,
-    locks_of,
     folder_mutex,
     format_pins,
+    locks_of,
     parse_locks,
     parse_pins,
     read_state_file,
@@ -251,19 +251,19 @@ class StateFiles(InFolder):
     def test_damaged_locks_are_not_written_over(self):
         self.write(LOCK_FILE, OLD_LOCKS[:-3])
         with self.assertRaises(BackupError):
-            self.host.change_locks(self.folder, lambda locks: add_locks(locks, [LockChange("a", "/b")]))
+            self.host.change_locks(self.folder, [LockChange("a", "/b")], [])
         self.assertEqual(OLD_LOCKS[:-3].encode(), self.content(LOCK_FILE))
 
     def test_locks_come_back_with_any_path(self):
         changes = [LockChange(name, path, "parent") for path in PATHS for name in ("a", "caf\udce9")]
-        after = self.host.change_locks(self.folder, lambda locks: add_locks(locks, changes))
+        after = self.host.change_locks(self.folder, changes, [])
         self.assertEqual(after, self.host.read_locks(self.folder))
         self.assertEqual(PATHS, after["caf\udce9"]["locks"])
 
     def test_others_read_what_was_written(self):
         """In 0.6.6's format, with the json module and in UTF-8."""
         change = LockChange("a", "/t\u00fcr", "p")
-        self.host.change_locks(self.folder, lambda locks: add_locks(locks, [change]))
+        self.host.change_locks(self.folder, [change], [])
         with open(self.path(LOCK_FILE), encoding="utf-8") as file:
             self.assertEqual({"a": {"locks": ["/t\u00fcr"], "parent_locks": []},
                               "p": {"locks": [], "parent_locks": ["/t\u00fcr"]}}, json.load(file))
@@ -275,7 +275,7 @@ class StateFiles(InFolder):
         self.assertEqual({"a": {"locks": ["/caf\udce9"]}}, self.host.read_locks(self.folder))
 
     def test_nothing_is_written_where_nothing_changes(self):
-        self.assertEqual({}, self.host.change_locks(self.folder, lambda locks: locks))
+        self.assertEqual({}, self.host.change_locks(self.folder, [], [LockChange("a", "/b", "p")]))
         self.host.change_pins(self.folder, "home", {"/b": None})
         self.assertEqual([], os.listdir(self.folder))
 
@@ -351,7 +351,7 @@ class Mutex(InFolder):
             before = host.read_locks(self.folder)
             child = self.child("host, change = LocalHost(Events()), LockChange('c', '/d')",
                                "print('ready', flush=True)",
-                               "host.change_locks(folder, lambda locks: add_locks(locks, [change]))",
+                               "host.change_locks(folder, [change], [])",
                                "print('done', flush=True)")
             self.assertEqual("ready\n", child.stdout.readline())
             time.sleep(0.3)
@@ -363,7 +363,7 @@ class Mutex(InFolder):
         changing = ["host = LocalHost(Events())",
                     "for number in range(30):",
                     "    change = LockChange(sys.stdin.readline().strip(), '/b')",
-                    "    host.change_locks(folder, lambda locks: add_locks(locks, [change]))"]
+                    "    host.change_locks(folder, [change], [])"]
         children = [self.child(*changing) for _ in range(2)]
         for at, child in enumerate(children):
             child.stdin.write("".join("{}-{}\n".format(at, number) for number in range(30)))
@@ -441,7 +441,7 @@ class RunLock(InFolder):
         """A run of one prefix holds its lock for hours; those of others change the state meanwhile."""
         self.hold_in_child()
         change = LockChange("a", "/b")
-        LocalHost(Events()).change_locks(self.folder, lambda locks: add_locks(locks, [change]))
+        LocalHost(Events()).change_locks(self.folder, [change], [])
 
     def test_a_link_is_not_followed(self):
         os.symlink(self.path("elsewhere"), self.path(".home.lock"))

@@ -15,6 +15,11 @@ def overwrite(path):
         file.write(b"X")
 
 
+def make_fifo(path):
+    os.unlink(path)
+    os.mkfifo(path)
+
+
 class TreeSeesEveryChange(support.TestCase):
 
     CHANGES = {
@@ -26,7 +31,7 @@ class TreeSeesEveryChange(support.TestCase):
         "size": lambda path: os.truncate(path, 100),
         "links": lambda path: os.link(path, path + "-link"),
         "only in": lambda path: os.rename(path, path + "-renamed"),
-        "type": lambda path: (os.unlink(path), os.mkfifo(path)),
+        "type": make_fifo,
     }
 
     def test_each_kind(self):

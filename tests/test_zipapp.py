@@ -1,5 +1,6 @@
 """The one file: how it is packed, and where it runs from."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import tempfile
 import unittest
 import zipfile
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from unittest import mock
 
 from pythons import old_pythons, pythons
 
@@ -66,6 +68,10 @@ class ZipappTest(unittest.TestCase):
         # Blanks and more in the path: a script that forgets to quote shows it here.
         self.folder = os.path.join(folder.name, "with blank $HOME")
         os.mkdir(self.folder)
+        self.cache = os.path.join(folder.name, "cache")
+        environment = mock.patch.dict(os.environ, XDG_CACHE_HOME=self.cache)
+        environment.start()
+        self.addCleanup(environment.stop)
         self.zipapp = os.path.join(self.folder, ZIPAPP)
 
     def copy(self, *names: str) -> None:
@@ -88,6 +94,17 @@ class ZipappTest(unittest.TestCase):
 
     def names(self) -> List[str]:
         return sorted(os.listdir(self.folder))
+
+    def read_only(self, folder: str) -> List[str]:
+        """What a command is to begin with, so that nothing can be written to the folder."""
+        os.chmod(folder, 0o555)
+        self.addCleanup(os.chmod, folder, 0o755)
+        if os.geteuid() != 0:
+            return []
+        # Modes do not hold root back, a read-only mount does. It is in a namespace of its own,
+        # which goes away with the command.
+        script = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && [ ! -w "$0" ] && exec "$@"'
+        return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, folder]
 
 
 class Packing(ZipappTest):
@@ -229,19 +246,8 @@ class Running(ZipappTest):
         self.assert_runs("btrfs-backup-ng", env=environment)
         self.assertEqual(os.listdir(links), ["btrfs-backup-ng"])
 
-    def read_only(self) -> List[str]:
-        """What a command is to begin with, so that nothing can be written to the folder."""
-        os.chmod(self.folder, 0o555)
-        self.addCleanup(os.chmod, self.folder, 0o755)
-        if os.geteuid() != 0:
-            return []
-        # Modes do not hold root back, a read-only mount does. It is in a namespace of its own,
-        # which goes away with the command.
-        script = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && [ ! -w "$0" ] && exec "$@"'
-        return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, self.folder]
-
     def test_from_a_read_only_folder(self) -> None:
-        begin = self.read_only()
+        begin = self.read_only(self.folder)
         for name in (PROGRAM, ZIPAPP):
             with self.subTest(name=name):
                 self.assert_runs(*begin, sys.executable, os.path.join(self.folder, name))
@@ -286,6 +292,138 @@ class Result(ZipappTest):
         """The same where no old Python is at hand: by a Python that says it is one."""
         pretend = "import sys; sys.version_info = (3, 5, 10, 'final', 0); exec(sys.argv[1])"
         self.assert_refuses(*run([sys.executable, "-c", pretend, self.main_module()]))
+
+
+class CacheFolder(ZipappTest):
+    """The copy of the program that a zipapp keeps with the user, for Python to keep its bytecode.
+
+    Once it has been made it is told from the one in the zipapp by its status: 8 instead of 7.
+    """
+
+    # Says which home the user has, whatever the system knows of him.
+    AT_HOME = (
+        "import pwd, runpy, sys\n"
+        "home, sys.argv = sys.argv[1], sys.argv[2:]\n"
+        "pwd.getpwuid = lambda uid: pwd.struct_passwd(('user', 'x', uid, 0, '', home, ''))\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.copy(BUILD)
+        self.write_stand_in()
+        self.build_bytes()
+        self.copies = os.path.join(self.cache, "btrfs-backup-ng")
+        self.kept_in = os.path.join(self.copies, hashlib.sha256(STAND_IN.encode()).hexdigest())
+        self.kept = os.path.join(self.kept_in, PROGRAM)
+
+    def status(self, *begin: str, **options: Any) -> int:
+        """What a run returns, which never writes beside the zipapp."""
+        names = self.names()
+        status, output, errors = run(begin + (sys.executable, self.zipapp), **options)
+        self.assertEqual((output, errors), ("arguments: \n", ""))
+        self.assertEqual(self.names(), names)
+        return status
+
+    def status_at_home(self, home: str, *begin: str) -> int:
+        status, output, errors = run(begin + (sys.executable, "-c", self.AT_HOME, home, self.zipapp),
+                                     env={"XDG_CACHE_HOME": ""})
+        self.assertEqual((output, errors), ("arguments: \n", ""))
+        return status
+
+    def keep_another(self) -> None:
+        """Have a copy made; put another of the same size in its place."""
+        self.assertEqual(self.status(), 7)
+        with open(self.kept, "w", encoding="utf-8") as stream:
+            stream.write(STAND_IN.replace("return 7", "return 8"))
+        os.utime(self.kept, (1, 1))  # the bytecode of the first one is out of date
+
+    def test_made_on_the_first_run_and_used_from_then_on(self) -> None:
+        self.assertEqual(self.status(), 7)
+        self.assertEqual(contents(self.kept).decode(), STAND_IN)
+        self.assertEqual(stat.S_IMODE(os.stat(self.kept_in).st_mode), 0o700)
+        self.assertEqual(sorted(os.listdir(self.kept_in)), ["__pycache__", PROGRAM])
+        self.keep_another()
+        self.assertEqual(self.status(), 8)
+
+    def test_made_and_used_under_every_umask(self) -> None:
+        for umask in (0o077, 0o002, 0o000):
+            previous = os.umask(umask)
+            self.addCleanup(os.umask, previous)
+            with self.subTest(umask=oct(umask)):
+                self.keep_another()
+                self.assertEqual(self.status(), 8)
+            shutil.rmtree(self.cache)
+
+    def test_each_program_has_its_own(self) -> None:
+        self.keep_another()
+        with open(os.path.join(self.folder, PROGRAM), "a", encoding="utf-8") as stream:
+            stream.write("# changed\n")
+        self.build_bytes()
+        self.assertEqual(self.status(), 7)
+        self.assertEqual(len(os.listdir(self.copies)), 2)
+
+    def test_not_used_where_others_may_write(self) -> None:
+        self.keep_another()
+        for path in (self.cache, self.copies, self.kept_in, self.kept):
+            mode = stat.S_IMODE(os.stat(path).st_mode)
+            for bit in (stat.S_IWGRP, stat.S_IWOTH):
+                with self.subTest(path=path, bit=oct(bit)):
+                    os.chmod(path, mode | bit)
+                    self.assertEqual(self.status(), 7)
+            os.chmod(path, mode)
+        self.assertEqual(self.status(), 8)
+
+    @unittest.skipUnless(os.geteuid() == 0, "only root can give files away")
+    def test_not_used_where_it_belongs_to_another(self) -> None:
+        self.keep_another()
+        for path in (self.cache, self.copies, self.kept_in, self.kept):
+            with self.subTest(path=path):
+                os.chown(path, 65534, -1)
+                self.assertEqual(self.status(), 7)
+            os.chown(path, 0, -1)
+        self.assertEqual(self.status(), 8)
+
+    @unittest.skipUnless(os.geteuid() == 0, "only root can give files away")
+    def test_nothing_is_written_where_another_may_write(self) -> None:
+        os.mkdir(self.cache)
+        os.chown(self.cache, 65534, -1)
+        self.assertEqual(self.status(), 7)
+        self.assertEqual(os.listdir(self.cache), [])
+
+    def test_a_link_to_it_is_not_used(self) -> None:
+        for path in (self.kept_in, self.kept):
+            self.keep_another()
+            os.rename(path, path + ".aside")
+            os.symlink(path + ".aside", path)
+            with self.subTest(path=path):
+                self.assertEqual(self.status(), 7)
+            shutil.rmtree(self.cache)
+
+    def test_a_damaged_one_is_not_used(self) -> None:
+        for size in (0, 1, len(STAND_IN) - 1, len(STAND_IN) + 1):
+            with self.subTest(size=size):
+                self.keep_another()
+                os.truncate(self.kept, size)
+                self.assertEqual(self.status(), 7)
+                shutil.rmtree(self.cache)
+
+    def test_a_cache_that_cannot_be_written(self) -> None:
+        os.mkdir(self.cache)
+        self.assertEqual(self.status(*self.read_only(self.cache)), 7)
+        self.assertEqual(os.listdir(self.cache), [])
+        self.assertEqual(self.status(env={"XDG_CACHE_HOME": self.zipapp}), 7)
+
+    def test_in_the_home_where_no_cache_is_named(self) -> None:
+        home = os.path.join(os.path.dirname(self.cache), "home")
+        os.mkdir(home)
+        self.assertEqual(self.status_at_home(home, *self.read_only(home)), 7)
+        self.assertEqual(os.listdir(home), [])
+        os.chmod(home, 0o755)
+        self.assertEqual(self.status_at_home(home), 7)
+        kept = os.path.join(home, ".cache", os.path.relpath(self.kept, self.cache))
+        self.assertEqual(contents(kept).decode(), STAND_IN)
+        self.assertFalse(os.path.exists(self.cache))
 
 
 class Make(ZipappTest):
