@@ -72,7 +72,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 __version__ = "0.7.0"
 
@@ -115,6 +115,10 @@ class Stalled(BackupError):
 
 class ReceiverFailed(BackupError):
     """The receiving side failed: sending it the next snapshot would fail as well."""
+
+
+class AmbiguousParent(ReceiverFailed):
+    """The stream clones from a parent that the receiving side might mistake; sending in full does without."""
 
 
 class Interrupted(BaseException):
@@ -386,7 +390,8 @@ def find_option(flag: str) -> Option:
     """The option of a flag as typed; long ones may be shortened while unique."""
     if flag in FLAGS:
         return FLAGS[flag]
-    meant = {FLAGS[known].flags[-1]: FLAGS[known] for known in FLAGS if flag.startswith("--") and known.startswith(flag)}
+    meant = {option.flags[-1]: option for known, option in FLAGS.items()
+             if flag.startswith("--") and known.startswith(flag)}
     if len(meant) != 1:
         raise UsageError("unknown option {}".format(printable(flag)) if not meant else
                          "option {} could be {}".format(flag, " or ".join(sorted(meant))), "see --help")
@@ -412,7 +417,8 @@ def parse_value(option: Option, text: str) -> Any:
     try:
         return option.parse(text) if option.parse else option.implied
     except ValueError as error:
-        raise UsageError("{}: {} {}".format("/".join(option.flags), printable(repr(text)), error), "see --help") from None
+        raise UsageError("{}: {} {}".format("/".join(option.flags), printable(repr(text)), error),
+                         "see --help") from None
 
 
 def parse_arguments(arguments: Sequence[str]) -> Task:
@@ -847,13 +853,12 @@ def after_transfers(listing: Listing, plan: DestinationPlan) -> Listing:
 ########################################################################################################
 # 7 STREAM: the send stream: first command, private partials, size
 #
-# A stream is a header of 17 bytes and commands, each `le32 length | le16 command | le32 crc32c |
-# payload`, a payload being attributes `le16 type | le16 length | data` (btrfs-progs, send.h). The first
-# command says which subvolume `btrfs receive` will make, with which identity, on which parent: it must
-# be what was planned, and its name is replaced by the partial's. The parent is found by received UUID
-# first, anywhere on the filesystem, then by UUID: so the UUID of the one planned backup takes its place.
-# Everything else passes as it came, but for one thing: until END nobody but root may enter the partial (a user could write into his own
-# folders there while they are received), so owner and mode of the top folder are set last.
+# A header of 17 bytes, then commands: `le32 length | le16 command | le32 crc32c | payload` of attributes
+# `le16 type | le16 length | data` (btrfs-progs, send.h). The first says which subvolume `btrfs receive`
+# makes, on which parent: it must be what was planned, the name becomes the partial's, the parent's UUID
+# that of the planned backup (a received UUID may have copies; clone sources are found by it alone, so where
+# it has, a stream that clones from its parent is given up). The rest passes as it came, but for owner and
+# mode of the top folder, set last: until END only root may enter, lest a user writes into his own folders.
 ########################################################################################################
 
 STREAM_MAGIC = b"btrfs-stream\0"
@@ -861,9 +866,11 @@ STREAM_HEADER = struct.Struct("<13sI")
 COMMAND_HEADER = struct.Struct("<IHI")
 COMMAND_START = struct.Struct("<IH")
 ATTRIBUTE = struct.Struct("<HH")
-SUBVOL, SNAPSHOT, SET_XATTR, WRITE, CHMOD, CHOWN, END, UPDATE_EXTENT, ENCODED_WRITE = 1, 2, 13, 15, 18, 19, 21, 22, 25
+SUBVOL, SNAPSHOT, SET_XATTR, WRITE, CLONE, CHMOD, CHOWN, END, UPDATE_EXTENT, ENCODED_WRITE = (
+    1, 2, 13, 15, 16, 18, 19, 21, 22, 25)
 A_UUID, A_SIZE, A_MODE, A_UID, A_GID, A_PATH, A_CLONE_UUID, A_UNENCODED_FILE_LEN = 1, 4, 5, 6, 7, 15, 20, 27
 LARGEST_FIRST_COMMAND = 64 * 1024
+Chunk = Union[bytes, memoryview]
 SEND_WRITE_SIZE = 48 * 1024  # data bytes in one WRITE of protocol 1 (Linux, BTRFS_SEND_READ_SIZE)
 WRITE_OVERHEAD = 30  # bytes of a WRITE of protocol 1 that are neither path nor data
 
@@ -977,7 +984,7 @@ class CommandReader:
         self.wanted = frozenset(wanted)
         self.skip, self.carry, self.file_data = skip, b"", 0
 
-    def feed(self, chunk: bytes) -> Tuple[bytes, List[Tuple[int, int, int]]]:
+    def feed(self, chunk: Chunk) -> Tuple[Chunk, List[Tuple[int, int, int]]]:
         """The bytes that may go on now, and (start, end, command) of each wanted command in them."""
         data = self.carry + bytes(chunk) if self.carry else chunk
         at, size, spans, wanted, start_of = self.skip, len(data), [], self.wanted, COMMAND_START.unpack_from
@@ -998,7 +1005,7 @@ class CommandReader:
         return data[:at], spans
 
 
-def contents_length(data: bytes, at: int, length: int, command: int) -> int:
+def contents_length(data: Chunk, at: int, length: int, command: int) -> int:
     """About the bytes of file that the write at `at` stands for; its own length where those are not in sight."""
     if at + 14 > len(data):
         return length
@@ -1014,10 +1021,10 @@ def contents_length(data: bytes, at: int, length: int, command: int) -> int:
 class IncomingStream:
     """A stream on its way into `btrfs receive`: checked, renamed, private until its end."""
 
-    def __init__(self, expected: ExpectedStream) -> None:
+    def __init__(self, expected: ExpectedStream, sole_parent: bool = True) -> None:
         self.expected = expected
         self.opening: Optional[bytes] = b""
-        self.reader = CommandReader((SET_XATTR, CHMOD, CHOWN, END))
+        self.reader = CommandReader((SET_XATTR, CHMOD, CHOWN, END) + (() if sole_parent else (CLONE,)))
         self.ended = False
         self.private = (make_command(CHOWN, ((A_PATH, b""), (A_UID, bytes(8)), (A_GID, bytes(8))))
                         + make_command(CHMOD, ((A_PATH, b""), (A_MODE, struct.pack("<Q", 0o700)))))
@@ -1025,7 +1032,7 @@ class IncomingStream:
                                             (A_GID, struct.pack("<Q", expected.gid))))
                        + make_command(CHMOD, ((A_PATH, b""), (A_MODE, struct.pack("<Q", expected.mode)))))
 
-    def edit(self, chunk: bytes) -> List[bytes]:
+    def edit(self, chunk: Chunk) -> List[Chunk]:
         """What `btrfs receive` gets for `chunk`."""
         if self.opening is not None:
             self.opening += bytes(chunk)
@@ -1046,14 +1053,23 @@ class IncomingStream:
             changed[A_CLONE_UUID] = parse_uuid(self.expected.base)
         return make_command(first.number, ((kind, changed.get(kind, data)) for kind, data in first.attributes))
 
-    def edit_commands(self, data: bytes, spans: Sequence[Tuple[int, int, int]]) -> List[bytes]:
-        pieces, passed, view = [], 0, memoryview(data)
+    def check_clone(self, payload: bytes) -> None:
+        sources = [format_uuid(data) for kind, data in parse_attributes(payload) if kind == A_CLONE_UUID]
+        if self.expected.parent_uuid in sources:
+            raise AmbiguousParent("the parent {} is not the only subvolume there that it could be taken for".format(
+                self.expected.parent_uuid), "delete what is no backup, or send in full with -I")
+
+    def edit_commands(self, data: Chunk, spans: Sequence[Tuple[int, int, int]]) -> List[Chunk]:
+        pieces: List[Chunk] = []
+        passed, view = 0, memoryview(data)
         for start, end, command in spans:
             if command == END:
                 pieces += [view[passed:start], self.public, view[start:]]
                 self.ended, passed = True, len(data)
                 if end < len(data) or self.reader.carry:
                     raise BackupError("the stream goes on after its end")
+            elif command == CLONE:
+                self.check_clone(bytes(view[start + COMMAND_HEADER.size:end]))
             elif ATTRIBUTE.unpack_from(data, start + 10) == (A_PATH, 0):  # the top folder
                 kept = end if command == SET_XATTR else start
                 # an ACL opens the folder as chmod does
@@ -1211,7 +1227,7 @@ class JsonLog:
 ########################################################################################################
 # 9 PROCESSES: programs: found, run, watched, ended
 #
-# Argument lists, never a shell. Each child is a session of its own, so that a key press on the
+# Argument lists, never a shell. Each child is a process group of its own, so that a key press on the
 # terminal does not kill the ends of a transfer behind our back; it ends by itself when its pipe does.
 # Every stderr is drained, its tail kept. Never: a child left running when we are done with it.
 ########################################################################################################
@@ -1245,10 +1261,14 @@ class Outcome(NamedTuple):
     error: str
 
 
+# Not a session of its own: the scheduler would weigh each (autogroup), which slows a transfer by some percent.
+OWN_GROUP: Dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
+
+
 def start(argv: Sequence[str], stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE) -> "subprocess.Popen":
     try:
         return subprocess.Popen([find_program(argv[0])] + list(argv[1:]), stdin=stdin, stdout=stdout,
-                                stderr=subprocess.PIPE, env=child_environment(), start_new_session=True)
+                                stderr=subprocess.PIPE, env=child_environment(), **OWN_GROUP)
     except OSError as error:
         raise os_error("cannot run {}".format(argv[0]), error) from None
 
@@ -1311,12 +1331,13 @@ class Stage:
     def __init__(self, argv: Sequence[str], stdin: Any, stdout: Any) -> None:
         self.program = " ".join(argv[:2])
         self.process = start(argv, stdin, stdout)
+        self.stderr: Any = self.process.stderr
         self.tail: "collections.deque[bytes]" = collections.deque(maxlen=20)
         self.drain = threading.Thread(target=self.read_stderr, daemon=True)
         self.drain.start()
 
     def read_stderr(self) -> None:
-        for line in iter(lambda: self.process.stderr.readline(4096), b""):
+        for line in iter(lambda: self.stderr.readline(4096), b""):
             self.tail.append(line)
 
     def has_ended(self) -> bool:
@@ -1327,7 +1348,8 @@ class Stage:
         try:
             status = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise Stalled("{} stalled: it did not end within {}".format(self.program, format_duration(timeout))) from None
+            raise Stalled("{} stalled: it did not end within {}".format(
+                self.program, format_duration(timeout))) from None
         if status != 0:
             raise self.error()
 
@@ -1342,7 +1364,7 @@ class Stage:
     def end(self) -> None:
         end_process(self.process)
         self.drain.join(1)
-        self.process.stderr.close()
+        self.stderr.close()
 
 
 def make_pipe() -> Tuple[int, int]:
@@ -1364,6 +1386,10 @@ def make_pipe() -> Tuple[int, int]:
 
 GET_SUBVOL_INFO = 0x81F8943C
 FS_INFO = 0x8400941F
+TREE_SEARCH, TREE_SEARCH_SIZE, TREE_SEARCH_BUFFER = 0xD0009411, 4096, 104
+TREE_SEARCH_KEY = struct.Struct("<QQQQQQQIII")
+TREE_SEARCH_ITEM = struct.Struct("<QQQII")
+UUID_TREE = 9
 SUBVOL_INFO = struct.Struct("<Q256xQQQQ16s16s16sQQQQQI4xQI4xQI4xQI4x64x")
 READONLY_FLAG = 1 << 1
 ROOT_FLAG_RDONLY = 1 << 0
@@ -1399,9 +1425,9 @@ def parse_subvolume_show(text: str, name: str) -> Subvolume:
         import calendar
         shift = int(match.group(2) + "1") * (int(match.group(3)) * 3600 + int(match.group(4)) * 60)
         otime = (calendar.timegm(time.strptime(match.group(1), "%Y-%m-%d %H:%M:%S")) - shift) * 10 ** 9
-    return Subvolume(name, uuid("uuid"), uuid("parent uuid"), uuid("received uuid"), "readonly" in fields.get("flags", ""),
-                     otime, int(fields.get("gen at creation", "0")), int(fields.get("subvolume id", "0")),
-                     int(fields.get("generation", "0")))
+    return Subvolume(name, uuid("uuid"), uuid("parent uuid"), uuid("received uuid"),
+                     "readonly" in fields.get("flags", ""), otime, int(fields.get("gen at creation", "0")),
+                     int(fields.get("subvolume id", "0")), int(fields.get("generation", "0")))
 
 
 def read_subvolume(path: str, name: str) -> Optional[Subvolume]:
@@ -1447,6 +1473,34 @@ def parse_version(text: str) -> Tuple[int, ...]:
     """`btrfs-progs v6.2.1-rc1` as (6, 2, 1)."""
     match = re.search(r"v([0-9]+(?:\.[0-9]+)*)", text)
     return tuple(int(part) for part in match.group(1).split(".")) if match else ()
+
+
+def search_uuid_tree(folder: str, uuid: str, kind: int) -> List[int]:
+    """The ids of the subvolumes of a filesystem that have `uuid` as UUID (kind 251) or received UUID (252).
+
+    By BTRFS_IOC_TREE_SEARCH, for root. OSError where it is refused.
+    """
+    objectid, offset = struct.unpack("<QQ", parse_uuid(uuid))
+    buffer = bytearray(TREE_SEARCH_SIZE)
+    TREE_SEARCH_KEY.pack_into(buffer, 0, UUID_TREE, objectid, objectid, offset, offset, 0, 2 ** 64 - 1, kind, kind, 1)
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, TREE_SEARCH, buffer)
+    finally:
+        os.close(fd)
+    if TREE_SEARCH_KEY.unpack_from(buffer)[-1] == 0:  # items found
+        return []
+    start = TREE_SEARCH_BUFFER + TREE_SEARCH_ITEM.size
+    size = TREE_SEARCH_ITEM.unpack_from(buffer, TREE_SEARCH_BUFFER)[-1]
+    return list(struct.unpack_from("<{}Q".format(size // 8), buffer, start))
+
+
+def is_sole_received(folder: str, received: str, base: str) -> bool:
+    """Whether the subvolume with UUID `base` is the only one on the filesystem with that received UUID."""
+    try:
+        return search_uuid_tree(folder, received, 252) == search_uuid_tree(folder, base, 251)
+    except OSError:
+        return False
 
 
 class Capabilities(NamedTuple):
@@ -1570,7 +1624,8 @@ def parse_pins(text: str) -> Pins:
 
 def format_pins(pins: Pins) -> str:
     import json
-    plain = {destination: {prefix: pin._asdict() for prefix, pin in entry.items()} for destination, entry in pins.items()}
+    plain = {destination: {prefix: pin._asdict() for prefix, pin in entry.items()}
+             for destination, entry in pins.items()}
     return json.dumps({"version": 1, "destinations": plain}, indent=1, sort_keys=True)
 
 
@@ -1658,7 +1713,7 @@ def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None])
 ########################################################################################################
 
 
-def socket_pair() -> Tuple["socket.socket", "socket.socket"]:
+def socket_pair() -> Tuple[Any, Any]:
     """A pair for the output of `btrfs send`, which makes a pipe as small as its own 64 or 256 KiB."""
     import socket
     ours, theirs = socket.socketpair()
@@ -1706,13 +1761,13 @@ class LocalSender:
 class LocalReceiver:
     """`btrfs receive` and its pipe: takes a stream, leaves a complete backup or a partial one."""
 
-    def __init__(self, folder: str, expected: ExpectedStream, argv: Sequence[str]) -> None:
+    def __init__(self, folder: str, expected: ExpectedStream, sole_parent: bool, argv: Sequence[str]) -> None:
         self.folder, self.expected = folder, expected
-        self.stream = IncomingStream(expected)
+        self.stream = IncomingStream(expected, sole_parent)
         self.queue: "collections.deque[memoryview]" = collections.deque()  # an empty piece ends a chunk
         self.pending = 0  # chunks not wholly written
         read_end, write_end = make_pipe()
-        self.write_end: Optional[int] = write_end
+        self.write_end = write_end  # -1 once closed
         try:
             self.stage = Stage(argv, read_end, subprocess.DEVNULL)
         except BackupError:
@@ -1794,9 +1849,9 @@ class LocalReceiver:
         return backup._replace(name=self.expected.name)
 
     def close_pipe(self) -> None:
-        if self.write_end is not None:
+        if self.write_end >= 0:
             os.close(self.write_end)
-            self.write_end = None
+            self.write_end = -1
 
     def end(self) -> None:
         self.close_pipe()
@@ -1940,7 +1995,8 @@ class LocalHost:
         if not paths or around is None:
             return []
         own = "" if around.subvolid == 5 else self.command(
-            ["btrfs", "inspect-internal", "subvolid-resolve", str(around.subvolid), path], "cannot resolve " + path).strip()
+            ["btrfs", "inspect-internal", "subvolid-resolve", str(around.subvolid), path],
+            "cannot resolve {}".format(path)).strip()
         inner = [nested[len(own) + 1:] if own and nested.startswith(own + "/") else nested for nested in paths]
         return [nested for nested in inner if os.path.dirname(os.path.join(path, nested)) != beside
                 and not nested.startswith(STATE_FOLDER + "/")]
@@ -1954,14 +2010,16 @@ class LocalHost:
 
     def snapshot(self, source: str, folder: str, name: str) -> Subvolume:
         path = os.path.join(folder, name)
-        self.command(["btrfs", "subvolume", "snapshot", "-r", source, path], "cannot take a snapshot of {}".format(source))
+        self.command(["btrfs", "subvolume", "snapshot", "-r", source, path],
+                     "cannot take a snapshot of {}".format(source))
         taken = read_subvolume(path, name)
         if taken is None or not taken.readonly:
-            raise BackupError("the snapshot {} was not made as asked".format(path), "look at it with btrfs subvolume show")
+            raise BackupError("the snapshot {} was not made as asked".format(path),
+                              "look at it with btrfs subvolume show")
         return taken
 
     def delete(self, folder: str, doomed: Sequence[Subvolume], convert_rw: bool) -> List[BackupError]:
-        """Deletes subvolumes of `folder` that still are what they were planned as; an error for each that is not gone."""
+        """Deletes subvolumes of `folder` that still are what they were planned as; an error for each not gone."""
         errors = []
         for subvolume in doomed:
             path = os.path.join(folder, subvolume.name)
@@ -2038,8 +2096,8 @@ class LocalHost:
         return LocalSender(argv)
 
     def measure_send(self, folder: str, name: str, parent: Optional[str]) -> Measuring:
-        options = SendOptions(no_data=True)
-        return Measuring(send_argv(os.path.join(folder, name), os.path.join(folder, parent) if parent else None, options))
+        return Measuring(send_argv(os.path.join(folder, name), os.path.join(folder, parent) if parent else None,
+                                   SendOptions(no_data=True)))
 
     def data_since(self, path: str, generation: int) -> int:
         """Bytes of data in extents of the subvolume at `path` written after `generation`; an estimate of a send."""
@@ -2051,7 +2109,8 @@ class LocalHost:
             raise ReceiverFailed("{} exists at {}".format(expected.name, folder))
         argv = receive_argv(folder, debug)
         self.events.debug("command", "starting {}".format(" ".join(argv)))
-        return LocalReceiver(folder, expected, argv)
+        sole = expected.base is None or is_sole_received(folder, expected.parent_uuid or "", expected.base)
+        return LocalReceiver(folder, expected, sole, argv)
 
 
 ########################################################################################################
@@ -2113,7 +2172,7 @@ class Relay:
             if got and not full:
                 self.spread(memoryview(buffers[next_buffer])[:got])
                 next_buffer = (next_buffer + 1) % BUFFERS
-            moved = self.each_lane(lambda receiver: receiver.pump())
+            moved = self.each_lane(LocalReceiver.pump)
             now = time.monotonic()
             if moved or (got and not full):
                 self.last_moved = now
@@ -2131,14 +2190,14 @@ class Relay:
 
     def spread(self, chunk: memoryview) -> None:
         self.size += len(chunk)
-        self.each_lane(lambda receiver: receiver.offer(chunk) or 0)
+        self.each_lane(lambda receiver: receiver.offer(chunk))
 
-    def each_lane(self, act: Callable[[LocalReceiver], int]) -> int:
+    def each_lane(self, act: Callable[[LocalReceiver], Optional[int]]) -> int:
         """Does something with each lane; one that fails is dropped."""
         total = 0
         for key, receiver in list(self.lanes.items()):
             try:
-                total += act(receiver)
+                total += act(receiver) or 0
             except BackupError as error:
                 self.drop(key, error)
         return total
@@ -2151,7 +2210,7 @@ class Relay:
         if now - self.last_look < PROGRESS_INTERVAL:
             return
         self.last_look = now
-        self.each_lane(lambda receiver: receiver.check_alive() or 0)
+        self.each_lane(LocalReceiver.check_alive)
         self.on_progress(self.size, max((r.stream.reader.file_data for r in self.lanes.values()), default=0))
         if now - self.last_moved > self.stall_timeout:
             stalled = "stalled: not a byte moved for {}".format(format_duration(self.stall_timeout))
@@ -2284,7 +2343,8 @@ class TaskRun:
         if self.task.remove_locks:
             unlock |= {destination_key(text) for text in self.task.destinations}
             unlock |= locked if self.task.locked_destinations else set()
-        self.find_destinations(sorted(locked - unlock) if self.task.locked_destinations and not self.task.no_transfer else [])
+        retry = self.task.locked_destinations and not self.task.no_transfer
+        self.find_destinations(sorted(locked - unlock) if retry else [])
         for key in sorted(unlock):
             changes = locks_of(self.locks, key, self.prefix)
             if changes:
@@ -2296,7 +2356,7 @@ class TaskRun:
             del self.pins[key]
             self.note("forgotten", "forgot", "forget", key, destination=key)
         if forget and not self.task.dry_run:
-            self.host.change_pins(self.folder, self.prefix, {key: None for key in forget})
+            self.host.change_pins(self.folder, self.prefix, dict.fromkeys(forget))
 
     def note(self, kind: str, done: str, planned: str, what: str, **facts: Any) -> None:
         """Tells a change of state; a dry run makes a line of its plan of it."""
@@ -2383,8 +2443,9 @@ class TaskRun:
         if self.task.no_transfer or destination.listing is None:
             return
         recoveries = plan_recoveries(self.locks, destination.key, self.snapshots, destination.listing)
-        destination.plan = plan_transfers(self.snapshots, destination.listing, self.prefix, Policy(self.task.num_backups),
-                                          self.clock(), recoveries, not self.task.no_incremental)
+        destination.plan = plan_transfers(
+            self.snapshots, destination.listing, self.prefix, Policy(self.task.num_backups), self.clock(), recoveries,
+            not self.task.no_incremental)
 
     # -- snapshot
 
@@ -2399,7 +2460,8 @@ class TaskRun:
         name = self.new_name(self.host.list(self.folder))
         snapshot = self.host.snapshot(self.source, self.folder, name)
         self.counts["snapshot", "taken"] += 1
-        self.events.info("snapshot", "took snapshot {} of {}".format(name, self.task.source), snapshot=name, source=self.source)
+        self.events.info("snapshot", "took snapshot {} of {}".format(name, self.task.source),
+                         snapshot=name, source=self.source)
         self.snapshots.append(snapshot)
 
     def warn_of_nested(self) -> None:
@@ -2438,8 +2500,10 @@ class TaskRun:
             self.transfer_all()
             self.remember_common()
             self.retain()
-        done = ", ".join("{} {}".format(plural(count, noun), verb) for (noun, verb), count in sorted(self.counts.items()))
-        self.events.info("done", "{}: {}".format("done, but not all as asked" if self.failed else "done", done or "nothing to do"))
+        done = ", ".join("{} {}".format(plural(count, noun), verb)
+                         for (noun, verb), count in sorted(self.counts.items()))
+        self.events.info("done", "{}: {}".format("done, but not all as asked" if self.failed else "done",
+                                                 done or "nothing to do"))
 
     def recover(self, destination: Destination) -> None:
         """Clears what failed transfers left at a destination, under their locks."""
@@ -2458,7 +2522,8 @@ class TaskRun:
         for problem in destination.plan.problems:
             self.report(BackupError("{}: {}".format(destination.text, problem.text), problem.hint), destination)
         for verdict in destination.plan.skipped:
-            self.events.debug("skipped", "not sent to {}: {}, {}".format(destination.text, verdict.name, verdict.reason))
+            self.events.debug("skipped", "not sent to {}: {}, {}".format(
+                destination.text, verdict.name, verdict.reason))
         if destination.listing is not None and not locked_names(self.locks, destination.key):
             self.change_locks(clear=locks_of(self.locks, destination.key, self.prefix))  # notes without a lock
         if destination.listing is not None and destination.plan.recoveries:
@@ -2528,6 +2593,14 @@ class TaskRun:
         relayed.errors.update(refused)
         return relayed
 
+    def delete_partial(self, transfer: Transfer, destination: Destination) -> None:
+        """Deletes what a given up transfer left, under its lock."""
+        left = [s for s in self.host.list(destination.path).subvolumes if partial_of(s.name) == transfer.snapshot.name]
+        for error in self.host.delete(destination.path, left, False):
+            self.report(error, destination)
+        parent = transfer.parent.name if transfer.parent else None
+        self.change_locks(clear=[LockChange(transfer.snapshot.name, destination.key, parent)])
+
     @staticmethod
     def base_of(parent: Optional[Subvolume], destination: Destination) -> Optional[str]:
         """The UUID of the backup that `parent` is at a destination."""
@@ -2539,9 +2612,16 @@ class TaskRun:
         """Books the end of a transfer at one destination: a backup, or an error."""
         name, parent = transfer.snapshot.name, transfer.parent.name if transfer.parent else None
         backup, error = relayed.backups.get(destination.key), relayed.errors.get(destination.key)
+        if isinstance(error, AmbiguousParent) and transfer.parent is not None:
+            self.events.warning("ambiguous", "sending {} to {} in full: {}".format(
+                name, destination.text, error.message))
+            self.delete_partial(transfer, destination)
+            self.transfer(Transfer(transfer.snapshot, None), [destination])
+            return
         if error is not None or backup is None or destination.listing is None:
             destination.closed = True
-            self.report(error or BackupError("not completed"), destination, "sending {} to {}: ".format(name, destination.text))
+            self.report(error or BackupError("not completed"), destination,
+                        "sending {} to {}: ".format(name, destination.text))
             return
         destination.listing = destination.listing._replace(subvolumes=destination.listing.subvolumes + (backup,))
         self.change_locks(clear=[LockChange(name, destination.key, parent)])
@@ -2657,7 +2737,8 @@ class TaskRun:
         parent = transfer.parent
         if transfer.snapshot not in self.snapshots[-1:] or self.task.no_snapshot:
             taken = parent is None or parent.uuid != "not taken yet"
-            measuring = self.host.measure_send(self.folder, transfer.snapshot.name, parent.name if parent and taken else None)
+            measuring = self.host.measure_send(self.folder, transfer.snapshot.name,
+                                               parent.name if parent and taken else None)
             try:
                 return "at most {}".format(format_size(measuring.wait().stream_size))
             finally:
@@ -2668,7 +2749,8 @@ class TaskRun:
 class ProgressOf:
     """Tells the progress of one transfer as events; measures beside it what is to come."""
 
-    def __init__(self, run: TaskRun, transfer: Transfer, destinations: Sequence[Destination], options: SendOptions) -> None:
+    def __init__(self, run: TaskRun, transfer: Transfer, destinations: Sequence[Destination],
+                 options: SendOptions) -> None:
         self.run, self.transfer, self.options = run, transfer, options
         self.wanted = any(getattr(reader, "progress", False) for reader in run.events.readers)
         self.destination = ", ".join(d.text for d in destinations)

@@ -86,6 +86,8 @@ def cache_folder():
         aside = "%s.%d" % (source, os.getpid())
         with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as copy:
             copy.write(__loader__.get_data(os.path.join(os.path.dirname(__file__), "btrfs_backup_ng.py")))
+            copy.flush()
+            os.fsync(copy.fileno())
         os.rename(aside, source)
     if private_size(source) != SIZE:
         raise OSError(source + " is damaged")

@@ -714,7 +714,14 @@ class Churn:
 
 
 def bulk(path, mib, seed=1):
-    """A file of so many MiB, made quickly; as large in the stream as it looks."""
+    """A file of so many MiB, made quickly; as large in the stream as it looks.
+
+    Made anew: churn may have put a folder or a fifo in its place.
+    """
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.unlink(path)
     block = random.Random(seed).getrandbits(8 * MIB).to_bytes(MIB, "big")
     with open(path, "wb") as file:
         for _ in range(mib):
