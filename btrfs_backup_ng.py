@@ -882,7 +882,7 @@ COMMAND_START = struct.Struct("<IH")
 ATTRIBUTE = struct.Struct("<HH")
 SUBVOL, SNAPSHOT, SET_XATTR, WRITE, CLONE, CHMOD, CHOWN, END, UPDATE_EXTENT, ENCODED_WRITE = (
     1, 2, 13, 15, 16, 18, 19, 21, 22, 25)
-A_UUID, A_SIZE, A_MODE, A_UID, A_GID, A_PATH, A_CLONE_UUID, A_UNENCODED_FILE_LEN = 1, 4, 5, 6, 7, 15, 20, 27
+A_UUID, A_MODE, A_UID, A_GID, A_PATH, A_CLONE_UUID, A_UNENCODED_FILE_LEN = 1, 5, 6, 7, 15, 20, 27
 LARGEST_FIRST_COMMAND = 64 * 1024
 Chunk = Union[bytes, memoryview]
 SEND_WRITE_SIZE = 48 * 1024  # data bytes in one WRITE of protocol 1 (Linux, BTRFS_SEND_READ_SIZE)
@@ -1405,7 +1405,6 @@ TREE_SEARCH_KEY = struct.Struct("<QQQQQQQIII")
 TREE_SEARCH_ITEM = struct.Struct("<QQQII")
 UUID_TREE = 9
 SUBVOL_INFO = struct.Struct("<Q256xQQQQ16s16s16sQQQQQI4xQI4xQI4xQI4x64x")
-READONLY_FLAG = 1 << 1
 ROOT_FLAG_RDONLY = 1 << 0
 SUBVOLUME_INODE = 256
 
@@ -2058,11 +2057,6 @@ class LocalHost:
 
     def wait_for_cleaning(self, folder: str) -> None:
         self.command(["btrfs", "subvolume", "sync", folder], "cannot wait for deleted subvolumes of {}".format(folder))
-
-    def free_space(self, folder: str) -> int:
-        """Bytes that may still be written."""
-        facts = os.statvfs(folder)
-        return facts.f_bavail * facts.f_frsize
 
     def read_locks(self, folder: str) -> Locks:
         return read_state_file(folder, LOCK_FILE, parse_locks)
