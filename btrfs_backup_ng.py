@@ -2460,9 +2460,11 @@ class TaskRun:
     def new_name(self, listing: Listing) -> str:
         """A name that nothing bears yet; the later of two within one second waits."""
         taken = {s.name for s in listing.subvolumes} | listing.others
-        while snapshot_name(self.prefix, self.clock()) in taken:
+        name = snapshot_name(self.prefix, self.clock())
+        while name in taken:
             time.sleep(0.05)
-        return snapshot_name(self.prefix, self.clock())
+            name = snapshot_name(self.prefix, self.clock())
+        return name
 
     def take_snapshot(self) -> None:
         name = self.new_name(self.host.list(self.folder))
@@ -2476,7 +2478,7 @@ class TaskRun:
         try:
             nested = self.host.nested_subvolumes(self.source, self.folder)
         except BackupError as error:  # an ordinary user may take snapshots but not list subvolumes
-            self.events.debug("nested", "nested subvolumes were not looked for: {}".format(error.message))
+            self.events.warning("nested", "nested subvolumes were not looked for: {}".format(error.message))
             return
         if nested:
             self.events.warning("nested", "subvolumes nested in {} are not in its snapshots: {}".format(
