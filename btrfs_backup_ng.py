@@ -14,22 +14,22 @@ The way of the data:
 
 Contents; a section uses only what stands above it:
 
-     1 ERRORS          what can go wrong, with exit status and remedy; sizes and times as text
-     2 NAMES           which names are snapshots of ours, and of when
-     3 OPTIONS         the table of options; arguments to a task
-     4 IDENTITY        subvolumes, which backup belongs to which snapshot, what is complete
-     5 RETENTION       what is kept, and why
-     6 PLANNING        observed state to a plan of transfers and deletions
-     7 STREAM          the send stream: first command, private partials, size
-     8 EVENTS          one stream of events; log lines, progress and JSON read it
-     9 PROCESSES       programs: found, run, watched, ended
-    10 BTRFS           what the kernel and the btrfs program say and do
-    11 STATE           locks and pins in the snapshot folder
-    12 ENDS            the processes at the two ends of a stream
-    13 HOST            the semantic calls that everything above planning goes through
-    14 RELAY           one stream from a sender to its receivers
-    15 TASK            observe, plan, show or execute
-    16 COMMAND LINE    help, version, sudo, signals, main
+     1 ERRORS            what can go wrong, with exit status and remedy; sizes and times as text
+     2 NAMES             which names are snapshots of ours, and of when
+     3 OPTIONS           the table of options; arguments to a task
+     4 IDENTITY          subvolumes, which backup belongs to which snapshot, what is complete
+     5 RETENTION         what is kept, and why
+     6 PLANNING          observed state to a plan of transfers and deletions
+     7 STREAM            the send stream: first command, private partials, size
+     8 EVENTS            one stream of events; log lines, progress and JSON read it
+     9 PROCESSES         programs: found, run, watched, ended
+    10 BTRFS             what the kernel and the btrfs program say and do
+    11 STATE             locks and pins in the snapshot folder
+    12 ENDS              the processes at the two ends of a stream
+    13 HOST              the semantic calls that everything above planning goes through
+    14 RELAY             one stream from a sender to its receivers
+    15 TASK              observe, plan, show or execute
+    16 COMMAND LINE      help, version, sudo, signals, main
 
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
@@ -364,7 +364,29 @@ OPTION_TABLE = (
     )),
 )
 
-FLAGS = {flag: option for group in OPTION_TABLE for option in group.options for flag in option.flags}
+
+
+class Verb(NamedTuple):
+    """A command of its own: `btrfs-backup-ng NAME ...`; '' is the classic one."""
+
+    usage: str
+    summary: str
+    groups: Tuple[Group, ...]
+
+
+def flags_of(groups: Iterable[Group]) -> Dict[str, Option]:
+    return {flag: option for group in groups for option in group.options for flag in option.flags}
+
+
+FLAGS = flags_of(OPTION_TABLE)
+VERBS = {
+    "": Verb("[options] SOURCE [DESTINATION ...]", "snapshot, send what is missing, apply retention", OPTION_TABLE),
+}
+
+
+def rows(*flags: str) -> Tuple[Option, ...]:
+    """Rows of the table that another verb takes as well."""
+    return tuple(FLAGS[flag] for flag in flags)
 
 
 STATE_FOLDER = ".btrfs-backup-ng"  # in the source
@@ -373,6 +395,7 @@ STATE_FOLDER = ".btrfs-backup-ng"  # in the source
 class Task(NamedTuple):
     """What one task shall do. Sizes in bytes, times in seconds, None is 'not given'."""
 
+    verb: str = ""
     source: str = ""
     destinations: Tuple[str, ...] = ()
     help: bool = False
@@ -400,11 +423,11 @@ class Task(NamedTuple):
     no_elevate: bool = False
 
 
-def find_option(flag: str) -> Option:
+def find_option(flag: str, flags: Dict[str, Option]) -> Option:
     """The option of a flag as typed; long ones may be shortened while unique."""
-    if flag in FLAGS:
-        return FLAGS[flag]
-    meant = {option.flags[-1]: option for known, option in FLAGS.items()
+    if flag in flags:
+        return flags[flag]
+    meant = {option.flags[-1]: option for known, option in flags.items()
              if flag.startswith("--") and known.startswith(flag)}
     if len(meant) != 1:
         raise UsageError("unknown option {}".format(printable(flag)) if not meant else
@@ -412,7 +435,7 @@ def find_option(flag: str) -> Option:
     return meant.popitem()[1]
 
 
-def split_flags(argument: str) -> Iterator[Tuple[str, Optional[str]]]:
+def split_flags(argument: str, flags: Dict[str, Option]) -> Iterator[Tuple[str, Optional[str]]]:
     """The flags of one argument with the value glued to the last: `-SN3` is -S and -N with 3."""
     if argument.startswith("--"):
         flag, equals, value = argument.partition("=")
@@ -421,7 +444,7 @@ def split_flags(argument: str) -> Iterator[Tuple[str, Optional[str]]]:
     rest = argument[1:]
     while rest:
         flag, rest = "-" + rest[0], rest[1:]
-        if find_option(flag).parse and rest:
+        if find_option(flag, flags).parse and rest:
             yield flag, rest
             return
         yield flag, None
@@ -440,6 +463,9 @@ def parse_arguments(arguments: Sequence[str]) -> Task:
     fields: Dict[str, Any] = {}
     paths: List[str] = []
     left = collections.deque(arguments)
+    if left and left[0] and left[0] in VERBS:
+        fields["verb"] = left.popleft()
+    flags = flags_of(VERBS[fields.get("verb", "")].groups)
     while left:
         argument = left.popleft()
         if argument == "--":
@@ -448,8 +474,8 @@ def parse_arguments(arguments: Sequence[str]) -> Task:
         if len(argument) < 2 or not argument.startswith("-"):
             paths.append(argument)
             continue
-        for flag, value in split_flags(argument):
-            option = find_option(flag)
+        for flag, value in split_flags(argument, flags):
+            option = find_option(flag, flags)
             if option.parse is None:
                 if value is not None:
                     raise UsageError("{} takes no value".format(flag), "see --help")
@@ -469,35 +495,100 @@ def parse_arguments(arguments: Sequence[str]) -> Task:
 
 
 def check_task(task: Task) -> None:
-    """UsageError for what no task can mean."""
+    """UsageError for what no task of the classic command can mean."""
     if not task.source:
         raise UsageError("no source given", "btrfs-backup-ng SOURCE [DESTINATION ...]; see --help")
-    for text in (task.source,) + task.destinations:
+    if parse_endpoint(task.source).kind != "path":
+        raise UsageError("{} cannot be a source".format(printable(task.source)), "name a subvolume, here or on ssh://")
+    for text in task.destinations:
         parse_endpoint(text)
     if (task.remove_locks and not task.destinations and not task.locked_destinations):
         raise UsageError("--remove-locks needs the destinations whose locks to remove",
                          "name them, or add --locked-destinations for all")
 
 
-def parse_endpoint(text: str) -> str:
-    """The local path that `text` names; UsageError for anything else, never a guess."""
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", text)
+class Endpoint(NamedTuple):
+    """A place as the user typed it.
+
+    kind: "path"; "raw", a folder of stream files; "shell", a command that takes a stream.
+    """
+
+    text: str
+    kind: str
+    path: str  # the command of "shell"
+    login: str = ""  # [user@]host as given, IPv6 without its brackets; '' is this machine
+    port: str = ""
+
+    @property
+    def machine(self) -> str:
+        """`[user@]host[:port]`, '' for this machine."""
+        user, at, host = self.login.rpartition("@")
+        shown = "[" + host + "]" if ":" in host else host
+        return user + at + shown + (":" + self.port if self.port else "")
+
+
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+SCHEMES = {"ssh": "path", "raw": "raw", "raw+ssh": "raw", "shell": "shell"}
+AUTHORITY = re.compile(r"((?:[^/@]*@)?)(?:\[([0-9A-Fa-f:.]+(?:%[^/\]]+)?)\]|([^/@:\[\]]+))(?::([0-9]{1,5}))?")
+HOST_AND_PATH = re.compile(r"((?:[^/@:]+@)?(?:\[[^/\]]+\]|[^/@:\[\]]+)):(/.*)", re.DOTALL)
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """What `text` names; UsageError where that is nothing, never a guess."""
+    scheme = SCHEME.match(text)
     if scheme:
-        raise UsageError("unknown scheme {}:// in {}".format(scheme.group(1), printable(text)),
-                         "give a path; a relative path with a colon begins with ./")
+        return parse_url(text, scheme.group(1), scheme.group(2))
     if text.startswith("@"):
         raise UsageError("this version reads no arguments from files: {}".format(printable(text)),
                          "a relative path begins with ./ where its name begins with @")
+    on_host = HOST_AND_PATH.fullmatch(text)
+    if on_host and not text.startswith("."):
+        return parse_remote(text, "path", on_host.group(1) + on_host.group(2))
     if re.match(r"[^/.:][^/:]*:", text):
-        raise UsageError("{} names a host, which this version cannot reach".format(printable(text)),
-                         "a relative path with a colon begins with ./")
+        raise UsageError("{} names a host but no absolute path on it".format(printable(text)),
+                         "write HOST:/PATH; a relative path with a colon begins with ./")
     if re.search(r"(?<!\\):", text) and not text.startswith("./"):
         raise UsageError("one command does one task in this version: {}".format(printable(text)),
                          "write \\: for a colon in a path")
+    return Endpoint(text, "path", checked_path(text, text.replace("\\:", ":")))
+
+
+def checked_path(text: str, path: str) -> str:
     try:
-        return parse_path(text.replace("\\:", ":"))
+        return parse_path(path)
     except ValueError as error:
         raise UsageError("{} {}".format(printable(repr(text)), error)) from None
+
+
+def parse_url(text: str, scheme: str, rest: str) -> Endpoint:
+    kind = SCHEMES.get(scheme)
+    if kind is None:
+        raise UsageError("unknown scheme {}:// in {}".format(scheme, printable(text)),
+                         "give a path, ssh://, raw:// or shell://; a relative path with a colon begins with ./")
+    if scheme.endswith("ssh"):
+        return parse_remote(text, kind, rest)
+    if kind == "shell" and (not rest.strip() or "\0" in rest):
+        raise UsageError("shell:// names no command", "shell://COMMAND")
+    if kind == "raw" and not rest.startswith("/"):
+        raise UsageError("{} names no absolute path".format(printable(text)), "raw:///PATH, with three slashes")
+    return Endpoint(text, kind, rest if kind == "shell" else checked_path(text, rest))
+
+
+def parse_remote(text: str, kind: str, rest: str) -> Endpoint:
+    """`[user@]host[:port]/path`, where nothing is ever decoded or lower-cased."""
+    authority, slash, path = rest.partition("/")
+    match = AUTHORITY.fullmatch(authority)
+    if match is None:
+        raise UsageError("{} names no host".format(printable(text)), "ssh://[USER@]HOST[:PORT]/PATH")
+    user, six, host, port = match.groups()
+    if not slash:
+        raise UsageError("{} names no path on the host".format(printable(text)), "ssh://[USER@]HOST[:PORT]/PATH")
+    if (user or host or six).startswith("-") or (host or six).startswith("-") or user == "@":
+        raise UsageError("no user or host is called as in {}".format(printable(text)),
+                         "ssh would take it for an option")
+    if not printable(authority) == authority or " " in authority:
+        raise UsageError("{} names no host".format(printable(text)), "ssh://[USER@]HOST[:PORT]/PATH")
+    return Endpoint(text, kind, checked_path(text, "/" + path), user + (six or host), port or "")
 
 
 ########################################################################################################
@@ -1951,6 +2042,9 @@ class LocalHost:
         self.events = events
         self.known_capabilities: Optional[Capabilities] = None
 
+    def name(self) -> str:
+        return os.uname().nodename
+
     def command(self, argv: Sequence[str], doing: str) -> str:
         begun = time.monotonic()
         try:
@@ -2121,6 +2215,29 @@ class LocalHost:
         return LocalReceiver(folder, expected, sole, argv)
 
 
+class Hosts:
+    """The hosts of a run by machine: each is reached once."""
+
+    def __init__(self, task: Task, events: Events) -> None:
+        self.task, self.events = task, events
+        self.known: Dict[str, LocalHost] = {}
+
+    def of(self, endpoint: Endpoint) -> LocalHost:
+        """The host of an endpoint; BackupError where it cannot be reached."""
+        machine = endpoint.machine
+        if machine not in self.known:
+            self.known[machine] = self.reach(endpoint)
+        return self.known[machine]
+
+    def reach(self, endpoint: Endpoint) -> LocalHost:
+        if endpoint.login or endpoint.kind != "path":
+            raise BackupError("this version cannot reach {}".format(endpoint.text))
+        return LocalHost(self.events)
+
+    def end(self) -> None:
+        """Ends what holds a connection."""
+
+
 ########################################################################################################
 # 14 RELAY: one stream from a sender to its receivers
 #
@@ -2252,19 +2369,25 @@ class Relay:
 
 
 def destination_key(text: str) -> str:
-    """The normalised id of a destination, which locks and pins name it by; what is no path stays as it is."""
+    """The normalised id of a destination, which locks and pins name it by; what is none stays as it is."""
     try:
-        return os.path.realpath(parse_endpoint(text))
+        endpoint = parse_endpoint(text)
     except UsageError:
         return normal_destination(text)
+    if endpoint.kind == "shell":
+        return endpoint.text
+    path = normal_destination(endpoint.path) if endpoint.login else os.path.realpath(endpoint.path)
+    scheme = {("path", False): "", ("path", True): "ssh://", ("raw", False): "raw://", ("raw", True): "raw+ssh://"}
+    return scheme[endpoint.kind, bool(endpoint.login)] + endpoint.machine + path
 
 
 class Destination:
     """One destination during a run: reachable until `error` says otherwise."""
 
-    def __init__(self, text: str, key: str) -> None:
-        self.text, self.key = text, key
-        self.path, self.filesystem = key, None  # type: str, Optional[str]
+    def __init__(self, text: str) -> None:
+        self.text, self.key, self.endpoint = text, destination_key(text), parse_endpoint(text)
+        self.path, self.filesystem = self.endpoint.path, None  # type: str, Optional[str]
+        self.host: Any = None  # once it was reached
         self.listing: Optional[Listing] = None
         self.plan = DestinationPlan()
         self.is_new = False
@@ -2287,8 +2410,8 @@ class TaskRun:
 
     def __init__(self, task: Task, events: Events, clock: Callable[[], float] = time.time) -> None:
         self.task, self.events, self.clock = task, events, clock
-        self.host = LocalHost(events)
-        self.prefix = os.uname().nodename + "-" if task.prefix is None else task.prefix
+        self.hosts = Hosts(task, events)
+        self.prefix = task.prefix or ""  # known once the source is
         self.failed = False
         self.counts: "collections.Counter[Tuple[str, str]]" = collections.Counter()
         self.snapshots: List[Subvolume] = []
@@ -2314,7 +2437,11 @@ class TaskRun:
     def open_source(self) -> None:
         """Finds the source subvolume and its snapshot folder, or says why not."""
         text, taking = self.task.source, not self.task.no_snapshot
-        place = self.host.look(parse_endpoint(text))
+        endpoint = parse_endpoint(text)
+        self.host = self.hosts.of(endpoint)
+        if self.task.prefix is None:
+            self.prefix = self.host.name() + "-"
+        place = self.host.look(endpoint.path)
         if place.kind == "missing":
             raise BackupError("no such source: {}".format(text), "is its filesystem mounted?")
         if place.kind == "other":
@@ -2388,7 +2515,7 @@ class TaskRun:
                 self.report(BackupError("locked destination {}: {}".format(text, error.message), error.hint))
                 continue
             if destination_key(text) not in [d.key for d in self.destinations]:
-                self.destinations.append(Destination(text, destination_key(text)))
+                self.destinations.append(Destination(text))
 
     # -- destinations
 
@@ -2399,7 +2526,8 @@ class TaskRun:
         that of two writers of one name the later fails at its first command.
         """
         try:
-            place = self.host.look(parse_endpoint(destination.text))
+            destination.host = self.hosts.of(destination.endpoint)
+            place = destination.host.look(destination.endpoint.path)
             self.check_destination(destination, place)
             destination.path, destination.filesystem = place.path, place.filesystem
             destination.is_new = place.kind == "missing"
@@ -2407,8 +2535,8 @@ class TaskRun:
                 destination.listing = Listing()
                 return
             if destination.is_new:
-                self.host.make_folder(place.path)
-            destination.listing = self.host.list(place.path)
+                destination.host.make_folder(place.path)
+            destination.listing = destination.host.list(place.path)
         except BackupError as error:
             self.report(error, destination)
 
@@ -2518,7 +2646,7 @@ class TaskRun:
     def recover(self, destination: Destination) -> None:
         """Clears what failed transfers left at a destination, under their locks."""
         for recovery in destination.plan.recoveries:
-            errors = self.host.delete(destination.path, recovery.delete, False)
+            errors = destination.host.delete(destination.path, recovery.delete, False)
             for subvolume in recovery.delete if not errors else ():
                 self.events.info("recovered", "deleted {} at {}: its transfer was broken off".format(
                     subvolume.name, destination.text), destination=destination.key, name=subvolume.name)
@@ -2581,8 +2709,9 @@ class TaskRun:
 
     def relay(self, transfer: Transfer, destinations: List[Destination]) -> Relayed:
         name, parent = transfer.snapshot.name, transfer.parent.name if transfer.parent else None
-        able = self.host.capabilities()
-        options = SendOptions(able.sends_compressed and able.receives_compressed, False, self.task.btrfs_debug)
+        compressed = self.host.capabilities().sends_compressed and all(
+            d.host.capabilities().receives_compressed for d in destinations)
+        options = SendOptions(compressed, False, self.task.btrfs_debug)
         expected = self.host.expected_stream(self.folder, transfer.snapshot, transfer.parent)
         lanes: Dict[str, LocalReceiver] = {}
         refused: Dict[str, BackupError] = {}
@@ -2590,7 +2719,7 @@ class TaskRun:
             for destination in destinations:
                 try:
                     base = self.base_of(transfer.parent, destination)
-                    lanes[destination.key] = self.host.open_receive(
+                    lanes[destination.key] = destination.host.open_receive(
                         destination.path, expected._replace(base=base), self.task.btrfs_debug)
                     stack.callback(lanes[destination.key].end)
                 except BackupError as error:
@@ -2605,8 +2734,8 @@ class TaskRun:
 
     def delete_partial(self, transfer: Transfer, destination: Destination) -> None:
         """Deletes what a given up transfer left, under its lock."""
-        left = [s for s in self.host.list(destination.path).subvolumes if partial_of(s.name) == transfer.snapshot.name]
-        for error in self.host.delete(destination.path, left, False):
+        left = [s for s in destination.host.list(destination.path).subvolumes if partial_of(s.name) == transfer.snapshot.name]
+        for error in destination.host.delete(destination.path, left, False):
             self.report(error, destination)
         parent = transfer.parent.name if transfer.parent else None
         self.change_locks(clear=[LockChange(transfer.snapshot.name, destination.key, parent)])
@@ -2666,10 +2795,11 @@ class TaskRun:
             if destination.listing is not None and not destination.failed:
                 verdicts = plan_destination_retention(self.snapshots, destination.listing, self.prefix,
                                                       Policy(self.task.num_backups), self.clock())
-                self.delete(destination.path, destination.text, destination.listing.subvolumes, verdicts)
-        self.delete(self.folder, self.task.source, self.snapshots, self.source_verdicts(seen))
+                self.delete(destination.host, destination.path, destination.text, destination.listing.subvolumes,
+                            verdicts)
+        self.delete(self.host, self.folder, self.task.source, self.snapshots, self.source_verdicts(seen))
 
-    def delete(self, folder: str, text: str, subvolumes: Sequence[Subvolume], verdicts: Sequence[Verdict]) -> None:
+    def delete(self, host: LocalHost, folder: str, text: str, subvolumes: Sequence[Subvolume], verdicts: Sequence[Verdict]) -> None:
         for verdict in verdicts:
             if verdict.keep:
                 self.events.debug("kept", "kept {} at {}: {}".format(verdict.name, text, verdict.reason))
@@ -2678,13 +2808,13 @@ class TaskRun:
         for verdict in doomed:
             self.events.info("deleting", "deleting {} at {}: {}".format(verdict.name, text, verdict.reason),
                              name=verdict.name, folder=folder, reason=verdict.reason)
-        errors = self.host.delete(folder, [named[v.name] for v in doomed], self.task.convert_rw)
+        errors = host.delete(folder, [named[v.name] for v in doomed], self.task.convert_rw)
         for error in errors:
             self.report(error)
         if doomed:
             self.counts["subvolume", "deleted"] += len(doomed) - len(errors)
         if doomed and self.task.sync:
-            self.host.wait_for_cleaning(folder)
+            host.wait_for_cleaning(folder)
 
     # -- dry run
 
@@ -2795,11 +2925,14 @@ class ProgressOf:
 def run_task(task: Task, events: Events) -> int:
     """Does one task; the exit status. Errors that stop it are raised."""
     run = TaskRun(task, events)
-    run.open_source()
-    if task.dry_run:
-        print_result("\n".join(run.show()))
-    else:
-        run.execute()
+    try:
+        run.open_source()
+        if task.dry_run:
+            print_result("\n".join(run.show()))
+        else:
+            run.execute()
+    finally:
+        run.hosts.end()
     return 1 if run.failed else 0
 
 
@@ -2907,6 +3040,12 @@ def make_events(task: Task) -> Events:
     return Events(*readers)
 
 
+# how each verb is checked and run
+RUNS: Dict[str, Tuple[Callable[[Task], None], Callable[[Task, Events], int]]] = {
+    "": (check_task, run_task),
+}
+
+
 def run_arguments(arguments: Sequence[str]) -> int:
     """The exit status of a command line; BackupError where it ends early."""
     task = parse_arguments(arguments)
@@ -2916,12 +3055,13 @@ def run_arguments(arguments: Sequence[str]) -> int:
     if task.version:
         print_result(format_version())
         return 0
-    check_task(task)
+    check, run = RUNS[task.verb]
+    check(task)
     if os.geteuid() != 0 and not task.no_elevate:
         elevate(arguments)
     events = make_events(task)
     try:
-        return run_task(task, events)
+        return run(task, events)
     except BackupError as error:
         if task.verbosity == "debug":
             import traceback

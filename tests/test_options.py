@@ -12,6 +12,7 @@ from btrfs_backup_ng import (
     Task,
     UsageError,
     check_task,
+    destination_key,
     format_error,
     format_help,
     parse_arguments,
@@ -248,8 +249,18 @@ class Endpoints(unittest.TestCase):
 
     SCHEMES = ("ftp://host/path", "file:///mnt", "FTP://host", "x-y+z.1://a", "s3://bucket", "btrfs://")
 
-    HOSTS = ("host:/path", "user@host:/path", "nas.local:/path", "host:path", "a:b", "[::1]:/path", "a b:/c",
-             "\udcff:/c", "a::b")
+    NO_HOSTS = ("host:path", "a:b", "a b:/c", "\udcff:/c", "a::b", "ssh://host", "ssh:///path", "ssh://", "ssh://@h/p",
+                "ssh://h:99x/p", "ssh://h:/p", "ssh://-oX/p", "ssh://-u@h/p", "ssh://u@-h/p", "-h:/p", "u@-h:/p",
+                "ssh://::1/p", "ssh://[::1/p", "ssh://a b/p", "raw+ssh:///p")
+
+    # (text, [user@]host, port, path, normalised id)
+    HOSTS = (("host:/path", "host", "", "/path", "ssh://host/path"),
+             ("user@nas.local:/p", "user@nas.local", "", "/p", "ssh://user@nas.local/p"),
+             ("ssh://Host:2222/p/", "Host", "2222", "/p/", "ssh://Host:2222/p"),
+             ("ssh://u@[fe80::1%eth0]:22/p q", "u@fe80::1%eth0", "22", "/p q", "ssh://u@[fe80::1%eth0]:22/p q"),
+             ("[::1]:/p", "::1", "", "/p", "ssh://[::1]/p"),
+             ("ssh://h/a#b?c%20$d'\udcff", "h", "", "/a#b?c%20$d'\udcff", "ssh://h/a#b?c%20$d'\udcff"),
+             ("ssh://h//", "h", "", "//", "ssh://h/"))
 
     def refuse(self, text, *words):
         for arguments in ([text, "/b"], ["/s", text], ["/s", "/b", text]):
@@ -264,11 +275,11 @@ class Endpoints(unittest.TestCase):
     def test_paths(self):
         for text in self.PATHS:
             with self.subTest(text=text):
-                self.assertEqual(text, parse_endpoint(text))
+                self.assertEqual((text, "path", text, "", ""), parse_endpoint(text))
                 check_task(parse_arguments(["--", text, text]))
 
     def test_a_colon_in_a_path_is_escaped(self):
-        self.assertEqual("/a:b", parse_endpoint("/a\\:b"))
+        self.assertEqual("/a:b", parse_endpoint("/a\\:b").path)
 
     def test_one_task_at_a_time(self):
         for text in self.TASKS:
@@ -285,9 +296,27 @@ class Endpoints(unittest.TestCase):
         for text in self.SCHEMES:
             self.refuse(text, text.partition("://")[0] + "://", "unknown")
 
-    def test_hosts_are_not_taken_for_paths(self):
-        for text in self.HOSTS:
-            self.refuse(text, "./")
+    def test_hosts(self):
+        for text, login, port, path, key in self.HOSTS:
+            with self.subTest(text=text):
+                self.assertEqual((text, "path", path, login, port), parse_endpoint(text))
+                self.assertEqual(key, destination_key(text))
+                self.assertEqual(key, destination_key(key))
+
+    def test_no_hosts(self):
+        for text in self.NO_HOSTS:
+            self.refuse(text)
+
+    def test_what_is_no_source(self):
+        for text in ("shell://cat > /x", "raw:///x", "raw+ssh://h/x"):
+            parse_endpoint(text)
+            with self.assertRaises(UsageError):
+                check_task(parse_arguments([text, "/b"]))
+
+    def test_commands_are_taken_verbatim(self):
+        command = "ssh -p 22 host 'cat > \"$HOME/a:b\"'; echo @x # %20"
+        self.assertEqual(command, parse_endpoint("shell://" + command).path)
+        self.assertEqual("shell://" + command, destination_key("shell://" + command))
 
 
 class Table(unittest.TestCase):
@@ -309,7 +338,7 @@ class Table(unittest.TestCase):
         self.assertEqual(sorted(set(flags)), sorted(flags))
 
     def test_options_and_fields_of_a_task_match(self):
-        self.assertEqual(set(Task._fields) - {"source", "destinations"}, {option.field for option in OPTIONS})
+        self.assertEqual(set(Task._fields) - {"verb", "source", "destinations"}, {option.field for option in OPTIONS})
 
     def test_each_flag_sets_its_field(self):
         for option in OPTIONS:
