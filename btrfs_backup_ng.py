@@ -16,9 +16,9 @@ Contents; a section uses only what stands above it:
 
      1 ERRORS            what can go wrong, with exit status and remedy; sizes and times as text
      2 NAMES             which names are snapshots of ours, and of when
-     3 OPTIONS           the table of options; arguments to a task
-     4 IDENTITY          subvolumes, which backup belongs to which snapshot, what is complete
-     5 RETENTION         what is kept, and why
+     3 RETENTION         what is kept, and why
+     4 OPTIONS           the table of options; arguments to a task
+     5 IDENTITY          subvolumes, which backup belongs to which snapshot, what is complete
      6 PLANNING          observed state to a plan of transfers and deletions
      7 STREAM            the send stream: first command, private partials, size
      8 EVENTS            one stream of events; log lines, progress and JSON read it
@@ -252,7 +252,143 @@ def partial_of(name: str) -> Optional[str]:
 
 
 ########################################################################################################
-# 3 OPTIONS: the table of options; arguments to a task
+# 3 RETENTION: what is kept, and why
+#
+# Pure: names, times and protections in, a verdict with its reason for each out. A policy keeps the newest by
+# number, and by time the newest of each of the last hours, days, weeks, months, years that have one; each
+# unit counts by itself, what any rule keeps is kept. Kept whatever the policy: what is protected (locks,
+# parent notes, newest common snapshots), a name from the future (which is not counted either), the only
+# one left. No rule keeps all. Never: a verdict about a name that is not a snapshot's.
+########################################################################################################
+
+UNITS = {"h": "hour", "d": "day", "w": "week", "m": "month", "y": "year"}
+
+
+class Span(NamedTuple):
+    """The newest snapshot of each of the last `count` units of time that have one."""
+
+    count: int
+    unit: str  # a key of UNITS
+
+
+class Policy(NamedTuple):
+    """What to keep: the newest by number (0: no such rule), by time, or everything."""
+
+    newest: int = 0
+    spans: Tuple[Span, ...] = ()
+    everything: bool = False
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.everything or not (self.newest or self.spans)
+
+    def also_newest(self, count: int) -> "Policy":
+        """This policy and the newest `count`; 0 adds nothing."""
+        return self._replace(newest=count)
+
+
+def parse_policy(text: str) -> Policy:
+    """`24h 14d 8w 12m 5y`, or `all`, as a policy; ValueError for anything else.
+
+    >>> parse_policy("24h 7d").spans
+    (Span(count=24, unit='h'), Span(count=7, unit='d'))
+    """
+    words = text.split()
+    if words == ["all"]:
+        return Policy(everything=True)
+    matches = [re.fullmatch(r"([0-9]{1,6})([hdwmy])", word) for word in words]
+    spans = tuple(Span(int(match.group(1)), match.group(2)) for match in matches if match)
+    if not spans or len(spans) < len(words):
+        raise ValueError("is not like '24h 14d 8w 12m 5y' (hours, days, weeks, months, years), nor 'all'")
+    if any(span.count == 0 for span in spans):
+        raise ValueError("keeps nothing of a unit: leave that unit out")
+    if len({span.unit for span in spans}) < len(spans):
+        raise ValueError("names a unit twice")
+    return Policy(spans=spans)
+
+
+def format_policy(policy: Policy) -> str:
+    """`the newest 3, 24 hours, 1 day`; `all`."""
+    if policy.keeps_all:
+        return "all"
+    parts = ["the newest {}".format(policy.newest)] if policy.newest else []
+    return ", ".join(parts + [plural(span.count, UNITS[span.unit]) for span in policy.spans])
+
+
+class Verdict(NamedTuple):
+    name: str
+    keep: bool
+    reason: str
+
+
+def is_future(moment: float, now: float) -> bool:
+    return moment > now + 1
+
+
+def period_of(moment: float, unit: str) -> Tuple[str, int]:
+    """The period of `unit` that a moment falls into, in local time; weeks as ISO 8601 counts them.
+
+    The offset from UTC tells the hour that comes twice in autumn from its repetition.
+    """
+    local = time.localtime(moment)
+    formats = {"h": "%Y-%m-%d %Hh", "d": "%Y-%m-%d", "w": "%G-W%V", "m": "%Y-%m", "y": "%Y"}
+    return time.strftime(formats[unit], local), local.tm_gmtoff if unit == "h" else 0
+
+
+def keep_by_time(ordered: Sequence[str], times: Dict[str, float], spans: Sequence[Span]) -> Dict[str, str]:
+    """Those of `ordered` (oldest first) that `spans` keep, each with its reason."""
+    periods: Dict[str, List[str]] = {}
+    for span in spans:
+        seen: Set[Tuple[str, int]] = set()
+        for name in reversed(ordered):
+            period = period_of(times[name], span.unit)
+            if period in seen:
+                continue
+            if len(seen) == span.count:
+                break
+            seen.add(period)
+            periods.setdefault(name, []).append("{} {}".format(UNITS[span.unit], period[0]))
+    return {name: "newest of " + ", ".join(kept) for name, kept in periods.items()}
+
+
+def deletion_reason(policy: Policy) -> str:
+    spans = ", ".join(plural(span.count, UNITS[span.unit]) for span in policy.spans)
+    if not spans:
+        return "older than the newest {}".format(policy.newest)
+    newest = "older than the newest {}, and ".format(policy.newest) if policy.newest else ""
+    return newest + "not the newest of one of the last {}".format(spans)
+
+
+def plan_retention(times: Dict[str, float], policy: Policy, protected: Dict[str, str], now: float) -> List[Verdict]:
+    """A verdict for each name of `times` (seconds since the epoch), oldest first.
+
+    protected: name to the reason why it stays.
+
+    >>> [v.keep for v in plan_retention({"a": 1, "b": 2, "c": 3}, Policy(1), {"a": "locked"}, 9)]
+    [True, False, True]
+    """
+    ordered = sorted(times, key=lambda name: (times[name], name))
+    counted = [name for name in ordered if not is_future(times[name], now)]
+    reasons = {name: [] for name in ordered}  # type: Dict[str, List[str]]
+    for name in counted[-policy.newest:] if policy.newest else ():
+        reasons[name].append("among the newest {}".format(policy.newest))
+    for name, reason in keep_by_time(counted, times, policy.spans).items():
+        reasons[name].append(reason)
+    verdicts = []
+    for name in ordered:
+        if is_future(times[name], now):
+            verdicts.append(Verdict(name, True, "its name is from the future"))
+        elif name in protected:
+            verdicts.append(Verdict(name, True, protected[name]))
+        elif policy.keeps_all:
+            verdicts.append(Verdict(name, True, "all are kept"))
+        else:
+            verdicts.append(Verdict(name, bool(reasons[name]), "; ".join(reasons[name]) or deletion_reason(policy)))
+    return verdicts
+
+
+########################################################################################################
+# 4 OPTIONS: the table of options; arguments to a task
 #
 # One table feeds the parser and the help. Options and positionals mix in any order; a value may begin
 # with anything, `@` and `-` included, as `--option value` and `--option=value` take the next text as
@@ -332,6 +468,11 @@ OPTION_TABLE = (
                "keep the newest N snapshots at the source; 0, the default, keeps all"),
         Option(("-n", "--num-backups"), "num_backups", "N", parse_count,
                "keep the newest N backups at each destination; older snapshots than these are not sent either"),
+        Option(("--keep-snapshots",), "keep_snapshots", "POLICY", parse_policy,
+               "keep by time at the source: '24h 14d 8w 12m 5y' keeps the newest of each of the last 24 hours, 14 "
+               "days and so on that have one; all keeps everything; what -N keeps is kept as well"),
+        Option(("--keep-backups",), "keep_backups", "POLICY", parse_policy,
+               "the same at each destination, together with -n"),
         Option(("--latest-only",), "num_snapshots", "", None, "deprecated, the same as -N 1", 1),
         Option(("--forget-destination",), "forget", "DEST", parse_path,
                "drop what is remembered of a destination that will not come back: its pin, locks and notes",
@@ -407,6 +548,8 @@ class Task(NamedTuple):
     dry_run: bool = False
     num_snapshots: int = 0
     num_backups: int = 0
+    keep_snapshots: Policy = Policy()
+    keep_backups: Policy = Policy()
     forget: Tuple[str, ...] = ()
     sync: bool = False
     convert_rw: bool = False
@@ -421,6 +564,14 @@ class Task(NamedTuple):
     locked_destinations: bool = False
     wait: float = 0.0
     no_elevate: bool = False
+
+    @property
+    def snapshot_policy(self) -> Policy:
+        return self.keep_snapshots.also_newest(self.num_snapshots)
+
+    @property
+    def backup_policy(self) -> Policy:
+        return self.keep_backups.also_newest(self.num_backups)
 
 
 def find_option(flag: str, flags: Dict[str, Option]) -> Option:
@@ -592,7 +743,7 @@ def parse_remote(text: str, kind: str, rest: str) -> Endpoint:
 
 
 ########################################################################################################
-# 4 IDENTITY: subvolumes, which backup belongs to which snapshot, what is complete
+# 5 IDENTITY: subvolumes, which backup belongs to which snapshot, what is complete
 #
 # Identity goes by UUID, never by name or time. The id that travels in a stream is the received UUID
 # of the sent subvolume where it has one, else its UUID; the receiver keeps it as received UUID. So it
@@ -697,57 +848,6 @@ def backup_moments(prefix: str, backups: Sequence[Subvolume], snapshots: Sequenc
 def backups_of(listing: Listing, prefix: str) -> List[Subvolume]:
     """The received, complete backups of `prefix` in a folder: all that retention may ever delete there."""
     return [s for s in listing.subvolumes if s.is_received and name_time(prefix, s.name)]
-
-
-########################################################################################################
-# 5 RETENTION: what is kept, and why
-#
-# Pure: names, times and protections in, a verdict with its reason for each out. Kept whatever the
-# policy: what is protected (locks, parent notes, newest common snapshots), a name from the future
-# (which is not counted either), the only one left. 0 keeps all. Never: a verdict about a name that is
-# not a snapshot's.
-########################################################################################################
-
-
-class Policy(NamedTuple):
-    """How many of the newest to keep; 0 keeps all."""
-
-    newest: int = 0
-
-
-class Verdict(NamedTuple):
-    name: str
-    keep: bool
-    reason: str
-
-
-def is_future(moment: float, now: float) -> bool:
-    return moment > now + 1
-
-
-def plan_retention(times: Dict[str, float], policy: Policy, protected: Dict[str, str], now: float) -> List[Verdict]:
-    """A verdict for each name of `times` (seconds since the epoch), oldest first.
-
-    protected: name to the reason why it stays.
-
-    >>> [v.keep for v in plan_retention({"a": 1, "b": 2, "c": 3}, Policy(1), {"a": "locked"}, 9)]
-    [True, False, True]
-    """
-    ordered = sorted(times, key=lambda name: (times[name], name))
-    counted = [name for name in ordered if not is_future(times[name], now)]
-    newest = set(counted[-policy.newest:]) if policy.newest else set(counted)
-    verdicts = []
-    for name in ordered:
-        if name not in counted:
-            verdicts.append(Verdict(name, True, "its name is from the future"))
-        elif name in protected:
-            verdicts.append(Verdict(name, True, protected[name]))
-        elif name in newest:
-            reason = "among the newest {}".format(policy.newest) if policy.newest else "all are kept"
-            verdicts.append(Verdict(name, True, reason))
-        else:
-            verdicts.append(Verdict(name, False, "older than the newest {}".format(policy.newest)))
-    return verdicts
 
 
 ########################################################################################################
@@ -2573,14 +2673,14 @@ class TaskRun:
 
     def needed_destinations(self) -> List[Destination]:
         """The destinations that something may be done at: without transfer and retention none."""
-        return [] if self.task.no_transfer and not self.task.num_backups else self.destinations
+        return [] if self.task.no_transfer and self.task.backup_policy.keeps_all else self.destinations
 
     def plan_destination(self, destination: Destination) -> None:
         if self.task.no_transfer or destination.listing is None:
             return
         recoveries = plan_recoveries(self.locks, destination.key, self.snapshots, destination.listing)
         destination.plan = plan_transfers(
-            self.snapshots, destination.listing, self.prefix, Policy(self.task.num_backups), self.clock(), recoveries,
+            self.snapshots, destination.listing, self.prefix, self.task.backup_policy, self.clock(), recoveries,
             not self.task.no_incremental)
 
     # -- snapshot
@@ -2786,7 +2886,7 @@ class TaskRun:
             self.pins.update({key: pin for key, pin in pins.items() if pin is not None})
 
     def source_verdicts(self, seen: Dict[str, Listing]) -> List[Verdict]:
-        return plan_source_retention(self.snapshots, self.prefix, Policy(self.task.num_snapshots), self.locks,
+        return plan_source_retention(self.snapshots, self.prefix, self.task.snapshot_policy, self.locks,
                                      self.pins, seen, self.clock())
 
     def retain(self) -> None:
@@ -2794,7 +2894,7 @@ class TaskRun:
         for destination in self.destinations:
             if destination.listing is not None and not destination.failed:
                 verdicts = plan_destination_retention(self.snapshots, destination.listing, self.prefix,
-                                                      Policy(self.task.num_backups), self.clock())
+                                                      self.task.backup_policy, self.clock())
                 self.delete(destination.host, destination.path, destination.text, destination.listing.subvolumes,
                             verdicts)
         self.delete(self.host, self.folder, self.task.source, self.snapshots, self.source_verdicts(seen))
@@ -2868,7 +2968,7 @@ class TaskRun:
             lines.append("  {}, {}".format(describe_transfer(transfer), self.describe_size(transfer)))
         if not destination.failed:
             for verdict in plan_destination_retention(self.snapshots, after[destination.key], self.prefix,
-                                                      Policy(self.task.num_backups), self.clock()):
+                                                      self.task.backup_policy, self.clock()):
                 lines += self.describe_verdict(verdict)
         return lines if len(lines) > 1 else lines + ["  nothing to do"]
 

@@ -22,7 +22,7 @@ from btrfs_backup_ng import (
 OPTIONS = [option for group in OPTION_TABLE for option in group.options]
 
 # A good value for what the help calls so.
-SAMPLES = {"LEVEL": "error", "FILE": "/log", "N": "3", "DEST": "/b", "DIR": "folder", "P": "home",
+SAMPLES = {"LEVEL": "error", "FILE": "/log", "N": "3", "DEST": "/b", "DIR": "folder", "P": "home", "POLICY": "7d",
            "SECONDS": "7", "[SECONDS]": "7"}
 
 
@@ -324,7 +324,8 @@ class Table(unittest.TestCase):
     # What people's scripts and crontabs contain.
     PROMISED = (
         "-h", "--help", "-V", "--version", "-v", "--verbosity", "-q", "--quiet", "-d", "--btrfs-debug",
-        "-N", "--num-snapshots", "-n", "--num-backups", "-S", "--no-snapshot", "-f", "--snapshot-folder",
+        "-N", "--num-snapshots", "-n", "--num-backups", "--keep-snapshots", "--keep-backups",
+        "-S", "--no-snapshot", "-f", "--snapshot-folder",
         "-p", "--snapshot-prefix", "-T", "--no-transfer", "-I", "--no-incremental", "-s", "--sync",
         "-w", "--convert-rw", "--remove-locks", "--locked-destinations", "--locked-dests",
         "--forget-destination", "--skip-fs-checks", "--latest-only", "--dry-run", "--wait",
