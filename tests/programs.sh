@@ -23,6 +23,20 @@ test  setfacl     acl          acl          acl
 test  setcap      libcap2-bin  libcap       libcap-progs
 test  mkfs.ext4   e2fsprogs    e2fsprogs    e2fsprogs
 test  chattr      e2fsprogs    e2fsprogs    e2fsprogs
+test  ssh         openssh-client  openssh-clients  openssh-clients
+test  ssh-keygen  openssh-client  openssh          openssh-common
+test  sshd        openssh-server  openssh-server   openssh-server
+test  sudo        sudo         sudo         sudo
+test  useradd     passwd       shadow-utils shadow
+test  zsh         zsh          zsh          zsh
+test  fish        fish         fish         fish
+test  tcsh        tcsh         tcsh         tcsh
+test  dash        dash         dash         dash
+test  busybox     busybox      busybox      busybox
+bench ssh         openssh-client  openssh-clients  openssh-clients
+bench ssh-keygen  openssh-client  openssh          openssh-common
+bench sshd        openssh-server  openssh-server   openssh-server
+bench unshare     util-linux   util-linux   util-linux
 LIST
 }
 
