@@ -29,7 +29,10 @@ Contents; a section uses only what stands above it:
     13 HOST              the semantic calls that everything above planning goes through
     14 RELAY             one stream from a sender to its receivers
     15 TASK              observe, plan, show or execute
-    16 COMMAND LINE      help, version, sudo, signals, main
+    16 HELP              help and man page, from the tables
+    17 COMPLETION        what the Tab key offers in bash, zsh and fish
+    18 UNITS             a systemd service and its timer
+    19 COMMAND LINE      help, version, sudo, signals, main
 
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
@@ -415,9 +418,20 @@ def parse_stall_timeout(text: str) -> float:
     return float(text)
 
 
-def parse_verbosity(text: str) -> str:
-    if text not in ("debug", "info", "warning", "error"):
-        raise ValueError("is not one of debug, info, warning, error")
+class OneOf(NamedTuple):
+    """Takes one of some words, which help and completions name."""
+
+    words: Tuple[str, ...]
+
+    def __call__(self, text: str) -> str:
+        if text not in self.words:
+            raise ValueError("is not one of {}".format(", ".join(self.words)))
+        return text
+
+
+def parse_line(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise ValueError("is no line of text")
     return text
 
 
@@ -430,6 +444,12 @@ def parse_prefix(text: str) -> str:
 def parse_path(text: str) -> str:
     if not text or "\0" in text or "\n" in text:
         raise ValueError("is not a path")
+    return text
+
+
+def parse_unit_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9:_.@-]{1,200}", text):
+        raise ValueError("is no name of a unit")
     return text
 
 
@@ -450,11 +470,13 @@ class Group(NamedTuple):
     options: Tuple[Option, ...]
 
 
+LEVELS = ("debug", "info", "warning", "error")
+
 OPTION_TABLE = (
     Group("Display", (
         Option(("-h", "--help"), "help", "", None, "show this help"),
         Option(("-V", "--version"), "version", "", None, "show version, digest of the source, Python and btrfs-progs"),
-        Option(("-v", "--verbosity"), "verbosity", "LEVEL", parse_verbosity,
+        Option(("-v", "--verbosity"), "verbosity", "LEVEL", OneOf(LEVELS),
                "how much to say: debug, info, warning or error; default info"),
         Option(("-q", "--quiet"), "verbosity", "", None, "the same as -v warning", "warning"),
         Option(("-d", "--btrfs-debug"), "btrfs_debug", "", None, "pass -vv to btrfs send and btrfs receive"),
@@ -506,13 +528,19 @@ OPTION_TABLE = (
 )
 
 
-
 class Verb(NamedTuple):
-    """A command of its own: `btrfs-backup-ng NAME ...`; '' is the classic one."""
+    """A command of its own: `btrfs-backup-ng NAME ...`; '' is the classic one.
+
+    about: paragraphs for the help, apart by empty lines; what is indented stays as it is.
+    examples: each a command and what it does.
+    """
 
     usage: str
     summary: str
     groups: Tuple[Group, ...]
+    about: str = ""
+    examples: Tuple[Tuple[str, str], ...] = ()
+    needs_root: bool = True  # run again through sudo where it is not root
 
 
 def flags_of(groups: Iterable[Group]) -> Dict[str, Option]:
@@ -520,14 +548,58 @@ def flags_of(groups: Iterable[Group]) -> Dict[str, Option]:
 
 
 FLAGS = flags_of(OPTION_TABLE)
-VERBS = {
-    "": Verb("[options] SOURCE [DESTINATION ...]", "snapshot, send what is missing, apply retention", OPTION_TABLE),
-}
 
 
 def rows(*flags: str) -> Tuple[Option, ...]:
     """Rows of the table that another verb takes as well."""
     return tuple(FLAGS[flag] for flag in flags)
+
+
+VERBS = {
+    "": Verb(
+        "[options] SOURCE [DESTINATION ...]", "snapshot, send what is missing, apply retention", OPTION_TABLE,
+        about="""\
+Takes a read-only snapshot of the subvolume SOURCE, sends it and every older one that is missing to each
+DESTINATION, incrementally where it can, then applies retention. Without DESTINATION it keeps snapshots
+only. Options and paths mix in any order.
+
+A destination that is away or fails stops neither the snapshot nor the other destinations. What a failed
+transfer left is taken up or cleared by the next run.""",
+        examples=(
+            ("/home /mnt/backup/home", "a full backup first, then increments"),
+            ("--dry-run /home /mnt/backup/home", "what would be done, and why"),
+            ("-N 3 -n 30 /home /mnt/backup/home", "keep 3 snapshots and 30 backups"),
+            ("/home /mnt/backup/home /mnt/second/home", "two destinations, the source read once"),
+            ("-S --locked-destinations /home", "retry what failed, take no snapshot"),
+            ("/home", "a snapshot only"),
+        )),
+    "print": Verb(
+        "{man | completion bash|zsh|fish | systemd [options] -- ARGUMENT ...}",
+        "write a man page, a shell's completion, or systemd units", (
+            Group("Display", rows("-h")),
+            Group("Systemd", (
+                Option(("--on-calendar",), "on_calendar", "WHEN", parse_line,
+                       "when the timer starts it, as in man systemd.time; default *-*-* 02:00"),
+                Option(("--unit",), "unit", "NAME", parse_unit_name,
+                       "what the units are called; default btrfs-backup- and the source"),
+                Option(("--user",), "user", "", None,
+                       "units for a user's own systemd; that user must be allowed sudo without a password"),
+            )),
+        ),
+        about="""\
+Writes to stdout, and nowhere else.
+
+systemd writes a shell script that holds a service, which runs btrfs-backup-ng with the ARGUMENTs, and its
+timer. Read it, then give it to sh. The arguments are checked first. With a folder as its argument the
+script puts the units there.""",
+        examples=(
+            ("print man | man -l -", "read the manual"),
+            ("print completion bash >> ~/.bash_completion", "complete options and paths with the Tab key"),
+            ("print systemd -- -N 3 -n 30 /home /mnt/backup/home", "look at a service and its timer"),
+            ("print systemd -- -N 3 -n 30 /home /mnt/backup/home | sh", "install them (as root)"),
+        ),
+        needs_root=False),
+}
 
 
 STATE_FOLDER = ".btrfs-backup-ng"  # in the source
@@ -564,6 +636,9 @@ class Task(NamedTuple):
     locked_destinations: bool = False
     wait: float = 0.0
     no_elevate: bool = False
+    on_calendar: str = "*-*-* 02:00"
+    unit: str = ""
+    user: bool = False
 
     @property
     def snapshot_policy(self) -> Policy:
@@ -1316,9 +1391,6 @@ class SizeMeter:
 # Displays are readers of the events and of nothing else. Log lines go to stderr; results (a plan, a
 # listing) are printed on stdout by whoever was asked for them. Progress is an event too, a few a second.
 ########################################################################################################
-
-LEVELS = ("debug", "info", "warning", "error")
-
 
 class Event(NamedTuple):
     """`level` is one of LEVELS, or `progress`, which only a progress display shows."""
@@ -3045,48 +3117,489 @@ def print_result(text: str) -> None:
 
 
 ########################################################################################################
-# 16 COMMAND LINE: help, version, sudo, signals, main
+# 16 HELP: help and man page, from the tables
+#
+# What there is to say about options stands in the tables of OPTIONS, once; here it is only laid out, so
+# that help, manual and completions cannot drift from what is parsed. Texts are paragraphs apart by empty
+# lines; a paragraph that is indented is laid out already and stays as it is.
+########################################################################################################
+
+PROGRAM = "btrfs-backup-ng"
+HELP_WIDTH = 80
+FLAGS_WIDTH = 28
+
+STATUS_TEXT = """\
+  0         all done
+  1         something was not done as asked; the errors say what
+  2         the command line is wrong, nothing was started
+  75        another run is at work on the same snapshots
+  130, 143  interrupted (Ctrl-C, SIGTERM); locks stay, and the next run goes on"""
+
+FILES_TEXT = """\
+In the snapshot folder, by default .btrfs-backup-ng/snapshots in the source:
+
+  .outstanding_transfers  locks: transfers that have begun and are not complete
+  .destinations.json      of each destination the newest snapshot seen there
+  .PREFIX.lock            held by the kernel's flock while a run is at work
+
+At a destination, .NAME.partial is what has arrived of the backup NAME so far."""
+
+TOPICS = (("exit status", STATUS_TEXT), ("files", FILES_TEXT))  # said of all verbs
+
+
+def usage_of(name: str) -> str:
+    """What to type for a verb: `btrfs-backup-ng list [options] ...`."""
+    usage = VERBS[name].usage
+    return " ".join([PROGRAM] + ([name] if name and usage.split(" ")[0] != name else []) + [usage])
+
+
+def flags_text(option: Option) -> str:
+    return ", ".join(option.flags) + (" " + option.metavar if option.metavar else "")
+
+
+def format_columns(rows: Iterable[Tuple[str, str]], indent: str = "  ") -> List[str]:
+    """Lines with two columns; a long entry of the first gets a line of its own."""
+    import textwrap
+    lines = []
+    for left, right in rows:
+        texts = textwrap.wrap(right, HELP_WIDTH - FLAGS_WIDTH - 2 - len(indent), break_on_hyphens=False)
+        if len(left) > FLAGS_WIDTH:
+            lines.append(indent + left)
+            left = ""
+        lines.append("{}{:<{}}  {}".format(indent, left, FLAGS_WIDTH, texts[0]))
+        lines += [" " * (FLAGS_WIDTH + 2 + len(indent)) + more for more in texts[1:]]
+    return lines
+
+
+def format_paragraphs(text: str) -> List[str]:
+    import textwrap
+    lines: List[str] = []
+    for paragraph in text.split("\n\n"):
+        laid_out = paragraph.startswith(" ")
+        lines += [""] + (paragraph.split("\n") if laid_out else
+                         textwrap.wrap(paragraph, HELP_WIDTH, break_on_hyphens=False))
+    return lines
+
+
+def format_usage(name: str) -> List[str]:
+    lines = ["usage: " + usage_of(name)]
+    return lines if name else lines + ["       {} VERB ...".format(PROGRAM)]
+
+
+def format_verbs() -> List[str]:
+    rows = [(name, verb.summary) for name, verb in VERBS.items() if name and verb.summary]
+    return ["", "verbs, each with a --help of its own:"] + format_columns(rows)
+
+
+def format_examples(verb: Verb) -> List[str]:
+    lines = ["", "examples:"] if verb.examples else []
+    for arguments, effect in verb.examples:
+        lines += ["  {} {}".format(PROGRAM, arguments), "      " + effect]
+    return lines
+
+
+def format_help(name: str = "") -> str:
+    """The help of a verb; that of the classic command also tells of the verbs."""
+    verb = VERBS[name]
+    lines = format_usage(name)
+    lines += format_paragraphs(verb.about or verb.summary)
+    for group in verb.groups:
+        lines += ["", group.title.lower() + ":"]
+        lines += format_columns((flags_text(option), option.help) for option in group.options)
+    if not name:
+        lines += format_verbs()
+    lines += format_examples(verb)
+    for title, text in () if name else TOPICS:
+        lines += ["", title + ":"] + format_paragraphs(text)[1:]
+    return "\n".join(lines)
+
+
+def roff(text: str) -> str:
+    """`text` as one line of a man page's source."""
+    text = text.replace("\\", "\\(rs").replace("-", "\\-").replace("'", "\\(aq").replace("`", "\\(ga")
+    text = "".join(c if ord(c) < 128 else "\\[u{:04X}]".format(ord(c)) for c in text)
+    return "\\&" + text if text[:1] in (".", "\\") else text
+
+
+def roff_paragraphs(text: str) -> List[str]:
+    lines = []
+    for paragraph in text.split("\n\n"):
+        words = [roff(line) for line in paragraph.split("\n")]
+        laid_out = paragraph.startswith(" ")
+        lines += [".PP"] + ([".nf"] + words + [".fi"] if laid_out else words)
+    return lines
+
+
+def roff_options(groups: Iterable[Group], heading: str) -> List[str]:
+    lines = []
+    for group in groups:
+        lines.append("{} {}".format(heading, roff(group.title)))
+        for option in group.options:
+            flags = ", ".join("\\fB{}\\fR".format(roff(flag)) for flag in option.flags)
+            metavar = " \\fI{}\\fR".format(roff(option.metavar)) if option.metavar else ""
+            lines += [".TP", flags + metavar, roff(option.help)]
+    return lines
+
+
+def roff_examples(verb: Verb) -> List[str]:
+    lines = []
+    for arguments, effect in verb.examples:
+        lines += [".TP", "\\fB{}\\fR".format(roff(PROGRAM + " " + arguments)), roff(effect)]
+    return lines
+
+
+def roff_verb(name: str, verb: Verb) -> List[str]:
+    """A section of the manual for one verb, its options under each other."""
+    options = tuple(option for group in verb.groups for option in group.options)
+    lines = [".SH {}".format(roff(name.upper())), ".B {}".format(roff(usage_of(name)))]
+    lines += roff_paragraphs(verb.about or verb.summary) + [".PP"]
+    return lines + roff_options([Group("Options", options)], ".SS") + [".PP"] + roff_examples(verb)
+
+
+def format_man() -> str:
+    """The manual in man's own language."""
+    classic = VERBS[""]
+    lines = ['.TH BTRFS\\-BACKUP\\-NG 8 "" "{} {}" "System Administration"'.format(roff(PROGRAM), __version__),
+             ".SH NAME", roff(PROGRAM) + " \\- incremental btrfs backups", ".SH SYNOPSIS"]
+    for name in VERBS:
+        lines += [".B {}".format(roff(usage_of(name))), ".br"]
+    lines += [".SH DESCRIPTION"] + roff_paragraphs(classic.about)
+    lines += [".SH OPTIONS"] + roff_options(classic.groups, ".SS")
+    for name, verb in VERBS.items():
+        lines += roff_verb(name, verb) if name else []
+    for title, text in TOPICS:
+        lines += [".SH {}".format(roff(title.upper()))] + roff_paragraphs(text)
+    lines += [".SH EXAMPLES"] + roff_examples(classic)
+    return "\n".join(lines + [".SH SEE ALSO", "btrfs(8), btrfs\\-send(8), btrfs\\-receive(8), ssh(1)"])
+
+
+########################################################################################################
+# 17 COMPLETION: what the Tab key offers in bash, zsh and fish
+#
+# Scripts for the shells, from the tables of options. They know the verbs, each verb's options, the words
+# that an option takes, and where a file or a folder is wanted; they never run the program. A value that
+# cannot be known, such as a number, is not guessed.
+########################################################################################################
+
+FOLDER_VALUES = ("DIR", "DEST", "FOLDER", "SUBVOLUME", "PATH")
+SHELLS = ("bash", "zsh", "fish")
+WORDS_OF_PRINT = {1: ("man", "completion", "systemd"), 2: SHELLS}  # by position
+
+
+def value_words(option: Option) -> Tuple[str, ...]:
+    return option.parse.words if isinstance(option.parse, OneOf) else ()
+
+
+def value_kind(option: Option) -> str:
+    """What completes an option's value: "words", "file", "folder", or "" for nothing."""
+    metavar = option.metavar.strip("[]")
+    return "words" if value_words(option) else "file" if metavar == "FILE" else (
+        "folder" if metavar in FOLDER_VALUES else "")
+
+
+def options_of(verb: Verb) -> List[Option]:
+    return [option for group in verb.groups for option in group.options]
+
+
+def needs_value(option: Option) -> bool:
+    return option.parse is not None and not option.metavar.startswith("[")
+
+
+def single_quoted(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+BASH_COMPLETION = """\
+# bash completion for {program} {version}
+_btrfs_backup_ng() {{
+    local cur=${{COMP_WORDS[COMP_CWORD]}} prev=${{COMP_WORDS[COMP_CWORD-1]}} verb= words= IFS=$' \\t\\n'
+    if [[ $cur == = ]]; then cur=; elif [[ $prev == = ]]; then prev=${{COMP_WORDS[COMP_CWORD-2]}}; fi
+    if ((COMP_CWORD > 1)); then
+        case ${{COMP_WORDS[1]}} in {verbs}) verb=${{COMP_WORDS[1]}} ;; esac
+    fi
+    case $verb:$prev in
+{values}
+    esac
+    case $verb:$cur in
+{flags}
+        print:*) case $((COMP_CWORD - 1)) in
+{print}
+            esac
+            COMPREPLY=($(compgen -W "$words" -- "$cur")); return ;;
+    esac
+    ((COMP_CWORD == 1)) && COMPREPLY=($(compgen -W '{verb_words}' -- "$cur"))
+    IFS=$'\\n'
+    compopt -o filenames 2>/dev/null
+    COMPREPLY+=($(compgen -d -- "$cur"))
+}}
+complete -F _btrfs_backup_ng {program}"""
+
+BASH_VALUES = {"file": "COMPREPLY=($(compgen -f -- \"$cur\"))", "folder": "COMPREPLY=($(compgen -d -- \"$cur\"))",
+               "": "COMPREPLY=()"}
+
+
+def bash_values(name: str, verb: Verb) -> List[str]:
+    """The branches for the values of a verb's options."""
+    lines = []
+    for option in filter(needs_value, options_of(verb)):
+        kind = value_kind(option)
+        reply = "COMPREPLY=($(compgen -W {} -- \"$cur\"))".format(
+            single_quoted(" ".join(value_words(option)))) if kind == "words" else BASH_VALUES[kind]
+        names = "IFS=$'\\n'; compopt -o filenames 2>/dev/null; " if kind in ("file", "folder") else ""
+        patterns = "|".join("{}:{}".format(name, flag) for flag in option.flags)
+        lines.append("        {}) {}{}; return ;;".format(patterns, names, reply))
+    return lines
+
+
+def bash_completion() -> str:
+    flags = ["        {}:-*) COMPREPLY=($(compgen -W {} -- \"$cur\")); return ;;".format(
+        name, single_quoted(" ".join(flags_of(verb.groups)))) for name, verb in VERBS.items()]
+    verbs = [name for name in VERBS if name]
+    return BASH_COMPLETION.format(
+        program=PROGRAM, version=__version__, verbs="|".join(verbs), verb_words=" ".join(verbs),
+        values="\n".join(line for name, verb in VERBS.items() for line in bash_values(name, verb)),
+        flags="\n".join(flags),
+        print="\n".join("                {}) words={} ;;".format(position, single_quoted(" ".join(words)))
+                        for position, words in WORDS_OF_PRINT.items()))
+
+
+def zsh_text(text: str) -> str:
+    """`text` inside a specification of _arguments."""
+    return re.sub(r"([\[\]:\\])", r"\\\1", text)
+
+
+def zsh_option(option: Option) -> str:
+    """One option as _arguments wants it: '(-N --num-snapshots)'{-N+,--num-snapshots=}'[help]:N: '."""
+    takes = needs_value(option)
+    flags = [flag + (("=" if flag.startswith("--") else "+") if takes else "") for flag in option.flags]
+    actions = {"words": "({})".format(" ".join(value_words(option))), "file": "_files", "folder": "_files -/", "": " "}
+    value = ":{}:{}".format(zsh_text(option.metavar), actions[value_kind(option)]) if takes else ""
+    once = "*" if option.many else "({})".format(" ".join(option.flags))
+    flags_part = "{" + ",".join(flags) + "}" if len(flags) > 1 else flags[0]
+    return "{}{}{}".format(single_quoted(once), flags_part,
+                           single_quoted("[{}]{}".format(zsh_text(option.help), value)))
+
+
+def zsh_branch(name: str, verb: Verb) -> List[str]:
+    operands = ["'{}: :({})'".format(position, " ".join(words)) for position, words in WORDS_OF_PRINT.items()]
+    if name != "print":
+        operands = ["'*: :_files -/'"]
+    specifications = [zsh_option(option) for option in options_of(verb)] + operands
+    return ["    {})".format(name or "*"), "      _arguments -s -S \\"] + [
+        "        {} \\".format(text) for text in specifications[:-1]] + [
+        "        {} ;;".format(specifications[-1])]
+
+
+ZSH_COMPLETION = """\
+#compdef {program}
+# zsh completion for {program} {version}
+_btrfs_backup_ng() {{
+  local verb= verbs
+  verbs=(
+{verbs}
+  )
+  if (( CURRENT > 2 )) && (( ${{+verbs[(r)${{words[2]}}:*]}} )); then
+    verb=$words[2]
+    shift words
+    (( CURRENT-- ))
+  elif (( CURRENT == 2 )); then
+    _describe -t verbs verb verbs
+  fi
+  case $verb in
+{branches}
+  esac
+}}
+if [ "$funcstack[1]" = _{program} ]; then _btrfs_backup_ng "$@"; else compdef _btrfs_backup_ng {program}; fi"""
+
+
+def zsh_completion() -> str:
+    named = [(name, verb) for name, verb in VERBS.items() if name]
+    return ZSH_COMPLETION.format(
+        program=PROGRAM, version=__version__,
+        verbs="\n".join("    " + single_quoted("{}:{}".format(name, verb.summary)) for name, verb in named),
+        branches="\n".join(line for name, verb in named + [("", VERBS[""])] for line in zsh_branch(name, verb)))
+
+
+FISH_COMPLETION = """\
+# fish completion for {program} {version}
+function __btrfs_backup_ng_verb
+    set -l words (commandline -opc)
+    if set -q words[2]; and contains -- $words[2] {verbs}
+        echo $words[2]
+    end
+end
+function __btrfs_backup_ng_is
+    test "$argv[1]" = "$(__btrfs_backup_ng_verb)"
+end
+function __btrfs_backup_ng_at
+    test (count (commandline -opc)) = $argv[1]
+end
+complete -c {program} -f"""
+
+
+def fish_quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def fish_option(name: str, option: Option) -> str:
+    words = ["complete -c", PROGRAM, "-n", fish_quoted("__btrfs_backup_ng_is {}".format(name or '""'))]
+    words += ["-l " + flag[2:] if flag.startswith("--") else "-s " + flag[1:] for flag in option.flags]
+    if needs_value(option):
+        kind = value_kind(option)
+        words.append({"file": "-r -F", "folder": "-x -a '(__fish_complete_directories)'", "": "-x"}.get(
+            kind) or "-x -a " + fish_quoted(" ".join(value_words(option))))
+    return " ".join(words + ["-d", fish_quoted(option.help)])
+
+
+def fish_completion() -> str:
+    named = [(name, verb) for name, verb in VERBS.items() if name]
+    lines = [FISH_COMPLETION.format(program=PROGRAM, version=__version__,
+                                    verbs=" ".join(name for name, _ in named))]
+    for name, verb in named:
+        lines.append("complete -c {} -n '__btrfs_backup_ng_at 1' -a {} -d {}".format(
+            PROGRAM, name, fish_quoted(verb.summary)))
+    for position, words in WORDS_OF_PRINT.items():
+        lines.append("complete -c {} -n '__btrfs_backup_ng_is print; and __btrfs_backup_ng_at {}' -a {}".format(
+            PROGRAM, position + 1, fish_quoted(" ".join(words))))
+    lines.append("complete -c {} -n 'not __btrfs_backup_ng_is print' -a '(__fish_complete_directories)'".format(
+        PROGRAM))
+    lines += [fish_option(name, option) for name, verb in VERBS.items() for option in options_of(verb)]
+    return "\n".join(lines)
+
+
+########################################################################################################
+# 18 UNITS: a systemd service and its timer
+#
+# The service may do what a backup needs and little else: see HARDENING for what is asked and what must
+# not be. It is written as a shell script, to be read before it is given to sh. The arguments are parsed
+# and checked first, so that a mistake shows now and not at night.
+########################################################################################################
+
+# Nothing that mounts a path of its own over one that is backed up (ProtectSystem=strict, ReadWritePaths=,
+# PrivateTmp=): btrfs send and receive then see a mount point in the middle of a subvolume. No device
+# policy and no RestrictSUIDSGID=: btrfs receive makes device nodes and setuid files.
+HARDENING = """\
+NoNewPrivileges=yes
+CapabilityBoundingSet=CAP_SYS_ADMIN CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_FSETID \
+CAP_KILL CAP_MKNOD CAP_SETFCAP
+LockPersonality=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+SystemCallArchitectures=native
+SystemCallErrorNumber=EPERM
+SystemCallFilter=~@clock @cpu-emulation @debug @module @mount @obsolete @raw-io @reboot @swap
+"""
+
+SERVICE = """\
+[Unit]
+Description={description}
+Documentation=man:btrfs-backup-ng(8)
+{after}
+[Service]
+Type=oneshot
+ExecStart={command}
+KillMode=mixed
+Nice=10
+IOSchedulingClass=idle
+{hardening}"""
+
+TIMER = """\
+[Unit]
+Description={description}
+
+[Timer]
+OnCalendar={calendar}
+Persistent=true
+
+[Install]
+WantedBy=timers.target
+"""
+
+UNITS_SCRIPT = """\
+#!/bin/sh
+# Writes a systemd service and its timer into {folder}, or into the folder given.
+# Afterwards, to try it, to see what it said, and to have it run by itself:
+#     {systemctl} daemon-reload
+#     {systemctl} start {name}.service
+#     {journalctl} -u {name}.service
+#     {systemctl} enable --now {name}.timer
+set -eu
+folder=${{1:-{folder}}}
+mkdir -p "$folder"
+cat >"$folder/{name}.service" <<'END OF UNIT'
+{service}END OF UNIT
+cat >"$folder/{name}.timer" <<'END OF UNIT'
+{timer}END OF UNIT
+echo "written: $folder/{name}.service, $folder/{name}.timer"
+echo "next: {systemctl} daemon-reload; {systemctl} enable --now {name}.timer"
+"""
+
+
+def unit_text(text: str) -> str:
+    """`text` in a unit's setting, where % begins a specifier."""
+    return printable(text).replace("%", "%%")
+
+
+def unit_word(word: str) -> str:
+    """One word of a command in a unit: quoted where it must be, bytes that are no text as \\xNN."""
+    if re.fullmatch(r"[A-Za-z0-9/_.,:=@+-]+", word):
+        return word
+    escapes = {"\\": "\\\\", '"': '\\"', "%": "%%", "$": "$$"}
+    return '"' + "".join(escapes.get(c) or (c if c.isprintable() else "".join(
+        "\\x{:02x}".format(byte) for byte in os.fsencode(c))) for c in word) + '"'
+
+
+def program_argv() -> List[str]:
+    """What runs this very program again, from any folder."""
+    path = os.path.abspath(sys.argv[0])
+    return [path] if os.access(path, os.X_OK) else [sys.executable, path]
+
+
+def check_absolute(task: Task) -> None:
+    """UsageError for paths that mean another place when systemd starts the program."""
+    texts = (task.source,) + task.destinations + task.forget
+    for text in texts:
+        endpoint = parse_endpoint(text)
+        if endpoint.kind == "path" and not endpoint.path.startswith("/"):
+            raise UsageError("{} is a relative path, and systemd starts in another folder".format(printable(text)),
+                             "give the whole path")
+
+
+def default_unit_name(source: str) -> str:
+    return "btrfs-backup-" + (re.sub(r"[^A-Za-z0-9_.]+", "-", parse_endpoint(source).path).strip("-.") or "root")
+
+
+def format_units(task: Task, backup: Task, arguments: Sequence[str]) -> str:
+    """The script that writes the units of `backup`, which `arguments` ask for."""
+    endpoints = [parse_endpoint(text) for text in (backup.source,) + backup.destinations]
+    name = task.unit or default_unit_name(backup.source)
+    description = "Back up {} with {}".format(unit_text(backup.source), PROGRAM)
+    after = "Wants=network-online.target\nAfter=network-online.target\n" if any(e.login for e in endpoints) else ""
+    # a command of the user's own may do anything; sudo does not work where no new privileges are allowed
+    is_hardened = not task.user and all(e.kind != "shell" for e in endpoints)
+    command = " ".join(map(unit_word, program_argv() + list(arguments)))
+    user = " --user" if task.user else ""
+    return UNITS_SCRIPT.format(
+        folder="$HOME/.config/systemd/user" if task.user else "/etc/systemd/system",
+        systemctl="systemctl" + user, journalctl="journalctl" + user, name=name,
+        service=SERVICE.format(description=description, after=after, command=command,
+                               hardening=HARDENING if is_hardened else ""),
+        timer=TIMER.format(description="{}: timer".format(description), calendar=unit_text(task.on_calendar))).rstrip("\n")
+
+
+########################################################################################################
+# 19 COMMAND LINE: help, version, sudo, signals, main
 #
 # The thin shell around a task: everything that touches the process as a whole (its arguments, user,
 # signals, exit status) is here and nowhere else.
 ########################################################################################################
-
-USAGE = "usage: btrfs-backup-ng [options] SOURCE [DESTINATION ...]"
-
-INTRODUCTION = """\
-Takes a read-only snapshot of the subvolume SOURCE, sends it and every older one that is
-missing to each DESTINATION, incrementally where it can, then applies retention. Without
-DESTINATION it keeps snapshots only. Options and paths mix in any order."""
-
-EXAMPLES = """\
-examples:
-  btrfs-backup-ng /home /mnt/backup/home        a full backup first, then increments
-  btrfs-backup-ng --dry-run /home /mnt/backup/home
-                                                what would be done, and why
-  btrfs-backup-ng -N 3 -n 30 /home /mnt/backup/home
-                                                keep 3 snapshots and 30 backups
-  btrfs-backup-ng -S --locked-dests /home       retry what failed, take no snapshot
-  btrfs-backup-ng /home                         a snapshot only
-
-exit status: 0 all done; 1 something was not done as asked; 2 the command line is wrong;
-75 another run is at work; 130, 143 interrupted. Locks stay, and the next run goes on."""
-
-
-def format_help() -> str:
-    import textwrap
-    lines = [USAGE, "", INTRODUCTION]
-    for group in OPTION_TABLE:
-        lines += ["", group.title.lower() + ":"]
-        for option in group.options:
-            flags = ", ".join(option.flags) + (" " + option.metavar if option.metavar else "")
-            text = textwrap.wrap(option.help, 56, break_on_hyphens=False)
-            if len(flags) > 28:
-                lines.append("  " + flags)
-                flags = ""
-            lines.append("  {:<28}  {}".format(flags, text[0]))
-            lines += [" " * 32 + more for more in text[1:]]
-    return "\n".join(lines + ["", EXAMPLES])
-
 
 def source_digest() -> str:
     """SHA-256 of this file's source, also from inside a zip."""
@@ -3140,9 +3653,59 @@ def make_events(task: Task) -> Events:
     return Events(*readers)
 
 
+def print_man(task: Task) -> str:
+    no_operands(task.destinations)
+    return format_man()
+
+
+def print_completion(task: Task) -> str:
+    writers = {"bash": bash_completion, "zsh": zsh_completion, "fish": fish_completion}
+    shell = "".join(task.destinations[:1])
+    if shell not in writers:
+        raise UsageError("print completion: which shell?" if not shell else
+                         "no completion for {}".format(printable(shell)), "one of " + ", ".join(writers))
+    no_operands(task.destinations[1:])
+    return writers[shell]()
+
+
+def print_systemd(task: Task) -> str:
+    backup = parse_arguments(task.destinations)
+    if backup.verb:
+        raise UsageError("print systemd is for backups, not for the verb {}".format(backup.verb),
+                         "{} print systemd -- SOURCE DESTINATION ...".format(PROGRAM))
+    check_task(backup)
+    check_absolute(backup)
+    return format_units(task, backup, task.destinations)
+
+
+def no_operands(operands: Sequence[str]) -> None:
+    if operands:
+        raise UsageError("print: {} is too much".format(printable(operands[0])), "see print --help")
+
+
+# what can be printed
+PRINTS: Dict[str, Callable[[Task], str]] = {
+    "man": print_man,
+    "completion": print_completion,
+    "systemd": print_systemd,
+}
+
+
+def check_print(task: Task) -> None:
+    if task.source not in PRINTS:
+        raise UsageError("print: {}".format("{} is nothing to print".format(printable(task.source))
+                                            if task.source else "what?"), "one of " + ", ".join(PRINTS))
+
+
+def run_print(task: Task, events: Events) -> int:
+    print_result(PRINTS[task.source](task))
+    return 0
+
+
 # how each verb is checked and run
 RUNS: Dict[str, Tuple[Callable[[Task], None], Callable[[Task, Events], int]]] = {
     "": (check_task, run_task),
+    "print": (check_print, run_print),
 }
 
 
@@ -3150,14 +3713,14 @@ def run_arguments(arguments: Sequence[str]) -> int:
     """The exit status of a command line; BackupError where it ends early."""
     task = parse_arguments(arguments)
     if task.help:
-        print_result(format_help())
+        print_result(format_help(task.verb))
         return 0
     if task.version:
         print_result(format_version())
         return 0
     check, run = RUNS[task.verb]
     check(task)
-    if os.geteuid() != 0 and not task.no_elevate:
+    if os.geteuid() != 0 and not task.no_elevate and VERBS[task.verb].needs_root:
         elevate(arguments)
     events = make_events(task)
     try:

@@ -9,10 +9,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from btrfs_backup_ng import (
     FLAGS,
     OPTION_TABLE,
+    RUNS,
     Task,
     UsageError,
+    VERBS,
     check_task,
     destination_key,
+    flags_of,
     format_error,
     format_help,
     parse_arguments,
@@ -20,10 +23,22 @@ from btrfs_backup_ng import (
 )
 
 OPTIONS = [option for group in OPTION_TABLE for option in group.options]
+ALL_OPTIONS = [(name, option) for name, verb in VERBS.items() for group in verb.groups for option in group.options]
 
 # A good value for what the help calls so.
-SAMPLES = {"LEVEL": "error", "FILE": "/log", "N": "3", "DEST": "/b", "DIR": "folder", "P": "home", "POLICY": "7d",
-           "SECONDS": "7", "[SECONDS]": "7"}
+SAMPLES = {
+    "LEVEL": "error",
+    "FILE": "/log",
+    "N": "3",
+    "DEST": "/b",
+    "DIR": "folder",
+    "P": "home",
+    "POLICY": "7d",
+    "SECONDS": "7",
+    "[SECONDS]": "7",
+    "WHEN": "daily",
+    "NAME": "name",
+}
 
 
 class Accepted(unittest.TestCase):
@@ -335,31 +350,52 @@ class Table(unittest.TestCase):
         self.assertEqual([], [flag for flag in self.PROMISED if flag not in FLAGS])
 
     def test_no_flag_is_there_twice(self):
-        flags = [flag for option in OPTIONS for flag in option.flags]
-        self.assertEqual(sorted(set(flags)), sorted(flags))
+        for name in VERBS:
+            flags = [flag for verb, option in ALL_OPTIONS if verb == name for flag in option.flags]
+            self.assertEqual(sorted(set(flags)), sorted(flags))
 
     def test_options_and_fields_of_a_task_match(self):
-        self.assertEqual(set(Task._fields) - {"verb", "source", "destinations"}, {option.field for option in OPTIONS})
+        self.assertEqual(set(Task._fields) - {"verb", "source", "destinations"}, {option.field for _, option in ALL_OPTIONS})
 
     def test_each_flag_sets_its_field(self):
-        for option in OPTIONS:
+        for verb, option in ALL_OPTIONS:
             for flag in option.flags:
-                with self.subTest(flag=flag):
+                with self.subTest(verb=verb, flag=flag):
                     value = [SAMPLES[option.metavar]] if option.parse else []
-                    task = parse_arguments([flag] + value)
-                    changed = [name for name in Task._fields if getattr(task, name) != getattr(Task(), name)]
+                    task = parse_arguments(([verb] if verb else []) + [flag] + value)
+                    before = Task(verb=verb)
+                    changed = [name for name in Task._fields if getattr(task, name) != getattr(before, name)]
                     self.assertEqual([option.field], changed)
 
-    def test_help_names_all(self):
-        text = format_help()
-        words = set(re.findall(r"(?<!\S)(-[-A-Za-z]+)", text))
-        self.assertEqual(set(), set(FLAGS) - words)
-        flat = " ".join(text.split())
-        for option in OPTIONS:
-            self.assertIn(" ".join((", ".join(option.flags) + " " + option.metavar).split()) + " ", flat)
-            self.assertIn(option.help, flat)
-        for group in OPTION_TABLE:
-            self.assertIn("\n" + group.title.lower() + ":\n", text)
+    def test_each_verb_has_a_help_that_names_all(self):
+        for name, verb in VERBS.items():
+            with self.subTest(verb=name):
+                text = format_help(name)
+                words = set(re.findall(r"(?<!\S)(-[-A-Za-z]+)", text))
+                self.assertEqual(set(), set(flags_of(verb.groups)) - words)
+                flat = " ".join(text.split())
+                for option in (option for group in verb.groups for option in group.options):
+                    self.assertIn(" ".join((", ".join(option.flags) + " " + option.metavar).split()) + " ", flat)
+                    self.assertIn(" ".join(option.help.split()), flat)
+                for group in verb.groups:
+                    self.assertIn("\n" + group.title.lower() + ":\n", text)
+                for line in text.splitlines()[1:]:
+                    self.assertLessEqual(len(line), 80 if not line.startswith("  btrfs-backup-ng") else 100, line)
+
+    def test_the_help_names_the_verbs(self):
+        for name, verb in VERBS.items():
+            if name and verb.summary:
+                self.assertRegex(format_help(), r"(?m)^  {} +{}".format(name, re.escape(verb.summary.split()[0])))
+
+    def test_the_examples_are_command_lines(self):
+        for name, verb in VERBS.items():
+            self.assertIn("-h", flags_of(verb.groups), name)
+            for example, effect in verb.examples:
+                with self.subTest(example=example):
+                    self.assertTrue(effect)
+                    task = parse_arguments(re.split(r" [|>]", example)[0].split())
+                    self.assertEqual(name, task.verb)
+                    RUNS[name][0](task)
 
 
 if __name__ == "__main__":
