@@ -10,7 +10,8 @@ The way of the data:
                          locks, pins      parents, deletions     under locks         JSON, exit status
 
     one transfer:        send process ─▶ relay ─┬▶ incoming stream ─▶ receive process ─▶ .NAME.partial
-                                                └▶ ... one lane for each destination     ─▶ sync ─▶ NAME
+                                                ├▶ ... one lane for each destination     ─▶ sync ─▶ NAME
+                                                └▶ shell://: sh -c COMMAND
 
 Contents; a section uses only what stands above it:
 
@@ -26,13 +27,14 @@ Contents; a section uses only what stands above it:
     10 BTRFS             what the kernel and the btrfs program say and do
     11 STATE             locks and pins in the snapshot folder
     12 ENDS              the processes at the two ends of a stream
-    13 HOST              the semantic calls that everything above planning goes through
-    14 RELAY             one stream from a sender to its receivers
-    15 TASK              observe, plan, show or execute
-    16 HELP              help and man page, from the tables
-    17 COMPLETION        what the Tab key offers in bash, zsh and fish
-    18 UNITS             a systemd service and its timer
-    19 COMMAND LINE      help, version, sudo, signals, main
+    13 COMMANDS          shell://: a command of the user's takes the stream
+    14 HOST              the semantic calls that everything above planning goes through
+    15 RELAY             one stream from a sender to its receivers
+    16 TASK              observe, plan, show or execute
+    17 HELP              help and man page, from the tables
+    18 COMPLETION        what the Tab key offers in bash, zsh and fish
+    19 UNITS             a systemd service and its timer
+    20 COMMAND LINE      help, version, sudo, signals, main
 
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
@@ -726,8 +728,10 @@ def check_task(task: Task) -> None:
         raise UsageError("no source given", "btrfs-backup-ng SOURCE [DESTINATION ...]; see --help")
     if parse_endpoint(task.source).kind != "path":
         raise UsageError("{} cannot be a source".format(printable(task.source)), "name a subvolume, here or on ssh://")
-    for text in task.destinations:
-        parse_endpoint(text)
+    kinds = {parse_endpoint(text).kind for text in task.destinations}
+    if "shell" in kinds and not task.backup_policy.keeps_all:
+        raise UsageError("-n and --keep-backups cannot go with shell://, where nothing can be deleted",
+                         "leave them away, or give the other destinations a command of their own")
     if (task.remove_locks and not task.destinations and not task.locked_destinations):
         raise UsageError("--remove-locks needs the destinations whose locks to remove",
                          "name them, or add --locked-destinations for all")
@@ -941,13 +945,15 @@ Locks = Dict[str, Dict[str, List[str]]]  # {snapshot: {"locks": [destination], "
 class Pin(NamedTuple):
     """The newest snapshot that a destination is known to have in common with the source.
 
-    `filesystem` is the UUID of the filesystem the destination was seen on.
+    `filesystem` is the UUID of the filesystem the destination was seen on; `sent` the ids of all that a
+    destination has got which cannot be listed.
     """
 
     name: str
     uuid: str
     time: str
     filesystem: Optional[str] = None
+    sent: Tuple[str, ...] = ()
 
 
 class Transfer(NamedTuple):
@@ -985,7 +991,7 @@ class DestinationPlan(NamedTuple):
 
 def normal_destination(text: str) -> str:
     """A destination's id as it is compared: locks of other programs may end with a slash."""
-    return text.rstrip("/") or "/"
+    return text if text.startswith("shell://") else text.rstrip("/") or "/"
 
 
 def locked_names(locks: Locks, destination: str, kind: str = "locks") -> List[str]:
@@ -1244,6 +1250,8 @@ class ExpectedStream(NamedTuple):
     gid: int
     mode: int
     base: Optional[str] = None
+    parent_name: Optional[str] = None
+    otime: int = 0  # ns, when the snapshot was taken
 
 
 def check_first_command(first: FirstCommand, expected: ExpectedStream) -> None:
@@ -1357,6 +1365,36 @@ class IncomingStream:
                 passed = end
         pieces.append(view[passed:])
         return [piece for piece in pieces if len(piece)]
+
+
+class WatchedStream:
+    """A stream that passes as it is: checked at its start, followed to its end."""
+
+    def __init__(self, expected: ExpectedStream) -> None:
+        self.expected = expected
+        self.opening: Optional[bytes] = b""
+        self.reader = CommandReader((END,))
+        self.ended = False
+
+    def watch(self, chunk: Chunk) -> Chunk:
+        """The bytes that may go on now: none before the first command was seen to be the planned one."""
+        if self.opening is None:
+            self.follow(chunk)
+            return chunk
+        self.opening += bytes(chunk)
+        first = parse_first_command(self.opening)
+        if first is None:
+            return b""
+        check_first_command(first, self.expected)
+        held, self.opening = self.opening, None
+        self.follow(memoryview(held)[first.end:])
+        return held
+
+    def follow(self, chunk: Chunk) -> None:
+        data, spans = self.reader.feed(chunk)
+        if (self.ended and len(chunk)) or any(end < len(data) or self.reader.carry for _, end, _ in spans):
+            raise BackupError("the stream goes on after its end")
+        self.ended = self.ended or bool(spans)
 
 
 class SizeMeter:
@@ -1542,10 +1580,11 @@ class Outcome(NamedTuple):
 OWN_GROUP: Dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
 
 
-def start(argv: Sequence[str], stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE) -> "subprocess.Popen":
+def start(argv: Sequence[str], stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE,
+          stderr: Any = subprocess.PIPE, environment: Optional[Dict[str, str]] = None) -> "subprocess.Popen":
     try:
         return subprocess.Popen([find_program(argv[0])] + list(argv[1:]), stdin=stdin, stdout=stdout,
-                                stderr=subprocess.PIPE, env=child_environment(), **OWN_GROUP)
+                                stderr=stderr, env=environment or child_environment(), **OWN_GROUP)
     except OSError as error:
         raise os_error("cannot run {}".format(argv[0]), error) from None
 
@@ -1602,13 +1641,29 @@ def end_process(process: "subprocess.Popen") -> None:
             process.wait()
 
 
-class Stage:
-    """One process of a transfer, with its stderr drained and the tail of it kept."""
+def end_group(process: "subprocess.Popen") -> None:
+    """Ends a process and all that it has started, as far as these stayed in its group."""
+    for number in (signal.SIGTERM, signal.SIGCONT):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(ENDING_GRACE)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
-    def __init__(self, argv: Sequence[str], stdin: Any, stdout: Any) -> None:
+
+class Stage:
+    """One process of a transfer, with its stderr drained and the tail of it kept; without `stdout` that as well."""
+
+    def __init__(self, argv: Sequence[str], stdin: Any, stdout: Any,
+                 environment: Optional[Dict[str, str]] = None) -> None:
         self.program = " ".join(argv[:2])
-        self.process = start(argv, stdin, stdout)
-        self.stderr: Any = self.process.stderr
+        if stdout is None:
+            self.process = start(argv, stdin, subprocess.PIPE, subprocess.STDOUT, environment)
+        else:
+            self.process = start(argv, stdin, stdout, subprocess.PIPE, environment)
+        self.stderr: Any = self.process.stderr or self.process.stdout
         self.tail: "collections.deque[bytes]" = collections.deque(maxlen=20)
         self.drain = threading.Thread(target=self.read_stderr, daemon=True)
         self.drain.start()
@@ -1894,14 +1949,14 @@ def locks_of(locks: Locks, destination: str, prefix: str) -> List[LockChange]:
 def parse_pins(text: str) -> Pins:
     import json
     document = json.loads(text)
-    return {destination: {prefix: Pin(**pin) for prefix, pin in pins.items()}
+    return {destination: {prefix: Pin(**dict(pin, sent=tuple(pin.get("sent", ())))) for prefix, pin in pins.items()}
             for destination, pins in document["destinations"].items()}
 
 
 def format_pins(pins: Pins) -> str:
     import json
-    plain = {destination: {prefix: pin._asdict() for prefix, pin in entry.items()}
-             for destination, entry in pins.items()}
+    plain = {destination: {prefix: {key: value for key, value in pin._asdict().items() if key != "sent" or value}
+                           for prefix, pin in entry.items()} for destination, entry in pins.items()}
     return json.dumps({"version": 1, "destinations": plain}, indent=1, sort_keys=True)
 
 
@@ -2134,6 +2189,9 @@ class LocalReceiver:
         self.stage.end()
 
 
+Receiver = Any  # a LocalReceiver, or what has its methods
+
+
 class Measuring:
     """`btrfs send --no-data` beside a transfer, niced, to learn what the transfer will weigh."""
 
@@ -2164,7 +2222,163 @@ class Measuring:
 
 
 ########################################################################################################
-# 13 HOST: the semantic calls that everything above planning goes through
+# 13 COMMANDS: shell://: a command of the user's takes the stream
+#
+# `sh -c COMMAND`, here, with the stream as `btrfs send` writes it on its stdin and what it is in its
+# environment. It has succeeded when the stream came to its end and the command has read all of it and exited
+# 0. Where the transfer fails the command is killed before its pipe is closed, lest it takes a cut stream for
+# a whole one. Nobody can list what it made of the streams: what it took is remembered in the pins.
+########################################################################################################
+
+class Feed:
+    """The writing end of a pipe: takes chunks, writes what fits."""
+
+    def __init__(self, write_end: int) -> None:
+        self.write_end = write_end  # -1 once closed
+        self.queue: "collections.deque[memoryview]" = collections.deque()
+        os.set_blocking(write_end, False)
+
+    @property
+    def pending(self) -> int:
+        """Chunks not wholly written."""
+        return len(self.queue)
+
+    def offer(self, chunk: Chunk) -> None:
+        if len(chunk):
+            self.queue.append(memoryview(chunk))
+
+    def pump(self) -> int:
+        """How many bytes the pipe had room for. BrokenPipeError where nobody reads it any more."""
+        moved = 0
+        try:
+            while self.queue:
+                written = os.write(self.write_end, self.queue[0])
+                moved += written
+                if written < len(self.queue[0]):
+                    self.queue[0] = self.queue[0][written:]
+                else:
+                    self.queue.popleft()
+        except BlockingIOError:
+            pass
+        return moved
+
+    def close(self) -> None:
+        if self.write_end >= 0:
+            os.close(self.write_end)
+            self.write_end = -1
+
+    def reading_end(self) -> Optional[int]:
+        """The other end of the pipe once more, to see what nobody has read; None where there is no /proc."""
+        try:
+            return os.open("/proc/self/fd/{}".format(self.write_end), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return None
+
+
+class ShellReceiver:
+    """A command that takes one stream."""
+
+    def __init__(self, command: str, expected: ExpectedStream, source: str) -> None:
+        self.stream = WatchedStream(expected)
+        self.failed = True  # until finish() says otherwise
+        facts = {"SNAPSHOT": expected.name, "PARENT": expected.parent_name or "", "UUID": expected.uuid,
+                 "SOURCE": source}
+        environment = dict(os.environ, **{"BTRFS_BACKUP_" + key: value for key, value in facts.items()})
+        read_end, write_end = make_pipe()
+        try:
+            self.stage = Stage(["sh", "-c", command], read_end, None, environment)
+        except BackupError:
+            os.close(write_end)
+            raise
+        finally:
+            os.close(read_end)
+        self.stage.program = "the command"
+        self.feed = Feed(write_end)
+        self.rest: Optional[int] = None  # the end of the pipe that the command reads from, once it was closed
+
+    @property
+    def pending(self) -> int:
+        return self.feed.pending
+
+    def offer(self, chunk: memoryview) -> None:
+        """Takes a chunk, whose memory must not change before `pending` has gone down."""
+        self.feed.offer(self.stream.watch(chunk))
+
+    def pump(self) -> int:
+        try:
+            return self.feed.pump()
+        except BrokenPipeError:
+            raise self.failure() from None
+
+    def failure(self) -> BackupError:
+        """Why the command ended early."""
+        try:
+            self.stage.wait(ENDING_GRACE)
+        except BackupError as error:
+            return ReceiverFailed(error.message, error.hint, error.detail)
+        return ReceiverFailed("the command ended before the stream did")
+
+    def check_alive(self) -> None:
+        if self.stage.has_ended() and not self.stream.ended:
+            raise self.failure()
+
+    def close_pipe(self) -> None:
+        if self.stream.ended and self.feed.write_end >= 0:
+            self.rest = self.feed.reading_end()
+            self.feed.close()
+
+    def has_rest(self) -> bool:
+        """Whether some of the stream is still in the pipe."""
+        return self.rest is not None and bool(select.select([self.rest], [], [], 0)[0]) and bool(os.read(self.rest, 1))
+
+    def finish(self, timeout: float) -> Subvolume:
+        """What was taken, as a backup; BackupError unless the command says so and all of it was read."""
+        expected = self.stream.expected
+        if not self.stream.ended:
+            raise BackupError("the stream ended before its end command")
+        self.close_pipe()
+        try:
+            self.stage.wait(timeout)
+        except BackupError as error:
+            raise ReceiverFailed(error.message, error.hint, error.detail) from None
+        if self.has_rest():
+            raise ReceiverFailed("the command did not read the stream to its end", "it must read all of its stdin")
+        self.failed = False
+        return Subvolume(expected.name, expected.uuid, expected.parent_uuid, expected.uuid, True, expected.otime)
+
+    def end(self) -> None:
+        if self.failed:
+            end_group(self.stage.process)
+        self.feed.close()
+        if self.rest is not None:
+            os.close(self.rest)
+            self.rest = None
+        self.stage.end()
+
+
+class ShellPlace:
+    """What a transfer asks of a host, as far as a command has it."""
+
+    def __init__(self, source: str, sent: Sequence[Subvolume]) -> None:
+        self.source, self.sent = source, tuple(sent)
+
+    def list(self, _: str) -> Listing:
+        """What is remembered as sent."""
+        return Listing(self.sent)
+
+    def capabilities(self) -> Capabilities:
+        """Protocol 1: whoever restores may have an older btrfs."""
+        return Capabilities(False, False, ())
+
+    def delete(self, _: str, doomed: Sequence[Subvolume], __: bool) -> List[BackupError]:
+        return [BackupError("{} cannot be deleted at a command".format(s.name)) for s in doomed]
+
+    def open_receive(self, command: str, expected: ExpectedStream, _: bool) -> ShellReceiver:
+        return ShellReceiver(command, expected, self.source)
+
+
+########################################################################################################
+# 14 HOST: the semantic calls that everything above planning goes through
 #
 # A host is a machine that things are done on. Its calls take and return plain values, so that they can
 # travel: look at a place, list a folder, snapshot, delete, rename, state, send, receive. LocalHost does
@@ -2362,7 +2576,8 @@ class LocalHost:
         """What the stream of a snapshot must say; read right before it is sent."""
         top = os.stat(os.path.join(folder, snapshot.name))
         return ExpectedStream(snapshot.name, snapshot.stream_id or "", parent.stream_id if parent else None,
-                              top.st_uid, top.st_gid, stat.S_IMODE(top.st_mode))
+                              top.st_uid, top.st_gid, stat.S_IMODE(top.st_mode), None,
+                              parent.name if parent else None, snapshot.otime)
 
     def open_send(self, folder: str, name: str, parent: Optional[str], options: SendOptions) -> LocalSender:
         argv = send_argv(os.path.join(folder, name), os.path.join(folder, parent) if parent else None, options)
@@ -2402,7 +2617,7 @@ class Hosts:
         return self.known[machine]
 
     def reach(self, endpoint: Endpoint) -> LocalHost:
-        if endpoint.login or endpoint.kind != "path":
+        if endpoint.login or endpoint.kind == "raw":
             raise BackupError("this version cannot reach {}".format(endpoint.text))
         return LocalHost(self.events)
 
@@ -2411,7 +2626,7 @@ class Hosts:
 
 
 ########################################################################################################
-# 14 RELAY: one stream from a sender to its receivers
+# 15 RELAY: one stream from a sender to its receivers
 #
 # The relay moves what can be moved, then naps. Waking for every few KiB costs more than moving them, and
 # memory made anew for each read more than both, so a few buffers go round and it naps only while
@@ -2438,7 +2653,7 @@ class Relayed(NamedTuple):
 class Relay:
     """Moves one stream from a sender to the receivers in `lanes` (destination id to receiver)."""
 
-    def __init__(self, sender: LocalSender, lanes: Dict[str, LocalReceiver], stall_timeout: float,
+    def __init__(self, sender: LocalSender, lanes: Dict[str, Receiver], stall_timeout: float,
                  on_progress: Callable[[int, int], None]) -> None:
         self.sender, self.lanes, self.stall_timeout, self.on_progress = sender, dict(lanes), stall_timeout, on_progress
         self.errors: Dict[str, BackupError] = {}
@@ -2469,7 +2684,7 @@ class Relay:
             if got and not full:
                 self.spread(memoryview(buffers[next_buffer])[:got])
                 next_buffer = (next_buffer + 1) % BUFFERS
-            moved = self.each_lane(LocalReceiver.pump)
+            moved = self.each_lane(lambda receiver: receiver.pump())
             now = time.monotonic()
             if moved or (got and not full):
                 self.last_moved = now
@@ -2489,7 +2704,7 @@ class Relay:
         self.size += len(chunk)
         self.each_lane(lambda receiver: receiver.offer(chunk))
 
-    def each_lane(self, act: Callable[[LocalReceiver], Optional[int]]) -> int:
+    def each_lane(self, act: Callable[[Receiver], Optional[int]]) -> int:
         """Does something with each lane; one that fails is dropped."""
         total = 0
         for key, receiver in list(self.lanes.items()):
@@ -2507,7 +2722,7 @@ class Relay:
         if now - self.last_look < PROGRESS_INTERVAL:
             return
         self.last_look = now
-        self.each_lane(LocalReceiver.check_alive)
+        self.each_lane(lambda receiver: receiver.check_alive())
         self.on_progress(self.size, max((r.stream.reader.file_data for r in self.lanes.values()), default=0))
         if now - self.last_moved > self.stall_timeout:
             stalled = "stalled: not a byte moved for {}".format(format_duration(self.stall_timeout))
@@ -2515,7 +2730,7 @@ class Relay:
             if not slow:
                 raise Stalled("btrfs send " + stalled)
             for key in slow:
-                self.drop(key, ReceiverFailed("btrfs receive " + stalled))
+                self.drop(key, ReceiverFailed("{} {}".format(self.lanes[key].stage.program, stalled)))
 
     def finish_lanes(self) -> Dict[str, Subvolume]:
         backups = {}
@@ -2530,7 +2745,7 @@ class Relay:
 
 
 ########################################################################################################
-# 15 TASK: observe, plan, show or execute
+# 16 TASK: observe, plan, show or execute
 #
 # The order: locks and pins are read, and where they cannot be the task stops; the snapshot is taken;
 # each destination is reached, listed and rid of what a failed transfer left; what is missing is sent,
@@ -2698,6 +2913,10 @@ class TaskRun:
         that of two writers of one name the later fails at its first command.
         """
         try:
+            if destination.endpoint.kind == "shell":
+                destination.host = self.shell_place(destination)
+                destination.listing = destination.host.list(destination.path)
+                return
             destination.host = self.hosts.of(destination.endpoint)
             place = destination.host.look(destination.endpoint.path)
             self.check_destination(destination, place)
@@ -2711,6 +2930,12 @@ class TaskRun:
             destination.listing = destination.host.list(place.path)
         except BackupError as error:
             self.report(error, destination)
+
+    def shell_place(self, destination: Destination) -> ShellPlace:
+        pin = self.pins.get(destination.key)
+        names = {s.stream_id: s for s in self.snapshots if s.stream_id in (pin.sent if pin else ())}
+        source = self.task.source if parse_endpoint(self.task.source).login else self.source
+        return ShellPlace(source, [s._replace(received_uuid=s.stream_id) for s in names.values()])
 
     def check_destination(self, destination: Destination, place: Place) -> None:
         text, pin = destination.text, self.pins.get(destination.key)
@@ -2808,7 +3033,7 @@ class TaskRun:
                 self.plan_destination(destination)
                 self.recover(destination)
             self.transfer_all()
-            self.remember_common()
+            self.remember(self.destinations)
             self.retain()
         done = ", ".join("{} {}".format(plural(count, noun), verb)
                          for (noun, verb), count in sorted(self.counts.items()))
@@ -2885,7 +3110,7 @@ class TaskRun:
             d.host.capabilities().receives_compressed for d in destinations)
         options = SendOptions(compressed, False, self.task.btrfs_debug)
         expected = self.host.expected_stream(self.folder, transfer.snapshot, transfer.parent)
-        lanes: Dict[str, LocalReceiver] = {}
+        lanes: Dict[str, Receiver] = {}
         refused: Dict[str, BackupError] = {}
         with contextlib.ExitStack() as stack:
             for destination in destinations:
@@ -2935,6 +3160,8 @@ class TaskRun:
                         "sending {} to {}: ".format(name, destination.text))
             return
         destination.listing = destination.listing._replace(subvolumes=destination.listing.subvolumes + (backup,))
+        if destination.endpoint.kind == "shell":
+            self.remember([destination])
         self.change_locks(clear=[LockChange(name, destination.key, parent)])
         self.counts["backup", "sent"] += 1
         seconds = max(relayed.seconds, 0.001)
@@ -2945,28 +3172,37 @@ class TaskRun:
 
     # -- what stays
 
-    def remember_common(self) -> None:
+    def remember(self, destinations: Sequence[Destination]) -> None:
         """Pins, for each destination that was seen, the newest snapshot in common."""
-        pins: Dict[str, Optional[Pin]] = {}
-        for destination in self.destinations:
-            newest = newest_common(self.snapshots, destination.listing) if destination.listing is not None else None
-            if newest is not None:
-                moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(newest.otime / 1e9)) + "Z"
-                pins[destination.key] = Pin(newest.name, newest.stream_id or "", moment, destination.filesystem)
-        if any(self.pins.get(key) != pin for key, pin in pins.items()):
-            self.host.change_pins(self.folder, self.prefix, pins)
-            self.pins.update({key: pin for key, pin in pins.items() if pin is not None})
+        pins = {d.key: self.pin_of(d) for d in destinations if d.listing is not None}
+        new = {key: pin for key, pin in pins.items() if pin is not None and self.pins.get(key) != pin}
+        if new:
+            self.host.change_pins(self.folder, self.prefix, dict(new))
+            self.pins.update(new)
+
+    def pin_of(self, destination: Destination) -> Optional[Pin]:
+        listing = destination.listing or Listing()
+        newest = newest_common(self.snapshots, listing)
+        if newest is None:
+            return None
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(newest.otime / 1e9)) + "Z"
+        sent = tuple(s.received_uuid or "" for s in listing.subvolumes) if destination.endpoint.kind == "shell" else ()
+        return Pin(newest.name, newest.stream_id or "", moment, destination.filesystem, sent)
 
     def source_verdicts(self, seen: Dict[str, Listing]) -> List[Verdict]:
         return plan_source_retention(self.snapshots, self.prefix, self.task.snapshot_policy, self.locks,
                                      self.pins, seen, self.clock())
 
+    def destination_verdicts(self, destination: Destination, listing: Listing) -> List[Verdict]:
+        if destination.endpoint.kind == "shell":
+            return []
+        return plan_destination_retention(self.snapshots, listing, self.prefix, self.task.backup_policy, self.clock())
+
     def retain(self) -> None:
         seen = {d.key: d.listing for d in self.destinations if d.listing is not None}
         for destination in self.destinations:
             if destination.listing is not None and not destination.failed:
-                verdicts = plan_destination_retention(self.snapshots, destination.listing, self.prefix,
-                                                      self.task.backup_policy, self.clock())
+                verdicts = self.destination_verdicts(destination, destination.listing)
                 self.delete(destination.host, destination.path, destination.text, destination.listing.subvolumes,
                             verdicts)
         self.delete(self.host, self.folder, self.task.source, self.snapshots, self.source_verdicts(seen))
@@ -3039,8 +3275,7 @@ class TaskRun:
         for transfer in destination.plan.transfers:
             lines.append("  {}, {}".format(describe_transfer(transfer), self.describe_size(transfer)))
         if not destination.failed:
-            for verdict in plan_destination_retention(self.snapshots, after[destination.key], self.prefix,
-                                                      self.task.backup_policy, self.clock()):
+            for verdict in self.destination_verdicts(destination, after[destination.key]):
                 lines += self.describe_verdict(verdict)
         return lines if len(lines) > 1 else lines + ["  nothing to do"]
 
@@ -3117,7 +3352,7 @@ def print_result(text: str) -> None:
 
 
 ########################################################################################################
-# 16 HELP: help and man page, from the tables
+# 17 HELP: help and man page, from the tables
 #
 # What there is to say about options stands in the tables of OPTIONS, once; here it is only laid out, so
 # that help, manual and completions cannot drift from what is parsed. Texts are paragraphs apart by empty
@@ -3274,7 +3509,7 @@ def format_man() -> str:
 
 
 ########################################################################################################
-# 17 COMPLETION: what the Tab key offers in bash, zsh and fish
+# 18 COMPLETION: what the Tab key offers in bash, zsh and fish
 #
 # Scripts for the shells, from the tables of options. They know the verbs, each verb's options, the words
 # that an option takes, and where a file or a folder is wanted; they never run the program. A value that
@@ -3468,7 +3703,7 @@ def fish_completion() -> str:
 
 
 ########################################################################################################
-# 18 UNITS: a systemd service and its timer
+# 19 UNITS: a systemd service and its timer
 #
 # The service may do what a backup needs and little else: see HARDENING for what is asked and what must
 # not be. It is written as a shell script, to be read before it is given to sh. The arguments are parsed
@@ -3595,7 +3830,7 @@ def format_units(task: Task, backup: Task, arguments: Sequence[str]) -> str:
 
 
 ########################################################################################################
-# 19 COMMAND LINE: help, version, sudo, signals, main
+# 20 COMMAND LINE: help, version, sudo, signals, main
 #
 # The thin shell around a task: everything that touches the process as a whole (its arguments, user,
 # signals, exit status) is here and nowhere else.

@@ -37,6 +37,7 @@ bench ssh         openssh-client  openssh-clients  openssh-clients
 bench ssh-keygen  openssh-client  openssh          openssh-common
 bench sshd        openssh-server  openssh-server   openssh-server
 bench unshare     util-linux   util-linux   util-linux
+test  rclone      rclone       rclone       rclone
 LIST
 }
 
