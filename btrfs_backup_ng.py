@@ -18,23 +18,24 @@ Contents; a section uses only what stands above it:
      1 ERRORS            what can go wrong, with exit status and remedy; sizes and times as text
      2 NAMES             which names are snapshots of ours, and of when
      3 RETENTION         what is kept, and why
-     4 OPTIONS           the table of options; arguments to a task
-     5 IDENTITY          subvolumes, which backup belongs to which snapshot, what is complete
-     6 PLANNING          observed state to a plan of transfers and deletions
-     7 STREAM            the send stream: first command, private partials, size
-     8 EVENTS            one stream of events; log lines, progress and JSON read it
-     9 PROCESSES         programs: found, run, watched, ended
-    10 BTRFS             what the kernel and the btrfs program say and do
-    11 STATE             locks and pins in the snapshot folder
-    12 ENDS              the processes at the two ends of a stream
-    13 COMMANDS          shell://: a command of the user's takes the stream
-    14 HOST              the semantic calls that everything above planning goes through
-    15 RELAY             one stream from a sender to its receivers
-    16 TASK              observe, plan, show or execute
-    17 HELP              help and man page, from the tables
-    18 COMPLETION        what the Tab key offers in bash, zsh and fish
-    19 UNITS             a systemd service and its timer
-    20 COMMAND LINE      help, version, sudo, signals, main
+     4 OPTIONS           the table of options, what a task is, what an endpoint names
+     5 ARGUMENTS         words and files to tasks
+     6 IDENTITY          subvolumes, which backup belongs to which snapshot, what is complete
+     7 PLANNING          observed state to a plan of transfers and deletions
+     8 STREAM            the send stream: first command, private partials, size
+     9 EVENTS            one stream of events; log lines, progress and JSON read it
+    10 PROCESSES         programs: found, run, watched, ended
+    11 BTRFS             what the kernel and the btrfs program say and do
+    12 STATE             locks and pins in the snapshot folder
+    13 ENDS              the processes at the two ends of a stream
+    14 COMMANDS          shell://: a command of the user's takes the stream
+    15 HOST              the semantic calls that everything above planning goes through
+    16 RELAY             one stream from a sender to its receivers
+    17 TASK              observe, plan, show or execute
+    18 HELP              help and man page, from the tables
+    19 COMPLETION        what the Tab key offers in bash, zsh and fish
+    20 UNITS             a systemd service and its timer
+    21 COMMAND LINE      help, version, sudo, signals, main
 
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
@@ -393,18 +394,23 @@ def plan_retention(times: Dict[str, float], policy: Policy, protected: Dict[str,
 
 
 ########################################################################################################
-# 4 OPTIONS: the table of options; arguments to a task
+# 4 OPTIONS: the table of options, what a task is, what an endpoint names
 #
-# One table feeds the parser and the help. Options and positionals mix in any order; a value may begin
-# with anything, `@` and `-` included, as `--option value` and `--option=value` take the next text as
-# it stands. Long options may be shortened as far as they stay unique. Every mistake here is found
-# before anything is started.
+# One table feeds the parser and the help. Long options may be shortened as far as they stay unique. An
+# endpoint is taken as it stands: nothing in it is decoded, lower-cased or guessed. Every mistake here is
+# found before anything is started.
 ########################################################################################################
 
 
 def parse_count(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise ValueError("is not a number of 0 or more")
+    return int(text)
+
+
+def parse_jobs(text: str) -> int:
+    if parse_count(text) == 0:
+        raise ValueError("is not a number of 1 or more")
     return int(text)
 
 
@@ -481,6 +487,7 @@ OPTION_TABLE = (
         Option(("-v", "--verbosity"), "verbosity", "LEVEL", OneOf(LEVELS),
                "how much to say: debug, info, warning or error; default info"),
         Option(("-q", "--quiet"), "verbosity", "", None, "the same as -v warning", "warning"),
+        Option(("-l", "--live-layout"), "live_layout", "", None, "a view of all tasks at work, in the whole terminal"),
         Option(("-d", "--btrfs-debug"), "btrfs_debug", "", None, "pass -vv to btrfs send and btrfs receive"),
         Option(("-P", "--no-progress"), "no_progress", "", None, "no progress display on a terminal"),
         Option(("--log-json",), "log_json", "FILE", parse_path, "append each event to FILE, a line of JSON each"),
@@ -525,6 +532,7 @@ OPTION_TABLE = (
                "add every destination that a lock names"),
         Option(("--wait",), "wait", "[SECONDS]", parse_seconds,
                "wait for another run on the same snapshots instead of failing", float("inf")),
+        Option(("--jobs",), "jobs", "N", parse_jobs, "at most N tasks transfer at once; default all"),
         Option(("--no-elevate",), "no_elevate", "", None, "do not run again through sudo when not root"),
     )),
 )
@@ -559,19 +567,29 @@ def rows(*flags: str) -> Tuple[Option, ...]:
 
 VERBS = {
     "": Verb(
-        "[options] SOURCE [DESTINATION ...]", "snapshot, send what is missing, apply retention", OPTION_TABLE,
+        "[options] SOURCE [DESTINATION ...] [: [options] SOURCE [DESTINATION ...]] ...",
+        "snapshot, send what is missing, apply retention", OPTION_TABLE,
         about="""\
 Takes a read-only snapshot of the subvolume SOURCE, sends it and every older one that is missing to each
 DESTINATION, incrementally where it can, then applies retention. Without DESTINATION it keeps snapshots
 only. Options and paths mix in any order.
 
 A destination that is away or fails stops neither the snapshot nor the other destinations. What a failed
-transfer left is taken up or cleared by the next run.""",
+transfer left is taken up or cleared by the next run.
+
+Several tasks stand in one command with : between them, each with options of its own; display options,
+--jobs and --no-elevate hold for all. A colon in the name of a file is written \\: or the path begins with
+./, and in host:/path and in URLs it is no separator.
+
+@FILE reads arguments from a file: one flag, option with its value, or path on each line. A line that begins
+with # is a comment, nothing is quoted or escaped, a line : separates tasks, a line @FILE reads another
+file, relative to the one it stands in.""",
         examples=(
             ("/home /mnt/backup/home", "a full backup first, then increments"),
             ("--dry-run /home /mnt/backup/home", "what would be done, and why"),
             ("-N 3 -n 30 /home /mnt/backup/home", "keep 3 snapshots and 30 backups"),
             ("/home /mnt/backup/home /mnt/second/home", "two destinations, the source read once"),
+            ("-p root- / /mnt/backup : -p home- /home /mnt/backup", "two tasks at the same time"),
             ("-S --locked-destinations /home", "retry what failed, take no snapshot"),
             ("/home", "a snapshot only"),
         )),
@@ -604,6 +622,8 @@ script puts the units there.""",
 }
 
 
+# what holds for all tasks of a command
+SHARED = frozenset(option.field for option in OPTION_TABLE[0].options) | {"jobs", "no_elevate"}
 STATE_FOLDER = ".btrfs-backup-ng"  # in the source
 
 
@@ -616,6 +636,7 @@ class Task(NamedTuple):
     help: bool = False
     version: bool = False
     verbosity: str = "info"
+    live_layout: bool = False
     btrfs_debug: bool = False
     no_progress: bool = False
     log_json: Optional[str] = None
@@ -637,6 +658,7 @@ class Task(NamedTuple):
     remove_locks: bool = False
     locked_destinations: bool = False
     wait: float = 0.0
+    jobs: int = 0
     no_elevate: bool = False
     on_calendar: str = "*-*-* 02:00"
     unit: str = ""
@@ -686,42 +708,6 @@ def parse_value(option: Option, text: str) -> Any:
                          "see --help") from None
 
 
-def parse_arguments(arguments: Sequence[str]) -> Task:
-    """The task that `arguments` ask for, or UsageError."""
-    fields: Dict[str, Any] = {}
-    paths: List[str] = []
-    left = collections.deque(arguments)
-    if left and left[0] and left[0] in VERBS:
-        fields["verb"] = left.popleft()
-    flags = flags_of(VERBS[fields.get("verb", "")].groups)
-    while left:
-        argument = left.popleft()
-        if argument == "--":
-            paths += left
-            break
-        if len(argument) < 2 or not argument.startswith("-"):
-            paths.append(argument)
-            continue
-        for flag, value in split_flags(argument, flags):
-            option = find_option(flag, flags)
-            if option.parse is None:
-                if value is not None:
-                    raise UsageError("{} takes no value".format(flag), "see --help")
-                value = ""
-            elif option.metavar.startswith("[") and value is None:
-                value = left.popleft() if left and re.fullmatch(r"[0-9]+(\.[0-9]+)?", left[0]) else None
-            elif value is None:
-                if not left:
-                    raise UsageError("{} needs a value ({})".format(flag, option.metavar), "see --help")
-                value = left.popleft()
-            parsed = option.implied if value is None else parse_value(option, value)
-            fields[option.field] = fields.get(option.field, ()) + (parsed,) if option.many else parsed
-    task = Task(**fields)
-    if paths:
-        task = task._replace(source=paths[0], destinations=tuple(paths[1:]))
-    return task
-
-
 def check_task(task: Task) -> None:
     """UsageError for what no task of the classic command can mean."""
     if not task.source:
@@ -768,19 +754,13 @@ def parse_endpoint(text: str) -> Endpoint:
     scheme = SCHEME.match(text)
     if scheme:
         return parse_url(text, scheme.group(1), scheme.group(2))
-    if text.startswith("@"):
-        raise UsageError("this version reads no arguments from files: {}".format(printable(text)),
-                         "a relative path begins with ./ where its name begins with @")
     on_host = HOST_AND_PATH.fullmatch(text)
     if on_host and not text.startswith("."):
         return parse_remote(text, "path", on_host.group(1) + on_host.group(2))
     if re.match(r"[^/.:][^/:]*:", text):
         raise UsageError("{} names a host but no absolute path on it".format(printable(text)),
                          "write HOST:/PATH; a relative path with a colon begins with ./")
-    if re.search(r"(?<!\\):", text) and not text.startswith("./"):
-        raise UsageError("one command does one task in this version: {}".format(printable(text)),
-                         "write \\: for a colon in a path")
-    return Endpoint(text, "path", checked_path(text, text.replace("\\:", ":")))
+    return Endpoint(text, "path", checked_path(text, text))
 
 
 def checked_path(text: str, path: str) -> str:
@@ -822,7 +802,243 @@ def parse_remote(text: str, kind: str, rest: str) -> Endpoint:
 
 
 ########################################################################################################
-# 5 IDENTITY: subvolumes, which backup belongs to which snapshot, what is complete
+# 5 ARGUMENTS: words and files to tasks
+#
+# Options and paths mix in any order. An option's value is the next word as it stands, whatever it begins
+# with or holds. A `:` separates tasks, alone or glued to a path, where it is no part of a URL or of
+# `host:/path`; `\:` is a colon in a path, and what begins with `./` is one path. `@FILE` reads arguments,
+# a line each, where nothing is escaped and no `:` is glued. Display options hold for all tasks. Verbs
+# take one task. Mistakes in a file are named with its line.
+########################################################################################################
+
+LARGEST_ARGUMENT_FILE = 1 << 20  # bytes
+SEPARATORS = (":", "::")
+BLANKS = " \t"
+SEPARATOR = re.compile(r"(?<!\\):+")
+HOST_START = re.compile(r"(?:[^/@:\\]+@)?(?:\[[^/\]]+\]|[^/.@:\[\]\\][^/@:\[\]\\]*):")
+
+
+class Request(NamedTuple):
+    """One task of a command line. `words` are its options in a form that is parsed again, the shared ones with them."""
+
+    task: Task
+    words: Tuple[str, ...] = ()
+    files: Tuple[str, ...] = ()  # of arguments, as the command line names them
+
+    @property
+    def paths(self) -> Tuple[str, ...]:
+        return ((self.task.source,) if self.task.source else ()) + self.task.destinations
+
+
+class Draft(NamedTuple):
+    """One task while it is gathered. `words` are its options: field and word."""
+
+    fields: Dict[str, Any]
+    words: List[Tuple[str, str]]
+    paths: List[str]
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.words and not self.paths
+
+
+class ConfigError(UsageError):
+    """A mistake in a file of arguments; its message names file and line."""
+
+
+class Forbidden(UsageError):
+    """A file of arguments may not be read by this user."""
+
+
+def split_word(word: str) -> Tuple[str, Optional[str]]:
+    """The path that a word of the command line begins with, and what follows a separator after it, or None.
+
+    >>> split_word("host:/a:/b"), split_word("ssh://h:22/p"), split_word("/a\\\\:b:")
+    (('host:/a', '/b'), ('ssh://h:22/p', None), ('/a:b', ''))
+    """
+    scheme, host = SCHEME.match(word), HOST_START.match(word)
+    start = 0
+    if word.startswith("./") or (scheme and scheme.group(1) not in SCHEMES):
+        start = len(word)
+    elif scheme and scheme.group(1) == "shell":
+        return word, None
+    elif scheme:
+        slash = word.find("/", scheme.start(2))
+        start = slash if slash >= 0 else len(word)
+    elif host:
+        start = host.end() if word[host.end():host.end() + 1] == "/" else len(word)
+    found = SEPARATOR.search(word, start)
+    path = word[:found.start()] if found else word
+    return path.replace("\\:", ":"), word[found.end():] if found else None
+
+
+def split_line(line: str, flags: Dict[str, Option]) -> Iterator[Tuple[str, Optional[str]]]:
+    """The flags of one line of a file; the last one's value is all the rest of the line."""
+    match = re.match(r"(--[^= \t]*|[^ \t]*)(=|[ \t]*)(.*)", line, re.DOTALL)
+    word, mark, rest = match.groups() if match else (line, "", "")
+    if word == "--":
+        raise UsageError("-- stands alone on its line", "the paths stand on lines of their own")
+    if word.startswith("--"):
+        yield word, rest if mark else None
+        return
+    pairs = list(split_flags(word, flags))
+    yield from pairs[:-1]
+    flag, glued = pairs[-1]
+    yield flag, glued + mark + rest if glued is not None else rest if mark else None
+
+
+def read_argument_lines(path: str) -> List[str]:
+    """The lines of a file of arguments, without indentation and blanks at their ends."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(LARGEST_ARGUMENT_FILE + 1)
+    except PermissionError:
+        raise Forbidden("cannot read {}: permission denied".format(path)) from None
+    except OSError as error:
+        raise UsageError("cannot read {}: {}".format(path, (error.strerror or str(error)).lower()),
+                         "a path that begins with @ is written ./@") from None
+    if len(data) > LARGEST_ARGUMENT_FILE:
+        raise UsageError("{} is no file of arguments: it is larger than {}".format(
+            path, format_size(LARGEST_ARGUMENT_FILE)))
+    text = os.fsdecode(data[3:] if data.startswith(b"\xef\xbb\xbf") else data)
+    return [line.strip(BLANKS + "\r") for line in text.split("\n")]
+
+
+class Arguments:
+    """Gathers the options and paths of one task after another."""
+
+    def __init__(self, verb: str) -> None:
+        self.verb, self.flags = verb, flags_of(VERBS[verb].groups)
+        self.drafts: List[Draft] = []
+        self.files: List[str] = []  # as the command line names them
+        self.open_files: List[str] = []  # real paths of those that are being read
+        self.begin_task()
+
+    def begin_task(self) -> None:
+        """What follows belongs to another task; one that got nothing is none."""
+        self.only_paths = False
+        if not self.drafts or not self.drafts[-1].is_empty:
+            self.drafts.append(Draft({}, [], []))
+
+    def add_words(self, words: Iterable[str]) -> None:
+        """Words of the command line."""
+        left = collections.deque(words)
+        while left:
+            word = left.popleft()
+            if self.only_paths and self.verb:
+                self.add_path(word)
+            elif word in SEPARATORS:
+                self.begin_task()
+            elif self.only_paths:
+                self.add_path(word)
+            elif word == "--":
+                self.only_paths = True
+            elif len(word) > 1 and word.startswith("-"):
+                for flag, value in split_flags(word, self.flags):
+                    self.add_option(flag, value, left)
+            else:
+                path, rest = split_word(word)
+                left.extendleft((rest, ":") if rest else (":",) if rest is not None else ())
+                if word.startswith("@"):
+                    self.files.append(path[1:])
+                    self.add_file(path[1:])
+                elif path or rest is None:
+                    self.add_path(path)
+
+    def add_line(self, line: str, folder: str) -> None:
+        """One line of a file in `folder`."""
+        if line in SEPARATORS:
+            self.begin_task()
+        elif line == "--" and not self.only_paths:
+            self.only_paths = True
+        elif self.only_paths or not line.startswith(("-", "@")) or line == "-":
+            self.add_path(line)
+        elif line.startswith("@"):
+            self.add_file(os.path.join(folder, line[1:].strip(BLANKS)))
+        else:
+            for flag, value in split_line(line, self.flags):
+                self.add_option(flag, value, collections.deque())
+
+    def add_file(self, path: str) -> None:
+        if not os.path.basename(path) or "\0" in path:
+            raise UsageError("@ names no file", "@FILE; a path that begins with @ is written ./@")
+        real = os.path.realpath(path)
+        if real in self.open_files:
+            raise UsageError("{} is being read already: it includes itself".format(path))
+        self.open_files.append(real)
+        for number, line in enumerate(read_argument_lines(path), 1):
+            if line and not line.startswith("#"):
+                try:
+                    self.add_line(line, os.path.dirname(path))
+                except (ConfigError, Forbidden):
+                    raise
+                except UsageError as error:
+                    raise ConfigError("{}:{}: {}".format(path, number, error.message), error.hint) from None
+        self.open_files.pop()
+
+    def add_path(self, path: str) -> None:
+        if not self.verb and self.open_files:
+            parse_endpoint(path)  # here its line is known
+        self.drafts[-1].paths.append(path)
+
+    def add_option(self, flag: str, value: Optional[str], left: "collections.deque[str]") -> None:
+        """An option with its value, which may be the first of the words that are `left`."""
+        option = find_option(flag, self.flags)
+        if option.parse is None:
+            if value is not None:
+                raise UsageError("{} takes no value".format(flag), "see --help")
+        elif option.metavar.startswith("["):
+            if value is None and left and re.fullmatch(r"[0-9]+(\.[0-9]+)?", left[0]):
+                value = left.popleft()
+        elif value is None:
+            if not left:
+                raise UsageError("{} needs a value ({})".format(flag, option.metavar), "see --help")
+            value = left.popleft()
+        fields = self.drafts[-1].fields
+        parsed = option.implied if value is None else parse_value(option, value)
+        fields[option.field] = fields.get(option.field, ()) + (parsed,) if option.many else parsed
+        name = option.flags[-1]
+        self.drafts[-1].words.append((option.field, name if value is None else name + "=" + value))
+
+    def requests(self) -> List[Request]:
+        """The tasks, each with the options that hold for all."""
+        drafts = [draft for draft in self.drafts if not draft.is_empty] or self.drafts
+        shared = [word for draft in drafts for word in draft.words if word[0] in SHARED]
+        fields = {field: value for draft in drafts for field, value in draft.fields.items() if field in SHARED}
+        requests = []
+        for draft in drafts:
+            task = Task(**dict(draft.fields, verb=self.verb, **fields))
+            if draft.paths:
+                task = task._replace(source=draft.paths[0], destinations=tuple(draft.paths[1:]))
+            if not self.verb and task.source in VERBS and task.source:
+                raise UsageError("{} must come first in its command".format(task.source),
+                                 "a source of that name is written ./{}".format(task.source))
+            own = [word for word in draft.words if word[0] not in SHARED]
+            requests.append(Request(task, tuple(text for _, text in own + shared), tuple(self.files)))
+        return requests
+
+
+def parse_command(arguments: Sequence[str]) -> List[Request]:
+    """The tasks that a command line asks for, at least one, or UsageError."""
+    verb = arguments[0] if arguments and arguments[0] and arguments[0] in VERBS else ""
+    gathered = Arguments(verb)
+    gathered.add_words(arguments[1:] if verb else arguments)
+    requests = gathered.requests()
+    if verb and len(requests) > 1:
+        raise UsageError("{} is done for one task at a time".format(verb), "write \\: for a colon in a path")
+    return requests
+
+
+def parse_arguments(arguments: Sequence[str]) -> Task:
+    """The one task that `arguments` ask for, or UsageError."""
+    requests = parse_command(arguments)
+    if len(requests) > 1:
+        raise UsageError("these are {} tasks instead of one".format(len(requests)))
+    return requests[0].task
+
+
+########################################################################################################
+# 6 IDENTITY: subvolumes, which backup belongs to which snapshot, what is complete
 #
 # Identity goes by UUID, never by name or time. The id that travels in a stream is the received UUID
 # of the sent subvolume where it has one, else its UUID; the receiver keeps it as received UUID. So it
@@ -930,7 +1146,7 @@ def backups_of(listing: Listing, prefix: str) -> List[Subvolume]:
 
 
 ########################################################################################################
-# 6 PLANNING: observed state to a plan of transfers and deletions
+# 7 PLANNING: observed state to a plan of transfers and deletions
 #
 # Pure: listings, locks and pins in, values out; `--dry-run` prints them, a run executes them. The
 # parent of a transfer is the nearest older snapshot complete on both sides, else the nearest newer;
@@ -1137,7 +1353,7 @@ def after_transfers(listing: Listing, plan: DestinationPlan) -> Listing:
 
 
 ########################################################################################################
-# 7 STREAM: the send stream: first command, private partials, size
+# 8 STREAM: the send stream: first command, private partials, size
 #
 # A header of 17 bytes, then commands: `le32 length | le16 command | le32 crc32c | payload` of attributes
 # `le16 type | le16 length | data` (btrfs-progs, send.h). The first says which subvolume `btrfs receive`
@@ -1423,7 +1639,7 @@ class SizeMeter:
 
 
 ########################################################################################################
-# 8 EVENTS: one stream of events; log lines, progress and JSON read it
+# 9 EVENTS: one stream of events; log lines, progress and JSON read it
 #
 # Whatever is worth saying is an event: a kind for machines, a level, a line for people, and facts.
 # Displays are readers of the events and of nothing else. Log lines go to stderr; results (a plan, a
@@ -1540,7 +1756,7 @@ class JsonLog:
 
 
 ########################################################################################################
-# 9 PROCESSES: programs: found, run, watched, ended
+# 10 PROCESSES: programs: found, run, watched, ended
 #
 # Argument lists, never a shell. Each child is a process group of its own, so that a key press on the
 # terminal does not kill the ends of a transfer behind our back; it ends by itself when its pipe does.
@@ -1708,7 +1924,7 @@ def make_pipe() -> Tuple[int, int]:
 
 
 ########################################################################################################
-# 10 BTRFS: what the kernel and the btrfs program say and do
+# 11 BTRFS: what the kernel and the btrfs program say and do
 #
 # Reading goes by ioctl (uapi/linux/btrfs.h), which any user may, in microseconds; where the kernel has
 # no GET_SUBVOL_INFO (before Linux 4.18) by `btrfs subvolume show`. Changing goes by the btrfs program.
@@ -1880,7 +2096,7 @@ def parse_find_new(text: str) -> int:
 
 
 ########################################################################################################
-# 11 STATE: locks and pins in the snapshot folder
+# 12 STATE: locks and pins in the snapshot folder
 #
 # `.outstanding_transfers` holds locks and parent notes in the format of release 0.6.6, so that either
 # program takes over from the other; `.destinations.json` the pins. Each change reads, changes its own
@@ -2036,7 +2252,7 @@ def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None])
 
 
 ########################################################################################################
-# 12 ENDS: the processes at the two ends of a stream
+# 13 ENDS: the processes at the two ends of a stream
 #
 # A sender fills buffers, a receiver takes them, and neither ever blocks. The receiver is the only place
 # where a backup becomes complete: `btrfs receive` exited 0, the result was seen read-only with the right
@@ -2222,7 +2438,7 @@ class Measuring:
 
 
 ########################################################################################################
-# 13 COMMANDS: shell://: a command of the user's takes the stream
+# 14 COMMANDS: shell://: a command of the user's takes the stream
 #
 # `sh -c COMMAND`, here, with the stream as `btrfs send` writes it on its stdin and what it is in its
 # environment. It has succeeded when the stream came to its end and the command has read all of it and exited
@@ -2378,7 +2594,7 @@ class ShellPlace:
 
 
 ########################################################################################################
-# 14 HOST: the semantic calls that everything above planning goes through
+# 15 HOST: the semantic calls that everything above planning goes through
 #
 # A host is a machine that things are done on. Its calls take and return plain values, so that they can
 # travel: look at a place, list a folder, snapshot, delete, rename, state, send, receive. LocalHost does
@@ -2626,7 +2842,7 @@ class Hosts:
 
 
 ########################################################################################################
-# 15 RELAY: one stream from a sender to its receivers
+# 16 RELAY: one stream from a sender to its receivers
 #
 # The relay moves what can be moved, then naps. Waking for every few KiB costs more than moving them, and
 # memory made anew for each read more than both, so a few buffers go round and it naps only while
@@ -2745,7 +2961,7 @@ class Relay:
 
 
 ########################################################################################################
-# 16 TASK: observe, plan, show or execute
+# 17 TASK: observe, plan, show or execute
 #
 # The order: locks and pins are read, and where they cannot be the task stops; the snapshot is taken;
 # each destination is reached, listed and rid of what a failed transfer left; what is missing is sent,
@@ -3352,7 +3568,7 @@ def print_result(text: str) -> None:
 
 
 ########################################################################################################
-# 17 HELP: help and man page, from the tables
+# 18 HELP: help and man page, from the tables
 #
 # What there is to say about options stands in the tables of OPTIONS, once; here it is only laid out, so
 # that help, manual and completions cannot drift from what is parsed. Texts are paragraphs apart by empty
@@ -3509,7 +3725,7 @@ def format_man() -> str:
 
 
 ########################################################################################################
-# 18 COMPLETION: what the Tab key offers in bash, zsh and fish
+# 19 COMPLETION: what the Tab key offers in bash, zsh and fish
 #
 # Scripts for the shells, from the tables of options. They know the verbs, each verb's options, the words
 # that an option takes, and where a file or a folder is wanted; they never run the program. A value that
@@ -3703,7 +3919,7 @@ def fish_completion() -> str:
 
 
 ########################################################################################################
-# 19 UNITS: a systemd service and its timer
+# 20 UNITS: a systemd service and its timer
 #
 # The service may do what a backup needs and little else: see HARDENING for what is asked and what must
 # not be. It is written as a shell script, to be read before it is given to sh. The arguments are parsed
@@ -3797,10 +4013,9 @@ def program_argv() -> List[str]:
     return [path] if os.access(path, os.X_OK) else [sys.executable, path]
 
 
-def check_absolute(task: Task) -> None:
+def check_absolute(request: Request) -> None:
     """UsageError for paths that mean another place when systemd starts the program."""
-    texts = (task.source,) + task.destinations + task.forget
-    for text in texts:
+    for text in request.paths + request.task.forget + request.files:
         endpoint = parse_endpoint(text)
         if endpoint.kind == "path" and not endpoint.path.startswith("/"):
             raise UsageError("{} is a relative path, and systemd starts in another folder".format(printable(text)),
@@ -3811,11 +4026,12 @@ def default_unit_name(source: str) -> str:
     return "btrfs-backup-" + (re.sub(r"[^A-Za-z0-9_.]+", "-", parse_endpoint(source).path).strip("-.") or "root")
 
 
-def format_units(task: Task, backup: Task, arguments: Sequence[str]) -> str:
-    """The script that writes the units of `backup`, which `arguments` ask for."""
-    endpoints = [parse_endpoint(text) for text in (backup.source,) + backup.destinations]
-    name = task.unit or default_unit_name(backup.source)
-    description = "Back up {} with {}".format(unit_text(backup.source), PROGRAM)
+def format_units(task: Task, requests: Sequence[Request], arguments: Sequence[str]) -> str:
+    """The script that writes the units of a backup of one or more tasks, which `arguments` ask for."""
+    endpoints = [parse_endpoint(text) for request in requests for text in request.paths]
+    sources = [request.task.source for request in requests]
+    name = task.unit or default_unit_name(sources[0])
+    description = "Back up {} with {}".format(unit_text(", ".join(sources)), PROGRAM)
     after = "Wants=network-online.target\nAfter=network-online.target\n" if any(e.login for e in endpoints) else ""
     # a command of the user's own may do anything; sudo does not work where no new privileges are allowed
     is_hardened = not task.user and all(e.kind != "shell" for e in endpoints)
@@ -3830,7 +4046,7 @@ def format_units(task: Task, backup: Task, arguments: Sequence[str]) -> str:
 
 
 ########################################################################################################
-# 20 COMMAND LINE: help, version, sudo, signals, main
+# 21 COMMAND LINE: help, version, sudo, signals, main
 #
 # The thin shell around a task: everything that touches the process as a whole (its arguments, user,
 # signals, exit status) is here and nowhere else.
@@ -3904,13 +4120,14 @@ def print_completion(task: Task) -> str:
 
 
 def print_systemd(task: Task) -> str:
-    backup = parse_arguments(task.destinations)
-    if backup.verb:
-        raise UsageError("print systemd is for backups, not for the verb {}".format(backup.verb),
-                         "{} print systemd -- SOURCE DESTINATION ...".format(PROGRAM))
-    check_task(backup)
-    check_absolute(backup)
-    return format_units(task, backup, task.destinations)
+    requests = parse_command(task.destinations)
+    for request in requests:
+        if request.task.verb:
+            raise UsageError("print systemd is for backups, not for the verb {}".format(request.task.verb),
+                             "{} print systemd -- SOURCE DESTINATION ...".format(PROGRAM))
+        check_task(request.task)
+        check_absolute(request)
+    return format_units(task, requests, task.destinations)
 
 
 def no_operands(operands: Sequence[str]) -> None:
@@ -3946,7 +4163,13 @@ RUNS: Dict[str, Tuple[Callable[[Task], None], Callable[[Task, Events], int]]] = 
 
 def run_arguments(arguments: Sequence[str]) -> int:
     """The exit status of a command line; BackupError where it ends early."""
-    task = parse_arguments(arguments)
+    try:
+        requests = parse_command(arguments)
+    except Forbidden:
+        if os.geteuid() != 0 and "--no-elevate" not in arguments:
+            elevate(arguments)
+        raise
+    task = requests[0].task
     if task.help:
         print_result(format_help(task.verb))
         return 0
@@ -3954,10 +4177,30 @@ def run_arguments(arguments: Sequence[str]) -> int:
         print_result(format_version())
         return 0
     check, run = RUNS[task.verb]
-    check(task)
+    for number, request in enumerate(requests, 1):
+        try:
+            check(request.task)
+        except UsageError as error:
+            raise UsageError("task {}: {}".format(number, error.message) if len(requests) > 1 else error.message,
+                             error.hint) from None
     if os.geteuid() != 0 and not task.no_elevate and VERBS[task.verb].needs_root:
         elevate(arguments)
     events = make_events(task)
+    statuses = []
+    for request in requests:
+        statuses.append(run_and_report(run, request.task, events))
+        if statuses[-1] > 128:  # interrupted
+            return statuses[-1]
+    return overall_status(statuses)
+
+
+def overall_status(statuses: Sequence[int]) -> int:
+    """The exit status of a command from those of its tasks."""
+    bad = {status for status in statuses if status}
+    return 0 if not bad else bad.pop() if len(bad) == 1 else 1
+
+
+def run_and_report(run: Callable[[Task, Events], int], task: Task, events: Events) -> int:
     try:
         return run(task, events)
     except BackupError as error:

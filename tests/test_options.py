@@ -19,6 +19,7 @@ from btrfs_backup_ng import (
     format_error,
     format_help,
     parse_arguments,
+    parse_command,
     parse_endpoint,
 )
 
@@ -58,7 +59,7 @@ class Accepted(unittest.TestCase):
             (["/s", "/b", "/c"], {"source": "/s", "destinations": ("/b", "/c")}),
             (["s", "two words"], {"source": "s", "destinations": ("two words",)}),
             (["-"], {"source": "-"}),
-            (["@s", "\udcff"], {"source": "@s", "destinations": ("\udcff",)}),
+            (["--", "@s", "\udcff"], {"source": "@s", "destinations": ("\udcff",)}),
         ])
 
     def test_any_order(self):
@@ -258,7 +259,7 @@ class Endpoints(unittest.TestCase):
     PATHS = ("/", "/s", "s", ".", "..", "./a:b", "./@home", "-", "two words", "$HOME", "it's", "\udcff",
              "./ssh://x", "~", "#", "%20")
 
-    TASKS = (":", "::", "/a:/b", "../a:b", "a/b:c", "/a/host:/b", "/ssh://x")
+    WITH_COLONS = (":", "::", "/a:/b", "../a:b", "a/b:c", "/a/host:/b", "/ssh://x", "/a\\:b", "@home")
 
     NO_PATHS = ("", "a\nb", "/a\0b", "\n")
 
@@ -293,15 +294,11 @@ class Endpoints(unittest.TestCase):
                 self.assertEqual((text, "path", text, "", ""), parse_endpoint(text))
                 check_task(parse_arguments(["--", text, text]))
 
-    def test_a_colon_in_a_path_is_escaped(self):
-        self.assertEqual("/a:b", parse_endpoint("/a\\:b").path)
-
-    def test_one_task_at_a_time(self):
-        for text in self.TASKS:
-            self.refuse(text, "one task")
-
-    def test_no_arguments_from_files(self):
-        self.refuse("@home", "files", "./")
+    def test_a_word_is_taken_as_it_stands(self):
+        """Tasks and files are split off before."""
+        for text in self.WITH_COLONS:
+            with self.subTest(text=text):
+                self.assertEqual((text, "path", text, "", ""), parse_endpoint(text))
 
     def test_no_paths(self):
         for text in self.NO_PATHS:
@@ -339,6 +336,7 @@ class Table(unittest.TestCase):
     # What people's scripts and crontabs contain.
     PROMISED = (
         "-h", "--help", "-V", "--version", "-v", "--verbosity", "-q", "--quiet", "-d", "--btrfs-debug",
+        "-l", "--live-layout", "--jobs",
         "-N", "--num-snapshots", "-n", "--num-backups", "--keep-snapshots", "--keep-backups",
         "-S", "--no-snapshot", "-f", "--snapshot-folder",
         "-p", "--snapshot-prefix", "-T", "--no-transfer", "-I", "--no-incremental", "-s", "--sync",
@@ -356,6 +354,12 @@ class Table(unittest.TestCase):
 
     def test_options_and_fields_of_a_task_match(self):
         self.assertEqual(set(Task._fields) - {"verb", "source", "destinations"}, {option.field for _, option in ALL_OPTIONS})
+
+    def test_every_option_has_a_long_form(self):
+        """Tasks are handed on in it."""
+        for verb in VERBS.values():
+            for option in flags_of(verb.groups).values():
+                self.assertTrue(option.flags[-1].startswith("--"), option.flags)
 
     def test_each_flag_sets_its_field(self):
         for verb, option in ALL_OPTIONS:
@@ -393,9 +397,9 @@ class Table(unittest.TestCase):
             for example, effect in verb.examples:
                 with self.subTest(example=example):
                     self.assertTrue(effect)
-                    task = parse_arguments(re.split(r" [|>]", example)[0].split())
-                    self.assertEqual(name, task.verb)
-                    RUNS[name][0](task)
+                    for request in parse_command(re.split(r" [|>]", example)[0].split()):
+                        self.assertEqual(name, request.task.verb)
+                        RUNS[name][0](request.task)
 
 
 if __name__ == "__main__":
