@@ -12,6 +12,16 @@ BENCH ?= --json bench.json
 
 ZIPAPP = btrfs_backup_ng.pyz
 PROGRAM = $(DESTDIR)$(PREFIX)/bin/btrfs-backup-ng
+SHARE = $(DESTDIR)$(PREFIX)/share
+# The manual and the shells' completions, in the folders where man and the shells look for them.
+MANUAL = $(SHARE)/man/man8/btrfs-backup-ng.8
+BASH_COMPLETION = $(SHARE)/bash-completion/completions/btrfs-backup-ng
+ZSH_COMPLETION = $(SHARE)/zsh/site-functions/_btrfs-backup-ng
+FISH_COMPLETION = $(SHARE)/fish/vendor_completions.d/btrfs-backup-ng.fish
+PRINTED = '$(MANUAL)' '$(BASH_COMPLETION)' '$(ZSH_COMPLETION)' '$(FISH_COMPLETION)'
+# Prints a text into a file, which any user may read.
+PRINT_TO = print_to() { file=$$1; shift; install -d "$${file%/*}" && \
+    "$(PYTHON)" -E -s btrfs_backup_ng.py print "$$@" >"$$file" && chmod 644 "$$file"; }
 # Quoted, so that the shell does not take a pattern for file names.
 RUN_TESTS = -W error::SyntaxWarning tests/run.py $(foreach pattern,$(TESTS),'$(pattern)')
 
@@ -83,12 +93,17 @@ $(LINT_VENV)/ready: Makefile
 	$(LINT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(LINT_PROGRAMS)
 	@touch $@
 
-install: build ## install as $(PREFIX)/bin/btrfs-backup-ng: PREFIX=/usr/local DESTDIR=
+install: build ## install program, manual and completions: PREFIX=/usr/local DESTDIR=
 	install -d "$(DESTDIR)$(PREFIX)/bin"
 	install -m 755 $(ZIPAPP) "$(PROGRAM)"
+	@$(PRINT_TO); set -e; \
+	print_to '$(MANUAL)' man; \
+	print_to '$(BASH_COMPLETION)' completion bash; \
+	print_to '$(ZSH_COMPLETION)' completion zsh; \
+	print_to '$(FISH_COMPLETION)' completion fish
 
 uninstall: ## remove what install has installed
-	rm -f "$(PROGRAM)"
+	rm -f "$(PROGRAM)" $(PRINTED)
 
 clean: ## remove what has been built
 	rm -rf $(ZIPAPP) $(LINT_VENV) __pycache__ tests/__pycache__ bench.json

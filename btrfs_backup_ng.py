@@ -538,11 +538,15 @@ OPTION_TABLE = (
 )
 
 
+SHELLS = ("bash", "zsh", "fish")  # that a completion can be written for
+
+
 class Verb(NamedTuple):
     """A command of its own: `btrfs-backup-ng NAME ...`; '' is the classic one.
 
     about: paragraphs for the help, apart by empty lines; what is indented stays as it is.
     examples: each a command and what it does.
+    operands: for completions, the words that may stand after a word, instead of a path.
     """
 
     usage: str
@@ -550,6 +554,7 @@ class Verb(NamedTuple):
     groups: Tuple[Group, ...]
     about: str = ""
     examples: Tuple[Tuple[str, str], ...] = ()
+    operands: Tuple[Tuple[str, Tuple[str, ...]], ...] = ()
     needs_root: bool = True  # run again through sudo where it is not root
 
 
@@ -618,6 +623,7 @@ script puts the units there.""",
             ("print systemd -- -N 3 -n 30 /home /mnt/backup/home", "look at a service and its timer"),
             ("print systemd -- -N 3 -n 30 /home /mnt/backup/home | sh", "install them (as root)"),
         ),
+        operands=(("print", ("man", "completion", "systemd")), ("completion", SHELLS)),
         needs_root=False),
 }
 
@@ -1841,6 +1847,8 @@ def hint_for(words: str) -> str:
              ("Permission denied", "run as root"),
              ("cannot find parent", "the parent is not usable there; -I sends in full"),
              ("not on mount point", "mount the filesystem's top level there, or send in full with -I"),
+             ("remount this btrfs filesystem", "the destination is a folder mounted over itself or elsewhere (bind); "
+                                               "name it on the filesystem's own mount, or send in full with -I"),
              ("reachable from inside", "mount the filesystem's top level there, or send in full with -I"))
     return next((hint for sign, hint in hints if sign in words), "")
 
@@ -3733,8 +3741,6 @@ def format_man() -> str:
 ########################################################################################################
 
 FOLDER_VALUES = ("DIR", "DEST", "FOLDER", "SUBVOLUME", "PATH")
-SHELLS = ("bash", "zsh", "fish")
-WORDS_OF_PRINT = {1: ("man", "completion", "systemd"), 2: SHELLS}  # by position
 
 
 def value_words(option: Option) -> Tuple[str, ...]:
@@ -3763,7 +3769,7 @@ def single_quoted(text: str) -> str:
 BASH_COMPLETION = """\
 # bash completion for {program} {version}
 _btrfs_backup_ng() {{
-    local cur=${{COMP_WORDS[COMP_CWORD]}} prev=${{COMP_WORDS[COMP_CWORD-1]}} verb= words= IFS=$' \\t\\n'
+    local cur=${{COMP_WORDS[COMP_CWORD]}} prev=${{COMP_WORDS[COMP_CWORD-1]}} verb= IFS=$' \\t\\n'
     if [[ $cur == = ]]; then cur=; elif [[ $prev == = ]]; then prev=${{COMP_WORDS[COMP_CWORD-2]}}; fi
     if ((COMP_CWORD > 1)); then
         case ${{COMP_WORDS[1]}} in {verbs}) verb=${{COMP_WORDS[1]}} ;; esac
@@ -3773,10 +3779,9 @@ _btrfs_backup_ng() {{
     esac
     case $verb:$cur in
 {flags}
-        print:*) case $((COMP_CWORD - 1)) in
-{print}
-            esac
-            COMPREPLY=($(compgen -W "$words" -- "$cur")); return ;;
+    esac
+    case $verb:$prev in
+{operands}
     esac
     ((COMP_CWORD == 1)) && COMPREPLY=($(compgen -W '{verb_words}' -- "$cur"))
     IFS=$'\\n'
@@ -3789,13 +3794,16 @@ BASH_VALUES = {"file": "COMPREPLY=($(compgen -f -- \"$cur\"))", "folder": "COMPR
                "": "COMPREPLY=()"}
 
 
+def bash_words(words: Iterable[str]) -> str:
+    return "COMPREPLY=($(compgen -W {} -- \"$cur\"))".format(single_quoted(" ".join(words)))
+
+
 def bash_values(name: str, verb: Verb) -> List[str]:
     """The branches for the values of a verb's options."""
     lines = []
     for option in filter(needs_value, options_of(verb)):
         kind = value_kind(option)
-        reply = "COMPREPLY=($(compgen -W {} -- \"$cur\"))".format(
-            single_quoted(" ".join(value_words(option)))) if kind == "words" else BASH_VALUES[kind]
+        reply = bash_words(value_words(option)) if kind == "words" else BASH_VALUES[kind]
         names = "IFS=$'\\n'; compopt -o filenames 2>/dev/null; " if kind in ("file", "folder") else ""
         patterns = "|".join("{}:{}".format(name, flag) for flag in option.flags)
         lines.append("        {}) {}{}; return ;;".format(patterns, names, reply))
@@ -3803,15 +3811,15 @@ def bash_values(name: str, verb: Verb) -> List[str]:
 
 
 def bash_completion() -> str:
-    flags = ["        {}:-*) COMPREPLY=($(compgen -W {} -- \"$cur\")); return ;;".format(
-        name, single_quoted(" ".join(flags_of(verb.groups)))) for name, verb in VERBS.items()]
+    flags = ["        {}:-*) {}; return ;;".format(name, bash_words(flags_of(verb.groups)))
+             for name, verb in VERBS.items()]
     verbs = [name for name in VERBS if name]
     return BASH_COMPLETION.format(
         program=PROGRAM, version=__version__, verbs="|".join(verbs), verb_words=" ".join(verbs),
         values="\n".join(line for name, verb in VERBS.items() for line in bash_values(name, verb)),
         flags="\n".join(flags),
-        print="\n".join("                {}) words={} ;;".format(position, single_quoted(" ".join(words)))
-                        for position, words in WORDS_OF_PRINT.items()))
+        operands="\n".join("        {}:{}) {}; return ;;".format(name, word, bash_words(words))
+                           for name, verb in VERBS.items() for word, words in verb.operands))
 
 
 def zsh_text(text: str) -> str:
@@ -3823,7 +3831,7 @@ def zsh_option(option: Option) -> str:
     """One option as _arguments wants it: '(-N --num-snapshots)'{-N+,--num-snapshots=}'[help]:N: '."""
     takes = needs_value(option)
     flags = [flag + (("=" if flag.startswith("--") else "+") if takes else "") for flag in option.flags]
-    actions = {"words": "({})".format(" ".join(value_words(option))), "file": "_files", "folder": "_files -/", "": " "}
+    actions = {"file": "_files", "folder": "_files -/", "": " ", "words": "({})".format(" ".join(value_words(option)))}
     value = ":{}:{}".format(zsh_text(option.metavar), actions[value_kind(option)]) if takes else ""
     once = "*" if option.many else "({})".format(" ".join(option.flags))
     flags_part = "{" + ",".join(flags) + "}" if len(flags) > 1 else flags[0]
@@ -3832,10 +3840,9 @@ def zsh_option(option: Option) -> str:
 
 
 def zsh_branch(name: str, verb: Verb) -> List[str]:
-    operands = ["'{}: :({})'".format(position, " ".join(words)) for position, words in WORDS_OF_PRINT.items()]
-    if name != "print":
-        operands = ["'*: :_files -/'"]
-    specifications = [zsh_option(option) for option in options_of(verb)] + operands
+    branches = " ".join("{}) compadd {} ;;".format(word, " ".join(words)) for word, words in verb.operands)
+    operands = "{{case $words[CURRENT-1] in {} *) _files -/ ;; esac}}".format(branches) if branches else "_files -/"
+    specifications = [zsh_option(option) for option in options_of(verb)] + [single_quoted("*: :" + operands)]
     return ["    {})".format(name or "*"), "      _arguments -s -S \\"] + [
         "        {} \\".format(text) for text in specifications[:-1]] + [
         "        {} ;;".format(specifications[-1])]
@@ -3882,8 +3889,8 @@ end
 function __btrfs_backup_ng_is
     test "$argv[1]" = "$(__btrfs_backup_ng_verb)"
 end
-function __btrfs_backup_ng_at
-    test (count (commandline -opc)) = $argv[1]
+function __btrfs_backup_ng_after
+    contains -- (commandline -opc)[-1] $argv
 end
 complete -c {program} -f"""
 
@@ -3907,13 +3914,16 @@ def fish_completion() -> str:
     lines = [FISH_COMPLETION.format(program=PROGRAM, version=__version__,
                                     verbs=" ".join(name for name, _ in named))]
     for name, verb in named:
-        lines.append("complete -c {} -n '__btrfs_backup_ng_at 1' -a {} -d {}".format(
+        lines.append("complete -c {} -n 'test (count (commandline -opc)) = 1' -a {} -d {}".format(
             PROGRAM, name, fish_quoted(verb.summary)))
-    for position, words in WORDS_OF_PRINT.items():
-        lines.append("complete -c {} -n '__btrfs_backup_ng_is print; and __btrfs_backup_ng_at {}' -a {}".format(
-            PROGRAM, position + 1, fish_quoted(" ".join(words))))
-    lines.append("complete -c {} -n 'not __btrfs_backup_ng_is print' -a '(__fish_complete_directories)'".format(
-        PROGRAM))
+    for name, verb in VERBS.items():
+        is_verb = "__btrfs_backup_ng_is {}".format(name or '""')
+        for word, words in verb.operands:
+            lines.append("complete -c {} -n '{}; and __btrfs_backup_ng_after {}' -a {}".format(
+                PROGRAM, is_verb, word, fish_quoted(" ".join(words))))
+        others = "; and not __btrfs_backup_ng_after " + " ".join(word for word, _ in verb.operands)
+        lines.append("complete -c {} -n '{}{}' -a '(__fish_complete_directories)'".format(
+            PROGRAM, is_verb, others if verb.operands else ""))
     lines += [fish_option(name, option) for name, verb in VERBS.items() for option in options_of(verb)]
     return "\n".join(lines)
 
@@ -3926,9 +3936,10 @@ def fish_completion() -> str:
 # and checked first, so that a mistake shows now and not at night.
 ########################################################################################################
 
-# Nothing that mounts a path of its own over one that is backed up (ProtectSystem=strict, ReadWritePaths=,
-# PrivateTmp=): btrfs send and receive then see a mount point in the middle of a subvolume. No device
-# policy and no RestrictSUIDSGID=: btrfs receive makes device nodes and setuid files.
+# Nothing that mounts a folder over itself (ReadWritePaths=, and with it ProtectSystem=strict, or BindPaths=):
+# `btrfs receive` then takes that folder for the mount point of its filesystem, and refuses to receive an
+# increment ("remount this btrfs filesystem with fs tree", btrfs-progs 6.2). No PrivateDevices=, device policy
+# or RestrictSUIDSGID=: receive makes device nodes and setuid files.
 HARDENING = """\
 NoNewPrivileges=yes
 CapabilityBoundingSet=CAP_SYS_ADMIN CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_FSETID \
@@ -3951,7 +3962,6 @@ SystemCallFilter=~@clock @cpu-emulation @debug @module @mount @obsolete @raw-io 
 SERVICE = """\
 [Unit]
 Description={description}
-Documentation=man:btrfs-backup-ng(8)
 {after}
 [Service]
 Type=oneshot
@@ -4042,7 +4052,7 @@ def format_units(task: Task, requests: Sequence[Request], arguments: Sequence[st
         systemctl="systemctl" + user, journalctl="journalctl" + user, name=name,
         service=SERVICE.format(description=description, after=after, command=command,
                                hardening=HARDENING if is_hardened else ""),
-        timer=TIMER.format(description="{}: timer".format(description), calendar=unit_text(task.on_calendar))).rstrip("\n")
+        timer=TIMER.format(description=description, calendar=unit_text(task.on_calendar))).rstrip("\n")
 
 
 ########################################################################################################

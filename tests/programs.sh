@@ -23,6 +23,12 @@ test  setfacl     acl          acl          acl
 test  setcap      libcap2-bin  libcap       libcap-progs
 test  mkfs.ext4   e2fsprogs    e2fsprogs    e2fsprogs
 test  chattr      e2fsprogs    e2fsprogs    e2fsprogs
+test  man         man-db       man-db       man
+test  groff       groff-base   groff-base   groff
+test  zsh         zsh          zsh          zsh
+test  fish        fish         fish         fish
+test  strace      strace       strace       strace
+test  systemd-analyze systemd  systemd      systemd
 test  ssh         openssh-client  openssh-clients  openssh-clients
 test  ssh-keygen  openssh-client  openssh          openssh-common
 test  sshd        openssh-server  openssh-server   openssh-server

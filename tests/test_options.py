@@ -10,9 +10,9 @@ from btrfs_backup_ng import (
     FLAGS,
     OPTION_TABLE,
     RUNS,
+    VERBS,
     Task,
     UsageError,
-    VERBS,
     check_task,
     destination_key,
     flags_of,
@@ -353,7 +353,8 @@ class Table(unittest.TestCase):
             self.assertEqual(sorted(set(flags)), sorted(flags))
 
     def test_options_and_fields_of_a_task_match(self):
-        self.assertEqual(set(Task._fields) - {"verb", "source", "destinations"}, {option.field for _, option in ALL_OPTIONS})
+        fields = {option.field for _, option in ALL_OPTIONS}
+        self.assertEqual(set(Task._fields) - {"verb", "source", "destinations"}, fields)
 
     def test_every_option_has_a_long_form(self):
         """Tasks are handed on in it."""
@@ -379,7 +380,8 @@ class Table(unittest.TestCase):
                 self.assertEqual(set(), set(flags_of(verb.groups)) - words)
                 flat = " ".join(text.split())
                 for option in (option for group in verb.groups for option in group.options):
-                    self.assertIn(" ".join((", ".join(option.flags) + " " + option.metavar).split()) + " ", flat)
+                    shown = ", ".join(option.flags) + (" " + option.metavar if option.metavar else "")
+                    self.assertIn(shown + " ", flat)
                     self.assertIn(" ".join(option.help.split()), flat)
                 for group in verb.groups:
                     self.assertIn("\n" + group.title.lower() + ":\n", text)

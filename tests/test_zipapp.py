@@ -27,7 +27,7 @@ import sys
 
 def main(argv=None):
     print("arguments: " + " ".join(sys.argv[1:]))
-    return 7
+    return 0 if sys.argv[1:2] == ["print"] else 7
 
 
 if __name__ == "__main__":
@@ -335,7 +335,7 @@ class CacheFolder(ZipappTest):
         """Have a copy made; put another of the same size in its place."""
         self.assertEqual(self.status(), 7)
         with open(self.kept, "w", encoding="utf-8") as stream:
-            stream.write(STAND_IN.replace("return 7", "return 8"))
+            stream.write(STAND_IN.replace("else 7", "else 8"))
         os.utime(self.kept, (1, 1))  # the bytecode of the first one is out of date
 
     def test_made_on_the_first_run_and_used_from_then_on(self) -> None:
@@ -452,7 +452,17 @@ class Make(ZipappTest):
     def test_install_and_uninstall(self) -> None:
         where = ["DESTDIR=" + self.destination, "PREFIX=/opt/tools"]
         self.make("install", *where)
-        self.assertEqual(self.installed(), ["opt/tools/bin/btrfs-backup-ng"])
+        printed = {
+            "opt/tools/share/man/man8/btrfs-backup-ng.8": "man",
+            "opt/tools/share/bash-completion/completions/btrfs-backup-ng": "completion bash",
+            "opt/tools/share/zsh/site-functions/_btrfs-backup-ng": "completion zsh",
+            "opt/tools/share/fish/vendor_completions.d/btrfs-backup-ng.fish": "completion fish",
+        }
+        self.assertEqual(self.installed(), sorted(["opt/tools/bin/btrfs-backup-ng"] + list(printed)))
+        for name, arguments in printed.items():
+            path = os.path.join(self.destination, name)
+            self.assertEqual(contents(path).decode(), "arguments: print {}\n".format(arguments))
+            self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o644)
         program = os.path.join(self.destination, "opt/tools/bin/btrfs-backup-ng")
         self.assertEqual(stat.S_IMODE(os.stat(program).st_mode), 0o755)
         self.assertEqual(run([sys.executable, program])[0], 7)
