@@ -15,27 +15,6 @@ The way of the data:
 
 Contents; a section uses only what stands above it:
 
-     1 ERRORS            what can go wrong, with exit status and remedy; sizes and times as text
-     2 NAMES             which names are snapshots of ours, and of when
-     3 RETENTION         what is kept, and why
-     4 OPTIONS           the table of options, what a task is, what an endpoint names
-     5 ARGUMENTS         words and files to tasks
-     6 IDENTITY          subvolumes, which backup belongs to which snapshot, what is complete
-     7 PLANNING          observed state to a plan of transfers and deletions
-     8 STREAM            the send stream: first command, private partials, size
-     9 EVENTS            one stream of events; log lines, progress and JSON read it
-    10 PROCESSES         programs: found, run, watched, ended
-    11 BTRFS             what the kernel and the btrfs program say and do
-    12 STATE             locks and pins in the snapshot folder
-    13 ENDS              the processes at the two ends of a stream
-    14 COMMANDS          shell://: a command of the user's takes the stream
-    15 HOST              the semantic calls that everything above planning goes through
-    16 RELAY             one stream from a sender to its receivers
-    17 TASK              observe, plan, show or execute
-    18 HELP              help and man page, from the tables
-    19 COMPLETION        what the Tab key offers in bash, zsh and fish
-    20 UNITS             a systemd service and its timer
-    21 COMMAND LINE      help, version, sudo, signals, main
 
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
@@ -68,6 +47,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import itertools
 import os
 import re
 import select
@@ -92,13 +72,14 @@ from typing import (
     Set,
     Tuple,
     Union,
+    get_type_hints,
 )
 
 __version__ = "0.7.0"
 
 
 ########################################################################################################
-# 1 ERRORS: what can go wrong, with exit status and remedy; sizes and times as text
+# 0 ERRORS: what can go wrong, with exit status and remedy; sizes and times as text
 #
 # One root class. A message says what failed, on which object, in the cause's own words, lower case,
 # without a full stop; the hint says what to type; the detail is the stderr of the program that failed.
@@ -182,7 +163,7 @@ def printable(text: str) -> str:
 
 
 ########################################################################################################
-# 2 NAMES: which names are snapshots of ours, and of when
+# 0 NAMES: which names are snapshots of ours, and of when
 #
 # A name counts only if it is the exact prefix and a strict time; what is parsed must render as the
 # same text again, for strptime accepts much more. Local time repeats and jumps at DST, so a name's
@@ -258,7 +239,7 @@ def partial_of(name: str) -> Optional[str]:
 
 
 ########################################################################################################
-# 3 RETENTION: what is kept, and why
+# 0 RETENTION: what is kept, and why
 #
 # Pure: names, times and protections in, a verdict with its reason for each out. A policy keeps the newest by
 # number, and by time the newest of each of the last hours, days, weeks, months, years that have one; each
@@ -394,7 +375,7 @@ def plan_retention(times: Dict[str, float], policy: Policy, protected: Dict[str,
 
 
 ########################################################################################################
-# 4 OPTIONS: the table of options, what a task is, what an endpoint names
+# 0 OPTIONS: the table of options, what a task is, what an endpoint names
 #
 # One table feeds the parser and the help. Long options may be shortened as far as they stay unique. An
 # endpoint is taken as it stands: nothing in it is decoded, lower-cased or guessed. Every mistake here is
@@ -440,6 +421,12 @@ class OneOf(NamedTuple):
 def parse_line(text: str) -> str:
     if not text.strip() or not text.isprintable():
         raise ValueError("is no line of text")
+    return text
+
+
+def parse_compress(text: str) -> str:
+    if text not in ("no", "auto", "zstd", "lz4", "gzip"):
+        raise ValueError("is not one of no, auto, zstd, lz4, gzip")
     return text
 
 
@@ -524,7 +511,13 @@ OPTION_TABLE = (
         Option(("-I", "--no-incremental"), "no_incremental", "", None, "always send in full"),
         Option(("--stall-timeout",), "stall_timeout", "SECONDS", parse_stall_timeout,
                "give a transfer up when not a byte has moved for so long; default 900"),
+        Option(("--compress",), "compress", "PROGRAM", parse_compress,
+               "on the way over ssh: no, auto, zstd, lz4 or gzip; default no"),
         Option(("--skip-fs-checks",), "skip_fs_checks", "", None, "do not check that paths are on btrfs"),
+    )),
+    Group("Remote hosts", (
+        Option(("--ssh-opt",), "ssh_options", "OPT", parse_path, "passed on as ssh -o OPT; may be repeated", many=True),
+        Option(("--ssh-sudo",), "ssh_sudo", "", None, "run by sudo -n on the remote host"),
     )),
     Group("Locks and runs", (
         Option(("--remove-locks",), "remove_locks", "", None, "remove all locks of the given destinations"),
@@ -598,6 +591,12 @@ file, relative to the one it stands in.""",
             ("-S --locked-destinations /home", "retry what failed, take no snapshot"),
             ("/home", "a snapshot only"),
         )),
+    "agent": Verb(
+        "", "serve another instance of this program on stdin and stdout", (Group("Display", rows("-h")),),
+        about="""\
+Answers the calls of another instance of this program, which it gets on stdin, on stdout. Nobody types
+this: it is what runs on a remote host while that is a source or a destination.""",
+        needs_root=False),
     "print": Verb(
         "{man | completion bash|zsh|fish | systemd [options] -- ARGUMENT ...}",
         "write a man page, a shell's completion, or systemd units", (
@@ -660,6 +659,9 @@ class Task(NamedTuple):
     no_transfer: bool = False
     no_incremental: bool = False
     stall_timeout: float = 900.0
+    compress: str = "no"
+    ssh_options: Tuple[str, ...] = ()
+    ssh_sudo: bool = False
     skip_fs_checks: bool = False
     remove_locks: bool = False
     locked_destinations: bool = False
@@ -808,7 +810,7 @@ def parse_remote(text: str, kind: str, rest: str) -> Endpoint:
 
 
 ########################################################################################################
-# 5 ARGUMENTS: words and files to tasks
+# 0 ARGUMENTS: words and files to tasks
 #
 # Options and paths mix in any order. An option's value is the next word as it stands, whatever it begins
 # with or holds. A `:` separates tasks, alone or glued to a path, where it is no part of a URL or of
@@ -1044,7 +1046,7 @@ def parse_arguments(arguments: Sequence[str]) -> Task:
 
 
 ########################################################################################################
-# 6 IDENTITY: subvolumes, which backup belongs to which snapshot, what is complete
+# 0 IDENTITY: subvolumes, which backup belongs to which snapshot, what is complete
 #
 # Identity goes by UUID, never by name or time. The id that travels in a stream is the received UUID
 # of the sent subvolume where it has one, else its UUID; the receiver keeps it as received UUID. So it
@@ -1152,7 +1154,7 @@ def backups_of(listing: Listing, prefix: str) -> List[Subvolume]:
 
 
 ########################################################################################################
-# 7 PLANNING: observed state to a plan of transfers and deletions
+# 0 PLANNING: observed state to a plan of transfers and deletions
 #
 # Pure: listings, locks and pins in, values out; `--dry-run` prints them, a run executes them. The
 # parent of a transfer is the nearest older snapshot complete on both sides, else the nearest newer;
@@ -1359,7 +1361,7 @@ def after_transfers(listing: Listing, plan: DestinationPlan) -> Listing:
 
 
 ########################################################################################################
-# 8 STREAM: the send stream: first command, private partials, size
+# 0 STREAM: the send stream: first command, private partials, size
 #
 # A header of 17 bytes, then commands: `le32 length | le16 command | le32 crc32c | payload` of attributes
 # `le16 type | le16 length | data` (btrfs-progs, send.h). The first says which subvolume `btrfs receive`
@@ -1645,7 +1647,7 @@ class SizeMeter:
 
 
 ########################################################################################################
-# 9 EVENTS: one stream of events; log lines, progress and JSON read it
+# 0 EVENTS: one stream of events; log lines, progress and JSON read it
 #
 # Whatever is worth saying is an event: a kind for machines, a level, a line for people, and facts.
 # Displays are readers of the events and of nothing else. Log lines go to stderr; results (a plan, a
@@ -1762,14 +1764,14 @@ class JsonLog:
 
 
 ########################################################################################################
-# 10 PROCESSES: programs: found, run, watched, ended
+# 0 PROCESSES: programs: found, run, watched, ended
 #
 # Argument lists, never a shell. Each child is a process group of its own, so that a key press on the
 # terminal does not kill the ends of a transfer behind our back; it ends by itself when its pipe does.
 # Every stderr is drained, its tail kept. Never: a child left running when we are done with it.
 ########################################################################################################
 
-PACKAGES = {"btrfs": "btrfs-progs (btrfsprogs on openSUSE)", "sudo": "sudo"}
+PACKAGES = {"btrfs": "btrfs-progs (btrfsprogs on openSUSE)", "ssh": "openssh-client (openssh-clients on Fedora)"}
 ENDING_GRACE = 5.0  # seconds between asking a process to end and killing it
 PIPE_SIZE = 1 << 20
 SENDER_BUFFER = 2 << 20
@@ -1803,10 +1805,12 @@ OWN_GROUP: Dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) 
 
 
 def start(argv: Sequence[str], stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE,
-          stderr: Any = subprocess.PIPE, environment: Optional[Dict[str, str]] = None) -> "subprocess.Popen":
+          stderr: Any = subprocess.PIPE, environment: Optional[Dict[str, str]] = None,
+          own_group: bool = True) -> "subprocess.Popen":
+    """Starts a program; in our own process group only if it may have to ask at the terminal."""
     try:
-        return subprocess.Popen([find_program(argv[0])] + list(argv[1:]), stdin=stdin, stdout=stdout,
-                                stderr=stderr, env=environment or child_environment(), **OWN_GROUP)
+        return subprocess.Popen([find_program(argv[0])] + list(argv[1:]), stdin=stdin, stdout=stdout, stderr=stderr,
+                                env=environment or child_environment(), **(OWN_GROUP if own_group else {}))
     except OSError as error:
         raise os_error("cannot run {}".format(argv[0]), error) from None
 
@@ -1881,12 +1885,12 @@ class Stage:
     """One process of a transfer, with its stderr drained and the tail of it kept; without `stdout` that as well."""
 
     def __init__(self, argv: Sequence[str], stdin: Any, stdout: Any,
-                 environment: Optional[Dict[str, str]] = None) -> None:
+                 environment: Optional[Dict[str, str]] = None, own_group: bool = True) -> None:
         self.program = " ".join(argv[:2])
         if stdout is None:
-            self.process = start(argv, stdin, subprocess.PIPE, subprocess.STDOUT, environment)
+            self.process = start(argv, stdin, subprocess.PIPE, subprocess.STDOUT, environment, own_group)
         else:
-            self.process = start(argv, stdin, stdout, subprocess.PIPE, environment)
+            self.process = start(argv, stdin, stdout, subprocess.PIPE, environment, own_group)
         self.stderr: Any = self.process.stderr or self.process.stdout
         self.tail: "collections.deque[bytes]" = collections.deque(maxlen=20)
         self.drain = threading.Thread(target=self.read_stderr, daemon=True)
@@ -1932,7 +1936,7 @@ def make_pipe() -> Tuple[int, int]:
 
 
 ########################################################################################################
-# 11 BTRFS: what the kernel and the btrfs program say and do
+# 0 BTRFS: what the kernel and the btrfs program say and do
 #
 # Reading goes by ioctl (uapi/linux/btrfs.h), which any user may, in microseconds; where the kernel has
 # no GET_SUBVOL_INFO (before Linux 4.18) by `btrfs subvolume show`. Changing goes by the btrfs program.
@@ -2104,7 +2108,7 @@ def parse_find_new(text: str) -> int:
 
 
 ########################################################################################################
-# 12 STATE: locks and pins in the snapshot folder
+# 0 STATE: locks and pins in the snapshot folder
 #
 # `.outstanding_transfers` holds locks and parent notes in the format of release 0.6.6, so that either
 # program takes over from the other; `.destinations.json` the pins. Each change reads, changes its own
@@ -2260,7 +2264,7 @@ def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None])
 
 
 ########################################################################################################
-# 13 ENDS: the processes at the two ends of a stream
+# 0 ENDS: the processes at the two ends of a stream
 #
 # A sender fills buffers, a receiver takes them, and neither ever blocks. The receiver is the only place
 # where a backup becomes complete: `btrfs receive` exited 0, the result was seen read-only with the right
@@ -2331,6 +2335,14 @@ class LocalReceiver:
         finally:
             os.close(read_end)
         os.set_blocking(write_end, False)
+
+    @property
+    def file_data(self) -> int:
+        """Bytes of file contents so far, before compression."""
+        return self.stream.reader.file_data
+
+    def count_file_data(self) -> None:
+        """Nothing: it is counted anyway."""
 
     def offer(self, chunk: memoryview) -> None:
         """Takes a chunk, whose memory must not change before `pending` has gone down."""
@@ -2416,6 +2428,14 @@ class LocalReceiver:
 Receiver = Any  # a LocalReceiver, or what has its methods
 
 
+class SendSize(NamedTuple):
+    """What a send will weigh, in bytes; `ended`: the figures are whole."""
+
+    stream_size: int = 0
+    file_data: int = 0
+    ended: bool = False
+
+
 class Measuring:
     """`btrfs send --no-data` beside a transfer, niced, to learn what the transfer will weigh."""
 
@@ -2446,7 +2466,7 @@ class Measuring:
 
 
 ########################################################################################################
-# 14 COMMANDS: shell://: a command of the user's takes the stream
+# 0 COMMANDS: shell://: a command of the user's takes the stream
 #
 # `sh -c COMMAND`, here, with the stream as `btrfs send` writes it on its stdin and what it is in its
 # environment. It has succeeded when the stream came to its end and the command has read all of it and exited
@@ -2523,6 +2543,13 @@ class ShellReceiver:
     @property
     def pending(self) -> int:
         return self.feed.pending
+
+    @property
+    def file_data(self) -> int:
+        return self.stream.reader.file_data
+
+    def count_file_data(self) -> None:
+        """Nothing: it is counted anyway."""
 
     def offer(self, chunk: memoryview) -> None:
         """Takes a chunk, whose memory must not change before `pending` has gone down."""
@@ -2602,7 +2629,7 @@ class ShellPlace:
 
 
 ########################################################################################################
-# 15 HOST: the semantic calls that everything above planning goes through
+# 0 HOST: the semantic calls that everything above planning goes through
 #
 # A host is a machine that things are done on. Its calls take and return plain values, so that they can
 # travel: look at a place, list a folder, snapshot, delete, rename, state, send, receive. LocalHost does
@@ -2812,6 +2839,15 @@ class LocalHost:
         return Measuring(send_argv(os.path.join(folder, name), os.path.join(folder, parent) if parent else None,
                                    SendOptions(no_data=True)))
 
+    def measured(self, folder: str, name: str, parent: Optional[str]) -> SendSize:
+        """What a send will weigh, once it was measured to its end."""
+        measuring = self.measure_send(folder, name, parent)
+        try:
+            meter = measuring.wait()
+            return SendSize(meter.stream_size, meter.file_data, meter.ended)
+        finally:
+            measuring.end()
+
     def data_since(self, path: str, generation: int) -> int:
         """Bytes of data in extents of the subvolume at `path` written after `generation`; an estimate of a send."""
         return parse_find_new(self.command(["btrfs", "subvolume", "find-new", path, str(generation)],
@@ -2826,31 +2862,8 @@ class LocalHost:
         return LocalReceiver(folder, expected, sole, argv)
 
 
-class Hosts:
-    """The hosts of a run by machine: each is reached once."""
-
-    def __init__(self, task: Task, events: Events) -> None:
-        self.task, self.events = task, events
-        self.known: Dict[str, LocalHost] = {}
-
-    def of(self, endpoint: Endpoint) -> LocalHost:
-        """The host of an endpoint; BackupError where it cannot be reached."""
-        machine = endpoint.machine
-        if machine not in self.known:
-            self.known[machine] = self.reach(endpoint)
-        return self.known[machine]
-
-    def reach(self, endpoint: Endpoint) -> LocalHost:
-        if endpoint.login or endpoint.kind == "raw":
-            raise BackupError("this version cannot reach {}".format(endpoint.text))
-        return LocalHost(self.events)
-
-    def end(self) -> None:
-        """Ends what holds a connection."""
-
-
 ########################################################################################################
-# 16 RELAY: one stream from a sender to its receivers
+# 0 RELAY: one stream from a sender to its receivers
 #
 # The relay moves what can be moved, then naps. Waking for every few KiB costs more than moving them, and
 # memory made anew for each read more than both, so a few buffers go round and it naps only while
@@ -2877,7 +2890,7 @@ class Relayed(NamedTuple):
 class Relay:
     """Moves one stream from a sender to the receivers in `lanes` (destination id to receiver)."""
 
-    def __init__(self, sender: LocalSender, lanes: Dict[str, Receiver], stall_timeout: float,
+    def __init__(self, sender: Any, lanes: Dict[str, Receiver], stall_timeout: float,
                  on_progress: Callable[[int, int], None]) -> None:
         self.sender, self.lanes, self.stall_timeout, self.on_progress = sender, dict(lanes), stall_timeout, on_progress
         self.errors: Dict[str, BackupError] = {}
@@ -2947,7 +2960,7 @@ class Relay:
             return
         self.last_look = now
         self.each_lane(lambda receiver: receiver.check_alive())
-        self.on_progress(self.size, max((r.stream.reader.file_data for r in self.lanes.values()), default=0))
+        self.on_progress(self.size, max((r.file_data for r in self.lanes.values()), default=0))
         if now - self.last_moved > self.stall_timeout:
             stalled = "stalled: not a byte moved for {}".format(format_duration(self.stall_timeout))
             slow = [key for key, receiver in self.lanes.items() if receiver.pending]
@@ -2969,7 +2982,1326 @@ class Relay:
 
 
 ########################################################################################################
-# 17 TASK: observe, plan, show or execute
+# 0 WIRE: calls, results and streams as frames on a channel
+#
+# A frame is `kind (1 byte) | be32 length | payload`. Calls and results are JSON in which each value says
+# what it is, from a table: nothing is pickled or evaluated. A channel carries one call or one stream at a
+# time; a stream is Data frames, then Finish or Abort. Whatever comes before the marker line is noise of a
+# login shell. Both ends use the same classes: a StreamSource is read like `btrfs send`, a StreamSink is
+# fed like `btrfs receive`. Never: a frame above LARGEST_FRAME, a value of another type than its call takes.
+########################################################################################################
+
+MARKER = b"\nbtrfs-backup-ng wire 1\n"
+MOST_NOISE = 256 << 10
+FRAME = struct.Struct(">cI")
+CALL, RESULT, FAILED, EVENT, DATA, FINISH, ABORT = b"C", b"R", b"X", b"L", b"D", b"F", b"A"
+LARGEST_FRAME = 64 << 20  # a listing of some 100,000 subvolumes
+DEEPEST_VALUE = 20
+CHANNEL_NAP = 0.2  # seconds
+GREETING_TIMEOUT = 120.0  # seconds; a password may have to be typed
+POLLRDHUP = 0x2000  # in select since Python 3.7
+WIRE_CLASSES: Dict[str, Any] = {c.__name__: c for c in (
+    Subvolume, Listing, Place, Pin, LockChange, Capabilities, SendOptions, SendSize, ExpectedStream)}
+
+
+class ConnectionLost(ReceiverFailed):
+    """The connection to a host broke; another one may work."""
+
+
+def error_classes() -> Dict[str, Any]:
+    """BackupError and what derives from it, by name."""
+    found, left = {}, [BackupError]  # type: Dict[str, Any], List[Any]
+    while left:
+        error = left.pop()
+        found[error.__name__] = error
+        left += error.__subclasses__()
+    return found
+
+
+def pack_value(value: Any) -> Any:
+    """`value` in the terms of JSON: plain ones and lists as they are, all else as {"is": CLASS, "of": [...]}."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, list):
+        return [pack_value(item) for item in value]
+    if isinstance(value, dict):
+        return {"is": "dict", "of": [[pack_value(key), pack_value(item)] for key, item in value.items()]}
+    if isinstance(value, BackupError):
+        return {"is": "error", "of": [type(value).__name__, value.message, value.hint, value.detail]}
+    if isinstance(value, (set, frozenset)):
+        return {"is": "set", "of": [pack_value(item) for item in sorted(value)]}
+    name = type(value).__name__
+    if name != "tuple" and name not in WIRE_CLASSES:
+        raise TypeError("{} does not travel".format(name))
+    return {"is": name, "of": [pack_value(item) for item in value]}
+
+
+def unpack_value(packed: Any, depth: int = 0) -> Any:
+    """The value that pack_value made `packed` of; ValueError for anything else."""
+    if depth > DEEPEST_VALUE:
+        raise ValueError("a value is too deep")
+    if isinstance(packed, list):
+        return [unpack_value(item, depth + 1) for item in packed]
+    if not isinstance(packed, dict):
+        return packed
+    if set(packed) != {"is", "of"} or not isinstance(packed["of"], list) or not isinstance(packed["is"], str):
+        raise ValueError("a value without its class")
+    items = [unpack_value(item, depth + 1) for item in packed["of"]]
+    try:
+        return unpack_class(packed["is"], items)
+    except (TypeError, KeyError) as error:
+        raise ValueError("no value of class {}: {}".format(packed["is"], error)) from None
+
+
+def unpack_class(name: str, items: List[Any]) -> Any:
+    if name == "dict":
+        return {key: item for key, item in items}
+    if name == "error":
+        kind, message, hint, detail = map(str, items)
+        return error_classes().get(kind, BackupError)(message, hint, detail)
+    if name in ("tuple", "set"):
+        return tuple(items) if name == "tuple" else frozenset(items)
+    value = WIRE_CLASSES[name](*items)
+    for field, hint in type_hints(WIRE_CLASSES[name]).items():
+        if not is_of_type(getattr(value, field), hint):
+            raise TypeError(field)
+    return value
+
+
+@functools.lru_cache(maxsize=None)
+def is_sequence_type(origin: Any) -> bool:
+    import collections.abc as abc
+    return origin in (list, List, Sequence, abc.Sequence, Iterable, abc.Iterable)
+
+
+def is_of_type(value: Any, hint: Any) -> bool:
+    """Whether a value that arrived is what a call takes. Typing's own names differ before Python 3.7."""
+    origin = getattr(hint, "__origin__", None)
+    arguments: Tuple[Any, ...] = getattr(hint, "__args__", None) or ()
+    if hint is Any:
+        return True
+    if origin is Union:
+        return any(is_of_type(value, one) for one in arguments)
+    if is_sequence_type(origin):
+        return isinstance(value, (list, tuple)) and all(is_of_type(item, arguments[0]) for item in value)
+    if origin in (tuple, Tuple):
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return isinstance(value, tuple) and all(is_of_type(item, arguments[0]) for item in value)
+        return isinstance(value, tuple) and len(value) == len(arguments) and all(map(is_of_type, value, arguments))
+    if origin in (frozenset, FrozenSet, set, Set):
+        return isinstance(value, frozenset) and all(is_of_type(item, arguments[0]) for item in value)
+    if origin in (dict, Dict):
+        return isinstance(value, dict) and all(
+            is_of_type(key, arguments[0]) and is_of_type(item, arguments[1]) for key, item in value.items())
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+@functools.lru_cache(maxsize=None)
+def type_hints(declared: Any) -> Dict[str, Any]:
+    return get_type_hints(declared)
+
+
+class Channel:
+    """Frames over two file descriptors, neither of which ever blocks."""
+
+    def __init__(self, read_end: int, write_end: int, peer: str) -> None:
+        self.read_end, self.write_end, self.peer = read_end, write_end, peer
+        self.inbox = b""  # bytes read beyond the marker
+        self.outbox: "collections.deque[memoryview]" = collections.deque()
+        self.queued = self.written = 0  # bytes that were ever put into and taken from the outbox
+        self.data_left = 0  # bytes of a Data frame that are still to be read
+        self.head = bytearray()
+        self.on_event: Callable[[Any], None] = lambda event: None
+        for fd in (read_end, write_end):
+            os.set_blocking(fd, False)
+
+    # -- out
+
+    def send(self, kind: bytes, payload: Chunk = b"") -> None:
+        """Queues a frame; its memory must not change until it is flushed."""
+        self.send_raw(FRAME.pack(kind, len(payload)))
+        if len(payload):
+            self.send_raw(payload)
+
+    def send_raw(self, data: Chunk) -> None:
+        """Queues bytes outside of frames: the marker, and what leads to it."""
+        self.outbox.append(memoryview(data))
+        self.queued += len(data)
+
+    def send_value(self, kind: bytes, value: Any) -> None:
+        import json
+        self.send(kind, json.dumps(pack_value(value)).encode("ascii"))
+
+    def flush_some(self) -> int:
+        """Writes what goes without waiting; how many bytes that were."""
+        moved = 0
+        try:
+            while self.outbox:
+                written = os.writev(self.write_end, list(itertools.islice(self.outbox, 16)))
+                moved += written
+                self.written += written
+                while self.outbox and written >= len(self.outbox[0]):
+                    written -= len(self.outbox.popleft())
+                if written:
+                    self.outbox[0] = self.outbox[0][written:]
+        except BlockingIOError:
+            pass
+        except OSError:
+            raise self.lost() from None
+        return moved
+
+    def flush(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        self.flush_some()
+        while self.outbox:
+            if time.monotonic() > deadline:
+                raise Stalled("{} stalled: it took nothing for {}".format(self.peer, format_duration(timeout)))
+            poll_fds([(self.write_end, select.POLLOUT)], CHANNEL_NAP)
+            if self.flush_some():
+                deadline = time.monotonic() + timeout
+
+    # -- in
+
+    def lost(self) -> BackupError:
+        return ConnectionLost("the connection to {} was lost".format(self.peer))
+
+    def read_some(self, size: int) -> Optional[bytes]:
+        """Up to `size` bytes, None while there are none; ConnectionLost at the end."""
+        if self.inbox:
+            found, self.inbox = self.inbox[:size], self.inbox[size:]
+            return found
+        try:
+            found = os.read(self.read_end, size)
+        except BlockingIOError:
+            return None
+        except OSError:
+            found = b""
+        if not found:
+            raise self.lost()
+        return found
+
+    def skip_noise(self, deadline: float) -> bytes:
+        """Reads up to the marker; what came before it."""
+        noise = b"\n"
+        while MARKER not in noise:
+            if len(noise) > MOST_NOISE:
+                raise BackupError("{} answers something else than this program".format(self.peer),
+                                  "does its login shell print without end?", os.fsdecode(noise[:200]))
+            more = self.read_some(65536)
+            if more is None:
+                if time.monotonic() > deadline:
+                    raise Stalled("{} does not answer".format(self.peer))
+                self.wait(CHANNEL_NAP)
+            noise += more or b""
+        noise, _, self.inbox = noise.partition(MARKER)
+        return noise
+
+    def wait(self, seconds: float) -> None:
+        if not self.inbox:
+            poll_fds([(self.read_end, select.POLLIN)], seconds)
+
+    def next_frame(self) -> Optional[Tuple[bytes, bytes]]:
+        """The next frame's kind and payload, None while it is not whole; events go their own way.
+
+        Of a Data frame the payload stays, to be read by read_data.
+        """
+        while True:
+            if len(self.head) < FRAME.size:
+                got = self.read_some(FRAME.size - len(self.head))
+            else:
+                kind, length = FRAME.unpack_from(self.head)
+                if length > LARGEST_FRAME:
+                    raise ConnectionLost("{} sent something that is no frame".format(self.peer))
+                if kind == DATA:
+                    self.head, self.data_left = bytearray(), length
+                    return kind, b""
+                if len(self.head) == FRAME.size + length:
+                    payload, self.head = bytes(self.head[FRAME.size:]), bytearray()
+                    if kind != EVENT:
+                        return kind, payload
+                    self.on_event(self.value(payload))
+                    continue
+                got = self.read_some(FRAME.size + length - len(self.head))
+            if got is None:
+                return None
+            self.head += got
+
+    def value(self, payload: bytes) -> Any:
+        import json
+        try:
+            return unpack_value(json.loads(payload.decode("ascii")))
+        except (ValueError, RecursionError) as error:
+            raise ConnectionLost("{} sent something that is no value: {}".format(self.peer, error)) from None
+
+    def await_frame(self, timeout: float) -> Tuple[bytes, bytes]:
+        """The next frame but Data, which is thrown away. Stalled after `timeout` seconds without a byte."""
+        deadline = time.monotonic() + timeout
+        while True:
+            self.flush_some()
+            if self.data_left:
+                self.read_data(bytearray(min(self.data_left, PIPE_SIZE)))
+            frame = self.next_frame() if not self.data_left else None
+            if frame is not None and frame[0] != DATA:
+                return frame
+            if frame is None:
+                if time.monotonic() > deadline:
+                    raise Stalled("{} stalled: no answer for {}".format(self.peer, format_duration(timeout)))
+                self.wait(CHANNEL_NAP)
+
+    def read_data(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
+        """Bytes of a Data frame into `buffer`; how many, None while there are none."""
+        size = min(len(buffer), self.data_left)
+        if self.inbox:
+            found = self.read_some(size) or b""
+            buffer[:len(found)] = found
+            self.data_left -= len(found)
+            return len(found)
+        try:
+            got = os.readv(self.read_end, [memoryview(buffer)[:size]])
+        except BlockingIOError:
+            return None
+        except OSError:
+            got = 0
+        if not got:
+            raise self.lost()
+        self.data_left -= got
+        return got
+
+    def result(self, timeout: float) -> Any:
+        """What a call gave, or its error raised."""
+        kind, payload = self.await_frame(timeout)
+        value = self.value(payload)
+        if kind == FAILED and isinstance(value, BackupError):
+            raise value
+        if kind != RESULT:
+            raise ConnectionLost("{} answered out of turn".format(self.peer))
+        return value
+
+    def close(self) -> None:
+        for fd in {self.read_end, self.write_end}:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def poll_fds(interests: Iterable[Tuple[int, int]], seconds: float) -> List[Tuple[int, int]]:
+    poll = select.poll()
+    for fd, mask in interests:
+        poll.register(fd, mask)
+    return poll.poll(1000 * seconds)
+
+
+class Filter:
+    """A program that a stream goes through, neither end of which ever blocks."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        read_end, write_end = make_pipe()
+        self.read_end, their_end = make_pipe()
+        try:
+            self.stage = Stage(argv, read_end, their_end)
+        except BackupError:
+            os.close(write_end)
+            os.close(self.read_end)
+            raise
+        finally:
+            os.close(read_end)
+            os.close(their_end)
+        os.set_blocking(self.read_end, False)
+        self.feed = Feed(write_end)
+        self.closing = False  # nothing more will be fed
+
+    def pump(self) -> int:
+        """Feeds what goes without waiting; how many bytes that were."""
+        try:
+            moved = self.feed.pump()
+        except BrokenPipeError:
+            self.stage.wait(ENDING_GRACE)
+            raise BackupError("{} ended before the stream did".format(self.stage.program)) from None
+        if self.closing and not self.feed.pending:
+            self.feed.close()
+        return moved
+
+    def read(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
+        """Bytes into `buffer`: None while there are none, 0 when the program has ended well."""
+        try:
+            got = os.readv(self.read_end, [buffer])
+        except BlockingIOError:
+            return None
+        if not got:
+            self.stage.wait(ENDING_GRACE)
+        return got
+
+    def end(self) -> None:
+        self.feed.close()
+        os.close(self.read_end)
+        self.stage.end()
+
+
+COMPRESSIONS = {"zstd": ["zstd", "-q", "-c"], "lz4": ["lz4", "-q", "-c"], "gzip": ["gzip", "-1", "-c"]}
+
+
+class StreamSource:
+    """A stream that comes over a channel; read like `btrfs send`."""
+
+    def __init__(self, channel: Channel, compression: str) -> None:
+        self.channel = channel
+        self.unpacked = Filter(COMPRESSIONS[compression] + ["-d"]) if compression else None
+        self.raw = bytearray(PIPE_SIZE) if compression else bytearray()
+        self.is_over = False  # the last frame of the stream was seen
+
+    def wait_readable(self, seconds: float) -> None:
+        if self.unpacked:
+            poll_fds([(self.unpacked.read_end, select.POLLIN), (self.channel.read_end, select.POLLIN)], seconds)
+        else:
+            self.channel.wait(seconds)
+
+    def read(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
+        """How many bytes came into `buffer`: None while there are none, 0 at the end."""
+        if self.unpacked is None:
+            return self.read_channel(buffer)
+        if not self.unpacked.feed.pending and not self.is_over:
+            got = self.read_channel(self.raw)
+            self.unpacked.feed.offer(memoryview(self.raw)[:got or 0])
+            self.unpacked.closing = got == 0
+        self.unpacked.pump()
+        return self.unpacked.read(buffer)
+
+    def read_channel(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
+        self.channel.flush_some()
+        if not self.channel.data_left and not self.is_over:
+            frame = self.channel.next_frame()
+            if frame is None:
+                return None
+            self.take_frame(*frame)
+        if self.is_over:
+            return 0
+        return self.channel.read_data(buffer) if self.channel.data_left else None
+
+    def take_frame(self, kind: bytes, payload: bytes) -> None:
+        if kind == DATA:
+            return
+        self.is_over = True
+        if kind == FINISH:
+            return
+        error = self.channel.value(payload) if kind == FAILED else None
+        if isinstance(error, BackupError):
+            raise error
+        if kind != ABORT:
+            raise ConnectionLost("{} sent a frame out of turn".format(self.channel.peer))
+        raise BackupError("{} gave the transfer up".format(self.channel.peer))
+
+    def finish(self, timeout: float) -> None:
+        """Nothing: the end of the stream was sent after its sender had exited 0."""
+
+    def drain(self, timeout: float) -> None:
+        """Throws away what is still under way, up to the last frame of the stream."""
+        while not self.is_over:
+            self.is_over = self.channel.await_frame(timeout)[0] in (FINISH, FAILED, ABORT)
+
+    def end(self) -> None:
+        if self.unpacked is not None:
+            self.unpacked.end()
+
+
+class StreamSink:
+    """A stream that leaves over a channel; fed like `btrfs receive`."""
+
+    def __init__(self, channel: Channel, compression: str) -> None:
+        self.channel = channel
+        self.packed = Filter(COMPRESSIONS[compression]) if compression else None
+        self.marks: "collections.deque[int]" = collections.deque()  # where each offered chunk ends in what was queued
+        self.finished = False  # the last frame was queued
+        self.reader: Optional[CommandReader] = None  # set to learn how much file contents has passed
+
+    @property
+    def file_data(self) -> int:
+        """Bytes of file contents so far, before compression; 0 where nobody wanted to know."""
+        return self.reader.file_data if self.reader else 0
+
+    def count_file_data(self) -> None:
+        """Asks for `file_data`, which costs a little."""
+        self.reader = CommandReader((), STREAM_HEADER.size)
+
+    def follow(self, chunk: memoryview) -> None:
+        if self.reader:
+            self.reader.feed(chunk)
+
+    def offer(self, chunk: memoryview) -> None:
+        """Takes a chunk, whose memory must not change before `pending` has gone down."""
+        self.follow(chunk)
+        if self.packed:
+            self.packed.feed.offer(chunk)
+        else:
+            self.channel.send(DATA, chunk)
+            self.marks.append(self.channel.queued)
+
+    @property
+    def pending(self) -> int:
+        """Chunks not wholly written."""
+        if self.packed:
+            return self.packed.feed.pending
+        while self.marks and self.marks[0] <= self.channel.written:
+            self.marks.popleft()
+        return len(self.marks)
+
+    def pump(self) -> int:
+        """Writes what goes without waiting; returns how many bytes that were."""
+        if self.packed and not self.finished:
+            self.packed.pump()
+            while len(self.channel.outbox) < 8:
+                buffer = bytearray(PIPE_SIZE // 4)
+                got = self.packed.read(buffer)
+                if got is None:
+                    break
+                if got == 0:
+                    self.send_end()
+                    break
+                self.channel.send(DATA, memoryview(buffer)[:got])
+        return self.channel.flush_some()
+
+    def send_end(self) -> None:
+        self.channel.send(FINISH)
+        self.finished = True
+
+    def check_alive(self) -> None:
+        """Raises what the other side has to say: before the end of a stream that is always a failure."""
+        frame = self.channel.next_frame()
+        if frame is None:
+            return
+        error = self.channel.value(frame[1]) if frame[0] == FAILED else None
+        raise error if isinstance(error, BackupError) else BackupError(
+            "{} gave the transfer up".format(self.channel.peer))
+
+    def close_pipe(self) -> None:
+        """Says that the stream is complete."""
+        if self.packed:
+            self.packed.closing = True
+            self.pump()
+        elif not self.finished:
+            self.send_end()
+            self.channel.flush_some()
+
+    def flush(self, timeout: float) -> None:
+        self.close_pipe()
+        deadline = time.monotonic() + timeout
+        while not self.finished:
+            if self.pump():
+                deadline = time.monotonic() + timeout
+            if time.monotonic() > deadline:
+                raise Stalled("{} stalled".format(self.channel.peer))
+            time.sleep(0.002)
+        self.channel.flush(timeout)
+
+    def finish(self, timeout: float) -> Any:
+        self.flush(timeout)
+
+    def end(self) -> None:
+        if self.packed is not None:
+            self.packed.end()
+            self.packed = None
+
+
+########################################################################################################
+# 0 AGENT: the program on another host, serving calls over a channel
+#
+# What it may do is what CALLS, SENDERS and RECEIVERS name: calls of LocalHost, with arguments of the
+# types that these declare. Each channel has an agent of its own, which ends, and with it all that it has
+# started, when its channel does: a thread waits for that and interrupts whatever is being done.
+########################################################################################################
+
+CALLS = frozenset((
+    "capabilities", "look", "list", "nested_subvolumes", "make_folder", "snapshot", "delete", "wait_for_cleaning",
+    "read_locks", "change_locks", "read_pins", "change_pins", "expected_stream", "measured", "data_since"))
+SENDERS = frozenset(("open_send",))
+RECEIVERS = frozenset(("open_receive",))
+CALL_FAILURES = (BackupError, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+
+
+class Greeting(NamedTuple):
+    """What an agent says first."""
+
+    version: str
+    sha256: str
+    python: str
+    nodename: str
+    user: int
+    programs: Tuple[str, ...]  # of those that compress
+
+
+WIRE_CLASSES["Greeting"] = Greeting
+
+
+def check_arguments(method: Any, arguments: Sequence[Any]) -> None:
+    """TypeError unless `arguments` fit what `method` declares."""
+    hints = [hint for name, hint in type_hints(method).items() if name != "return"]
+    needed = len(hints) - len(method.__defaults__ or ())
+    if not needed <= len(arguments) <= len(hints) or not all(map(is_of_type, arguments, hints)):
+        raise TypeError("{} takes other arguments".format(method.__name__))
+
+
+def find_compressions() -> Tuple[str, ...]:
+    import shutil
+    path = child_environment()["PATH"]
+    return tuple(name for name in COMPRESSIONS if shutil.which(name, path=path))
+
+
+def own_source() -> bytes:
+    """The source of this file, also from inside a zip."""
+    loader = globals().get("__loader__")
+    return loader.get_data(__file__) if loader is not None else b""
+
+
+@functools.lru_cache(maxsize=None)
+def source_digest() -> str:
+    """SHA-256 of this file's source."""
+    import hashlib
+    return hashlib.sha256(own_source()).hexdigest()
+
+
+class Agent:
+    """Serves one channel until it ends."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        self.events = Events(self.tell)
+        self.host = LocalHost(self.events)
+        self.held: Dict[Tuple[str, str], contextlib.ExitStack] = {}
+
+    def tell(self, event: Event) -> None:
+        self.channel.send_value(EVENT, tuple(event))
+        self.channel.flush_some()
+
+    def greet(self) -> None:
+        self.channel.send_raw(MARKER)
+        self.channel.send_value(RESULT, Greeting(
+            __version__, source_digest(), sys.version.split()[0], os.uname().nodename, os.geteuid(),
+            find_compressions()))
+        self.channel.flush(GREETING_TIMEOUT)
+
+    def serve(self) -> None:
+        """Answers calls until the channel ends."""
+        self.greet()
+        self.channel.skip_noise(float("inf"))
+        try:
+            while True:
+                kind, payload = self.channel.await_frame(float("inf"))
+                if kind == CALL:
+                    self.answer(payload)
+                elif kind != ABORT:  # one that came too late
+                    raise ConnectionLost("a frame out of turn")
+        finally:
+            for held in self.held.values():
+                held.close()
+
+    def answer(self, payload: bytes) -> None:
+        """Does one call; whatever goes wrong with it is an answer as well."""
+        try:
+            name, arguments, compression = self.parse_call(payload)
+            serve: Any = {"hold": self.hold, "release": self.release}.get(name)
+            if name in RECEIVERS:
+                self.receive(name, arguments, compression)
+            elif name in SENDERS:
+                self.send(name, arguments, compression)
+            else:
+                self.channel.send_value(RESULT, serve(*arguments) if serve else self.call(name, arguments))
+        except (ConnectionLost, Interrupted):
+            raise
+        except CALL_FAILURES as error:
+            self.refuse(error)
+        self.channel.flush(float("inf"))
+
+    def refuse(self, error: BaseException) -> None:
+        if not isinstance(error, BackupError):
+            error = BackupError("the call failed: {}: {}".format(type(error).__name__, error))
+        self.channel.send_value(FAILED, error)
+
+    def parse_call(self, payload: bytes) -> Tuple[str, Tuple[Any, ...], str]:
+        name, arguments, compression = self.channel.value(payload)
+        if not isinstance(arguments, tuple) or not isinstance(name, str) or compression not in ("", *COMPRESSIONS):
+            raise TypeError("no call")
+        return name, arguments, compression
+
+    def method(self, name: str, allowed: FrozenSet[str], arguments: Sequence[Any]) -> Any:
+        if name not in allowed:
+            raise BackupError("this agent knows no call {}".format(printable(name)), "is it of another version?")
+        check_arguments(getattr(LocalHost, name), arguments)
+        return getattr(self.host, name)
+
+    def call(self, name: str, arguments: Sequence[Any]) -> Any:
+        return self.method(name, CALLS, arguments)(*arguments)
+
+    def hold(self, folder: str, prefix: str, wait: float) -> None:
+        """Holds a run lock until it is released or the channel ends."""
+        check_arguments(LocalHost.hold, (folder, prefix, wait))
+        if (folder, prefix) not in self.held:
+            stack = contextlib.ExitStack()
+            stack.enter_context(self.host.hold(folder, prefix, wait))
+            self.held[folder, prefix] = stack
+
+    def release(self, folder: str, prefix: str) -> None:
+        self.held.pop((folder, prefix), contextlib.ExitStack()).close()
+
+    def receive(self, name: str, arguments: Sequence[Any], compression: str) -> None:
+        """A stream from the channel into a receiver of this host; then what became of it.
+
+        The sender does not wait for the receiver to be opened, so that its stream is drained in any case.
+        """
+        source = StreamSource(self.channel, compression)
+        try:
+            receiver = self.method(name, RECEIVERS, arguments)(*arguments)
+            self.channel.send_value(RESULT, None)
+            relayed = Relay(source, {"": receiver}, float("inf"), lambda size, data: None).run()
+            if relayed.errors:
+                raise relayed.errors[""]
+            self.channel.send_value(RESULT, relayed.backups[""])
+        except ConnectionLost:
+            raise
+        except CALL_FAILURES as error:
+            self.refuse(error)
+            source.drain(float("inf"))
+        finally:
+            source.end()
+
+    def send(self, name: str, arguments: Sequence[Any], compression: str) -> None:
+        """A stream from a sender of this host into the channel."""
+        sender = self.method(name, SENDERS, arguments)(*arguments)
+        self.channel.send_value(RESULT, None)
+        relayed = Relay(sender, {"": StreamSink(self.channel, compression)}, float("inf"),
+                        lambda size, data: None).run()
+        if relayed.errors:
+            raise relayed.errors[""]
+
+
+def interrupt_on_hangup(fd: int) -> None:
+    """Ends this process the gentle way when the other end of `fd` is gone, whatever it is doing then."""
+
+    def watch() -> None:
+        poll_fds([(fd, POLLRDHUP)], float("inf"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def serve_agent() -> None:
+    """Serves calls on stdin and stdout, which nothing else may use from here on."""
+    read_end, write_end = os.dup(0), os.dup(1)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(2, 1)
+    os.close(null)
+    interrupt_on_hangup(read_end)
+    with contextlib.suppress(ConnectionLost):
+        Agent(Channel(read_end, write_end, "the other side")).serve()
+
+
+########################################################################################################
+# 0 REMOTE: hosts over ssh; the hosts of a run
+#
+# `ssh HOST python3 -c STAGE_1` reads one line, STAGE_2, which looks for this very source in the cache
+# folder of the user there, by SHA-256, or asks for it; then the agent serves. The user's ssh
+# configuration wins: only what it leaves open is set. All channels to a machine share one connection
+# (ControlMaster), so there is one authentication. A channel that breaks is replaced by the next call.
+# Never: anything installed there, a weaker check of host keys, a password asked for without a terminal.
+########################################################################################################
+
+STAGE_1 = 'exec(open(0,"rb",0,closefd=False).readline())'
+STAGE_2 = r'''
+import sys
+marker = b"\nbtrfs-backup-ng wire 1\n"
+if sys.version_info < (3, 6):
+    open(1, "wb", 0, closefd=False).write(marker + b"old %d.%d\n" % sys.version_info[:2])
+    raise SystemExit(1)
+import hashlib, os, stat, zlib
+sys.dont_write_bytecode = False
+
+def is_private(path, kind):
+    found = os.lstat(path)
+    return kind(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+def read_cached(path):
+    try:
+        if is_private(os.path.dirname(path), stat.S_ISDIR) and is_private(path, stat.S_ISREG):
+            with open(path, "rb") as source:
+                return source.read()
+    except OSError:
+        pass
+
+def keep(path, source):
+    try:
+        folders = [os.path.dirname(path)]
+        while not os.path.isdir(folders[-1]):
+            folders.append(os.path.dirname(folders[-1]))
+        for folder in reversed(folders):
+            if not os.path.isdir(folder):
+                os.mkdir(folder, 0o700)
+            if not is_private(folder, stat.S_ISDIR):
+                return
+        aside = "%s.%d" % (path, os.getpid())
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as copy:
+            copy.write(source)
+            copy.flush()
+            os.fsync(copy.fileno())
+        os.rename(aside, path)
+        return True
+    except OSError:
+        pass
+
+def fetch():
+    os.write(1, marker + b"need\n")
+    packed = b""
+    while len(packed) < PACKED:
+        more = os.read(0, PACKED - len(packed))
+        if not more:
+            raise SystemExit(1)
+        packed += more
+    return zlib.decompress(packed)
+
+def home():
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache):
+        import pwd
+        try:
+            cache = os.path.join(pwd.getpwuid(os.geteuid()).pw_dir, ".cache")
+        except KeyError:
+            cache = "/nonexistent"
+    return cache
+
+def is_right(source):
+    return source is not None and hashlib.sha256(source).hexdigest() == DIGEST
+
+class InMemory:
+    def __init__(self, source):
+        self.source = source
+    def get_data(self, path):
+        return self.source
+
+path = os.path.join(home(), "btrfs-backup-ng", DIGEST, "btrfs_backup_ng.py")
+source = read_cached(path)
+kept = is_right(source)
+if not kept:
+    source = fetch()
+    if not is_right(source):
+        raise SystemExit("the program arrived damaged")
+    kept = keep(path, source)
+if kept:
+    sys.path.insert(0, os.path.dirname(path))
+    import btrfs_backup_ng as program
+else:
+    program = type(sys)("btrfs_backup_ng")
+    program.__file__ = path
+    program.__loader__ = InMemory(source)
+    sys.modules["btrfs_backup_ng"] = program
+    exec(compile(source, path, "exec"), program.__dict__)
+sys.argv = ["btrfs-backup-ng", "agent"]
+raise SystemExit(program.main(["agent"]))
+'''
+CONNECT_TIMEOUT = 20  # seconds
+ENDING_TIMEOUT = 10.0  # seconds for the far side to say that it has ended a transfer
+
+
+class NoPython(BackupError):
+    """The host has no Python that can run the agent."""
+
+
+def stage_2(packed: bytes) -> bytes:
+    """The line that STAGE_1 executes."""
+    names = "DIGEST = {!r}\nPACKED = {}\n".format(source_digest(), len(packed))
+    return "exec({!r})\n".format(names + STAGE_2).encode("ascii")
+
+
+def has_terminal() -> bool:
+    """Whether ssh could ask a person."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+class SshOptions(NamedTuple):
+    """How ssh is called. `given` are the user's own `-o` values."""
+
+    given: Tuple[str, ...] = ()
+    sudo: bool = False
+
+
+def parse_ssh_settings(text: str) -> Dict[str, str]:
+    """`ssh -G`: the settings that hold for a host, names in lower case."""
+    return dict((line.split(" ", 1) + [""])[:2] for line in text.splitlines())
+
+
+def ssh_argv(endpoint: Endpoint, options: SshOptions, more: Sequence[str]) -> List[str]:
+    argv = ["ssh"]
+    for option in list(options.given) + list(more):
+        argv += ["-o", option]
+    if endpoint.port:
+        argv += ["-p", endpoint.port]
+    return argv + ["-T", "-x", "--", endpoint.login]
+
+
+def open_settings(settings: Dict[str, str], control_path: str, is_first: bool) -> List[str]:
+    """What we set where the user's configuration leaves it open."""
+    more = ["ClearAllForwardings=yes"]
+    if not has_terminal():
+        more.append("BatchMode=yes")
+    if settings.get("serveraliveinterval", "0") == "0":
+        more += ["ServerAliveInterval=15", "ServerAliveCountMax=3"]
+    if settings.get("connecttimeout", "none") in ("none", "0"):
+        more.append("ConnectTimeout={}".format(CONNECT_TIMEOUT))
+    if settings.get("remotecommand", "none") != "none":
+        more.append("RemoteCommand=none")
+    if control_path and settings.get("controlpath", "none") == "none":
+        more += ["ControlMaster=" + ("yes" if is_first else "no"), "ControlPath=" + control_path, "ControlPersist=no"]
+    return more
+
+
+def ssh_hints(machine: str) -> Tuple[Tuple[str, str, str], ...]:
+    """(what ssh or the shell there says, what is wrong, what to do)."""
+    return (
+        ("Could not resolve hostname", "no such host", "is the name right, and the network up?"),
+        ("REMOTE HOST IDENTIFICATION HAS CHANGED", "its host key has changed",
+         "if that is meant to be: ssh-keygen -R {}".format(machine)),
+        ("Host key verification failed", "its host key is not known",
+         "log in once by hand, as the same user: ssh {}".format(machine)),
+        ("Permission denied", "it lets us not in", "set up a key for this user (under sudo that is root): ssh-copy-id"),
+        ("Too many authentication failures", "it lets us not in", "name the key: --ssh-opt IdentityFile=..."),
+        ("Connection refused", "connection refused", "is sshd running there, and the port right?"),
+        ("timed out", "it does not answer", "is it switched on and reachable?"),
+        ("No route to host", "it cannot be reached", "is it switched on and reachable?"),
+        ("Network is unreachable", "it cannot be reached", "is the network up?"),
+        ("Bad configuration option", "ssh does not know an option", "see --ssh-opt"),
+        ("sudo: a password is required", "sudo wants a password there",
+         "allow python3 and btrfs without one in its sudoers, see README"),
+        ("sudo: a terminal is required", "sudo wants a password there",
+         "allow python3 and btrfs without one in its sudoers, see README"),
+        ("is not in the sudoers", "this user may not use sudo there", "see README about --ssh-sudo"),
+        ("not allowed to execute", "this user may not use sudo for python3 there", "see README about --ssh-sudo"),
+        ("sudo: not found", "there is no sudo", "log in as root, without --ssh-sudo"),
+        ("sudo: command not found", "there is no sudo", "log in as root, without --ssh-sudo"),
+    )
+
+
+def no_agent_error(machine: str, status: Optional[int], words: str, noise: str) -> BackupError:
+    """Why no agent answered, from how ssh ended, what it said, and what the host printed."""
+    for sign, cause, hint in ssh_hints(machine):
+        if sign in words:
+            return BackupError("{}: {}".format(machine, cause), hint, words)
+    if status == 127 or re.search(r"python3[^\n]*(not found|No such file)|[Uu]nknown command[^\n]*python3", words):
+        return NoPython("{} has no python3".format(machine), "install Python 3.6 or later there")
+    said = (words or noise).strip()
+    last = said.splitlines()[-1] if said else "nothing"
+    return BackupError("{}: its login gave no agent but said: {}".format(machine, last),
+                       "is its login shell restricted?", said if "\n" in said else "")
+
+
+class Connection:
+    """One agent at work: the process that leads to it, and the channel."""
+
+    def __init__(self, machine: str, argv: Sequence[str], interactive: bool = False) -> None:
+        self.machine, self.is_broken = machine, False
+        their_in, our_out = make_pipe()
+        our_in, their_out = make_pipe()
+        try:
+            self.stage = Stage(argv, their_in, their_out, own_group=not interactive)
+        except BackupError:
+            os.close(our_out)
+            os.close(our_in)
+            raise
+        finally:
+            os.close(their_in)
+            os.close(their_out)
+        self.channel = Channel(our_in, our_out, machine)
+        try:
+            self.greeting: Greeting = self.begin()
+        except BaseException:
+            self.end()
+            raise
+
+    def begin(self) -> Greeting:
+        """Sends what is needed to get an agent's greeting."""
+        import zlib
+        packed = zlib.compress(own_source(), 6)
+        noise, deadline = b"", time.monotonic() + GREETING_TIMEOUT
+        try:
+            self.channel.send_raw(stage_2(packed))
+            self.channel.flush(GREETING_TIMEOUT)
+            noise = self.channel.skip_noise(deadline)
+            if self.wants_source(deadline):
+                self.channel.send_raw(packed)
+                self.channel.flush(GREETING_TIMEOUT)
+                noise += self.channel.skip_noise(deadline)
+            greeting = self.channel.result(GREETING_TIMEOUT)
+        except ConnectionLost:
+            raise self.explain(noise) from None
+        if not isinstance(greeting, Greeting):
+            raise BackupError("{} greets in a strange way".format(self.machine))
+        self.channel.send_raw(MARKER)
+        return greeting
+
+    def wants_source(self, deadline: float) -> bool:
+        """Whether what follows the marker is no greeting but a line of STAGE_2."""
+        line = b""
+        while not line.endswith(b"\n"):
+            more = self.channel.read_some(1)
+            if more is None:
+                if time.monotonic() > deadline:
+                    raise Stalled("{} does not answer".format(self.machine))
+                self.channel.wait(CHANNEL_NAP)
+            line += more or b""
+            if line == RESULT:
+                self.channel.inbox = line + self.channel.inbox
+                return False
+        if line.startswith(b"old "):
+            raise NoPython("{} has only Python {}".format(self.machine, os.fsdecode(line[4:-1])),
+                           "install Python 3.6 or later there")
+        return line == b"need\n"
+
+    def explain(self, noise: bytes) -> BackupError:
+        """Why the connection ended."""
+        noise += self.channel.inbox
+        with contextlib.suppress(BackupError):
+            self.stage.wait(ENDING_GRACE)
+        self.stage.drain.join(1)
+        return no_agent_error(self.machine, self.stage.process.poll(), os.fsdecode(b"".join(self.stage.tail)),
+                              os.fsdecode(noise))
+
+    def end(self) -> None:
+        self.channel.close()
+        with contextlib.suppress(BackupError):
+            self.stage.wait(ENDING_GRACE)
+        self.stage.end()
+
+
+class RemoteReceiver(StreamSink):
+    """A receiver of another host. Its opening is not waited for: what is wrong with it shows soon enough."""
+
+    def __init__(self, host: "AgentHost", connection: Connection, compression: str) -> None:
+        super().__init__(connection.channel, compression)
+        self.host = host
+        self.connection: Optional[Connection] = connection
+        self.is_open = self.is_over = False
+
+    def check_alive(self) -> None:
+        frame = self.channel.next_frame()
+        if frame is not None:
+            self.take_answer(*frame)
+
+    def take_answer(self, kind: bytes, payload: bytes) -> Any:
+        value = self.channel.value(payload)
+        if kind == RESULT and not self.is_open:
+            self.is_open = True
+            return None
+        self.is_over = True
+        if kind == FAILED and isinstance(value, ReceiverFailed):
+            raise value
+        if kind == FAILED and isinstance(value, BackupError):
+            raise ReceiverFailed(value.message, value.hint, value.detail)
+        if kind != RESULT:
+            raise ConnectionLost("{} answered out of turn".format(self.channel.peer))
+        return value
+
+    def finish(self, timeout: float) -> Subvolume:
+        self.flush(timeout)
+        backup = None
+        while not self.is_over:
+            backup = self.take_answer(*self.channel.await_frame(timeout))
+        if not isinstance(backup, Subvolume):
+            raise ConnectionLost("{} answered out of turn".format(self.channel.peer))
+        return backup
+
+    def end(self) -> None:
+        super().end()
+        if self.connection is None:
+            return
+        connection, self.connection = self.connection, None
+        try:
+            if not self.finished:
+                self.channel.send(ABORT)
+            while not self.is_over:
+                with contextlib.suppress(ReceiverFailed):
+                    self.take_answer(*self.channel.await_frame(ENDING_TIMEOUT))
+        except BackupError:
+            connection.is_broken = True
+        self.host.give_back(connection)
+
+
+class RemoteSender(StreamSource):
+    """A sender of another host."""
+
+    def __init__(self, host: "AgentHost", connection: Connection, compression: str) -> None:
+        super().__init__(connection.channel, compression)
+        self.host = host
+        self.connection: Optional[Connection] = connection
+
+    def end(self) -> None:
+        super().end()
+        if self.connection is None:
+            return
+        connection, self.connection = self.connection, None
+        try:
+            if not self.is_over:
+                self.channel.send(ABORT)
+                self.drain(ENDING_TIMEOUT)
+        except BackupError:
+            connection.is_broken = True
+        self.host.give_back(connection)
+
+
+class RemoteMeasuring:
+    """A measuring of a send on another host; its result comes at once, at its end."""
+
+    def __init__(self, host: "AgentHost", arguments: Tuple[Any, ...]) -> None:
+        self.meter = SendSize()
+        self.error: Optional[BackupError] = None
+        self.host, self.arguments = host, arguments
+        self.thread = threading.Thread(target=self.measure, daemon=True)
+        self.thread.start()
+
+    def measure(self) -> None:
+        try:
+            self.meter = self.host.call("measured", *self.arguments)
+        except BackupError as error:
+            self.error = error
+
+    def wait(self) -> SendSize:
+        self.thread.join()
+        if self.error is not None:
+            raise self.error
+        return self.meter
+
+    def end(self) -> None:
+        """Nothing: it ends with the connection at the latest."""
+
+
+class AgentHost:
+    """A host that an agent does the calls of: the same calls as LocalHost's, by the same names."""
+
+    def __init__(self, machine: str, connect: Callable[[bool], Connection], events: Events,
+                 compress: str = "no") -> None:
+        """connect: makes a connection; its argument says whether it is the first."""
+        self.machine, self.connect, self.events, self.compress = machine, connect, events, compress
+        self.mutex = threading.Lock()
+        self.idle: List[Connection] = []
+        self.all: List[Connection] = []
+        self.holds: List[Tuple[str, str]] = []
+        self.holder: Optional[Connection] = None
+        self.known_capabilities: Optional[Capabilities] = None
+        self.give_back(self.borrow())
+
+    # -- connections
+
+    def borrow(self) -> Connection:
+        """An idle connection, or a new one."""
+        with self.mutex:
+            if self.idle:
+                return self.idle.pop()
+            connection = self.connect(not self.all)
+            connection.channel.on_event = self.pass_on
+            self.all.append(connection)
+        if self.holder is None:
+            self.holder = connection
+            for folder, prefix in self.holds:
+                self.ask(connection, "hold", (folder, prefix, ENDING_TIMEOUT), "")
+        return connection
+
+    def give_back(self, connection: Connection) -> None:
+        with self.mutex:
+            if not connection.is_broken:
+                self.idle.append(connection)
+                return
+            self.all.remove(connection)
+            if self.holder is connection:
+                self.holder = None
+        connection.end()
+
+    def pass_on(self, event: Any) -> None:
+        """An event of the other host becomes one of ours."""
+        kind, level, text, facts = event
+        self.events.emit(kind, level, "{}: {}".format(self.machine, text) if text else "", **facts)
+
+    def end(self) -> None:
+        for connection in reversed(self.all):
+            connection.end()
+
+    # -- calls
+
+    @staticmethod
+    def ask(connection: Connection, name: str, arguments: Tuple[Any, ...], compression: str,
+            timeout: float = float("inf")) -> Any:
+        connection.channel.send_value(CALL, (name, arguments, compression))
+        return connection.channel.result(timeout)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """What a call gives on the other host; its errors are raised here."""
+        connection = self.borrow()
+        try:
+            return self.ask(connection, name, arguments, "")
+        except (ConnectionLost, Stalled):
+            connection.is_broken = True
+            raise
+        except Interrupted:
+            connection.is_broken = True
+            raise
+        finally:
+            self.give_back(connection)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in CALLS:
+            raise AttributeError(name)
+        return functools.partial(self.call, name)
+
+    def name(self) -> str:
+        return self.all[0].greeting.nodename
+
+    def capabilities(self) -> Capabilities:
+        if self.known_capabilities is None:
+            self.known_capabilities = self.call("capabilities")
+        return self.known_capabilities
+
+    @contextlib.contextmanager
+    def hold(self, folder: str, prefix: str, wait: float) -> Iterator[None]:
+        """Holds the run lock there, by the agent at the other end of one connection, as long as that stands."""
+        connection = self.borrow()
+        try:
+            self.holder = connection
+            self.ask(connection, "hold", (folder, prefix, wait), "")
+            self.holds.append((folder, prefix))
+        except (ConnectionLost, Stalled, Interrupted):
+            connection.is_broken = True
+            raise
+        finally:
+            self.give_back(connection)
+        try:
+            yield
+        finally:
+            self.holds.remove((folder, prefix))
+            with contextlib.suppress(BackupError):
+                self.release(folder, prefix)
+
+    def release(self, folder: str, prefix: str) -> None:
+        """Lets go of a run lock, at the agent that holds it, which may be busy only with what was given up."""
+        with self.mutex:
+            connection = self.holder if self.holder in self.idle else None
+            if connection is not None:
+                self.idle.remove(connection)
+        if connection is not None:
+            try:
+                self.ask(connection, "release", (folder, prefix), "", ENDING_TIMEOUT)
+            except BackupError:
+                connection.is_broken = True
+            self.give_back(connection)
+
+    def compression(self) -> str:
+        """The program that streams are compressed with on the way, '' for none."""
+        ours, theirs = find_compressions(), self.all[0].greeting.programs
+        if self.compress == "no":
+            return ""
+        if self.compress == "auto":
+            return next((name for name in COMPRESSIONS if name in ours and name in theirs), "")
+        for programs, where in ((ours, "here"), (theirs, "on " + self.machine)):
+            if self.compress not in programs:
+                raise BackupError("{} is not installed {}".format(self.compress, where),
+                                  "install the package {0}, or use --compress auto".format(self.compress))
+        return self.compress
+
+    # -- streams
+
+    def open_receive(self, folder: str, expected: ExpectedStream, debug: bool) -> RemoteReceiver:
+        compression = self.compression()
+        connection = self.borrow()
+        connection.channel.send_value(CALL, ("open_receive", (folder, expected, debug), compression))
+        return RemoteReceiver(self, connection, compression)
+
+    def open_send(self, folder: str, name: str, parent: Optional[str], options: SendOptions) -> RemoteSender:
+        compression = self.compression()
+        connection = self.borrow()
+        try:
+            self.ask(connection, "open_send", (folder, name, parent, options), compression)
+        except BaseException as error:
+            connection.is_broken = isinstance(error, (ConnectionLost, Stalled, Interrupted))
+            self.give_back(connection)
+            raise
+        return RemoteSender(self, connection, compression)
+
+    def measure_send(self, folder: str, name: str, parent: Optional[str]) -> RemoteMeasuring:
+        return RemoteMeasuring(self, (folder, name, parent))
+
+
+class SshConnector:
+    """Makes connections to one machine; they share one authentication."""
+
+    def __init__(self, endpoint: Endpoint, options: SshOptions, events: Events) -> None:
+        self.endpoint, self.options, self.events = endpoint, options, events
+        self.folder = ""  # of the control socket
+        self.settings: Optional[Dict[str, str]] = None
+
+    def __call__(self, is_first: bool) -> Connection:
+        argv = self.argv(is_first)
+        self.events.debug("command", "starting {} ...".format(" ".join(argv)))
+        words = ["sudo", "-n"] * self.options.sudo + ["python3", "-c", "'" + STAGE_1 + "'"]
+        return Connection(self.endpoint.machine, argv + [" ".join(words)], interactive=has_terminal())
+
+    def argv(self, is_first: bool) -> List[str]:
+        """The command up to what runs there."""
+        if self.settings is None:
+            outcome = run(ssh_argv(self.endpoint, self.options, ())[:-2] + ["-G", "--", self.endpoint.login])
+            if outcome.status != 0:
+                raise no_agent_error(self.endpoint.machine, outcome.status, outcome.error, "")
+            self.settings = parse_ssh_settings(outcome.out)
+        return ssh_argv(self.endpoint, self.options, open_settings(self.settings, self.control_path(), is_first))
+
+    def control_path(self) -> str:
+        """A socket in a private folder with a short name, for a socket's path may have 104 bytes; '' for none."""
+        import tempfile
+        if not self.folder:
+            parent = tempfile.gettempdir()
+            with contextlib.suppress(OSError):
+                self.folder = tempfile.mkdtemp(prefix="bbng-", dir=parent if len(parent) < 60 else "/tmp")
+        return os.path.join(self.folder, "ssh") if self.folder else ""
+
+    def end(self) -> None:
+        import shutil
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Hosts:
+    """The hosts of a run by machine: each is reached once."""
+
+    def __init__(self, task: Task, events: Events) -> None:
+        self.task, self.events = task, events
+        self.known: Dict[str, Any] = {}
+        self.errors: Dict[str, BackupError] = {}
+        self.stack = contextlib.ExitStack()
+
+    def of(self, endpoint: Endpoint) -> Any:
+        """The host of an endpoint; BackupError where it cannot be reached, which is tried once."""
+        machine = endpoint.machine
+        if machine in self.errors:
+            raise self.errors[machine]
+        if machine not in self.known:
+            try:
+                self.known[machine] = self.reach(endpoint) if machine else LocalHost(self.events)
+            except BackupError as error:
+                self.errors[machine] = error
+                raise
+        return self.known[machine]
+
+    def reach(self, endpoint: Endpoint) -> AgentHost:
+        connector = SshConnector(endpoint, SshOptions(self.task.ssh_options, self.task.ssh_sudo), self.events)
+        self.stack.callback(connector.end)
+        host = AgentHost(endpoint.machine, connector, self.events, self.task.compress)
+        self.stack.callback(host.end)
+        return host
+
+    def end(self) -> None:
+        """Ends all connections."""
+        self.stack.close()
+
+
+########################################################################################################
+# 0 TASK: observe, plan, show or execute
 #
 # The order: locks and pins are read, and where they cannot be the task stops; the snapshot is taken;
 # each destination is reached, listed and rid of what a failed transfer left; what is missing is sent,
@@ -3330,11 +4662,11 @@ class TaskRun:
 
     def relay(self, transfer: Transfer, destinations: List[Destination]) -> Relayed:
         name, parent = transfer.snapshot.name, transfer.parent.name if transfer.parent else None
-        compressed = self.host.capabilities().sends_compressed and all(
+        compressed = self.task.compress == "no" and self.host.capabilities().sends_compressed and all(
             d.host.capabilities().receives_compressed for d in destinations)
         options = SendOptions(compressed, False, self.task.btrfs_debug)
         expected = self.host.expected_stream(self.folder, transfer.snapshot, transfer.parent)
-        lanes: Dict[str, Receiver] = {}
+        lanes: Dict[str, Any] = {}
         refused: Dict[str, BackupError] = {}
         with contextlib.ExitStack() as stack:
             for destination in destinations:
@@ -3349,13 +4681,17 @@ class TaskRun:
                 return Relayed(0, 0.0, {}, refused)
             sender = self.host.open_send(self.folder, name, parent, options)
             progress = stack.enter_context(ProgressOf(self, transfer, destinations, options))
+            if progress.wanted and options.compressed:
+                for lane in lanes.values():
+                    lane.count_file_data()
             relayed = Relay(sender, lanes, self.task.stall_timeout, progress.tell).run()
         relayed.errors.update(refused)
         return relayed
 
     def delete_partial(self, transfer: Transfer, destination: Destination) -> None:
         """Deletes what a given up transfer left, under its lock."""
-        left = [s for s in destination.host.list(destination.path).subvolumes if partial_of(s.name) == transfer.snapshot.name]
+        listing = destination.host.list(destination.path)
+        left = [s for s in listing.subvolumes if partial_of(s.name) == transfer.snapshot.name]
         for error in destination.host.delete(destination.path, left, False):
             self.report(error, destination)
         parent = transfer.parent.name if transfer.parent else None
@@ -3431,7 +4767,8 @@ class TaskRun:
                             verdicts)
         self.delete(self.host, self.folder, self.task.source, self.snapshots, self.source_verdicts(seen))
 
-    def delete(self, host: LocalHost, folder: str, text: str, subvolumes: Sequence[Subvolume], verdicts: Sequence[Verdict]) -> None:
+    def delete(self, host: Any, folder: str, text: str, subvolumes: Sequence[Subvolume],
+               verdicts: Sequence[Verdict]) -> None:
         for verdict in verdicts:
             if verdict.keep:
                 self.events.debug("kept", "kept {} at {}: {}".format(verdict.name, text, verdict.reason))
@@ -3508,12 +4845,8 @@ class TaskRun:
         parent = transfer.parent
         if transfer.snapshot not in self.snapshots[-1:] or self.task.no_snapshot:
             taken = parent is None or parent.uuid != "not taken yet"
-            measuring = self.host.measure_send(self.folder, transfer.snapshot.name,
-                                               parent.name if parent and taken else None)
-            try:
-                return "at most {}".format(format_size(measuring.wait().stream_size))
-            finally:
-                measuring.end()
+            size = self.host.measured(self.folder, transfer.snapshot.name, parent.name if parent and taken else None)
+            return "at most {}".format(format_size(size.stream_size))
         return "about {}".format(format_size(self.host.data_since(self.source, parent.generation + 1 if parent else 0)))
 
 
@@ -3576,7 +4909,7 @@ def print_result(text: str) -> None:
 
 
 ########################################################################################################
-# 18 HELP: help and man page, from the tables
+# 0 HELP: help and man page, from the tables
 #
 # What there is to say about options stands in the tables of OPTIONS, once; here it is only laid out, so
 # that help, manual and completions cannot drift from what is parsed. Texts are paragraphs apart by empty
@@ -3733,7 +5066,7 @@ def format_man() -> str:
 
 
 ########################################################################################################
-# 19 COMPLETION: what the Tab key offers in bash, zsh and fish
+# 0 COMPLETION: what the Tab key offers in bash, zsh and fish
 #
 # Scripts for the shells, from the tables of options. They know the verbs, each verb's options, the words
 # that an option takes, and where a file or a folder is wanted; they never run the program. A value that
@@ -3929,7 +5262,7 @@ def fish_completion() -> str:
 
 
 ########################################################################################################
-# 20 UNITS: a systemd service and its timer
+# 0 UNITS: a systemd service and its timer
 #
 # The service may do what a backup needs and little else: see HARDENING for what is asked and what must
 # not be. It is written as a shell script, to be read before it is given to sh. The arguments are parsed
@@ -4056,19 +5389,11 @@ def format_units(task: Task, requests: Sequence[Request], arguments: Sequence[st
 
 
 ########################################################################################################
-# 21 COMMAND LINE: help, version, sudo, signals, main
+# 0 COMMAND LINE: help, version, sudo, signals, main
 #
 # The thin shell around a task: everything that touches the process as a whole (its arguments, user,
 # signals, exit status) is here and nowhere else.
 ########################################################################################################
-
-def source_digest() -> str:
-    """SHA-256 of this file's source, also from inside a zip."""
-    import hashlib
-    loader = globals().get("__loader__")
-    data = loader.get_data(__file__) if loader is not None else b""
-    return hashlib.sha256(data).hexdigest()
-
 
 def format_version() -> str:
     try:
@@ -4164,9 +5489,15 @@ def run_print(task: Task, events: Events) -> int:
     return 0
 
 
+def run_agent(_task: Task, _events: Events) -> int:
+    serve_agent()
+    return 0
+
+
 # how each verb is checked and run
 RUNS: Dict[str, Tuple[Callable[[Task], None], Callable[[Task, Events], int]]] = {
     "": (check_task, run_task),
+    "agent": (lambda task: None, run_agent),
     "print": (check_print, run_print),
 }
 

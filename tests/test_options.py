@@ -28,6 +28,8 @@ ALL_OPTIONS = [(name, option) for name, verb in VERBS.items() for group in verb.
 
 # A good value for what the help calls so.
 SAMPLES = {
+    "OPT": "Port=22",
+    "PROGRAM": "zstd",
     "LEVEL": "error",
     "FILE": "/log",
     "N": "3",
