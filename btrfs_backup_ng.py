@@ -15,6 +15,30 @@ The way of the data:
 
 Contents; a section uses only what stands above it:
 
+     1 ERRORS            what can go wrong, with exit status and remedy; sizes and times as text
+     2 NAMES             which names are snapshots of ours, and of when
+     3 RETENTION         what is kept, and why
+     4 OPTIONS           the table of options, what a task is, what an endpoint names
+     5 ARGUMENTS         words and files to tasks
+     6 IDENTITY          subvolumes, which backup belongs to which snapshot, what is complete
+     7 PLANNING          observed state to a plan of transfers and deletions
+     8 STREAM            the send stream: first command, private partials, size
+     9 EVENTS            one stream of events; log lines, progress and JSON read it
+    10 PROCESSES         programs: found, run, watched, ended
+    11 BTRFS             what the kernel and the btrfs program say and do
+    12 STATE             locks and pins in the snapshot folder
+    13 ENDS              the processes at the two ends of a stream
+    14 COMMANDS          shell://: a command of the user's takes the stream
+    15 HOST              the semantic calls that everything above planning goes through
+    16 RELAY             one stream from a sender to its receivers
+    17 WIRE              calls, results and streams as frames on a channel
+    18 AGENT             the program on another host, serving calls over a channel
+    19 REMOTE            hosts over ssh; the hosts of a run
+    20 TASK              observe, plan, show or execute
+    21 HELP              help and man page, from the tables
+    22 COMPLETION        what the Tab key offers in bash, zsh and fish
+    23 UNITS             a systemd service and its timer
+    24 COMMAND LINE      help, version, sudo, signals, main
 
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
@@ -79,7 +103,7 @@ __version__ = "0.7.0"
 
 
 ########################################################################################################
-# 0 ERRORS: what can go wrong, with exit status and remedy; sizes and times as text
+# 1 ERRORS: what can go wrong, with exit status and remedy; sizes and times as text
 #
 # One root class. A message says what failed, on which object, in the cause's own words, lower case,
 # without a full stop; the hint says what to type; the detail is the stderr of the program that failed.
@@ -163,7 +187,7 @@ def printable(text: str) -> str:
 
 
 ########################################################################################################
-# 0 NAMES: which names are snapshots of ours, and of when
+# 2 NAMES: which names are snapshots of ours, and of when
 #
 # A name counts only if it is the exact prefix and a strict time; what is parsed must render as the
 # same text again, for strptime accepts much more. Local time repeats and jumps at DST, so a name's
@@ -239,7 +263,7 @@ def partial_of(name: str) -> Optional[str]:
 
 
 ########################################################################################################
-# 0 RETENTION: what is kept, and why
+# 3 RETENTION: what is kept, and why
 #
 # Pure: names, times and protections in, a verdict with its reason for each out. A policy keeps the newest by
 # number, and by time the newest of each of the last hours, days, weeks, months, years that have one; each
@@ -375,7 +399,7 @@ def plan_retention(times: Dict[str, float], policy: Policy, protected: Dict[str,
 
 
 ########################################################################################################
-# 0 OPTIONS: the table of options, what a task is, what an endpoint names
+# 4 OPTIONS: the table of options, what a task is, what an endpoint names
 #
 # One table feeds the parser and the help. Long options may be shortened as far as they stay unique. An
 # endpoint is taken as it stands: nothing in it is decoded, lower-cased or guessed. Every mistake here is
@@ -810,7 +834,7 @@ def parse_remote(text: str, kind: str, rest: str) -> Endpoint:
 
 
 ########################################################################################################
-# 0 ARGUMENTS: words and files to tasks
+# 5 ARGUMENTS: words and files to tasks
 #
 # Options and paths mix in any order. An option's value is the next word as it stands, whatever it begins
 # with or holds. A `:` separates tasks, alone or glued to a path, where it is no part of a URL or of
@@ -1046,7 +1070,7 @@ def parse_arguments(arguments: Sequence[str]) -> Task:
 
 
 ########################################################################################################
-# 0 IDENTITY: subvolumes, which backup belongs to which snapshot, what is complete
+# 6 IDENTITY: subvolumes, which backup belongs to which snapshot, what is complete
 #
 # Identity goes by UUID, never by name or time. The id that travels in a stream is the received UUID
 # of the sent subvolume where it has one, else its UUID; the receiver keeps it as received UUID. So it
@@ -1154,7 +1178,7 @@ def backups_of(listing: Listing, prefix: str) -> List[Subvolume]:
 
 
 ########################################################################################################
-# 0 PLANNING: observed state to a plan of transfers and deletions
+# 7 PLANNING: observed state to a plan of transfers and deletions
 #
 # Pure: listings, locks and pins in, values out; `--dry-run` prints them, a run executes them. The
 # parent of a transfer is the nearest older snapshot complete on both sides, else the nearest newer;
@@ -1361,7 +1385,7 @@ def after_transfers(listing: Listing, plan: DestinationPlan) -> Listing:
 
 
 ########################################################################################################
-# 0 STREAM: the send stream: first command, private partials, size
+# 8 STREAM: the send stream: first command, private partials, size
 #
 # A header of 17 bytes, then commands: `le32 length | le16 command | le32 crc32c | payload` of attributes
 # `le16 type | le16 length | data` (btrfs-progs, send.h). The first says which subvolume `btrfs receive`
@@ -1647,7 +1671,7 @@ class SizeMeter:
 
 
 ########################################################################################################
-# 0 EVENTS: one stream of events; log lines, progress and JSON read it
+# 9 EVENTS: one stream of events; log lines, progress and JSON read it
 #
 # Whatever is worth saying is an event: a kind for machines, a level, a line for people, and facts.
 # Displays are readers of the events and of nothing else. Log lines go to stderr; results (a plan, a
@@ -1764,7 +1788,7 @@ class JsonLog:
 
 
 ########################################################################################################
-# 0 PROCESSES: programs: found, run, watched, ended
+# 10 PROCESSES: programs: found, run, watched, ended
 #
 # Argument lists, never a shell. Each child is a process group of its own, so that a key press on the
 # terminal does not kill the ends of a transfer behind our back; it ends by itself when its pipe does.
@@ -1936,7 +1960,7 @@ def make_pipe() -> Tuple[int, int]:
 
 
 ########################################################################################################
-# 0 BTRFS: what the kernel and the btrfs program say and do
+# 11 BTRFS: what the kernel and the btrfs program say and do
 #
 # Reading goes by ioctl (uapi/linux/btrfs.h), which any user may, in microseconds; where the kernel has
 # no GET_SUBVOL_INFO (before Linux 4.18) by `btrfs subvolume show`. Changing goes by the btrfs program.
@@ -2108,7 +2132,7 @@ def parse_find_new(text: str) -> int:
 
 
 ########################################################################################################
-# 0 STATE: locks and pins in the snapshot folder
+# 12 STATE: locks and pins in the snapshot folder
 #
 # `.outstanding_transfers` holds locks and parent notes in the format of release 0.6.6, so that either
 # program takes over from the other; `.destinations.json` the pins. Each change reads, changes its own
@@ -2264,7 +2288,7 @@ def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None])
 
 
 ########################################################################################################
-# 0 ENDS: the processes at the two ends of a stream
+# 13 ENDS: the processes at the two ends of a stream
 #
 # A sender fills buffers, a receiver takes them, and neither ever blocks. The receiver is the only place
 # where a backup becomes complete: `btrfs receive` exited 0, the result was seen read-only with the right
@@ -2466,7 +2490,7 @@ class Measuring:
 
 
 ########################################################################################################
-# 0 COMMANDS: shell://: a command of the user's takes the stream
+# 14 COMMANDS: shell://: a command of the user's takes the stream
 #
 # `sh -c COMMAND`, here, with the stream as `btrfs send` writes it on its stdin and what it is in its
 # environment. It has succeeded when the stream came to its end and the command has read all of it and exited
@@ -2629,7 +2653,7 @@ class ShellPlace:
 
 
 ########################################################################################################
-# 0 HOST: the semantic calls that everything above planning goes through
+# 15 HOST: the semantic calls that everything above planning goes through
 #
 # A host is a machine that things are done on. Its calls take and return plain values, so that they can
 # travel: look at a place, list a folder, snapshot, delete, rename, state, send, receive. LocalHost does
@@ -2863,7 +2887,7 @@ class LocalHost:
 
 
 ########################################################################################################
-# 0 RELAY: one stream from a sender to its receivers
+# 16 RELAY: one stream from a sender to its receivers
 #
 # The relay moves what can be moved, then naps. Waking for every few KiB costs more than moving them, and
 # memory made anew for each read more than both, so a few buffers go round and it naps only while
@@ -2982,7 +3006,7 @@ class Relay:
 
 
 ########################################################################################################
-# 0 WIRE: calls, results and streams as frames on a channel
+# 17 WIRE: calls, results and streams as frames on a channel
 #
 # A frame is `kind (1 byte) | be32 length | payload`. Calls and results are JSON in which each value says
 # what it is, from a table: nothing is pickled or evaluated. A channel carries one call or one stream at a
@@ -3503,7 +3527,7 @@ class StreamSink:
 
 
 ########################################################################################################
-# 0 AGENT: the program on another host, serving calls over a channel
+# 18 AGENT: the program on another host, serving calls over a channel
 #
 # What it may do is what CALLS, SENDERS and RECEIVERS name: calls of LocalHost, with arguments of the
 # types that these declare. Each channel has an agent of its own, which ends, and with it all that it has
@@ -3696,7 +3720,7 @@ def serve_agent() -> None:
 
 
 ########################################################################################################
-# 0 REMOTE: hosts over ssh; the hosts of a run
+# 19 REMOTE: hosts over ssh; the hosts of a run
 #
 # `ssh HOST python3 -c STAGE_1` reads one line, STAGE_2, which looks for this very source in the cache
 # folder of the user there, by SHA-256, or asks for it; then the agent serves. The user's ssh
@@ -4301,7 +4325,7 @@ class Hosts:
 
 
 ########################################################################################################
-# 0 TASK: observe, plan, show or execute
+# 20 TASK: observe, plan, show or execute
 #
 # The order: locks and pins are read, and where they cannot be the task stops; the snapshot is taken;
 # each destination is reached, listed and rid of what a failed transfer left; what is missing is sent,
@@ -4909,7 +4933,7 @@ def print_result(text: str) -> None:
 
 
 ########################################################################################################
-# 0 HELP: help and man page, from the tables
+# 21 HELP: help and man page, from the tables
 #
 # What there is to say about options stands in the tables of OPTIONS, once; here it is only laid out, so
 # that help, manual and completions cannot drift from what is parsed. Texts are paragraphs apart by empty
@@ -5066,7 +5090,7 @@ def format_man() -> str:
 
 
 ########################################################################################################
-# 0 COMPLETION: what the Tab key offers in bash, zsh and fish
+# 22 COMPLETION: what the Tab key offers in bash, zsh and fish
 #
 # Scripts for the shells, from the tables of options. They know the verbs, each verb's options, the words
 # that an option takes, and where a file or a folder is wanted; they never run the program. A value that
@@ -5262,7 +5286,7 @@ def fish_completion() -> str:
 
 
 ########################################################################################################
-# 0 UNITS: a systemd service and its timer
+# 23 UNITS: a systemd service and its timer
 #
 # The service may do what a backup needs and little else: see HARDENING for what is asked and what must
 # not be. It is written as a shell script, to be read before it is given to sh. The arguments are parsed
@@ -5389,7 +5413,7 @@ def format_units(task: Task, requests: Sequence[Request], arguments: Sequence[st
 
 
 ########################################################################################################
-# 0 COMMAND LINE: help, version, sudo, signals, main
+# 24 COMMAND LINE: help, version, sudo, signals, main
 #
 # The thin shell around a task: everything that touches the process as a whole (its arguments, user,
 # signals, exit status) is here and nowhere else.
