@@ -276,9 +276,9 @@ UNITS = {"h": "hour", "d": "day", "w": "week", "m": "month", "y": "year"}
 
 
 class Span(NamedTuple):
-    """The newest snapshot of each of the last `count` units of time that have one."""
+    """The newest snapshot of each of the last `number` units of time that have one."""
 
-    count: int
+    number: int
     unit: str  # a key of UNITS
 
 
@@ -302,7 +302,7 @@ def parse_policy(text: str) -> Policy:
     """`24h 14d 8w 12m 5y`, or `all`, as a policy; ValueError for anything else.
 
     >>> parse_policy("24h 7d").spans
-    (Span(count=24, unit='h'), Span(count=7, unit='d'))
+    (Span(number=24, unit='h'), Span(number=7, unit='d'))
     """
     words = text.split()
     if words == ["all"]:
@@ -311,7 +311,7 @@ def parse_policy(text: str) -> Policy:
     spans = tuple(Span(int(match.group(1)), match.group(2)) for match in matches if match)
     if not spans or len(spans) < len(words):
         raise ValueError("is not like '24h 14d 8w 12m 5y' (hours, days, weeks, months, years), nor 'all'")
-    if any(span.count == 0 for span in spans):
+    if any(span.number == 0 for span in spans):
         raise ValueError("keeps nothing of a unit: leave that unit out")
     if len({span.unit for span in spans}) < len(spans):
         raise ValueError("names a unit twice")
@@ -323,7 +323,7 @@ def format_policy(policy: Policy) -> str:
     if policy.keeps_all:
         return "all"
     parts = ["the newest {}".format(policy.newest)] if policy.newest else []
-    return ", ".join(parts + [plural(span.count, UNITS[span.unit]) for span in policy.spans])
+    return ", ".join(parts + [plural(span.number, UNITS[span.unit]) for span in policy.spans])
 
 
 class Verdict(NamedTuple):
@@ -355,7 +355,7 @@ def keep_by_time(ordered: Sequence[str], times: Dict[str, float], spans: Sequenc
             period = period_of(times[name], span.unit)
             if period in seen:
                 continue
-            if len(seen) == span.count:
+            if len(seen) == span.number:
                 break
             seen.add(period)
             periods.setdefault(name, []).append("{} {}".format(UNITS[span.unit], period[0]))
@@ -363,7 +363,7 @@ def keep_by_time(ordered: Sequence[str], times: Dict[str, float], spans: Sequenc
 
 
 def deletion_reason(policy: Policy) -> str:
-    spans = ", ".join(plural(span.count, UNITS[span.unit]) for span in policy.spans)
+    spans = ", ".join(plural(span.number, UNITS[span.unit]) for span in policy.spans)
     if not spans:
         return "older than the newest {}".format(policy.newest)
     newest = "older than the newest {}, and ".format(policy.newest) if policy.newest else ""

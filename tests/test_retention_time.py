@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import unittest
+from typing import List
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from support import BackupTestCase, names
@@ -176,7 +177,9 @@ class AYear(InZone):
     def test_taken_and_deleted_hour_by_hour(self):
         """Deleting each hour leaves what deleting once at the end leaves: nothing goes that is wanted later."""
         policy = parse_policy("24h 7d 4w 12m 2y")
-        taken, left, moment = [], [], local(2025, 1, 1, 0)
+        taken: List[float] = []
+        left: List[float] = []
+        moment = local(2025, 1, 1, 0)
         while moment < local(2026, 1, 10):
             if time.localtime(moment).tm_mon != 6:
                 taken.append(moment)
