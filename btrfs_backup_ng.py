@@ -35,10 +35,11 @@ Contents; a section uses only what stands above it:
     18 AGENT             the program on another host, serving calls over a channel
     19 REMOTE            hosts over ssh; the hosts of a run
     20 TASK              observe, plan, show or execute
-    21 HELP              help and man page, from the tables
-    22 COMPLETION        what the Tab key offers in bash, zsh and fish
-    23 UNITS             a systemd service and its timer
-    24 COMMAND LINE      help, version, sudo, signals, main
+    21 LIST              which snapshots are where
+    22 HELP              help and man page, from the tables
+    23 COMPLETION        what the Tab key offers in bash, zsh and fish
+    24 UNITS             a systemd service and its timer
+    25 COMMAND LINE      help, version, sudo, signals, main
 
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
@@ -176,6 +177,13 @@ def format_duration(seconds: float) -> str:
     return "{}:{:02}:{:02}".format(hours, minutes, rest) if hours else "{}:{:02}".format(minutes, rest)
 
 
+def format_age(seconds: float) -> str:
+    """How long ago something was: `40 min`, `26 h`, `12 days`."""
+    if seconds < 90 * 60:
+        return "{} min".format(round(max(0, seconds) / 60))
+    return "{} h".format(round(seconds / 3600)) if seconds < 72 * 3600 else "{} days".format(round(seconds / 86400))
+
+
 def plural(count: int, noun: str) -> str:
     return "{} {}{}".format(count, noun, "" if count == 1 else "s")
 
@@ -215,6 +223,15 @@ def parse_time(text: str) -> Optional[LocalTime]:
     days = (31, 28 + leap, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
     is_time = year > 0 and 0 < month <= 12 and 0 < day <= days[month - 1] and hour < 24 and minute < 60 and second < 60
     return (year, month, day, hour, minute, second) if is_time else None
+
+
+@functools.lru_cache(maxsize=None)
+def prefix_of(name: str) -> Optional[str]:
+    """The prefix of a snapshot's name, all that stands before its time; None where it is no snapshot's name."""
+    for length in (15, 13):
+        if len(name) >= length and parse_time(name[-length:]) is not None:
+            return name[:-length]
+    return None
 
 
 @functools.lru_cache(maxsize=None)
@@ -621,6 +638,32 @@ file, relative to the one it stands in.""",
 Answers the calls of another instance of this program, which it gets on stdin, on stdout. Nobody types
 this: it is what runs on a remote host while that is a source or a destination.""",
         needs_root=False),
+    "list": Verb(
+        "[options] {SOURCE [DESTINATION ...] | FOLDER ...}", "show which snapshots are where", (
+            Group("What to show", rows("-p", "-f") + (
+                Option(("--json",), "json", "", None, "the same as JSON, for programs"),)),
+            Group("Display", rows("-h", "-v", "-q", "--log-json")),
+            Group("Connection", rows("--no-elevate")),
+        ),
+        about="""\
+Shows a table: a line for each snapshot, a column for SOURCE and for each DESTINATION. Without a source it
+shows backups alone: a FOLDER is one where the path is no subvolume with a snapshot folder in it.
+
+  present  complete
+  parent   complete, and what an unfinished or the next transfer builds on
+  locked   at the source: a transfer of it has begun and is not complete
+  partial  a transfer was broken off, or is under way
+  missing  at the source, but not there
+  foreign  another subvolume bears the name
+  ?        the location could not be listed; the exit status is then 1
+
+Which backup belongs to which snapshot is told by UUID. Without -p, snapshots of every prefix are shown. A
+size stands where quotas are enabled: what a subvolume shares with no other.""",
+        examples=(
+            ("list /home /mnt/backup/home", "what is where"),
+            ("list /mnt/backup/home", "what there is to restore"),
+            ("list --json /home ssh://nas/backups/home", "for programs"),
+        )),
     "print": Verb(
         "{man | completion bash|zsh|fish | systemd [options] -- ARGUMENT ...}",
         "write a man page, a shell's completion, or systemd units", (
@@ -692,6 +735,7 @@ class Task(NamedTuple):
     wait: float = 0.0
     jobs: int = 0
     no_elevate: bool = False
+    json: bool = False
     on_calendar: str = "*-*-* 02:00"
     unit: str = ""
     user: bool = False
@@ -2754,6 +2798,12 @@ class LocalHost:
         except OSError as error:
             raise os_error("cannot list {}".format(folder), error) from None
         return Listing(tuple(subvolumes), frozenset(others))
+
+    def own_sizes(self, folder: str) -> Dict[int, int]:
+        """Bytes that each subvolume of a filesystem shares with no other, by id; {} where quotas are not enabled."""
+        outcome = run(["btrfs", "qgroup", "show", "--raw", folder])
+        rows = re.findall(r"^0/([0-9]+)\s+[0-9]+\s+([0-9]+)", outcome.out, re.MULTILINE)
+        return {int(subvolid): int(exclusive) for subvolid, exclusive in rows} if outcome.status == 0 else {}
 
     def nested_subvolumes(self, path: str, beside: str) -> List[str]:
         """Subvolumes directly nested in the one at `path`, relative to it, without those in folder `beside`."""
@@ -4933,7 +4983,337 @@ def print_result(text: str) -> None:
 
 
 ########################################################################################################
-# 21 HELP: help and man page, from the tables
+# 21 LIST: which snapshots are where
+#
+# A location is the snapshot folder of a source, or a folder of backups; an entry one subvolume in it. What
+# belongs to what goes by identity, as in a transfer; a name alone only says where a stranger stands in the
+# way. A location that cannot be listed is an error and never an empty one. Nothing is changed.
+########################################################################################################
+
+
+class Entry(NamedTuple):
+    """One subvolume at a location. `moment` is its time in seconds since the epoch, as far as its name tells one."""
+
+    subvolume: Subvolume
+    path: str
+    state: str  # "complete", "partial" or "foreign"
+    moment: Optional[float]
+    locks: Tuple[str, ...] = ()
+    parent_locks: Tuple[str, ...] = ()
+    size: Optional[int] = None  # bytes that it shares with no other
+
+    @property
+    def snapshot_name(self) -> str:
+        return partial_of(self.subvolume.name) or self.subvolume.name
+
+
+class Location(NamedTuple):
+    """What there is at an endpoint; where `error` is set, not all of it is known."""
+
+    endpoint: str
+    is_source: bool
+    entries: Tuple[Entry, ...] = ()
+    error: Optional[BackupError] = None
+    listing: Listing = Listing()
+
+    def complete(self) -> List[Entry]:
+        return [entry for entry in self.entries if entry.state == "complete"]
+
+
+def name_moment(name: str) -> Optional[float]:
+    """When the snapshot of that name, or the partial backup of it, says that it was taken."""
+    name = partial_of(name) or name
+    prefix = prefix_of(name)
+    return None if prefix is None else snapshot_time(prefix, name)
+
+
+def snapshot_state(subvolume: Subvolume) -> str:
+    """The state of a subvolume in a snapshot folder."""
+    if partial_of(subvolume.name) is not None:
+        return "partial"
+    return "complete" if subvolume.readonly and prefix_of(subvolume.name) is not None else "foreign"
+
+
+def backup_state(subvolume: Subvolume, snapshots: Dict[str, Subvolume], ids: Set[str]) -> str:
+    """The state of a subvolume in a folder of backups. snapshots, ids: the source's, by name and stream id."""
+    is_copy = bool({subvolume.uuid, subvolume.received_uuid} & ids)
+    named = prefix_of(subvolume.name) is not None
+    if partial_of(subvolume.name) is not None:
+        return "partial"
+    if not subvolume.readonly:
+        return "partial" if named and (is_copy or subvolume.received_uuid is None) else "foreign"
+    if is_copy:
+        return "complete"
+    return "complete" if named and subvolume.received_uuid and subvolume.name not in snapshots else "foreign"
+
+
+def is_asked_for(subvolume: Subvolume, prefix: Optional[str], ids: Set[str]) -> bool:
+    """Whether a subvolume is shown when snapshots of `prefix` are asked for; None asks for all."""
+    name = partial_of(subvolume.name) or subvolume.name
+    is_copy = bool({subvolume.uuid, subvolume.received_uuid} & ids)
+    return prefix is None or is_copy or name_time(prefix, name) is not None
+
+
+def source_entries(listing: Listing, folder: str, prefix: Optional[str], locks: Locks) -> Tuple[Entry, ...]:
+    entries = []
+    for subvolume in sorted(listing.subvolumes, key=by_creation):
+        if is_asked_for(subvolume, prefix, set()):
+            own, named = locks.get(subvolume.name, {}), prefix_of(subvolume.name)
+            moment = None if named is None else snapshot_moment(named, subvolume)
+            entries.append(Entry(subvolume, os.path.join(folder, subvolume.name), snapshot_state(subvolume), moment,
+                                 tuple(own.get("locks", ())), tuple(own.get("parent_locks", ()))))
+    return tuple(entries)
+
+
+def backup_entries(listing: Listing, folder: str, prefix: Optional[str], source: Optional[Location],
+                   locks: Locks, key: str) -> Tuple[Entry, ...]:
+    """The entries of a folder of backups. key: what locks call it."""
+    snapshots = [entry.subvolume for entry in source.complete()] if source else []
+    known, by_name = {s.stream_id: s for s in snapshots if s.stream_id}, {s.name: s for s in snapshots}
+    locked, parents = set(locked_names(locks, key)), set(locked_names(locks, key, "parent_locks"))
+    entries = []
+    for backup in listing.subvolumes:
+        if is_asked_for(backup, prefix, set(known)):
+            snapshot = known.get(backup.received_uuid or "") or known.get(backup.uuid or "")
+            named = prefix_of(snapshot.name) if snapshot else None
+            moment = snapshot_moment(named, snapshot) if snapshot and named is not None else name_moment(backup.name)
+            entry = Entry(backup, os.path.join(folder, backup.name), backup_state(backup, by_name, set(known)), moment)
+            entries.append(entry._replace(locks=(key,) * (entry.snapshot_name in locked),
+                                          parent_locks=(key,) * (entry.snapshot_name in parents)))
+    return tuple(sorted(entries, key=lambda e: (e.moment is None, e.moment or 0, e.subvolume.name)))
+
+
+def list_endpoint(host: LocalHost, endpoint: Endpoint) -> Tuple[str, Listing]:
+    """The folder that an endpoint names, and what it holds."""
+    if endpoint.kind != "path":
+        raise BackupError("{} cannot be listed".format(endpoint.text))
+    place = host.look(endpoint.path)
+    if place.kind != "folder":
+        raise BackupError("no such folder: {}".format(endpoint.text) if place.kind == "missing" else
+                          "{} is not a folder".format(endpoint.text),
+                          "nothing is mounted at {}".format(place.unmounted) if place.unmounted else
+                          "is its filesystem mounted?")
+    return place.path, host.list(place.path)
+
+
+class Survey:
+    """Lists the locations that a task names, the source first."""
+
+    def __init__(self, task: Task, events: Events) -> None:
+        self.task = task
+        self.run = TaskRun(task._replace(no_snapshot=True), events)
+        self.source: Optional[Location] = None
+        self.locks: Locks = {}
+
+    def locations(self) -> List[Location]:
+        texts = [self.task.source] + list(self.task.destinations)
+        found = []
+        if self.has_source():
+            self.source = self.survey_source()
+            found, texts = [self.source], texts[1:]
+        return found + [self.survey_folder(text) for text in texts]
+
+    def has_source(self) -> bool:
+        """Whether the first path is a source, not a folder of backups; one that cannot be seen is with destinations."""
+        endpoint = parse_endpoint(self.task.source)
+        if endpoint.kind != "path":
+            return False
+        try:
+            host = self.run.hosts.of(endpoint)
+            place = host.look(endpoint.path)
+            if place.kind == "folder" and not place.is_top:
+                return False
+            if not self.task.destinations:
+                return place.is_top and host.look(os.path.join(place.path, self.task.snapshot_folder)).kind == "folder"
+        except BackupError:
+            pass
+        return bool(self.task.destinations)
+
+    def survey_source(self) -> Location:
+        """The snapshots; what is known of them also where the locks cannot be read."""
+        location = Location(self.task.source, True)
+        try:
+            self.run.open_source()
+            if not self.run.folder_exists:
+                return location
+            listing = self.run.host.list(self.run.folder)
+            location = location._replace(listing=listing, entries=source_entries(
+                listing, self.run.folder, self.task.prefix, {}))
+            self.locks = self.run.host.read_locks(self.run.folder)
+        except BackupError as error:
+            return location._replace(error=error)
+        return location._replace(entries=source_entries(listing, self.run.folder, self.task.prefix, self.locks))
+
+    def survey_folder(self, text: str) -> Location:
+        try:
+            endpoint = parse_endpoint(text)
+            host = self.run.hosts.of(endpoint)
+            folder, listing = list_endpoint(host, endpoint)
+            if self.source is None and {LOCK_FILE, PIN_FILE} & listing.others:  # a snapshot folder by itself
+                entries = source_entries(listing, folder, self.task.prefix, host.read_locks(folder))
+            else:
+                entries = backup_entries(listing, folder, self.task.prefix, self.source, self.locks,
+                                         destination_key(text))
+            return Location(text, False, entries, None, listing)
+        except BackupError as error:
+            return Location(text, False, (), error)
+
+    def with_sizes(self, location: Location) -> Location:
+        """The location with what is known about sizes; where that is nothing it is no error."""
+        if location.error is not None or not location.entries:
+            return location
+        try:
+            host = self.run.hosts.of(parse_endpoint(location.endpoint))
+            sizes = host.own_sizes(os.path.dirname(location.entries[0].path))
+        except BackupError:
+            return location
+        return location._replace(entries=tuple(
+            entry._replace(size=sizes.get(entry.subvolume.subvolid)) for entry in location.entries))
+
+    def end(self) -> None:
+        self.run.hosts.end()
+
+
+def format_time(moment: float) -> str:
+    """Seconds since the epoch as ISO 8601 in local time: `2026-01-31T09:30:00+01:00`."""
+    text = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(moment))
+    return text[:-2] + ":" + text[-2:]
+
+
+def format_json(value: Any) -> str:
+    import json
+    return json.dumps(value, indent=1)
+
+
+def describe_entry(entry: Entry) -> Dict[str, Any]:
+    """An entry as `--json` shows it."""
+    subvolume = entry.subvolume
+    return {"name": subvolume.name, "path": entry.path,
+            "time": None if entry.moment is None else format_time(entry.moment),
+            "uuid": subvolume.uuid, "parent_uuid": subvolume.parent_uuid, "received_uuid": subvolume.received_uuid,
+            "state": entry.state, "locks": list(entry.locks), "parent_locks": list(entry.parent_locks)}
+
+
+def describe_locations(locations: Iterable[Location]) -> Dict[str, Any]:
+    return {"locations": [{"endpoint": location.endpoint,
+                           "error": format_error(location.error) if location.error else None,
+                           "snapshots": [describe_entry(entry) for entry in location.entries]}
+                          for location in locations]}
+
+
+class Row(NamedTuple):
+    """A line of the table: a snapshot, and its entry at each location (by number) that has one."""
+
+    name: str
+    moment: float
+    cells: Dict[int, Entry]
+
+
+def table_rows(locations: Sequence[Location]) -> List[Row]:
+    """The lines of the table, oldest first; strangers stand where their name stands in the way, or not at all."""
+    rows: List[Row] = []
+    by_id: Dict[str, Row] = {}
+    by_name: Dict[str, Row] = {}
+    for number, location in enumerate(locations):
+        for entry in location.entries:
+            keys = [key for key in (entry.subvolume.received_uuid, entry.subvolume.uuid) if key]
+            name, is_whole = entry.snapshot_name, entry.state == "complete"
+            row = next((by_id[key] for key in keys if key in by_id), None) if is_whole else by_name.get(name)
+            if row is None or number in row.cells:
+                if prefix_of(name) is None:
+                    continue
+                row = Row(name, entry.moment or 0.0, {})
+                rows.append(row)
+                by_name.setdefault(name, row)
+            row.cells[number] = entry
+            if is_whole:
+                by_id.setdefault(entry.subvolume.stream_id or "", row)
+    return sorted(rows, key=lambda row: (row.moment, row.name))
+
+
+def cell_text(row: Row, number: int, location: Location, has_source: bool, parent: Optional[str]) -> str:
+    """What stands in the table for a snapshot at a location. parent: the stream id the next transfer builds on."""
+    entry = row.cells.get(number)
+    if entry is None:
+        unknown = "?" if location.error else "-"
+        return "missing" if has_source and 0 in row.cells and not location.error else unknown
+    words = ["present" if entry.state == "complete" else entry.state]
+    if entry.locks and entry.state == "complete":
+        words.append("locked")
+    if entry.parent_locks or (entry.state == "complete" and parent and entry.subvolume.stream_id == parent):
+        words.append("parent")
+    return ", ".join(words) + ("  " + format_size(entry.size) if entry.size is not None else "")
+
+
+def summary_text(location: Location, texts: Sequence[str]) -> str:
+    """`12 present, 1 partial, 3 missing`."""
+    if location.error:
+        return "not listed" if not location.entries else "not all known"
+    counts = collections.Counter(text.split(",")[0].split(" ")[0] for text in texts)
+    words = [word for word in ("present", "partial", "missing", "foreign") if counts[word]]
+    parts = ["{} {}".format(counts[word], word) for word in words]
+    shown = counts["present"] + counts["partial"] + counts["foreign"]
+    others = len(location.entries) - shown
+    parts += [plural(others, "other subvolume")] * (others > 0)
+    return ", ".join(parts) or "nothing"
+
+
+def newest_text(location: Location, now: float) -> str:
+    moments = [entry.moment for entry in location.complete() if entry.moment is not None]
+    past = [moment for moment in moments if not is_future(moment, now)]
+    return "{} ago".format(format_age(now - max(past))) if past else "-"
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> List[str]:
+    """Columns as wide as what they hold; no blanks at the end of a line."""
+    rows = [[printable(text) for text in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def format_locations(locations: Sequence[Location], now: float) -> str:
+    """The table, its totals below it."""
+    has_source = locations[0].is_source
+    snapshots = [entry.subvolume for entry in locations[0].complete()] if has_source else []
+    rows = table_rows(locations)
+    columns = []
+    for number, location in enumerate(locations):
+        base = newest_common(snapshots, location.listing) if has_source and number else None
+        texts = [cell_text(row, number, location, has_source, base.stream_id if base else None) for row in rows]
+        columns.append([location.endpoint] + texts + ["", summary_text(location, texts), newest_text(location, now)])
+    names = ["snapshot"] + [row.name for row in rows] + ["", "total", "newest"]
+    return "\n".join(format_table(list(zip(names, *columns))))
+
+
+def check_list(task: Task) -> None:
+    """UsageError for what no listing can mean."""
+    if not task.source:
+        raise UsageError("nothing to list", "btrfs-backup-ng list SOURCE [DESTINATION ...]; see list --help")
+    for text in (task.source,) + task.destinations:
+        if parse_endpoint(text).kind == "shell":
+            raise UsageError("{} cannot be listed".format(printable(text)), "name a folder")
+
+
+def run_list(task: Task, events: Events) -> int:
+    """Prints what is where; 1 where a location could not be listed."""
+    survey = Survey(task, events)
+    try:
+        locations = survey.locations()
+        if task.json:
+            print_result(format_json(describe_locations(locations)))
+        else:
+            locations = [survey.with_sizes(location) for location in locations]
+            print_result(format_locations(locations, time.time()))
+    finally:
+        survey.end()
+    for location in locations:
+        if location.error is not None:
+            events.error(location.error)
+    return 1 if any(location.error for location in locations) else 0
+
+
+########################################################################################################
+# 22 HELP: help and man page, from the tables
 #
 # What there is to say about options stands in the tables of OPTIONS, once; here it is only laid out, so
 # that help, manual and completions cannot drift from what is parsed. Texts are paragraphs apart by empty
@@ -5090,7 +5470,7 @@ def format_man() -> str:
 
 
 ########################################################################################################
-# 22 COMPLETION: what the Tab key offers in bash, zsh and fish
+# 23 COMPLETION: what the Tab key offers in bash, zsh and fish
 #
 # Scripts for the shells, from the tables of options. They know the verbs, each verb's options, the words
 # that an option takes, and where a file or a folder is wanted; they never run the program. A value that
@@ -5286,7 +5666,7 @@ def fish_completion() -> str:
 
 
 ########################################################################################################
-# 23 UNITS: a systemd service and its timer
+# 24 UNITS: a systemd service and its timer
 #
 # The service may do what a backup needs and little else: see HARDENING for what is asked and what must
 # not be. It is written as a shell script, to be read before it is given to sh. The arguments are parsed
@@ -5413,7 +5793,7 @@ def format_units(task: Task, requests: Sequence[Request], arguments: Sequence[st
 
 
 ########################################################################################################
-# 24 COMMAND LINE: help, version, sudo, signals, main
+# 25 COMMAND LINE: help, version, sudo, signals, main
 #
 # The thin shell around a task: everything that touches the process as a whole (its arguments, user,
 # signals, exit status) is here and nowhere else.
@@ -5522,6 +5902,7 @@ def run_agent(_task: Task, _events: Events) -> int:
 RUNS: Dict[str, Tuple[Callable[[Task], None], Callable[[Task, Events], int]]] = {
     "": (check_task, run_task),
     "agent": (lambda task: None, run_agent),
+    "list": (check_list, run_list),
     "print": (check_print, run_print),
 }
 
