@@ -643,7 +643,7 @@ this: it is what runs on a remote host while that is a source or a destination."
             Group("What to show", rows("-p", "-f") + (
                 Option(("--json",), "json", "", None, "the same as JSON, for programs"),)),
             Group("Display", rows("-h", "-v", "-q", "--log-json")),
-            Group("Connection", rows("--no-elevate")),
+            Group("Hosts", rows("--ssh-opt", "--ssh-sudo", "--no-elevate")),
         ),
         about="""\
 Shows a table: a line for each snapshot, a column for SOURCE and for each DESTINATION. Without a source it
@@ -3586,7 +3586,8 @@ class StreamSink:
 
 CALLS = frozenset((
     "capabilities", "look", "list", "nested_subvolumes", "make_folder", "snapshot", "delete", "wait_for_cleaning",
-    "read_locks", "change_locks", "read_pins", "change_pins", "expected_stream", "measured", "data_since"))
+    "read_locks", "change_locks", "read_pins", "change_pins", "expected_stream", "measured", "data_since",
+    "own_sizes"))
 SENDERS = frozenset(("open_send",))
 RECEIVERS = frozenset(("open_receive",))
 CALL_FAILURES = (BackupError, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
