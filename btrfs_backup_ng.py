@@ -36,10 +36,11 @@ Contents; a section uses only what stands above it:
     19 REMOTE            hosts over ssh; the hosts of a run
     20 TASK              observe, plan, show or execute
     21 LIST              which snapshots are where
-    22 HELP              help and man page, from the tables
-    23 COMPLETION        what the Tab key offers in bash, zsh and fish
-    24 UNITS             a systemd service and its timer
-    25 COMMAND LINE      help, version, sudo, signals, main
+    22 PRUNE             retention of a folder of backups by itself
+    23 HELP              help and man page, from the tables
+    24 COMPLETION        what the Tab key offers in bash, zsh and fish
+    25 UNITS             a systemd service and its timer
+    26 COMMAND LINE      help, version, sudo, signals, main
 
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
@@ -442,6 +443,17 @@ def parse_seconds(text: str) -> float:
     return float(text)
 
 
+AGE_UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800}  # seconds
+
+
+def parse_age(text: str) -> float:
+    """Seconds that `90s`, `30min`, `26h`, `3d` or `2w` says."""
+    match = re.fullmatch(r"([0-9]{1,9})(s|min|h|d|w)", text)
+    if match is None:
+        raise ValueError("is no age like 30min, 26h, 3d, 2w")
+    return float(match.group(1)) * AGE_UNITS[match.group(2)]
+
+
 def parse_stall_timeout(text: str) -> float:
     if parse_seconds(text) == 0:
         raise ValueError("is not a number of seconds above 0")
@@ -664,6 +676,36 @@ size stands where quotas are enabled: what a subvolume shares with no other.""",
             ("list /mnt/backup/home", "what there is to restore"),
             ("list --json /home ssh://nas/backups/home", "for programs"),
         )),
+    "prune": Verb(
+        "[options] FOLDER ...", "apply retention to folders of backups", (
+            Group("Retention", rows("-n") + (
+                Option(("--keep-backups",), "keep_backups", "POLICY", parse_policy,
+                       "keep by time: '24h 14d 8w 12m 5y' keeps the newest of each of the last 24 hours, 14 days and "
+                       "so on that have one; all keeps everything; what -n keeps is kept as well"),
+                Option(("-p", "--snapshot-prefix"), "prefix", "P", parse_prefix,
+                       "only backups of this prefix; default: those of each prefix there is, each by itself"),
+                Option(("--partials-older-than",), "partials_older_than", "AGE", parse_age,
+                       "delete what broken transfers left and nothing has changed for so long: 30min, 26h, 3d, 2w; "
+                       "default: leave it"),
+            ) + rows("-s", "-w")),
+            Group("Display", rows("-h", "-v", "-q", "--log-json", "--dry-run")),
+            Group("Runs and hosts", rows("--wait", "--ssh-opt", "--ssh-sudo", "--no-elevate")),
+        ),
+        about="""\
+Deletes old backups in each FOLDER, oldest first, where no source is at hand, as on a server that keeps the
+backups of others. Backups are told apart by their prefix, which is what stands before the time in their
+names: the policy holds for each prefix by itself.
+
+Never deleted: what is not read-only, was not received or has another name than PREFIX and a time; what an
+unfinished transfer builds on; what locks and notes in the folder itself name; a name from the future; the
+newest backup. A policy has to be given.
+
+The source sends again what it still has and its own policy wants: give it the same policy.""",
+        examples=(
+            ("prune --dry-run --keep-backups '14d 8w 12m' /srv/backups/laptop", "what would go, and why"),
+            ("prune --keep-backups '14d 8w 12m' /srv/backups/*", "each folder by itself"),
+            ("prune -n 30 --partials-older-than 7d ssh://nas/backups/home", "on another host"),
+        )),
     "print": Verb(
         "{man | completion bash|zsh|fish | systemd [options] -- ARGUMENT ...}",
         "write a man page, a shell's completion, or systemd units", (
@@ -736,6 +778,7 @@ class Task(NamedTuple):
     jobs: int = 0
     no_elevate: bool = False
     json: bool = False
+    partials_older_than: Optional[float] = None
     on_calendar: str = "*-*-* 02:00"
     unit: str = ""
     user: bool = False
@@ -2037,6 +2080,22 @@ def subvolume_of_fd(fd: int, name: str) -> Subvolume:
                      bool(flags & ROOT_FLAG_RDONLY), seconds * 10 ** 9 + nanoseconds, otransid, subvolid, generation)
 
 
+def subvolume_changed(path: str) -> Optional[float]:
+    """When anything in the subvolume at `path` was last changed, in seconds since the epoch; None where unknown."""
+    try:
+        fd = open_folder(path)
+    except OSError:
+        return None
+    try:
+        buffer = bytearray(SUBVOL_INFO.size)
+        fcntl.ioctl(fd, GET_SUBVOL_INFO, buffer)
+        return float(SUBVOL_INFO.unpack(buffer)[12])
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
 def parse_subvolume_show(text: str, name: str) -> Subvolume:
     """A subvolume from the output of `btrfs subvolume show`, for kernels before 4.18."""
     fields = {key.strip().lower(): value.strip() for key, _, value in
@@ -2717,6 +2776,36 @@ class Place(NamedTuple):
     unmounted: str = ""  # a mount point of /etc/fstab on the way to it where nothing is mounted
 
 
+def has_open(pid: str, top: os.stat_result) -> bool:
+    """Whether a process has the file `top` open; also True where it may not be asked.
+
+    Compared is what is open, not by which path: that process may see it at another one.
+    """
+    try:
+        for fd in os.listdir("/proc/{}/fd".format(pid)):
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                opened = os.stat("/proc/{}/fd/{}".format(pid, fd))
+                if (opened.st_dev, opened.st_ino) == (top.st_dev, top.st_ino):
+                    return True
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # it has ended
+    except OSError:
+        return True
+    return False
+
+
+def is_received_into(folder: str) -> bool:
+    """Whether a `btrfs` process has `folder` open, as `btrfs receive` has while it works."""
+    top = os.stat(folder)
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            with open("/proc/{}/comm".format(pid), "rb") as comm:
+                is_btrfs = comm.read() == b"btrfs\n"
+            if is_btrfs and has_open(pid, top):
+                return True
+    return False
+
+
 def nearest_existing(path: str) -> str:
     while not os.path.isdir(path):
         path = os.path.dirname(path)
@@ -2853,6 +2942,17 @@ class LocalHost:
         if doomed:
             sync_filesystem(folder)
         return errors
+
+    def idle_partials(self, folder: str) -> Dict[str, float]:
+        """Partial backups in `folder` by name, each with the seconds since it was last changed.
+
+        Without those that may be in use: of a folder that a `btrfs receive` has open, none.
+        """
+        if is_received_into(folder):
+            return {}
+        names = [name for name in os.listdir(folder) if partial_of(name) is not None]
+        changed = {name: subvolume_changed(os.path.join(folder, name)) for name in names}
+        return {name: time.time() - moment for name, moment in changed.items() if moment is not None}
 
     def make_writable(self, path: str) -> None:
         argv = ["btrfs", "property", "set", "-ts", path, "ro", "false"]
@@ -3587,7 +3687,7 @@ class StreamSink:
 CALLS = frozenset((
     "capabilities", "look", "list", "nested_subvolumes", "make_folder", "snapshot", "delete", "wait_for_cleaning",
     "read_locks", "change_locks", "read_pins", "change_pins", "expected_stream", "measured", "data_since",
-    "own_sizes"))
+    "own_sizes", "idle_partials"))
 SENDERS = frozenset(("open_send",))
 RECEIVERS = frozenset(("open_receive",))
 CALL_FAILURES = (BackupError, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
@@ -5314,7 +5414,161 @@ def run_list(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 22 HELP: help and man page, from the tables
+# 22 PRUNE: retention of a folder of backups by itself
+#
+# No source is looked at: what is kept is decided by names, and by what the folder itself tells of transfers
+# that are not complete. Each prefix is counted by itself. A folder is worked on under the same lock as a
+# run that has it as its snapshot folder, so that two do not collide. Never deleted: what is no complete
+# backup, but for partials that are provably ours, unused and old, and only where that is asked for.
+########################################################################################################
+
+
+def folder_prefixes(listing: Listing, only: Optional[str]) -> List[str]:
+    """The prefixes of the backups and partials in a folder; `only` where that is not None."""
+    if only is not None:
+        return [only]
+    names = [s.name if s.is_received else partial_of(s.name) for s in listing.subvolumes]
+    return sorted({prefix for prefix in (prefix_of(name) for name in names if name) if prefix is not None})
+
+
+def is_unfinished(subvolume: Subvolume) -> bool:
+    """Whether a subvolume is, by its name and state, of a transfer that is under way or was broken off."""
+    name = partial_of(subvolume.name)
+    return prefix_of(name or subvolume.name) is not None and (name is not None or not subvolume.readonly)
+
+
+def known_protections(listing: Listing, prefix: str, locks: Locks, pins: Pins) -> Dict[str, str]:
+    """Why backups stay that the policy does not keep, as far as the folder itself tells."""
+    backups = backups_of(listing, prefix)
+    reasons = {}
+    for destination, entry in pins.items():
+        reasons.update({b.name: "newest in common with {}".format(printable(destination)) for b in backups
+                        if prefix in entry and entry[prefix].uuid == b.stream_id})
+    reasons.update(lock_reasons(own_locks(locks, prefix)))
+    for unfinished in filter(is_unfinished, listing.subvolumes):
+        reasons.update({b.name: "the unfinished {} builds on it".format(unfinished.name) for b in backups
+                        if b.uuid == unfinished.parent_uuid})
+    return reasons
+
+
+def plan_prune(listing: Listing, prefix: str, policy: Policy, protected: Dict[str, str], now: float) -> List[Verdict]:
+    """Verdicts on the backups of `prefix` in a folder."""
+    moments = backup_moments(prefix, backups_of(listing, prefix), [])
+    return plan_retention(moments, policy, protected, now)
+
+
+def abandoned_partials(listing: Listing, prefix: str, idle: Dict[str, float], limit: float) -> List[Subvolume]:
+    """Partial backups of `prefix` that nothing uses and nothing has changed for `limit` seconds, oldest first."""
+    found = [s for s in listing.subvolumes if idle.get(s.name, -1.0) >= limit
+             and name_time(prefix, partial_of(s.name) or "") is not None]
+    return sorted(found, key=by_creation)
+
+
+class Pruning:
+    """The pruning of one folder."""
+
+    def __init__(self, task: Task, hosts: Hosts, text: str, events: Events) -> None:
+        self.task, self.text, self.events = task, text, events
+        self.endpoint = parse_endpoint(text)
+        self.host = hosts.of(self.endpoint)
+        self.deleted = self.kept = 0
+        self.failed = False
+
+    def run(self) -> None:
+        self.folder, listing = list_endpoint(self.host, self.endpoint)
+        prefixes = folder_prefixes(listing, self.task.prefix)
+        for prefix in prefixes:
+            if self.task.dry_run:
+                self.prune(prefix)
+            else:
+                with self.host.hold(self.folder, prefix, self.task.wait):
+                    self.prune(prefix)
+        if self.deleted and self.task.sync and not self.task.dry_run:
+            self.host.wait_for_cleaning(self.folder)
+        if not self.deleted and not self.kept and not self.failed:
+            self.events.warning("empty", "no backups in {}".format(self.text), folder=self.folder)
+
+    def prune(self, prefix: str) -> None:
+        """Looks at what there is now, and deletes what goes of one prefix."""
+        listing = self.host.list(self.folder)
+        protected = known_protections(listing, prefix, self.host.read_locks(self.folder),
+                                      self.host.read_pins(self.folder))
+        verdicts = plan_prune(listing, prefix, self.task.backup_policy, protected, time.time())
+        self.tell_kept(verdicts)
+        named = {s.name: s for s in listing.subvolumes}
+        self.delete([(named[v.name], v.reason) for v in deletions(verdicts)], self.task.convert_rw)
+        if self.task.partials_older_than is not None:
+            idle = self.host.idle_partials(self.folder)
+            self.delete([(s, "of a transfer that was broken off, unchanged for {}".format(format_age(idle[s.name])))
+                         for s in abandoned_partials(listing, prefix, idle, self.task.partials_older_than)], False)
+
+    def tell_kept(self, verdicts: Sequence[Verdict]) -> None:
+        for verdict in verdicts:
+            self.kept += verdict.keep
+            if verdict.keep and self.task.dry_run and self.task.verbosity == "debug":
+                print_result("  keep {}: {}".format(verdict.name, verdict.reason))
+            elif verdict.keep:
+                self.events.debug("kept", "kept {} at {}: {}".format(verdict.name, self.text, verdict.reason))
+
+    def delete(self, doomed: Sequence[Tuple[Subvolume, str]], convert_rw: bool) -> None:
+        """Deletes subvolumes, each with its reason; a dry run only says so."""
+        if self.task.dry_run:
+            for subvolume, reason in doomed:
+                print_result("  delete {}: {}".format(subvolume.name, reason))
+            self.deleted += len(doomed)
+            return
+        for subvolume, reason in doomed:
+            self.events.info("deleting", "deleting {} at {}: {}".format(subvolume.name, self.text, reason),
+                             name=subvolume.name, folder=self.folder, reason=reason)
+        errors = self.host.delete(self.folder, [subvolume for subvolume, _ in doomed], convert_rw)
+        for error in errors:
+            self.failed = True
+            self.events.error(error)
+        self.deleted += len(doomed) - len(errors)
+
+
+def check_prune(task: Task) -> None:
+    """UsageError where nothing says what to keep, or where there is nothing to prune."""
+    if not task.source:
+        raise UsageError("no folder given", "btrfs-backup-ng prune [options] FOLDER ...; see prune --help")
+    policy = task.backup_policy
+    if policy.keeps_all and not policy.everything and task.partials_older_than is None:
+        raise UsageError("nothing says what to keep",
+                         "give --keep-backups '14d 8w 12m' or -n NUMBER, or --partials-older-than alone")
+    for text in (task.source,) + task.destinations:
+        if parse_endpoint(text).kind == "shell":
+            raise UsageError("{} cannot be pruned".format(printable(text)), "name a folder")
+
+
+def run_prune(task: Task, events: Events) -> int:
+    """Prunes each folder; one that fails does not stop the others. The status of what failed, 1 where that differs."""
+    hosts = Hosts(task, events)
+    statuses, deleted, kept = set(), 0, 0
+    try:
+        for text in (task.source,) + task.destinations:
+            try:
+                if task.dry_run:
+                    print_result("folder {}".format(text))
+                pruning = Pruning(task, hosts, text, events)
+                pruning.run()
+                statuses.add(1 if pruning.failed else 0)
+                deleted, kept = deleted + pruning.deleted, kept + pruning.kept
+            except BackupError as error:
+                statuses.add(error.status)
+                events.error(BackupError(error.message if text in error.message else "{}: {}".format(
+                    text, error.message), error.hint, error.detail))
+    finally:
+        hosts.end()
+    if not task.dry_run:
+        events.info("done", "{}: {} deleted, {} kept".format(
+            "done" if statuses == {0} else "done, but not all as asked", plural(deleted, "subvolume"),
+            plural(kept, "backup")))
+    failures = statuses - {0}
+    return failures.pop() if len(failures) == 1 else int(bool(failures))
+
+
+########################################################################################################
+# 23 HELP: help and man page, from the tables
 #
 # What there is to say about options stands in the tables of OPTIONS, once; here it is only laid out, so
 # that help, manual and completions cannot drift from what is parsed. Texts are paragraphs apart by empty
@@ -5471,7 +5725,7 @@ def format_man() -> str:
 
 
 ########################################################################################################
-# 23 COMPLETION: what the Tab key offers in bash, zsh and fish
+# 24 COMPLETION: what the Tab key offers in bash, zsh and fish
 #
 # Scripts for the shells, from the tables of options. They know the verbs, each verb's options, the words
 # that an option takes, and where a file or a folder is wanted; they never run the program. A value that
@@ -5667,7 +5921,7 @@ def fish_completion() -> str:
 
 
 ########################################################################################################
-# 24 UNITS: a systemd service and its timer
+# 25 UNITS: a systemd service and its timer
 #
 # The service may do what a backup needs and little else: see HARDENING for what is asked and what must
 # not be. It is written as a shell script, to be read before it is given to sh. The arguments are parsed
@@ -5794,7 +6048,7 @@ def format_units(task: Task, requests: Sequence[Request], arguments: Sequence[st
 
 
 ########################################################################################################
-# 25 COMMAND LINE: help, version, sudo, signals, main
+# 26 COMMAND LINE: help, version, sudo, signals, main
 #
 # The thin shell around a task: everything that touches the process as a whole (its arguments, user,
 # signals, exit status) is here and nowhere else.
@@ -5904,6 +6158,7 @@ RUNS: Dict[str, Tuple[Callable[[Task], None], Callable[[Task, Events], int]]] = 
     "": (check_task, run_task),
     "agent": (lambda task: None, run_agent),
     "list": (check_list, run_list),
+    "prune": (check_prune, run_prune),
     "print": (check_print, run_print),
 }
 

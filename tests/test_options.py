@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import sys
 import unittest
 
@@ -37,6 +38,7 @@ SAMPLES = {
     "DIR": "folder",
     "P": "home",
     "POLICY": "7d",
+    "AGE": "26h",
     "SECONDS": "7",
     "[SECONDS]": "7",
     "WHEN": "daily",
@@ -401,7 +403,7 @@ class Table(unittest.TestCase):
             for example, effect in verb.examples:
                 with self.subTest(example=example):
                     self.assertTrue(effect)
-                    for request in parse_command(re.split(r" [|>]", example)[0].split()):
+                    for request in parse_command(shlex.split(re.split(r" [|>]", example)[0])):
                         self.assertEqual(name, request.task.verb)
                         RUNS[name][0](request.task)
 
