@@ -90,7 +90,8 @@ class Plan(unittest.TestCase):
         self.assertEqual(["18", "25", "30", "31"], found)
 
     def test_the_future(self):
-        self.assertEqual(["03", "28"], self.kept([backup(1), backup(2), backup(3), backup(28, name="home20270128-000000")]))
+        future = backup(28, name="home20270128-000000")
+        self.assertEqual(["03", "28"], self.kept([backup(1), backup(2), backup(3), future]))
 
     def test_what_a_partial_builds_on(self):
         partial = Subvolume(".home20260109-000000.partial", "p", parent_uuid="b2", readonly=False)
