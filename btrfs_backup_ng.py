@@ -460,10 +460,11 @@ def parse_stall_timeout(text: str) -> float:
     return float(text)
 
 
-class OneOf(NamedTuple):
+class OneOf:
     """Takes one of some words, which help and completions name."""
 
-    words: Tuple[str, ...]
+    def __init__(self, *words: str) -> None:
+        self.words = words
 
     def __call__(self, text: str) -> str:
         if text not in self.words:
@@ -524,7 +525,7 @@ OPTION_TABLE = (
     Group("Display", (
         Option(("-h", "--help"), "help", "", None, "show this help"),
         Option(("-V", "--version"), "version", "", None, "show version, digest of the source, Python and btrfs-progs"),
-        Option(("-v", "--verbosity"), "verbosity", "LEVEL", OneOf(LEVELS),
+        Option(("-v", "--verbosity"), "verbosity", "LEVEL", OneOf(*LEVELS),
                "how much to say: debug, info, warning or error; default info"),
         Option(("-q", "--quiet"), "verbosity", "", None, "the same as -v warning", "warning"),
         Option(("-l", "--live-layout"), "live_layout", "", None, "a view of all tasks at work, in the whole terminal"),
