@@ -1892,18 +1892,21 @@ F_SETPIPE_SZ = 1031
 
 def child_environment() -> Dict[str, str]:
     """Ours, with messages that can be read, and the folders of system programs on the PATH."""
-    path = os.environ.get("PATH", "/usr/local/bin:/usr/bin:/bin")
-    return dict(os.environ, LC_ALL="C", PATH=path + ":/usr/local/sbin:/usr/sbin:/sbin")
+    path = os.environ.get("PATH", "/usr/local/bin:/usr/bin:/bin") + ":/usr/local/sbin:/usr/sbin:/sbin"
+    # an empty entry means the current folder, where anybody may have put a program
+    folders = [folder for folder in path.split(":") if folder.startswith("/")]
+    return dict(os.environ, LC_ALL="C", PATH=":".join(folders))
 
 
 def find_program(name: str) -> str:
     """The full path of a program, or an error that names its package."""
-    import shutil
-    found = shutil.which(name, path=child_environment()["PATH"])
-    if found is None:
-        raise BackupError("the program {} is not installed".format(name),
-                          "install the package {}".format(PACKAGES.get(name, name)))
-    return found
+    # not shutil.which: importing shutil brings every compressor with it, and a stripped Python lacks it
+    for folder in child_environment()["PATH"].split(":"):
+        path = os.path.join(folder, name)
+        if os.access(path, os.X_OK) and os.path.isfile(path):
+            return path
+    raise BackupError("the program {} is not installed".format(name),
+                      "install the package {}".format(PACKAGES.get(name, name)))
 
 
 class Outcome(NamedTuple):
@@ -5077,11 +5080,17 @@ def run_task(task: Task, events: Events) -> int:
 
 
 def print_result(text: str) -> None:
-    """Writes text to stdout in whatever encoding that has."""
+    """Writes text to stdout in whatever encoding that has; BackupError where it cannot be written."""
     data = text.encode(sys.stdout.encoding or "ascii", "backslashreplace") + b"\n"
-    sys.stdout.flush()
-    sys.stdout.buffer.write(data)
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads it has seen enough
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer must not fail again at exit
+        raise os_error("cannot write the result", error) from None
 
 
 ########################################################################################################
@@ -6217,9 +6226,34 @@ def run_and_report(run: Callable[[Task, Events], int], task: Task, events: Event
         return interruption.status
 
 
+def open_standard_streams() -> None:
+    """Opens what is closed of 0, 1 and 2 on nothing, so that no file of ours gets one of these numbers."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))
+
+
+def unexpected_error(error: Exception) -> BackupError:
+    """What to say of an exception that nobody has thought of, or of what no code can do anything about."""
+    if isinstance(error, ImportError):
+        return BackupError("this Python lacks the module {}".format(error.name or error),
+                           "install all of python3; Debian's python3-minimal is not enough")
+    if isinstance(error, MemoryError):
+        return BackupError("out of memory")
+    if isinstance(error, RuntimeError) and "thread" in str(error):
+        return BackupError(str(error), "too little memory, or too few processes allowed; see ulimit -a")
+    words = "{}: {}".format(type(error).__name__, error)
+    return BackupError("internal error: {}".format(words), "a defect; please report what -v debug says")
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Does what the arguments ask; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    open_standard_streams()
     try:
         catch_signals()
         return run_arguments(arguments)
@@ -6230,6 +6264,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return interruption.status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except Exception as error:
+        if any(word.endswith("debug") for word in arguments):
+            raise
+        print("error: " + format_error(unexpected_error(error)), file=sys.stderr)
         return 1
 
 

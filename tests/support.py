@@ -247,6 +247,19 @@ def set_received_uuid(path, uuid_bytes):
         os.close(folder)
 
 
+def uuid_of(path):
+    """The 16 bytes of a subvolume's UUID."""
+    get_subvol_info = 0x81f8943c
+    argument = bytearray(504)
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.ioctl(folder, get_subvol_info, argument)
+    finally:
+        os.close(folder)
+    uuid_offset = 8 + 256 + 8 + 8 + 8 + 8  # id, name, parent id, top folder's id, generation, flags
+    return bytes(argument[uuid_offset:uuid_offset + 16])
+
+
 def names(folder):
     """The visible names in a folder, sorted; [] when there is no such folder."""
     if not os.path.isdir(folder):
@@ -299,13 +312,13 @@ class Running:
 
     numbers = itertools.count(1)
 
-    def __init__(self, *arguments, env=None, wrapper=()):
+    def __init__(self, *arguments, env=None, wrapper=(), program=(PYTHON, "-E", "-s", PROGRAM)):
         mark = "BTRFS_BACKUP_NG_TEST_RUN=%d-%d" % (os.getpid(), next(self.numbers))
         self.mark = mark.encode()
         name, _, value = mark.partition("=")
         self.stdout = tempfile.TemporaryFile()
         self.stderr = tempfile.TemporaryFile()
-        argv = list(wrapper) + [PYTHON, "-E", "-s", PROGRAM] + list(arguments)
+        argv = list(wrapper) + list(program) + list(arguments)
         self.process = subprocess.Popen(
             [os.fsencode(word) for word in argv], stdin=subprocess.DEVNULL, stdout=self.stdout,
             stderr=self.stderr, env=dict(os.environ, **dict(env or {}, **{name: value})),
@@ -403,6 +416,24 @@ def as_nobody():
     os.chmod(scratch_folder(), 0o755)
     return ["setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups",
             "--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
+
+
+def without_programs(*names):
+    """The words before a command for which these programs are not there: nothing can run what hides them."""
+    script = 'while [ "$1" != -- ]; do mount --bind /dev/null "$1" || exit 99; shift; done; shift; exec "$@"'
+    return in_own_mounts(script) + installed(*names) + ["--"]
+
+
+def installed(*names):
+    """All places where these programs are, without links."""
+    folders = os.environ["PATH"].split(":") + ["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"]
+    paths = {os.path.realpath(os.path.join(folder, name)) for folder in folders for name in names}
+    return sorted(path for path in paths if os.path.isfile(path))
+
+
+def in_own_mounts(script):
+    """The words before a command to run by a script in a mount namespace of its own, as its "$@"."""
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
 
 
 # Trees.
@@ -757,6 +788,7 @@ class TestCase(unittest.TestCase):
         """The program's Result. `status` is what it has to exit with, None for anything."""
         result = self.start(*arguments, **options).finish(timeout)
         self.assertNotIn("Traceback", result.stderr)
+        self.assertNotIn("internal error", result.stderr)
         if status is not None:
             self.assertEqual(status, result.status, result.stderr)
         if result.status not in (0, 130, 143):

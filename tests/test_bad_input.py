@@ -242,8 +242,8 @@ class Destination(BadInputTestCase):
 class Programs(BadInputTestCase):
 
     def test_btrfs_missing(self):
-        empty = {"PATH": self.plain_folder()}
-        self.assertRefused(["-p", "home", self.source, self.target], 1, "btrfs", "btrfs-progs", env=empty)
+        self.assertRefused(["-p", "home", self.source, self.target], 1, "btrfs", "btrfs-progs",
+                           wrapper=support.without_programs("btrfs"))
 
     def test_an_ordinary_user_is_told_that_it_takes_root(self):
         disks = self.source_disk.path, self.target_disk.path
