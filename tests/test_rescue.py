@@ -53,7 +53,8 @@ class Surroundings(RescueTestCase):
 
     def zipapp(self):
         if not os.path.exists(ZIPAPP):
-            subprocess.check_call([os.path.join(REPOSITORY, "build_zipapp.sh")], env=dict(os.environ, PYTHON=sys.executable))
+            build = os.path.join(REPOSITORY, "build_zipapp.sh")
+            subprocess.check_call([build], env=dict(os.environ, PYTHON=sys.executable))
         return ZIPAPP
 
     def clear(self, *folders):
@@ -142,7 +143,7 @@ class StrippedPython(RescueTestCase):
     """Interpreters without what distributions leave out."""
 
     # The main job needs these; what they import in turn is no part of the matter.
-    NEEDED = {"collections", "contextlib", "errno", "fcntl", "functools", "json", "os", "re", "select", "signal",
+    NEEDED = {"collections", "collections.abc", "contextlib", "errno", "fcntl", "functools", "itertools", "json", "os", "re", "select", "signal",
               "socket", "stat", "struct", "subprocess", "sys", "threading", "time", "typing"}
 
     # Compiled modules that a build may lack for want of a library.
