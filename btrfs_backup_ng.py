@@ -1490,7 +1490,11 @@ COMMAND_START = struct.Struct("<IH")
 ATTRIBUTE = struct.Struct("<HH")
 SUBVOL, SNAPSHOT, SET_XATTR, WRITE, CLONE, CHMOD, CHOWN, END, UPDATE_EXTENT, ENCODED_WRITE = (
     1, 2, 13, 15, 16, 18, 19, 21, 22, 25)
-A_UUID, A_MODE, A_UID, A_GID, A_PATH, A_CLONE_UUID, A_UNENCODED_FILE_LEN = 1, 5, 6, 7, 15, 20, 27
+LINK = 10
+A_UUID, A_MODE, A_UID, A_GID, A_PATH, A_PATH_TO, A_PATH_LINK, A_CLONE_UUID, A_CLONE_PATH, A_UNENCODED_FILE_LEN = (
+    1, 5, 6, 7, 15, 16, 17, 20, 22, 27)
+LARGEST_PATHS = 4 + 4096  # of a command's payload, with its first attribute, a path
+LARGEST_CHECKED = 256 << 10  # of a command that is no write
 LARGEST_FIRST_COMMAND = 64 * 1024
 Chunk = Union[bytes, memoryview]
 SEND_WRITE_SIZE = 48 * 1024  # data bytes in one WRITE of protocol 1 (Linux, BTRFS_SEND_READ_SIZE)
@@ -1642,13 +1646,45 @@ def contents_length(data: Chunk, at: int, length: int, command: int) -> int:
     return length
 
 
+class PathCheck:
+    """Looks at every path of a stream from somebody who is not trusted: none may lead up."""
+
+    def __init__(self) -> None:
+        self.skip, self.carry = 0, b""
+
+    def feed(self, chunk: Chunk) -> None:
+        """Takes the next bytes, from the first command on; BackupError where one of them is hostile."""
+        data = self.carry + bytes(chunk) if self.carry else chunk
+        at, size = self.skip, len(data)
+        while at + COMMAND_HEADER.size <= size:
+            length, command = COMMAND_START.unpack_from(data, at)
+            seen = min(length, LARGEST_PATHS) if command in (WRITE, ENCODED_WRITE, UPDATE_EXTENT) else length
+            if at + COMMAND_HEADER.size + seen > size:
+                break
+            self.check(command, bytes(data[at + COMMAND_HEADER.size:at + COMMAND_HEADER.size + seen]))
+            at += COMMAND_HEADER.size + length
+        self.skip, self.carry = (at - size, b"") if at >= size else (0, bytes(data[at:]))
+        if len(self.carry) > LARGEST_CHECKED:
+            raise BackupError("the stream holds a command that is too large")
+
+    @staticmethod
+    def check(command: int, payload: bytes) -> None:
+        kinds = {A_PATH, A_PATH_TO, A_CLONE_PATH} | ({A_PATH_LINK} if command == LINK else set())
+        attributes = parse_attributes(payload)
+        for kind, data in attributes[:1] if command in (WRITE, ENCODED_WRITE, UPDATE_EXTENT) else attributes:
+            if kind in kinds and b".." in data.split(b"/"):
+                raise BackupError("the stream holds a path that leads up: {}".format(printable(os.fsdecode(data))))
+
+
 class IncomingStream:
     """A stream on its way into `btrfs receive`: checked, renamed, private until its end."""
 
-    def __init__(self, expected: ExpectedStream, sole_parent: bool = True) -> None:
+    def __init__(self, expected: ExpectedStream, sole_parent: bool = True, trusted: bool = True) -> None:
         self.expected = expected
         self.opening: Optional[bytes] = b""
-        self.reader = CommandReader((SET_XATTR, CHMOD, CHOWN, END) + (() if sole_parent else (CLONE,)))
+        self.reader = CommandReader((SUBVOL, SNAPSHOT, SET_XATTR, CHMOD, CHOWN, END)
+                                    + (() if sole_parent else (CLONE,)))
+        self.path_check = None if trusted else PathCheck()
         self.ended = False
         self.private = (make_command(CHOWN, ((A_PATH, b""), (A_UID, bytes(8)), (A_GID, bytes(8))))
                         + make_command(CHMOD, ((A_PATH, b""), (A_MODE, struct.pack("<Q", 0o700)))))
@@ -1669,6 +1705,8 @@ class IncomingStream:
             return [head] + self.edit(chunk)
         if self.ended and chunk:
             raise BackupError("the stream goes on after its end")
+        if self.path_check is not None:
+            self.path_check.feed(chunk)
         return self.edit_commands(*self.reader.feed(chunk))
 
     def renamed(self, first: FirstCommand) -> bytes:
@@ -1694,6 +1732,8 @@ class IncomingStream:
                     raise BackupError("the stream goes on after its end")
             elif command == CLONE:
                 self.check_clone(bytes(view[start + COMMAND_HEADER.size:end]))
+            elif command in (SUBVOL, SNAPSHOT):
+                raise BackupError("the stream holds a second subvolume")
             elif ATTRIBUTE.unpack_from(data, start + 10) == (A_PATH, 0):  # the top folder
                 kept = end if command == SET_XATTR else start
                 # an ACL opens the folder as chmod does
@@ -1921,13 +1961,21 @@ OWN_GROUP: Dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) 
 
 def start(argv: Sequence[str], stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE,
           stderr: Any = subprocess.PIPE, environment: Optional[Dict[str, str]] = None,
-          own_group: bool = True) -> "subprocess.Popen":
-    """Starts a program; in our own process group only if it may have to ask at the terminal."""
+          own_group: bool = True, prepare: Optional[Callable[[], None]] = None) -> "subprocess.Popen":
+    """Starts a program; in our own process group only if it may have to ask at the terminal.
+
+    prepare: what the new process does before it becomes the program.
+    """
+    options = OWN_GROUP if own_group else {}
+    if prepare is not None:
+        options = {"preexec_fn": prepare}
     try:
         return subprocess.Popen([find_program(argv[0])] + list(argv[1:]), stdin=stdin, stdout=stdout, stderr=stderr,
-                                env=environment or child_environment(), **(OWN_GROUP if own_group else {}))
+                                env=environment or child_environment(), **options)
     except OSError as error:
         raise os_error("cannot run {}".format(argv[0]), error) from None
+    except subprocess.SubprocessError as error:
+        raise BackupError("cannot prepare {}: {}".format(argv[0], error)) from None
 
 
 def run(argv: Sequence[str]) -> Outcome:
@@ -2000,12 +2048,13 @@ class Stage:
     """One process of a transfer, with its stderr drained and the tail of it kept; without `stdout` that as well."""
 
     def __init__(self, argv: Sequence[str], stdin: Any, stdout: Any,
-                 environment: Optional[Dict[str, str]] = None, own_group: bool = True) -> None:
+                 environment: Optional[Dict[str, str]] = None, own_group: bool = True,
+                 prepare: Optional[Callable[[], None]] = None) -> None:
         self.program = " ".join(argv[:2])
         if stdout is None:
             self.process = start(argv, stdin, subprocess.PIPE, subprocess.STDOUT, environment, own_group)
         else:
-            self.process = start(argv, stdin, stdout, subprocess.PIPE, environment, own_group)
+            self.process = start(argv, stdin, stdout, subprocess.PIPE, environment, own_group, prepare)
         self.stderr: Any = self.process.stderr or self.process.stdout
         self.tail: "collections.deque[bytes]" = collections.deque(maxlen=20)
         self.drain = threading.Thread(target=self.read_stderr, daemon=True)
@@ -2224,8 +2273,9 @@ def send_argv(path: str, parent: Optional[str], options: SendOptions) -> List[st
     return argv + (["-p", parent] if parent else []) + [path]
 
 
-def receive_argv(folder: str, debug: bool) -> List[str]:
-    return ["btrfs", "receive"] + ["-vv"] * debug + [folder]
+def receive_argv(folder: str, debug: bool, confined: bool) -> List[str]:
+    """confined: by chroot to the folder, so that no clone source outside of it can be opened."""
+    return ["btrfs", "receive"] + ["-vv"] * debug + ["--chroot"] * confined + [folder]
 
 
 def sync_filesystem(folder: str) -> None:
@@ -2448,18 +2498,67 @@ class LocalSender:
         self.stage.end()
 
 
+def read_mount_points() -> List[str]:
+    """The mount points of this process, in the order of /proc/self/mountinfo; none where there is no /proc."""
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+            return [re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), line.split(" ")[4]) for line in mounts]
+    except OSError:
+        return []
+
+
+class Confinement:
+    """A view of one folder's filesystem, for a `btrfs receive` whose stream is not trusted.
+
+    In a mount namespace of its own, where no symbolic link is followed (MS_NOSYMFOLLOW, since Linux 5.10), so
+    that a stream cannot reach out of its own subvolume through a link that it made.
+    """
+
+    NEW_NAMESPACE, BIND, REMOUNT, PRIVATE, RECURSIVE, NO_LINKS = 0x20000, 4096, 32, 1 << 18, 16384, 256
+    KEPT_FLAGS = os.ST_RDONLY | os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC  # as in mount(2)
+
+    def __init__(self, folder: str) -> None:
+        import ctypes
+        import tempfile
+        above = [point for point in read_mount_points() if (folder + "/").startswith(point.rstrip("/") + "/")]
+        self.mount_point = max(reversed(above), key=len) if above else "/"
+        self.flags = self.BIND | self.REMOUNT | self.NO_LINKS | (os.statvfs(folder).f_flag & self.KEPT_FLAGS)
+        self.private = tempfile.mkdtemp(prefix="btrfs-backup-ng-")
+        self.path = os.path.join(self.private, os.path.relpath(folder, self.mount_point))
+        libc = ctypes.CDLL(None, use_errno=True)
+        self.unshare, self.mount, self.errno = libc.unshare, libc.mount, ctypes.get_errno
+
+    def enter(self) -> None:
+        """Is called in the new process."""
+        os.setpgrp()
+        self.check(self.unshare(self.NEW_NAMESPACE))
+        private = os.fsencode(self.private)
+        self.check(self.mount(b"none", b"/", None, self.PRIVATE | self.RECURSIVE, None))
+        self.check(self.mount(os.fsencode(self.mount_point), private, None, self.BIND, None))
+        self.check(self.mount(None, private, None, self.flags, None))
+
+    def check(self, status: int) -> None:
+        if status != 0:
+            raise OSError(self.errno(), os.strerror(self.errno()))
+
+    def end(self) -> None:
+        with contextlib.suppress(OSError):
+            os.rmdir(self.private)
+
+
 class LocalReceiver:
     """`btrfs receive` and its pipe: takes a stream, leaves a complete backup or a partial one."""
 
-    def __init__(self, folder: str, expected: ExpectedStream, sole_parent: bool, argv: Sequence[str]) -> None:
-        self.folder, self.expected = folder, expected
-        self.stream = IncomingStream(expected, sole_parent)
+    def __init__(self, folder: str, expected: ExpectedStream, sole_parent: bool, argv: Sequence[str],
+                 confinement: Optional[Confinement] = None) -> None:
+        self.folder, self.expected, self.confinement = folder, expected, confinement
+        self.stream = IncomingStream(expected, sole_parent, confinement is None)
         self.queue: "collections.deque[memoryview]" = collections.deque()  # an empty piece ends a chunk
         self.pending = 0  # chunks not wholly written
         read_end, write_end = make_pipe()
         self.write_end = write_end  # -1 once closed
         try:
-            self.stage = Stage(argv, read_end, subprocess.DEVNULL)
+            self.stage = Stage(argv, read_end, subprocess.DEVNULL, prepare=confinement.enter if confinement else None)
         except BackupError:
             os.close(write_end)
             raise
@@ -2554,6 +2653,8 @@ class LocalReceiver:
     def end(self) -> None:
         self.close_pipe()
         self.stage.end()
+        if self.confinement is not None:
+            self.confinement.end()
 
 
 Receiver = Any  # a LocalReceiver, or what has its methods
@@ -2836,8 +2937,9 @@ def find_unmounted(path: str) -> str:
 class LocalHost:
     """This machine. Paths are real paths; names are names in a folder."""
 
-    def __init__(self, events: Events) -> None:
-        self.events = events
+    def __init__(self, events: Events, confined: bool = False) -> None:
+        """confined: `btrfs receive` sees nothing outside of its folder."""
+        self.events, self.confined = events, confined
         self.known_capabilities: Optional[Capabilities] = None
 
     def name(self) -> str:
@@ -3034,10 +3136,11 @@ class LocalHost:
     def open_receive(self, folder: str, expected: ExpectedStream, debug: bool) -> LocalReceiver:
         if os.path.lexists(os.path.join(folder, expected.name)):
             raise ReceiverFailed("{} exists at {}".format(expected.name, folder))
-        argv = receive_argv(folder, debug)
+        confinement = Confinement(os.path.realpath(folder)) if self.confined else None
+        argv = receive_argv(confinement.path if confinement else folder, debug, self.confined)
         self.events.debug("command", "starting {}".format(" ".join(argv)))
         sole = expected.base is None or is_sole_received(folder, expected.parent_uuid or "", expected.base)
-        return LocalReceiver(folder, expected, sole, argv)
+        return LocalReceiver(folder, expected, sole, argv, confinement)
 
 
 ########################################################################################################
@@ -3683,18 +3786,173 @@ class StreamSink:
 ########################################################################################################
 # 18 AGENT: the program on another host, serving calls over a channel
 #
-# What it may do is what CALLS, SENDERS and RECEIVERS name: calls of LocalHost, with arguments of the
-# types that these declare. Each channel has an agent of its own, which ends, and with it all that it has
-# started, when its channel does: a thread waits for that and interrupts whatever is being done.
+# What it may do is what CALLS names: calls of LocalHost, with arguments of the types that these declare.
+# Each channel has an agent of its own, which ends, and with it all that it has started, when its channel
+# does: a thread waits for that and interrupts whatever is being done. A key that is restricted has a
+# Guard: every path is opened step by step below one folder, no link is followed, no mount and no received
+# subvolume entered, and receive is confined by chroot. Never: SSH_ORIGINAL_COMMAND looked at.
 ########################################################################################################
 
-CALLS = frozenset((
-    "capabilities", "look", "list", "nested_subvolumes", "make_folder", "snapshot", "delete", "wait_for_cleaning",
-    "read_locks", "change_locks", "read_pins", "change_pins", "expected_stream", "measured", "data_since",
-    "own_sizes", "idle_partials"))
+GROUPS = {
+    "list": "look at folders and their subvolumes",
+    "receive": "add backups; make folders for them; clear what transfers of its own left half-received",
+    "send": "read snapshots and backups; note transfers in the lock file",
+    "snapshot": "take snapshots",
+    "delete": "delete snapshots and backups",
+    "verify": "compute digests of what is in them",
+}
+CALLS = {  # each call of LocalHost, and the groups that it belongs to
+    "capabilities": tuple(GROUPS), "look": tuple(GROUPS), "list": ("list",),
+    "nested_subvolumes": ("snapshot",), "make_folder": ("receive",), "snapshot": ("snapshot",),
+    "delete": ("delete", "receive"), "wait_for_cleaning": ("delete",), "read_locks": ("list", "send"),
+    "change_locks": ("send",), "read_pins": ("list", "send"), "change_pins": ("send",), "hold": ("send",),
+    "release": ("send",), "expected_stream": ("send",), "measured": ("send",), "data_since": ("send",),
+    "open_send": ("send",), "open_receive": ("receive",), "own_sizes": ("list",),
+    "idle_partials": ("list",)}
 SENDERS = frozenset(("open_send",))
 RECEIVERS = frozenset(("open_receive",))
 CALL_FAILURES = (BackupError, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+
+
+class Refused(BackupError):
+    """A restricted agent does not do that."""
+
+
+class Restriction(NamedTuple):
+    """What a key may do: the calls of some groups, below one folder, with so many partials at once."""
+
+    under: str
+    allow: Tuple[str, ...]
+    most_partials: int = 16
+
+
+PATH_ARGUMENTS = frozenset(("path", "folder", "source", "beside"))
+NAME_ARGUMENTS = frozenset(("name", "parent"))
+
+
+def check_name(name: str) -> None:
+    """Refused unless `name` can only be that of a snapshot, or of a partial, in a folder."""
+    if not name or len(os.fsencode(name)) > 255 or "/" in name or not name.isprintable() or (
+            name.startswith(".") and partial_of(name) is None):
+        raise Refused("{} is no name of a snapshot".format(printable(repr(name))))
+
+
+class Guard:
+    """Lets only what a restriction allows reach the host."""
+
+    def __init__(self, restriction: Restriction) -> None:
+        self.restriction = restriction
+        self.under = os.path.realpath(restriction.under)
+        self.opened = contextlib.ExitStack()  # the folders of the call at work
+        self.shown: Dict[str, str] = {}  # what they are called in messages
+
+    def check_call(self, name: str) -> None:
+        if not set(CALLS.get(name, ())) & set(self.restriction.allow):
+            raise Refused("this key may not {}: it allows {}".format(
+                name.replace("_", " "), ", ".join(self.restriction.allow)), "see --allow in its authorized_keys")
+
+    def open_path(self, path: str, make: bool) -> str:
+        """A path of this process that leads to `path`, whatever happens to its names meanwhile.
+
+        Refused unless it is below the folder, as far as it exists, by plain folders alone. What is missing is
+        made or, at its last step, left as it is.
+        """
+        fd, at, mounts = open_folder(self.under), self.under, frozenset(read_mount_points())
+        parts = self.parts_below(path)
+        try:
+            for part in parts:
+                at = os.path.join(at, part)
+                if make:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(part, 0o700, dir_fd=fd)
+                try:
+                    inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=fd)
+                except FileNotFoundError:
+                    return os.path.join(self.under, *parts)
+                except OSError:
+                    raise Refused("{} is no plain folder".format(at)) from None
+                os.close(fd)
+                fd = inner
+                self.check_step(fd, at, part, mounts)
+            kept = os.dup(fd)
+        finally:
+            os.close(fd)
+        self.opened.callback(os.close, kept)
+        self.shown["/proc/{}/fd/{}".format(os.getpid(), kept)] = at
+        return "/proc/{}/fd/{}".format(os.getpid(), kept)
+
+    def parts_below(self, path: str) -> List[str]:
+        for top in (self.restriction.under.rstrip("/"), self.under.rstrip("/")):
+            if (path.rstrip("/") + "/").startswith(top + "/"):
+                parts = [part for part in path[len(top):].split("/") if part]
+                if ".." in parts or "." in parts or not all(part.isprintable() for part in parts):
+                    break
+                return parts
+        raise Refused("{} is not below {}".format(path, self.restriction.under))
+
+    @staticmethod
+    def check_step(fd: int, at: str, part: str, mounts: FrozenSet[str]) -> None:
+        if at in mounts:
+            raise Refused("{} is a mount point".format(at))
+        if os.fstat(fd).st_ino == SUBVOLUME_INODE:
+            try:
+                subvolume = subvolume_of_fd(fd, part)
+            except OSError:
+                raise Refused("{} is on another filesystem".format(at)) from None
+            if subvolume.readonly or subvolume.received_uuid is not None or partial_of(part) is not None:
+                raise Refused("{} is a backup".format(at))
+
+    def checked(self, name: str, arguments: Dict[str, Any]) -> List[Any]:
+        """The arguments, with folders opened; Refused where one leads out, or asks for more than is allowed."""
+        self.check_call(name)
+        for key, value in arguments.items():
+            if key in PATH_ARGUMENTS:
+                arguments[key] = self.open_path(value, make=name == "make_folder")
+            elif key in NAME_ARGUMENTS and value is not None:
+                check_name(value)
+        if name == "delete":
+            self.check_deletion(arguments["doomed"])
+        elif name == "open_receive":
+            self.check_receive(arguments["folder"], arguments["expected"])
+        elif name in ("change_locks", "change_pins"):
+            self.check_notes(arguments)
+        return list(arguments.values())
+
+    def forget(self) -> None:
+        """Closes what a call needed."""
+        self.opened.close()
+        self.shown.clear()
+
+    def in_words(self, text: str) -> str:
+        """`text` with folders as their owner calls them."""
+        for path, shown in self.shown.items():
+            text = text.replace(path, shown)
+        return text
+
+    def check_deletion(self, doomed: Sequence[Subvolume]) -> None:
+        for subvolume in doomed:
+            check_name(subvolume.name)
+            if "delete" not in self.restriction.allow and (partial_of(subvolume.name) is None or subvolume.is_received):
+                raise Refused("this key may not delete {}".format(subvolume.name), "see --allow in its authorized_keys")
+
+    def check_receive(self, folder: str, expected: ExpectedStream) -> None:
+        check_name(expected.name)
+        if partial_of(expected.name) is not None:
+            raise Refused("{} is no name of a snapshot".format(expected.name))
+        listing = LocalHost(Events()).list(folder)
+        if expected.base is not None and not any(s.uuid == expected.base and s.readonly for s in listing.subvolumes):
+            raise Refused("the parent is not in {}".format(folder))
+        if sum(partial_of(s.name) is not None for s in listing.subvolumes) >= self.restriction.most_partials:
+            raise Refused("{} holds too many broken transfers".format(folder), "run prune there")
+
+    @staticmethod
+    def check_notes(arguments: Dict[str, Any]) -> None:
+        """The machine's own destinations are not a puller's to note or to forget."""
+        destinations = list(arguments.get("pins", ())) + [
+            change.destination for kind in ("add", "clear") for change in arguments.get(kind, ())]
+        own = [d for d in destinations if not d.startswith("ssh://")]
+        if own:
+            raise Refused("this key may not change notes of {}".format(own[0]))
 
 
 class Greeting(NamedTuple):
@@ -3738,13 +3996,25 @@ def source_digest() -> str:
     return hashlib.sha256(own_source()).hexdigest()
 
 
+def log_refusal(refusal: Refused) -> None:
+    """Notes on this machine what a key was refused; a system without syslog does without."""
+    try:
+        import syslog
+    except ImportError:
+        return
+    whose = os.environ.get("SSH_CONNECTION", "").split(" ")[0] or "somebody"
+    syslog.openlog("btrfs-backup-ng", syslog.LOG_PID, syslog.LOG_AUTH)
+    syslog.syslog(syslog.LOG_WARNING, printable("refused {}: {}".format(whose, refusal.message)))
+
+
 class Agent:
     """Serves one channel until it ends."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, restriction: Optional[Restriction] = None) -> None:
         self.channel = channel
+        self.guard = Guard(restriction) if restriction else None
         self.events = Events(self.tell)
-        self.host = LocalHost(self.events)
+        self.host = LocalHost(self.events, confined=restriction is not None)
         self.held: Dict[Tuple[str, str], contextlib.ExitStack] = {}
 
     def tell(self, event: Event) -> None:
@@ -3777,22 +4047,26 @@ class Agent:
         """Does one call; whatever goes wrong with it is an answer as well."""
         try:
             name, arguments, compression = self.parse_call(payload)
-            serve: Any = {"hold": self.hold, "release": self.release}.get(name)
             if name in RECEIVERS:
                 self.receive(name, arguments, compression)
             elif name in SENDERS:
                 self.send(name, arguments, compression)
             else:
-                self.channel.send_value(RESULT, serve(*arguments) if serve else self.call(name, arguments))
+                self.channel.send_value(RESULT, self.method(name, arguments)())
         except (ConnectionLost, Interrupted):
             raise
         except CALL_FAILURES as error:
             self.refuse(error)
+        finally:
+            if self.guard is not None:
+                self.guard.forget()
         self.channel.flush(float("inf"))
 
     def refuse(self, error: BaseException) -> None:
         if not isinstance(error, BackupError):
             error = BackupError("the call failed: {}: {}".format(type(error).__name__, error))
+        if self.guard is not None:
+            error = type(error)(*map(self.guard.in_words, (error.message, error.hint, error.detail)))
         self.channel.send_value(FAILED, error)
 
     def parse_call(self, payload: bytes) -> Tuple[str, Tuple[Any, ...], str]:
@@ -3801,24 +4075,29 @@ class Agent:
             raise TypeError("no call")
         return name, arguments, compression
 
-    def method(self, name: str, allowed: FrozenSet[str], arguments: Sequence[Any]) -> Any:
-        if name not in allowed:
+    def method(self, name: str, arguments: Sequence[Any]) -> Any:
+        """What does a call, once it was checked that it may be done with these arguments."""
+        if name not in CALLS:
             raise BackupError("this agent knows no call {}".format(printable(name)), "is it of another version?")
-        check_arguments(getattr(LocalHost, name), arguments)
-        return getattr(self.host, name)
-
-    def call(self, name: str, arguments: Sequence[Any]) -> Any:
-        return self.method(name, CALLS, arguments)(*arguments)
+        declared = getattr(LocalHost, {"release": "hold"}.get(name, name))
+        check_arguments(declared, arguments)
+        done_by = getattr(self if name in ("hold", "release") else self.host, name)
+        if self.guard is None:
+            return functools.partial(done_by, *arguments)
+        try:
+            return functools.partial(done_by, *self.guard.checked(name, dict(zip(type_hints(declared), arguments))))
+        except Refused as refusal:
+            log_refusal(refusal)
+            raise
 
     def hold(self, folder: str, prefix: str, wait: float) -> None:
         """Holds a run lock until it is released or the channel ends."""
-        check_arguments(LocalHost.hold, (folder, prefix, wait))
         if (folder, prefix) not in self.held:
             stack = contextlib.ExitStack()
             stack.enter_context(self.host.hold(folder, prefix, wait))
             self.held[folder, prefix] = stack
 
-    def release(self, folder: str, prefix: str) -> None:
+    def release(self, folder: str, prefix: str, _: float) -> None:
         self.held.pop((folder, prefix), contextlib.ExitStack()).close()
 
     def receive(self, name: str, arguments: Sequence[Any], compression: str) -> None:
@@ -3828,7 +4107,7 @@ class Agent:
         """
         source = StreamSource(self.channel, compression)
         try:
-            receiver = self.method(name, RECEIVERS, arguments)(*arguments)
+            receiver = self.method(name, arguments)()
             self.channel.send_value(RESULT, None)
             relayed = Relay(source, {"": receiver}, float("inf"), lambda size, data: None).run()
             if relayed.errors:
@@ -3844,7 +4123,7 @@ class Agent:
 
     def send(self, name: str, arguments: Sequence[Any], compression: str) -> None:
         """A stream from a sender of this host into the channel."""
-        sender = self.method(name, SENDERS, arguments)(*arguments)
+        sender = self.method(name, arguments)()
         self.channel.send_value(RESULT, None)
         relayed = Relay(sender, {"": StreamSink(self.channel, compression)}, float("inf"),
                         lambda size, data: None).run()
@@ -3862,7 +4141,7 @@ def interrupt_on_hangup(fd: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def serve_agent() -> None:
+def serve_agent(restriction: Optional[Restriction] = None) -> None:
     """Serves calls on stdin and stdout, which nothing else may use from here on."""
     read_end, write_end = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -3871,7 +4150,7 @@ def serve_agent() -> None:
     os.close(null)
     interrupt_on_hangup(read_end)
     with contextlib.suppress(ConnectionLost):
-        Agent(Channel(read_end, write_end, "the other side")).serve()
+        Agent(Channel(read_end, write_end, "the other side"), restriction).serve()
 
 
 ########################################################################################################
@@ -4366,7 +4645,7 @@ class AgentHost:
                 self.idle.remove(connection)
         if connection is not None:
             try:
-                self.ask(connection, "release", (folder, prefix), "", ENDING_TIMEOUT)
+                self.ask(connection, "release", (folder, prefix, 0.0), "", ENDING_TIMEOUT)
             except BackupError:
                 connection.is_broken = True
             self.give_back(connection)
