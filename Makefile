@@ -30,7 +30,7 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-pythons torture bench lint install uninstall clean
+.PHONY: help build demo test test-pythons test-each torture bench lint install uninstall clean
 
 help: ## list these targets
 	@echo "make TARGET, with one of"
@@ -60,6 +60,11 @@ test-pythons: ## run the tests under each Python at hand, 3.6 and later
 	    PYTHON=$$python "$$python" $(RUN_TESTS) || failed="$$failed $$python"; \
 	done; \
 	[ -z "$$failed" ] || { printf '\nfailed under:%s\n' "$$failed" >&2; exit 1; }
+
+test-each: ## run the tests that need no disks, and a backup, under each Python at hand
+	@tests/programs.sh test
+	@$(MAKE) -s build
+	@"$(PYTHON)" tests/pythons.py --each
 
 torture: ## run the tests with their long versions: TORTURE=50
 	@tests/programs.sh test

@@ -1,9 +1,16 @@
-"""Finds the Python interpreters of this system; run as a program, it prints them a line each.
+"""Finds the Python interpreters of this system, and runs tests under each of them.
+
+    python3 tests/pythons.py           prints them, a line each
+    python3 tests/pythons.py --each    runs the tests that need no disks, and a backup, under each; as many
+                                       at once as there are processors
+
+Under the newest the program then runs with -W error -X dev: no warning, nothing left open.
 
 Looked for on the PATH (python3.6, python3.7, ...) and in ~/.pyenv/versions; one of each minor
 version is enough.
 """
 
+import concurrent.futures
 import glob
 import os
 import shutil
@@ -14,6 +21,12 @@ from typing import Dict, Iterator, List, Optional, Tuple
 Version = Tuple[int, int]
 
 OLDEST: Version = (3, 6)
+
+TESTS = os.path.dirname(os.path.abspath(__file__))
+
+# Without disks, but for the last line: full and incremental backups.
+QUICK = ["test_names.", "test_options.", "test_planning.", "test_retention_time.", "test_shape.", "test_state.",
+         "test_main_job.TreesAreEqual.test_one", "test_main_job.Retention.test_the_newest_are"]
 
 ASK = "import os, sys; print('%d %d ' % sys.version_info[:2] + os.path.realpath(sys.executable))"
 
@@ -68,5 +81,38 @@ def old_pythons() -> List[str]:
     return [path for version, path in all_pythons() if version < OLDEST]
 
 
+def run_quick_tests(python: str, is_newest: bool) -> "subprocess.CompletedProcess[bytes]":
+    flags = ["-W", "error", "-X", "dev"] if is_newest else ["-W", "error::SyntaxWarning"]
+    environment = dict(os.environ, PYTHON=python)
+    if is_newest:
+        environment["BTRFS_BACKUP_NG_FLAGS"] = "-E -s -W error -X dev"
+    return subprocess.run(
+        [python] + flags + [os.path.join(TESTS, "run.py")] + QUICK,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+
+
+def run_under_each() -> int:
+    """The number of interpreters under which a test failed; says one line for each, and what failed."""
+    found = pythons()
+    failed = 0
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = [pool.submit(run_quick_tests, python, python == found[-1]) for python in found]
+        for python, run in zip(found, runs):
+            done = run.result()
+            output = done.stdout.decode(errors="replace")
+            print("{}: {}".format(python, (output.splitlines() or ["nothing ran"])[-1]), flush=True)
+            if done.returncode != 0:
+                failed += 1
+                print(output[output.find("\n==== "):], flush=True)
+    return failed
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--each"]:
+        raise SystemExit(1 if run_under_each() else 0)
     print("\n".join(pythons()))

@@ -6,6 +6,7 @@ subvolume comes from `btrfs subvolume show`, never from the program under test.
 Environment:
   BTRFS_BACKUP_NG         the program to test, default ../btrfs_backup_ng.py
   BTRFS_BACKUP_NG_PYTHON  the interpreter that runs it, default the one that runs the tests
+  BTRFS_BACKUP_NG_FLAGS   the flags of that interpreter, default "-E -s"
   CI                      when set, a test that cannot run fails instead of being skipped
 """
 
@@ -32,6 +33,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.abspath(os.environ.get("BTRFS_BACKUP_NG")
                           or os.path.join(os.path.dirname(HERE), "btrfs_backup_ng.py"))
 PYTHON = os.environ.get("BTRFS_BACKUP_NG_PYTHON") or sys.executable
+FLAGS = os.environ.get("BTRFS_BACKUP_NG_FLAGS", "-E -s").split()
 TOOL_FOLDER = b".btrfs-backup-ng"
 NOBODY = 65534
 MIB = 1 << 20
@@ -312,7 +314,7 @@ class Running:
 
     numbers = itertools.count(1)
 
-    def __init__(self, *arguments, env=None, wrapper=(), program=(PYTHON, "-E", "-s", PROGRAM)):
+    def __init__(self, *arguments, env=None, wrapper=(), program=tuple([PYTHON] + FLAGS + [PROGRAM])):
         mark = "BTRFS_BACKUP_NG_TEST_RUN=%d-%d" % (os.getpid(), next(self.numbers))
         self.mark = mark.encode()
         name, _, value = mark.partition("=")
@@ -789,6 +791,7 @@ class TestCase(unittest.TestCase):
         result = self.start(*arguments, **options).finish(timeout)
         self.assertNotIn("Traceback", result.stderr)
         self.assertNotIn("internal error", result.stderr)
+        self.assertNotRegex(result.stderr, "Exception ignored|[A-Z][a-z]+Warning")
         if status is not None:
             self.assertEqual(status, result.status, result.stderr)
         if result.status not in (0, 130, 143):
