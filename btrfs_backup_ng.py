@@ -23,24 +23,26 @@ Contents; a section uses only what stands above it:
      6 IDENTITY          subvolumes, which backup belongs to which snapshot, what is complete
      7 PLANNING          observed state to a plan of transfers and deletions
      8 STREAM            the send stream: first command, private partials, size
-     9 EVENTS            one stream of events; log lines, progress and JSON read it
-    10 PROCESSES         programs: found, run, watched, ended
-    11 BTRFS             what the kernel and the btrfs program say and do
-    12 STATE             locks and pins in the snapshot folder
-    13 ENDS              the processes at the two ends of a stream
-    14 COMMANDS          shell://: a command of the user's takes the stream
-    15 HOST              the semantic calls that everything above planning goes through
-    16 RELAY             one stream from a sender to its receivers
-    17 WIRE              calls, results and streams as frames on a channel
-    18 AGENT             the program on another host, serving calls over a channel
-    19 REMOTE            hosts over ssh; the hosts of a run
-    20 TASK              observe, plan, show or execute
-    21 LIST              which snapshots are where
-    22 PRUNE             retention of a folder of backups by itself
-    23 HELP              help and man page, from the tables
-    24 COMPLETION        what the Tab key offers in bash, zsh and fish
-    25 UNITS             a systemd service and its timer
-    26 COMMAND LINE      help, version, sudo, signals, main
+     9 EVENTS            one stream of events; displays and JSON read it
+    10 DISPLAY           what a person sees while it works
+    11 PROCESSES         programs: found, run, watched, ended
+    12 BTRFS             what the kernel and the btrfs program say and do
+    13 STATE             locks and pins in the snapshot folder
+    14 ENDS              the processes at the two ends of a stream
+    15 COMMANDS          shell://: a command of the user's takes the stream
+    16 HOST              the semantic calls that everything above planning goes through
+    17 RELAY             one stream from a sender to its receivers
+    18 WIRE              calls, results and streams as frames on a channel
+    19 AGENT             the program on another host, serving calls over a channel
+    20 REMOTE            hosts over ssh; the hosts of a run
+    21 TASK              observe, plan, show or execute
+    22 LIST              which snapshots are where
+    23 PRUNE             retention of a folder of backups by itself
+    24 CREW              the tasks of one command, each in a process of its own
+    25 HELP              help and man page, from the tables
+    26 COMPLETION        what the Tab key offers in bash, zsh and fish
+    27 UNITS             a systemd service and its timer
+    28 COMMAND LINE      help, version, sudo, signals, main
 
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
@@ -1799,15 +1801,17 @@ class SizeMeter:
 
 
 ########################################################################################################
-# 9 EVENTS: one stream of events; log lines, progress and JSON read it
+# 9 EVENTS: one stream of events; displays and JSON read it
 #
-# Whatever is worth saying is an event: a kind for machines, a level, a line for people, and facts.
-# Displays are readers of the events and of nothing else. Log lines go to stderr; results (a plan, a
-# listing) are printed on stdout by whoever was asked for them. Progress is an event too, a few a second.
+# Whatever is worth saying is an event: a kind for machines, a level, a line for people, and facts. `task` in
+# the facts names the task where several run. Displays are readers of the events and of nothing else. Results
+# (a plan, a listing) are printed on stdout by whoever was asked for them. Progress is an event too, a few a
+# second for each transfer: `snapshot`, `destination`, `done`, `expected` (None while unknown), `rate` (bytes,
+# bytes a second); one of a destination without `done` ends it.
 ########################################################################################################
 
 class Event(NamedTuple):
-    """`level` is one of LEVELS, or `progress`, which only a progress display shows."""
+    """`level` is one of LEVELS, or what no log shows: `progress`, `state` of a task, `control` between processes."""
 
     kind: str
     level: str
@@ -1837,7 +1841,8 @@ class Events:
         self.emit(kind, "warning", text, **facts)
 
     def error(self, error: BackupError, **facts: Any) -> None:
-        self.emit("error", "error", format_error(error), status=error.status, **facts)
+        self.emit("error", "error", format_error(error), status=error.status, message=error.message,
+                  hint=error.hint, **facts)
 
 
 def format_error(error: BackupError) -> str:
@@ -1846,60 +1851,8 @@ def format_error(error: BackupError) -> str:
     return "\n".join([line] + ["    " + printable(words) for words in error.detail.splitlines()])
 
 
-def format_progress(facts: Dict[str, Any]) -> str:
-    """`NAME to DEST  45%  1.2 GiB of 2.7 GiB  85.2 MiB/s  0:18 left`; without the total while it is unknown."""
-    done, expected, rate = facts["done"], facts["expected"], facts["rate"]
-    parts = ["{} to {}".format(facts["snapshot"], facts["destination"])]
-    if expected:
-        parts.append("{:.0f}%".format(min(100.0, 100.0 * done / expected)))
-        parts.append("{} of {}".format(format_size(min(done, expected)), format_size(expected)))
-    else:
-        parts.append(format_size(done))
-    parts.append(format_size(rate) + "/s")
-    if expected and rate > 0:
-        parts.append(format_duration(round(max(0, expected - done) / rate)).replace(".0 s", " s") + " left")
-    return "  ".join(printable(part) for part in parts)
-
-
-class LogLines:
-    """Writes events of `level` and above to stderr; on a terminal a progress line below them."""
-
-    def __init__(self, level: str, progress: bool) -> None:
-        self.levels = LEVELS[LEVELS.index(level):]
-        self.progress = progress
-        self.line = ""
-
-    def __call__(self, event: Event) -> None:
-        if event.level == "progress":
-            if self.progress:
-                self.draw(format_progress(event.facts) if event.facts else "")
-        elif event.level in self.levels:
-            line = self.line
-            self.draw("")
-            mark = event.level + ": " if event.level in ("warning", "error") else ""
-            print(mark + event.text, file=sys.stderr, flush=True)
-            self.draw(line)
-
-    def draw(self, line: str) -> None:
-        if not line and not self.line:
-            return
-        width = shown_columns() - 1
-        if len(line) > width:
-            line = line[:max(0, width - 1)] + "…"
-        self.line = line
-        sys.stderr.write("\r\x1b[K" + line)
-        sys.stderr.flush()
-
-
-def shown_columns() -> int:
-    try:
-        return os.get_terminal_size(2).columns or 80
-    except OSError:
-        return 80
-
-
 class JsonLog:
-    """Appends each event but progress to a file, one JSON object a line, `time` in seconds since the epoch."""
+    """Appends each event that a log may show to a file, a JSON object a line, `time` in seconds since the epoch."""
 
     def __init__(self, path: str) -> None:
         try:
@@ -1909,14 +1862,394 @@ class JsonLog:
 
     def __call__(self, event: Event) -> None:
         import json
-        if event.level != "progress":
+        if event.level in LEVELS:
             entry = dict(event.facts, time=time.time(), event=event.kind, level=event.level, text=event.text)
             self.file.write(json.dumps(entry, sort_keys=True) + "\n")
             self.file.flush()
 
 
 ########################################################################################################
-# 10 PROCESSES: programs: found, run, watched, ended
+# 10 DISPLAY: what a person sees while it works
+#
+# A board gathers from the events what is at work: tasks, and in each the transfers by destination. Log
+# lines scroll; on a terminal the running transfers stand below them, a line each, or the live view takes
+# the whole screen. What is drawn is laid out by pure functions and never wider than the terminal, whose
+# size is asked each time. A terminal that goes away stops nothing. Never: a word here that no event said.
+########################################################################################################
+
+DRAW_INTERVAL = 0.1  # seconds
+OPEN_SCREEN = "\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[2J"  # the other screen, no cursor, no wrapping
+CLOSE_SCREEN = "\x1b[?7h\x1b[?25h\x1b[?1049l"
+STATES = {"waiting": "waiting", "snapshot": "snapshot taken", "sending": "sending", "sent": "sent",
+          "deleting": "deleting", "recovered": "clearing up"}
+PLAIN_GLYPHS = {ord("…"): "~", ord("█"): "#", ord("░"): "-", ord("─"): "-"}
+BAR_WIDTH = 16
+SMALLEST_VIEW = (40, 8)  # columns, lines
+
+
+def shown_width(text: str) -> int:
+    """The columns that `text` takes on a terminal."""
+    try:
+        return len(text.encode("ascii"))
+    except UnicodeEncodeError:
+        import unicodedata
+        return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+                   for c in text)
+
+
+def clip(text: str, width: int, from_left: bool = False) -> str:
+    """`text` in at most `width` columns, with a mark where something is left out.
+
+    >>> clip("/mnt/backup", 7), clip("/mnt/backup", 7, from_left=True)
+    ('/mnt/b…', '…backup')
+    """
+    if shown_width(text) <= width:
+        return text
+    kept = text
+    while kept and shown_width(kept) > width - 1:
+        kept = kept[1:] if from_left else kept[:-1]
+    return ("…" + kept if from_left else kept + "…") if width > 0 else ""
+
+
+def pad(text: str, width: int) -> str:
+    return text + " " * max(0, width - shown_width(text))
+
+
+def fold(line: str, width: int) -> List[str]:
+    """A line as lines of at most `width` columns, parted at blanks, the later ones indented; words stay whole."""
+    lines, indent = [""], " " * (len(line) - len(line.lstrip(" ")))
+    for word in re.findall(r" *[^ ]+| +$", line):
+        if shown_width(lines[-1] + word) > width and lines[-1].strip():
+            lines.append(indent + "    " + word.lstrip(" "))
+        else:
+            lines[-1] += word
+    return lines
+
+
+class Work:
+    """One task as the board knows it. Times as the board's clock tells them."""
+
+    def __init__(self, title: str, begun: float) -> None:
+        self.title, self.begun = title, begun
+        self.ended: Optional[float] = None
+        self.state, self.snapshot, self.message, self.cause = "starting", "", "", ""
+        self.bars: Dict[str, Dict[str, Any]] = {}  # destination to the facts of its last progress
+
+    @property
+    def is_at_work(self) -> bool:
+        return self.ended is None and bool(self.bars or self.state in ("sending", "deleting", "clearing up"))
+
+
+class Board:
+    """What is at work, by task, gathered from events. `encoding` is that of the terminal."""
+
+    def __init__(self, titles: Dict[str, str], encoding: str = "utf-8",
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.encoding, self.clock = encoding, clock
+        self.begun = clock()
+        self.works = {task: Work(self.shown(title), self.begun) for task, title in titles.items()}
+
+    def shown(self, text: str) -> str:
+        """`text` in characters that the terminal can show, on one line."""
+        return printable(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+
+    def take(self, event: Event) -> None:
+        task = event.facts.get("task", "")
+        if task not in self.works:
+            self.works[task] = Work(self.shown(task), self.clock())
+        work = self.works[task]
+        if event.level == "progress":
+            self.take_progress(work, event)
+        elif event.kind == "task":
+            work.state = event.facts["state"]
+            if event.facts.get("ended"):
+                work.ended, work.bars = self.clock(), {}
+        elif event.level in LEVELS and event.level != "debug":
+            work.state = STATES.get(event.kind, work.state)
+            work.snapshot = self.shown(event.facts.get("snapshot") or work.snapshot)
+            work.message = self.shown(event.text.split("\n")[0])
+            work.cause = work.message if event.level == "error" else work.cause
+
+    def take_progress(self, work: Work, event: Event) -> None:
+        destination = event.facts.get("destination", "")
+        if "done" in event.facts:
+            label = event.text or "{} to {}".format(event.facts.get("snapshot", ""), destination)
+            to = self.shown(destination)
+            work.bars[destination] = dict(event.facts, label=self.shown(label), to=to if label.endswith(to) else "")
+        elif "destination" in event.facts:
+            work.bars.pop(destination, None)
+        else:
+            work.bars.clear()
+
+    def bars(self) -> List[Tuple[Work, Dict[str, Any]]]:
+        return [(work, facts) for work in self.works.values() for facts in work.bars.values()]
+
+
+def progress_parts(facts: Dict[str, Any]) -> List[str]:
+    """`45%`, `1.2 GiB`, `of 2.7 GiB`, `85.2 MiB/s`, `0:18 left`; what is unknown is ''."""
+    done, expected, rate = facts["done"], facts.get("expected") or 0, facts.get("rate") or 0.0
+    left = format_duration(round(max(0, expected - done) / rate)).replace(".0 s", " s") if expected and rate else ""
+    return ["{:.0f}%".format(min(100.0, 100.0 * done / expected)) if expected else "",
+            format_size(min(done, expected) if expected else done), "of " + format_size(expected) if expected else "",
+            format_size(rate) + "/s", left + " left" if left else ""]
+
+
+def format_progress(facts: Dict[str, Any], width: int, title: str = "") -> str:
+    """One transfer on one line: what, how far, how fast. Where room is short, less, and the end of the destination.
+
+    title: of its task, where several are at work.
+    """
+    percent, done, total, rate, left = progress_parts(facts)
+    long, short = ("  ".join(part for part in parts if part) for parts in (
+        (percent, (done + " " + total).strip(), rate, left), (percent, done, rate, left)))
+    start = title + " to " if title else facts["label"][:-len(facts["to"])] if facts["to"] else facts["label"]
+    labels = [title + ": " + facts["label"]] * bool(title) + [start + facts["to"]]
+    for numbers, label in [(long, labels[0]), (long, labels[-1]), (short, labels[-1])]:
+        if shown_width(label) + 2 + shown_width(numbers) <= width:
+            return label + "  " + numbers
+    room = width - 2 - shown_width(short)
+    label = start + clip(facts["to"], max(8, room - shown_width(start)), from_left=True)
+    return clip(clip(label, max(8, room)) + "  " + short, width)
+
+
+def progress_lines(board: Board, width: int, most: int) -> List[str]:
+    """The running transfers, a line each, at most `most` lines."""
+    several = len(board.works) > 1
+    lines = [format_progress(facts, width, work.title if several else "") for work, facts in board.bars()]
+    if len(lines) > most:
+        lines[max(0, most - 1):] = [clip("… {} more".format(plural(len(lines) - most + 1, "transfer")), width)]
+    return lines[:most]
+
+
+def format_bar(facts: Dict[str, Any]) -> str:
+    done, expected = facts["done"], facts.get("expected")
+    full = int(BAR_WIDTH * min(1.0, done / expected)) if expected else 0
+    return "█" * full + "░" * (BAR_WIDTH - full)
+
+
+def format_clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return "{}:{:02}:{:02}".format(minutes // 60, minutes % 60, rest) if minutes >= 60 else "{}:{:02}".format(
+        minutes, rest)
+
+
+def sides(left: str, right: str, width: int) -> str:
+    """Two texts at both ends of a line; the left one gives way."""
+    room = max(0, width - shown_width(right) - 1)
+    return clip(pad(clip(left, room), room) + " " + right, width)
+
+
+def work_lines(work: Work, titles: int, width: int, now: float) -> List[str]:
+    """One task in the live view: what it does, then a line for each running transfer."""
+    said = work.cause or work.message if work.ended is not None or not work.snapshot else work.snapshot
+    head = " {}  {}  {}".format(pad(clip(work.title, titles), titles), pad(work.state, 14), said)
+    lines = [sides(head, format_clock((work.ended or now) - work.begun), width)]
+    for facts in work.bars.values():
+        percent, done, total, rate, left = progress_parts(facts)
+        full = "{}  {:>4}  {:>10} {:>13}  {:>12}  {:>12}".format(format_bar(facts), percent, done, total, rate, left)
+        short = "{}  {:>4}  {:>10}  {:>12}".format(format_bar(facts), percent, done, rate)
+        numbers = full if shown_width(full) + 30 <= width else short
+        room = max(0, width - shown_width(numbers) - 9)
+        name = clip(facts["to"] or facts["label"], room, from_left=True)
+        lines.append(clip("    to {}  {}".format(pad(name, room), numbers), width))
+    return lines
+
+
+def choose_works(works: Sequence[Work], heights: Dict[int, int], room: int) -> Tuple[List[Work], List[Work]]:
+    """The tasks that fit into `room` lines, those at work first, in their own order; and the rest."""
+    ranked = sorted(works, key=lambda w: (w.ended is not None, not w.is_at_work, w.state == "done"))
+    if sum(heights.values()) <= room:
+        return list(works), []
+    chosen, left = set(), room - 1  # a line for those left out
+    for work in ranked:
+        if heights[id(work)] <= left:
+            chosen.add(id(work))
+            left -= heights[id(work)]
+    return [w for w in works if id(w) in chosen], [w for w in works if id(w) not in chosen]
+
+
+def count_states(works: Iterable[Work]) -> str:
+    """`3 sending, 1 done, 1 failed`."""
+    counts = collections.Counter("at work" if work.is_at_work else work.state for work in works)
+    return ", ".join("{} {}".format(count, state) for state, count in sorted(counts.items()))
+
+
+def live_lines(board: Board, messages: Sequence[str], width: int, height: int) -> List[str]:
+    """The live view: a head, the tasks, the last messages; exactly `height` lines of at most `width` columns."""
+    now, works = board.clock(), list(board.works.values())
+    head = sides(" btrfs-backup-ng  {}: {}".format(plural(len(works), "task"), count_states(works)),
+                 format_clock(now - board.begun) + " ", width)
+    titles = min(max([shown_width(w.title) for w in works] or [0]), max(8, width // 3))
+    blocks = {id(w): work_lines(w, titles, width, now) for w in works}
+    room = max(1, height - 3 - min(5, max(2, height // 5)))
+    chosen, rest = choose_works(works, {key: len(lines) for key, lines in blocks.items()}, room)
+    lines = [head, "─" * width] + [line for w in chosen for line in blocks[id(w)]]
+    if rest:
+        lines.append(clip(" … {} more: {}".format(plural(len(rest), "task"), count_states(rest)), width))
+    lines.append("─" * width)
+    folded = [part for message in messages[-height:] for part in fold(message, width - 2)]
+    space = max(0, height - len(lines))
+    lines += [clip(" " + line, width) for line in folded[-space:]] if space else []
+    return (lines + [""] * height)[:height]
+
+
+class Terminal:
+    """stderr. What cannot be written any more, as the terminal is closed, is dropped."""
+
+    def __init__(self) -> None:
+        self.encoding = sys.stderr.encoding or "ascii"
+        self.glyphs = {} if self.encoding.lower().replace("-", "") == "utf8" else PLAIN_GLYPHS
+        self.can_draw = os.isatty(2) and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
+
+    def size(self) -> Tuple[int, int]:
+        """Columns and lines."""
+        try:
+            size = os.get_terminal_size(2)
+        except OSError:
+            return 80, 24
+        return size.columns or 80, size.lines or 24
+
+    def write(self, text: str) -> None:
+        try:
+            sys.stderr.write(text.translate(self.glyphs))
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nor may flushing at the end of the process fail
+
+
+def format_event(event: Event) -> List[str]:
+    """An event as lines of a log, with its task in front where several run."""
+    mark = event.level + ": " if event.level in ("warning", "error") else ""
+    task = "{}: ".format(event.facts["task"]) if "task" in event.facts else ""
+    return [printable(line) for line in (mark + task + event.text).split("\n")]
+
+
+class LogLines:
+    """Writes events of `level` and above to stderr; on a terminal the running transfers below them."""
+
+    token = -1
+
+    def __init__(self, level: str, progress: bool, terminal: Terminal, board: Board) -> None:
+        self.levels = LEVELS[LEVELS.index(level):]
+        self.progress, self.terminal, self.board = progress and terminal.can_draw, terminal, board
+        self.block: List[str] = []  # as it stands on the terminal
+        self.drawn = 0.0
+
+    def __call__(self, event: Event) -> None:
+        if self.progress:
+            self.board.take(event)
+        if event.level in self.levels:
+            lines = format_event(event)
+            if self.terminal.can_draw:
+                width = self.terminal.size()[0] - 1
+                lines = [part for line in lines for part in fold(line, width)]
+            self.draw(lines)
+        elif self.progress and event.level == "progress":
+            self.tick("done" not in event.facts)
+
+    def __enter__(self) -> "LogLines":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Leaves nothing but what was said."""
+        self.board.works.clear()
+        self.draw([])
+
+    def tick(self, now: bool = False) -> None:
+        """Draws the transfers again where that is due."""
+        if self.progress and (now or time.monotonic() - self.drawn >= DRAW_INTERVAL):
+            self.draw([])
+
+    def draw(self, lines: Sequence[str]) -> None:
+        """Writes `lines` above the transfers."""
+        columns, height = self.terminal.size()
+        block = progress_lines(self.board, columns - 1, max(1, height - 2)) if self.progress else []
+        if lines or block != self.block:
+            self.terminal.write(self.erase(columns) + "".join(line + "\n" for line in lines) + "\n".join(block))
+        self.block, self.drawn = block, time.monotonic()
+
+    def erase(self, columns: int) -> str:
+        """What removes the block, also where the terminal has become narrower and has wrapped it."""
+        if not self.block:
+            return ""
+        rows = sum(max(1, -(-shown_width(line) // columns)) for line in self.block)
+        return "\r" + ("\x1b[{}A".format(rows - 1) if rows > 1 else "") + "\x1b[J"
+
+
+class LiveView:
+    """Draws the whole screen anew a few times a second; a context, in which the terminal shows it.
+
+    Where this process is killed so that it cannot give the terminal back, a child may do it that reads a byte
+    from `token`, a pipe.
+    """
+
+    progress = True
+
+    def __init__(self, level: str, terminal: Terminal, board: Board) -> None:
+        self.levels = LEVELS[LEVELS.index(level):]
+        self.terminal, self.board = terminal, board
+        self.messages: List[str] = []
+        self.last: List[Event] = []  # what still matters when the screen is gone
+        self.frame: List[str] = []
+        self.size, self.drawn = (0, 0), 0.0
+        self.pausing = False
+
+    def __call__(self, event: Event) -> None:
+        self.board.take(event)
+        if event.level in self.levels:
+            self.messages = self.messages[-200:] + [self.board.shown(line) for line in format_event(event)]
+            if event.level in ("warning", "error") or event.kind in ("done", "summary"):
+                self.last.append(event)
+        self.tick()
+
+    def tick(self, now: bool = False) -> None:
+        if self.pausing:
+            self.pause()
+        size = self.terminal.size()
+        if not now and size == self.size and time.monotonic() - self.drawn < DRAW_INTERVAL:
+            return
+        frame = live_lines(self.board, self.messages, *size)
+        if frame != self.frame or size != self.size:
+            clear = "\x1b[2J" if size != self.size else ""
+            head = ["\x1b[7m" + pad(frame[0], size[0]) + "\x1b[0m"]
+            self.terminal.write(clear + "\x1b[H" + "\x1b[K\r\n".join(head + frame[1:]) + "\x1b[K\x1b[H")
+        self.frame, self.size, self.drawn = frame, size, time.monotonic()
+
+    def __enter__(self) -> "LiveView":
+        self.token, write_end = os.pipe()
+        os.write(write_end, b"x")
+        os.close(write_end)
+        self.before = signal.signal(signal.SIGTSTP, self.note_pause)
+        self.open()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Gives the terminal back as it was, and says there what still matters."""
+        signal.signal(signal.SIGTSTP, self.before)
+        os.close(self.token)
+        self.terminal.write(CLOSE_SCREEN)
+        for event in self.last:
+            width = self.terminal.size()[0] - 1
+            self.terminal.write("".join(part + "\n" for line in format_event(event) for part in fold(line, width)))
+
+    def note_pause(self, _number: int, _frame: Any) -> None:
+        self.pausing = True
+
+    def open(self) -> None:
+        self.terminal.write(OPEN_SCREEN)
+        self.size = (0, 0)
+        self.tick(True)
+
+    def pause(self) -> None:
+        """Stops as Ctrl-Z asks, with the terminal given back meanwhile."""
+        self.pausing = False
+        self.terminal.write(CLOSE_SCREEN)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self.open()
+
+
+########################################################################################################
+# 11 PROCESSES: programs: found, run, watched, ended
 #
 # Argument lists, never a shell. Each child is a process group of its own, so that a key press on the
 # terminal does not kill the ends of a transfer behind our back; it ends by itself when its pipe does.
@@ -2100,7 +2433,7 @@ def make_pipe() -> Tuple[int, int]:
 
 
 ########################################################################################################
-# 11 BTRFS: what the kernel and the btrfs program say and do
+# 12 BTRFS: what the kernel and the btrfs program say and do
 #
 # Reading goes by ioctl (uapi/linux/btrfs.h), which any user may, in microseconds; where the kernel has
 # no GET_SUBVOL_INFO (before Linux 4.18) by `btrfs subvolume show`. Changing goes by the btrfs program.
@@ -2289,7 +2622,7 @@ def parse_find_new(text: str) -> int:
 
 
 ########################################################################################################
-# 12 STATE: locks and pins in the snapshot folder
+# 13 STATE: locks and pins in the snapshot folder
 #
 # `.outstanding_transfers` holds locks and parent notes in the format of release 0.6.6, so that either
 # program takes over from the other; `.destinations.json` the pins. Each change reads, changes its own
@@ -2445,7 +2778,7 @@ def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None])
 
 
 ########################################################################################################
-# 13 ENDS: the processes at the two ends of a stream
+# 14 ENDS: the processes at the two ends of a stream
 #
 # A sender fills buffers, a receiver takes them, and neither ever blocks. The receiver is the only place
 # where a backup becomes complete: `btrfs receive` exited 0, the result was seen read-only with the right
@@ -2698,7 +3031,7 @@ class Measuring:
 
 
 ########################################################################################################
-# 14 COMMANDS: shell://: a command of the user's takes the stream
+# 15 COMMANDS: shell://: a command of the user's takes the stream
 #
 # `sh -c COMMAND`, here, with the stream as `btrfs send` writes it on its stdin and what it is in its
 # environment. It has succeeded when the stream came to its end and the command has read all of it and exited
@@ -2861,7 +3194,7 @@ class ShellPlace:
 
 
 ########################################################################################################
-# 15 HOST: the semantic calls that everything above planning goes through
+# 16 HOST: the semantic calls that everything above planning goes through
 #
 # A host is a machine that things are done on. Its calls take and return plain values, so that they can
 # travel: look at a place, list a folder, snapshot, delete, rename, state, send, receive. LocalHost does
@@ -3144,7 +3477,7 @@ class LocalHost:
 
 
 ########################################################################################################
-# 16 RELAY: one stream from a sender to its receivers
+# 17 RELAY: one stream from a sender to its receivers
 #
 # The relay moves what can be moved, then naps. Waking for every few KiB costs more than moving them, and
 # memory made anew for each read more than both, so a few buffers go round and it naps only while
@@ -3263,7 +3596,7 @@ class Relay:
 
 
 ########################################################################################################
-# 17 WIRE: calls, results and streams as frames on a channel
+# 18 WIRE: calls, results and streams as frames on a channel
 #
 # A frame is `kind (1 byte) | be32 length | payload`. Calls and results are JSON in which each value says
 # what it is, from a table: nothing is pickled or evaluated. A channel carries one call or one stream at a
@@ -3784,7 +4117,7 @@ class StreamSink:
 
 
 ########################################################################################################
-# 18 AGENT: the program on another host, serving calls over a channel
+# 19 AGENT: the program on another host, serving calls over a channel
 #
 # What it may do is what CALLS names: calls of LocalHost, with arguments of the types that these declare.
 # Each channel has an agent of its own, which ends, and with it all that it has started, when its channel
@@ -4154,7 +4487,7 @@ def serve_agent(restriction: Optional[Restriction] = None) -> None:
 
 
 ########################################################################################################
-# 19 REMOTE: hosts over ssh; the hosts of a run
+# 20 REMOTE: hosts over ssh; the hosts of a run
 #
 # `ssh HOST python3 -c STAGE_1` reads one line, STAGE_2, which looks for this very source in the cache
 # folder of the user there, by SHA-256, or asks for it; then the agent serves. The user's ssh
@@ -4759,7 +5092,7 @@ class Hosts:
 
 
 ########################################################################################################
-# 20 TASK: observe, plan, show or execute
+# 21 TASK: observe, plan, show or execute
 #
 # The order: locks and pins are read, and where they cannot be the task stops; the snapshot is taken;
 # each destination is reached, listed and rid of what a failed transfer left; what is missing is sent,
@@ -4800,6 +5133,16 @@ class Destination:
         return self.listing is not None and not self.closed
 
 
+class Gate:
+    """Where a task waits for the others of its command. Alone it never does."""
+
+    def take_turn(self, key: str) -> None:
+        """Waits until no other task works on what `key` names."""
+
+    def snapshot_taken(self) -> None:
+        """Waits until transfers may begin."""
+
+
 def describe_transfer(transfer: Transfer) -> str:
     if transfer.parent is None:
         return "send {} in full".format(transfer.snapshot.name)
@@ -4809,8 +5152,9 @@ def describe_transfer(transfer: Transfer) -> str:
 class TaskRun:
     """One task from its first look to its last deletion."""
 
-    def __init__(self, task: Task, events: Events, clock: Callable[[], float] = time.time) -> None:
-        self.task, self.events, self.clock = task, events, clock
+    def __init__(self, task: Task, events: Events, gate: Optional[Gate] = None,
+                 clock: Callable[[], float] = time.time) -> None:
+        self.task, self.events, self.gate, self.clock = task, events, gate or Gate(), clock
         self.hosts = Hosts(task, events)
         self.prefix = task.prefix or ""  # known once the source is
         self.failed = False
@@ -5035,6 +5379,7 @@ class TaskRun:
     def execute(self) -> None:
         self.host.make_folder(self.folder)
         self.folder_exists = True
+        self.gate.take_turn(" ".join((parse_endpoint(self.task.source).machine, self.folder, self.prefix)))
         with self.host.hold(self.folder, self.prefix, self.task.wait):
             self.read_state()
             self.snapshots = snapshots_of(self.host.list(self.folder), self.prefix)
@@ -5042,6 +5387,7 @@ class TaskRun:
                 self.take_snapshot()
                 self.warn_of_nested()
             self.warn_of_future()
+            self.gate.snapshot_taken()
             for destination in self.needed_destinations():
                 self.reach(destination)
                 self.plan_destination(destination)
@@ -5328,7 +5674,7 @@ class ProgressOf:
     def __exit__(self, *_: Any) -> None:
         if self.measuring is not None:
             self.measuring.end()
-            self.run.events.emit("progress", "progress")
+            self.run.events.emit("progress", "progress", destination=self.destination)
 
     def tell(self, size: int, file_data: int) -> None:
         """size: bytes of stream so far; file_data: bytes of file contents so far."""
@@ -5344,12 +5690,13 @@ class ProgressOf:
                              rate=(done - self.recent[0][1]) / elapsed if elapsed > 0 else 0.0)
 
 
-def run_task(task: Task, events: Events) -> int:
+def run_task(task: Task, events: Events, gate: Optional[Gate] = None) -> int:
     """Does one task; the exit status. Errors that stop it are raised."""
-    run = TaskRun(task, events)
+    run = TaskRun(task, events, gate)
     try:
         run.open_source()
         if task.dry_run:
+            run.gate.snapshot_taken()
             print_result("\n".join(run.show()))
         else:
             run.execute()
@@ -5373,7 +5720,7 @@ def print_result(text: str) -> None:
 
 
 ########################################################################################################
-# 21 LIST: which snapshots are where
+# 22 LIST: which snapshots are where
 #
 # A location is the snapshot folder of a source, or a folder of backups; an entry one subvolume in it. What
 # belongs to what goes by identity, as in a transfer; a name alone only says where a stranger stands in the
@@ -5703,7 +6050,7 @@ def run_list(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 22 PRUNE: retention of a folder of backups by itself
+# 23 PRUNE: retention of a folder of backups by itself
 #
 # No source is looked at: what is kept is decided by names, and by what the folder itself tells of transfers
 # that are not complete. Each prefix is counted by itself. A folder is worked on under the same lock as a
@@ -5857,7 +6204,432 @@ def run_prune(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 23 HELP: help and man page, from the tables
+# 24 CREW: the tasks of one command, each in a process of its own
+#
+# Each task runs in a child of ours: down a pipe comes the leave to go on, up another come its events, a line
+# of JSON each. All take their snapshots first; then they go on, no more at once than allowed. Tasks on one
+# snapshot folder and prefix take turns. A child whose pipe from us ends has lost us, and stops as if it were
+# interrupted. Never: a child left running when we are done with it; a display that a child writes to.
+########################################################################################################
+
+TICK = 0.1  # seconds between looks at everything
+SNAPSHOT_PATIENCE = 60.0  # seconds for which a task that is not ready keeps the others from going on
+STOP_GRACE = 60.0  # seconds a task gets to end its transfers
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+CREW_SIGNALS = STOP_SIGNALS + (signal.SIGQUIT,)  # a crew does not leave its children and terminal behind
+LEAVE_SIZE = 5  # bytes
+TURN, GO = b"turn\n", b"go  \n"
+SUMMARY_ERRORS = 5  # of one task
+
+
+def catch_signals() -> None:
+    """Makes INT, TERM and HUP raise Interrupted, once: cleaning up is not interrupted again."""
+
+    def interrupt(number: int, _frame: Any) -> None:
+        for other in STOP_SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, interrupt)
+
+
+def run_and_report(run: Callable[[Task, Events], int], task: Task, events: Events) -> int:
+    """Does a task and says what stopped it; the exit status."""
+    try:
+        return run(task, events)
+    except BackupError as error:
+        if task.verbosity == "debug":
+            import traceback
+            traceback.print_exc()
+        events.error(error)
+        return error.status
+    except Interrupted as interruption:
+        events.warning("interrupted", "interrupted by {}; locks are kept, the next run goes on".format(interruption))
+        return interruption.status
+
+
+def overall_status(statuses: Sequence[int]) -> int:
+    """The exit status of a command from those of its tasks: busy only where nothing else went wrong."""
+    bad = {status for status in statuses if status}
+    return 0 if not bad else Busy.status if bad == {Busy.status} else 1
+
+
+def format_request(request: Request, *more: str) -> str:
+    """The command line of one task, for a shell."""
+    import shlex
+    plain = all(split_word(path) == (path, None) and path[:1] not in ("-", "@") for path in request.paths)
+    words = ["btrfs-backup-ng"] + list(more) + list(request.words) + ([] if plain else ["--"]) + list(request.paths)
+    return " ".join(printable(shlex.quote(word)) for word in words)
+
+
+def task_names(requests: Sequence[Request]) -> List[str]:
+    """What to call each task: its source, with a number where several have the same."""
+    sources = [printable(request.task.source) for request in requests]
+    return [source if sources.count(source) == 1 else "{} ({})".format(source, sources[:number].count(source))
+            for number, source in enumerate(sources, 1)]
+
+
+# In the child.
+
+
+class ChildEvents:
+    """A reader of events that passes them on to the parent."""
+
+    def __init__(self, fd: int, progress: bool) -> None:
+        self.fd, self.progress = fd, progress
+
+    def __call__(self, event: Event) -> None:
+        import json
+        data = json.dumps(event, default=str).encode("ascii") + b"\n"
+        with contextlib.suppress(BrokenPipeError):  # that the parent has gone is seen elsewhere
+            while data:
+                data = data[os.write(self.fd, data):]
+
+
+class ChildGate(Gate):
+    """Asks the parent, and hears from it on stdin."""
+
+    def __init__(self, events: Events, token: int) -> None:
+        self.events, self.token = events, token
+        self.leaves = {TURN: threading.Event(), GO: threading.Event()}
+        threading.Thread(target=self.listen, daemon=True).start()
+
+    def listen(self) -> None:
+        for leave in iter(lambda: os.read(0, LEAVE_SIZE), b""):
+            self.leaves[leave].set()
+        if self.token >= 0:
+            close_lost_screen(self.token)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def take_turn(self, key: str) -> None:
+        self.events.emit("turn", "control", key=key)
+        self.leaves[TURN].wait()
+
+    def snapshot_taken(self) -> None:
+        self.events.emit("ready", "control")
+        self.leaves[GO].wait()
+
+
+def close_lost_screen(token: int) -> None:
+    """Gives a terminal back whose owner was killed; of several tasks the one does it that gets the token."""
+    with contextlib.suppress(OSError):
+        if os.read(token, 1):
+            terminal = os.open("/dev/tty", os.O_WRONLY | os.O_NOCTTY)
+            os.write(terminal, CLOSE_SCREEN.encode("ascii"))
+
+
+# In the parent.
+
+
+class TaskProcess:
+    """One task's process, as its parent sees it."""
+
+    def __init__(self, name: str, request: Request) -> None:
+        self.name, self.request = name, request
+        self.pid, self.leave_fd = -1, -1
+        self.status: Optional[int] = None
+        self.streams: Dict[int, str] = {}  # what comes on each open pipe
+        self.rest = {"events": b"", "stdout": b"", "stderr": b""}
+        self.turn: Optional[str] = None  # what it wants to be alone with
+        self.has_turn = self.is_ready = self.waits = self.goes = self.took_snapshot = False
+        self.errors: List[Dict[str, Any]] = []
+
+    @property
+    def runs(self) -> bool:
+        return self.status is None
+
+    @property
+    def delays(self) -> bool:
+        """Whether the others should wait for its snapshot."""
+        return self.runs and not (self.is_ready or self.waits or (self.turn is not None and not self.has_turn))
+
+    def start(self, siblings: Sequence["TaskProcess"], act: Callable[[int], int]) -> None:
+        """Forks a child that does `act`, given where to write its events; OSError where that cannot be.
+
+        Forked, not started anew, for compiling this file takes longer than taking a snapshot.
+        """
+        leaves, events, stdout, stderr = os.pipe(), os.pipe(), os.pipe(), os.pipe()
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            for sibling in siblings:
+                sibling.close()
+            for theirs, ours in ((leaves[0], 0), (stdout[1], 1), (stderr[1], 2)):
+                os.dup2(theirs, ours)
+            for fd in leaves + (events[0],) + stdout + stderr:
+                os.close(fd)
+            live_as_child(functools.partial(act, events[1]))
+        for fd in (leaves[0], events[1], stdout[1], stderr[1]):
+            os.close(fd)
+        self.leave_fd = leaves[1]
+        self.streams = {events[0]: "events", stdout[0]: "stdout", stderr[0]: "stderr"}
+        for fd in self.streams:
+            os.set_blocking(fd, False)
+
+    def tell(self, leave: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self.leave_fd, leave)
+
+    def signal(self, number: int) -> None:
+        if self.runs:
+            os.kill(self.pid, number)
+
+    def read(self, fd: int) -> bytes:
+        """What has come on a pipe; a pipe at its end is closed."""
+        try:
+            data = os.read(fd, PIPE_SIZE)
+        except BlockingIOError:
+            return b""
+        if not data:
+            os.close(fd)
+            del self.streams[fd]
+        return data
+
+    def take_lines(self, kind: str, data: bytes) -> List[bytes]:
+        """The lines that are whole now."""
+        *lines, self.rest[kind] = (self.rest[kind] + data).split(b"\n")
+        return lines
+
+    def close(self) -> None:
+        for fd in list(self.streams) + ([self.leave_fd] if self.leave_fd >= 0 else []):
+            os.close(fd)
+        self.streams, self.leave_fd = {}, -1
+
+
+def live_as_child(act: Callable[[], int]) -> None:
+    """The rest of a forked process's life. The signals, held back by the parent, are free again."""
+    status = 1
+    try:
+        signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        catch_signals()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        status = act()
+    except Interrupted as interruption:
+        status = interruption.status
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+class Crew:
+    """The tasks of one command at work. `tick` draws what a display shows; `token` is for the children's gates."""
+
+    def __init__(self, requests: Sequence[Request], events: Events, tick: Callable[[], None], token: int = -1) -> None:
+        self.events, self.tick, self.token = events, tick, token
+        self.jobs = requests[0].task.jobs or len(requests)
+        self.progress = any(getattr(reader, "progress", False) for reader in events.readers)
+        self.processes = [TaskProcess(name, request) for name, request in zip(task_names(requests), requests)]
+        self.owners: Dict[int, TaskProcess] = {}
+        self.poll = select.poll()
+        self.begun = time.monotonic()
+        self.is_open = False  # all that can have taken their snapshots
+        self.stopped_by: Optional[int] = None
+        self.deadline: Optional[float] = None  # for those that were asked to stop
+
+    def run(self) -> List[int]:
+        """The exit status of each task, when all have ended."""
+        with self.noted_signals():
+            try:
+                for process in self.processes:
+                    self.start(process)
+                while any(process.runs for process in self.processes):
+                    self.step()
+            finally:
+                for process in self.processes:
+                    process.signal(signal.SIGKILL)  # only where we fail ourselves
+        return [process.status or 0 for process in self.processes]
+
+    @contextlib.contextmanager
+    def noted_signals(self) -> Iterator[None]:
+        """Signals that ask to stop are noted here, so that none comes between two steps."""
+
+        def note(number: int, _frame: Any) -> None:
+            self.stopped_by = self.stopped_by or number
+
+        before = {number: signal.getsignal(number) for number in CREW_SIGNALS}
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def start(self, process: TaskProcess) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the child has handlers of its own
+        try:
+            process.start(self.processes, functools.partial(self.act, process.request.task))
+        except OSError as error:
+            process.status = 1
+            self.emit(process, "error", "error", format_error(os_error("cannot start the task", error)))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        for fd in process.streams:
+            self.owners[fd] = process
+            self.poll.register(fd, select.POLLIN)
+
+    def act(self, task: Task, fd: int) -> int:
+        """What the child does."""
+        events = Events(ChildEvents(fd, self.progress))
+        gate = ChildGate(events, self.token)
+        return run_and_report(lambda task, events: run_task(task, events, gate), task, events)
+
+    def step(self) -> None:
+        for fd, _ in self.poll.poll(1000 * TICK):
+            self.read(self.owners[fd], fd)
+        for process in self.processes:
+            if process.runs:
+                pid, code = os.waitpid(process.pid, os.WNOHANG)
+                if pid:
+                    self.conclude(process, -os.WTERMSIG(code) if os.WIFSIGNALED(code) else os.WEXITSTATUS(code))
+        if self.stopped_by:
+            self.stop()
+        else:
+            self.give_leave()
+        self.tick()
+
+    def stop(self) -> None:
+        """Asks all to end, and kills in the end what does not."""
+        now = time.monotonic()
+        if self.deadline is None:
+            for process in self.processes:
+                process.signal(signal.SIGTERM)
+                process.signal(signal.SIGCONT)  # a stopped process takes no other signal
+                self.show(process, "stopping")
+        elif now > self.deadline:
+            for process in self.processes:
+                process.signal(signal.SIGKILL)
+        self.deadline = self.deadline or now + STOP_GRACE
+
+    def give_leave(self) -> None:
+        """Turns to those whose folder nobody else has, and leave to go on once all have their snapshots."""
+        running = [process for process in self.processes if process.runs]
+        for process in running:
+            others = {other.turn for other in running if other.has_turn}
+            if process.turn is not None and not process.has_turn and process.turn not in others:
+                process.has_turn = True
+                process.tell(TURN)
+        late = time.monotonic() - self.begun > SNAPSHOT_PATIENCE
+        self.is_open = self.is_open or late or not any(process.delays for process in running)
+        free = self.jobs - sum(process.goes for process in running)
+        for process in [process for process in running if process.is_ready and not process.goes and self.is_open]:
+            if free > 0:
+                process.goes, free = True, free - 1
+                process.tell(GO)
+                self.show(process, "at work")
+
+    def conclude(self, process: TaskProcess, status: int) -> None:
+        """Books the end of a task's process."""
+        for fd in list(process.streams):
+            while fd in process.streams and self.read(process, fd):
+                pass
+        for fd in process.streams:  # something that it has started holds the other end
+            self.poll.unregister(fd)
+        process.close()
+        process.status = 1 if status < 0 or status == UsageError.status else status
+        if status < 0 and not self.stopped_by:
+            self.emit(process, "error", "error", "its process was killed by {}".format(signal.Signals(-status).name),
+                      message="its process was killed by {}".format(signal.Signals(-status).name), hint="run it again")
+        self.show(process, "done" if status == 0 else "busy" if status == Busy.status else
+                  "stopped" if self.stopped_by else "failed", ended=True)
+
+    # -- what the children say
+
+    def read(self, process: TaskProcess, fd: int) -> bool:
+        """Takes what has come on a pipe; whether that was anything."""
+        kind = process.streams[fd]
+        data = process.read(fd)
+        if fd not in process.streams:
+            self.poll.unregister(fd)
+        if kind == "stdout":
+            process.rest[kind] += data
+            return bool(data)
+        for line in process.take_lines(kind, data):
+            if kind == "events":
+                self.take(process, line)
+            elif line:
+                self.emit(process, "stderr", "warning", os.fsdecode(line))
+        return bool(data)
+
+    def take(self, process: TaskProcess, line: bytes) -> None:
+        import json
+        event = Event(*json.loads(line.decode("ascii")))
+        if event.kind == "turn":
+            process.turn = event.facts["key"]
+            if any(other.turn == process.turn for other in self.processes if other.has_turn and other.runs):
+                self.emit(process, "waiting", "info", "waiting for another task on the same snapshots")
+        elif event.kind == "ready":
+            process.is_ready = True
+            self.show(process, "waiting")
+        elif event.kind != "interrupted" or not self.stopped_by:
+            process.waits = event.kind == "waiting"
+            process.took_snapshot = process.took_snapshot or event.kind == "snapshot"
+            self.emit(process, *event[:3], **event.facts)
+
+    def emit(self, process: TaskProcess, kind: str, level: str, text: str = "", **facts: Any) -> None:
+        if level == "error":
+            process.errors.append(dict(facts, text=text))
+        if len(self.processes) > 1:
+            facts["task"] = process.name
+        self.events.emit(kind, level, text, **facts)
+
+    def show(self, process: TaskProcess, state: str, ended: bool = False) -> None:
+        self.emit(process, "task", "state", state=state, ended=ended)
+
+    # -- what is said at the end
+
+    def summary(self) -> List[str]:
+        """For each failed task what failed, where, why, and what to type."""
+        lines = []
+        for process in self.processes:
+            if process.status:
+                said = [error.get("message") and "{}{}".format(
+                    error["message"], "; " + error["hint"] if error.get("hint") else "") or error["text"]
+                    for error in process.errors] or ["ended with status {}".format(process.status)]
+                lines += ["    {}: {}".format(process.name, line) for line in said[:SUMMARY_ERRORS]]
+                lines += ["    {}: … and {}".format(process.name, plural(len(said) - SUMMARY_ERRORS, "more error"))
+                          ] * (len(said) > SUMMARY_ERRORS)
+                kept = process.took_snapshot and not process.request.task.no_snapshot
+                lines.append("        again: " + format_request(process.request, *["-S"] * kept))
+        return lines
+
+    def results(self) -> List[Tuple[Request, str]]:
+        """What each task has written to its stdout."""
+        return [(process.request, os.fsdecode(process.rest["stdout"]).rstrip("\n")) for process in self.processes]
+
+
+def run_crew(requests: Sequence[Request], events: Events, view: Union[LogLines, LiveView]) -> int:
+    """Does several tasks at once, shown by `view`; the exit status of the command."""
+    with view:
+        crew = Crew(requests, events, view.tick, view.token)
+        statuses = crew.run()
+        failed = sum(status != 0 for status in statuses)
+        if crew.stopped_by:
+            events.warning("interrupted", "interrupted by {}; locks are kept, the next run goes on".format(
+                signal.Signals(crew.stopped_by).name))
+        elif failed and len(statuses) > 1:
+            head = "{} of {} was not done as asked" if failed == 1 else "{} of {} were not done as asked"
+            events.emit("summary", "error", "\n".join(
+                [head.format(failed, plural(len(statuses), "task"))] + crew.summary()))
+    for number, (request, text) in enumerate(crew.results(), 1):
+        if request.task.dry_run and len(requests) > 1:
+            print_result("task {} of {}: {}".format(number, len(requests), format_request(request)))
+        if text:
+            print_result(text)
+    return 128 + crew.stopped_by if crew.stopped_by else overall_status(statuses)
+
+
+########################################################################################################
+# 25 HELP: help and man page, from the tables
 #
 # What there is to say about options stands in the tables of OPTIONS, once; here it is only laid out, so
 # that help, manual and completions cannot drift from what is parsed. Texts are paragraphs apart by empty
@@ -6014,7 +6786,7 @@ def format_man() -> str:
 
 
 ########################################################################################################
-# 24 COMPLETION: what the Tab key offers in bash, zsh and fish
+# 26 COMPLETION: what the Tab key offers in bash, zsh and fish
 #
 # Scripts for the shells, from the tables of options. They know the verbs, each verb's options, the words
 # that an option takes, and where a file or a folder is wanted; they never run the program. A value that
@@ -6210,7 +6982,7 @@ def fish_completion() -> str:
 
 
 ########################################################################################################
-# 25 UNITS: a systemd service and its timer
+# 27 UNITS: a systemd service and its timer
 #
 # The service may do what a backup needs and little else: see HARDENING for what is asked and what must
 # not be. It is written as a shell script, to be read before it is given to sh. The arguments are parsed
@@ -6337,7 +7109,7 @@ def format_units(task: Task, requests: Sequence[Request], arguments: Sequence[st
 
 
 ########################################################################################################
-# 26 COMMAND LINE: help, version, sudo, signals, main
+# 28 COMMAND LINE: help, version, sudo, signals, main
 #
 # The thin shell around a task: everything that touches the process as a whole (its arguments, user,
 # signals, exit status) is here and nowhere else.
@@ -6366,25 +7138,15 @@ def elevate(arguments: Sequence[str]) -> None:
         raise os_error("cannot run sudo", error, "run as root") from None
 
 
-def catch_signals() -> None:
-    """Makes INT, TERM and HUP raise Interrupted, once: cleaning up is not interrupted again."""
-
-    def interrupt(number: int, _frame: Any) -> None:
-        for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(other, signal.SIG_IGN)
-        raise Interrupted(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, interrupt)
-
-
-def make_events(task: Task) -> Events:
-    progress = not task.no_progress and task.verbosity in ("info", "debug") and os.isatty(2)
-    readers: List[Callable[[Event], None]] = [LogLines(task.verbosity, progress)]
-    if task.log_json:
-        readers.append(JsonLog(task.log_json))
-    return Events(*readers)
+def make_view(requests: Sequence[Request], terminal: Terminal) -> Union[LogLines, LiveView]:
+    """What shows a person the events."""
+    task, several = requests[0].task, len(requests) > 1
+    titles = dict(zip(task_names(requests) if several else [""], task_names(requests)))
+    board = Board(titles, terminal.encoding)
+    has_room = all(real >= least for real, least in zip(terminal.size(), SMALLEST_VIEW))
+    if task.live_layout and not task.dry_run and terminal.can_draw and has_room:
+        return LiveView(task.verbosity, terminal, board)
+    return LogLines(task.verbosity, not task.no_progress and task.verbosity in ("info", "debug"), terminal, board)
 
 
 def print_man(task: Task) -> str:
@@ -6476,33 +7238,16 @@ def run_arguments(arguments: Sequence[str]) -> int:
                              error.hint) from None
     if os.geteuid() != 0 and not task.no_elevate and VERBS[task.verb].needs_root:
         elevate(arguments)
-    events = make_events(task)
-    statuses = []
-    for request in requests:
-        statuses.append(run_and_report(run, request.task, events))
-        if statuses[-1] > 128:  # interrupted
-            return statuses[-1]
-    return overall_status(statuses)
-
-
-def overall_status(statuses: Sequence[int]) -> int:
-    """The exit status of a command from those of its tasks."""
-    bad = {status for status in statuses if status}
-    return 0 if not bad else bad.pop() if len(bad) == 1 else 1
-
-
-def run_and_report(run: Callable[[Task, Events], int], task: Task, events: Events) -> int:
-    try:
-        return run(task, events)
-    except BackupError as error:
-        if task.verbosity == "debug":
-            import traceback
-            traceback.print_exc()
-        events.error(error)
-        return error.status
-    except Interrupted as interruption:
-        events.warning("interrupted", "interrupted by {}; locks are kept, the next run goes on".format(interruption))
-        return interruption.status
+    view = make_view(requests, Terminal())
+    events = Events(view, *[JsonLog(task.log_json)] if task.log_json else [])
+    if task.live_layout and not isinstance(view, LiveView) and not task.dry_run:
+        events.info("no-view", "no live view: it needs a terminal of at least {} columns and {} lines on stderr".format(
+            *SMALLEST_VIEW))
+    if len(requests) > 1 or isinstance(view, LiveView):
+        return run_crew(requests, events, view)
+    if task.dry_run and requests[0].files:
+        print_result("task: " + format_request(requests[0]))
+    return run_and_report(run, task, events)
 
 
 def open_standard_streams() -> None:
