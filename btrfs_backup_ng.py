@@ -1916,7 +1916,12 @@ def pad(text: str, width: int) -> str:
 
 
 def fold(line: str, width: int) -> List[str]:
-    """A line as lines of at most `width` columns, parted at blanks, the later ones indented; words stay whole."""
+    """A line as lines of at most `width` columns, parted at blanks, the later ones indented; words stay whole.
+
+    A line that is indented by 8 is one to be copied and typed: it is left to the terminal.
+    """
+    if line.startswith(" " * 8):
+        return [line]
     lines, indent = [""], " " * (len(line) - len(line.lstrip(" ")))
     for word in re.findall(r" *[^ ]+| +$", line):
         if shown_width(lines[-1] + word) > width and lines[-1].strip():
@@ -1991,33 +1996,40 @@ def progress_parts(facts: Dict[str, Any]) -> List[str]:
     left = format_duration(round(max(0, expected - done) / rate)).replace(".0 s", " s") if expected and rate else ""
     return ["{:.0f}%".format(min(100.0, 100.0 * done / expected)) if expected else "",
             format_size(min(done, expected) if expected else done), "of " + format_size(expected) if expected else "",
-            format_size(rate) + "/s", left + " left" if left else ""]
+            format_size(rate) + "/s" if rate else "", left + " left" if left else ""]
 
 
-def format_progress(facts: Dict[str, Any], width: int, title: str = "") -> str:
+def progress_label(facts: Dict[str, Any], title: str) -> str:
+    """What is sent where; of a task where several are at work, for these may bear the same prefix."""
+    return "{} to {}".format(title, facts["to"]) if title and facts["to"] else facts["label"]
+
+
+def format_progress(facts: Dict[str, Any], width: int, title: str = "", column: int = 0) -> str:
     """One transfer on one line: what, how far, how fast. Where room is short, less, and the end of the destination.
 
-    title: of its task, where several are at work.
+    column: where the numbers begin if that is beyond the label.
     """
     percent, done, total, rate, left = progress_parts(facts)
-    long, short = ("  ".join(part for part in parts if part) for parts in (
-        (percent, (done + " " + total).strip(), rate, left), (percent, done, rate, left)))
-    start = title + " to " if title else facts["label"][:-len(facts["to"])] if facts["to"] else facts["label"]
-    labels = [title + ": " + facts["label"]] * bool(title) + [start + facts["to"]]
-    for numbers, label in [(long, labels[0]), (long, labels[-1]), (short, labels[-1])]:
-        if shown_width(label) + 2 + shown_width(numbers) <= width:
-            return label + "  " + numbers
-    room = width - 2 - shown_width(short)
-    label = start + clip(facts["to"], max(8, room - shown_width(start)), from_left=True)
-    return clip(clip(label, max(8, room)) + "  " + short, width)
+    label = progress_label(facts, title)
+    for parts in ((percent, (done + " " + total).strip(), rate, left), (percent, done, rate, left)):
+        numbers = "  ".join(part for part in parts if part)
+        room = width - 2 - shown_width(numbers)
+        if shown_width(label) <= room:
+            return pad(label, min(column, room)) + "  " + numbers
+    if facts["to"]:
+        start = label[:-len(facts["to"])]
+        label = start + clip(facts["to"], max(8, room - shown_width(start)), from_left=True)
+    return clip(clip(label, max(8, room)) + "  " + numbers, width)
 
 
 def progress_lines(board: Board, width: int, most: int) -> List[str]:
     """The running transfers, a line each, at most `most` lines."""
     several = len(board.works) > 1
-    lines = [format_progress(facts, width, work.title if several else "") for work, facts in board.bars()]
+    bars = [(facts, work.title if several else "") for work, facts in board.bars()]
+    column = min(max([shown_width(progress_label(*bar)) for bar in bars] or [0]), width // 2)
+    lines = [format_progress(facts, width, title, column) for facts, title in bars]
     if len(lines) > most:
-        lines[max(0, most - 1):] = [clip("… {} more".format(plural(len(lines) - most + 1, "transfer")), width)]
+        lines[max(0, most - 1):] = [clip("… and {}".format(plural(len(lines) - most + 1, "more transfer")), width)]
     return lines[:most]
 
 
@@ -2085,7 +2097,7 @@ def live_lines(board: Board, messages: Sequence[str], width: int, height: int) -
     chosen, rest = choose_works(works, {key: len(lines) for key, lines in blocks.items()}, room)
     lines = [head, "─" * width] + [line for w in chosen for line in blocks[id(w)]]
     if rest:
-        lines.append(clip(" … {} more: {}".format(plural(len(rest), "task"), count_states(rest)), width))
+        lines.append(clip(" … and {}: {}".format(plural(len(rest), "more task"), count_states(rest)), width))
     lines.append("─" * width)
     folded = [part for message in messages[-height:] for part in fold(message, width - 2)]
     space = max(0, height - len(lines))
@@ -2211,8 +2223,8 @@ class LiveView:
         frame = live_lines(self.board, self.messages, *size)
         if frame != self.frame or size != self.size:
             clear = "\x1b[2J" if size != self.size else ""
-            head = ["\x1b[7m" + pad(frame[0], size[0]) + "\x1b[0m"]
-            self.terminal.write(clear + "\x1b[H" + "\x1b[K\r\n".join(head + frame[1:]) + "\x1b[K\x1b[H")
+            lines = [pad(line, size[0]) for line in frame]  # erasing after a full line would take its last column
+            self.terminal.write(clear + "\x1b[H\x1b[7m" + "\r\n".join([lines[0] + "\x1b[0m"] + lines[1:]) + "\x1b[H")
         self.frame, self.size, self.drawn = frame, size, time.monotonic()
 
     def __enter__(self) -> "LiveView":
