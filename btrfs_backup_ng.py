@@ -11,7 +11,8 @@ The way of the data:
 
     one transfer:        send process ─▶ relay ─┬▶ incoming stream ─▶ receive process ─▶ .NAME.partial
                                                 ├▶ ... one lane for each destination     ─▶ sync ─▶ NAME
-                                                └▶ shell://: sh -c COMMAND
+                                                ├▶ shell://: sh -c COMMAND
+                                                └▶ raw://: compress, encrypt ─▶ .NAME.partial ─▶ NAME.btrfs
 
 Contents; a section uses only what stands above it:
 
@@ -29,25 +30,29 @@ Contents; a section uses only what stands above it:
     12 BTRFS             what the kernel and the btrfs program say and do
     13 STATE             locks and pins in the snapshot folder
     14 ENDS              the processes at the two ends of a stream
-    15 COMMANDS          shell://: a command of the user's takes the stream
-    16 HOST              the semantic calls that everything above planning goes through
-    17 RELAY             one stream from a sender to its receivers
-    18 WIRE              calls, results and streams as frames on a channel
-    19 AGENT             the program on another host, serving calls over a channel
-    20 REMOTE            hosts over ssh; the hosts of a run
-    21 TASK              observe, plan, show or execute
-    22 LIST              which snapshots are where
-    23 PRUNE             retention of a folder of backups by itself
-    24 CREW              the tasks of one command, each in a process of its own
-    25 HELP              help and man page, from the tables
-    26 COMPLETION        what the Tab key offers in bash, zsh and fish
-    27 UNITS             a systemd service and its timer
-    28 COMMAND LINE      help, version, sudo, signals, main
+    15 FILTERS           programs that compress and encrypt a stream, and back
+    16 COMMANDS          shell://: a command of the user's takes the stream
+    17 STREAM FILES      raw folders: files with streams, and what is known of each
+    18 HOST              the semantic calls that everything above planning goes through
+    19 RAW BACKUPS       raw:// and raw+ssh://: streams through filters into files, and back
+    20 RELAY             one stream from a sender to its receivers
+    21 WIRE              calls, results and streams as frames on a channel
+    22 AGENT             the program on another host, serving calls over a channel
+    23 REMOTE            hosts over ssh; the hosts of a run
+    24 TASK              observe, plan, show or execute
+    25 LIST              which snapshots are where
+    26 PRUNE             retention of a folder of backups by itself
+    27 CREW              the tasks of one command, each in a process of its own
+    28 HELP              help and man page, from the tables
+    29 COMPLETION        what the Tab key offers in bash, zsh and fish
+    30 UNITS             a systemd service and its timer
+    31 COMMAND LINE      help, version, sudo, signals, main
 
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
 and is not complete, a *parent note* that a snapshot is the parent of such a transfer, a *pin* which
-snapshot a destination was last seen to have in common with the source.
+snapshot a destination was last seen to have in common with the source. A *stream file* is a backup at a raw
+folder, a *sidecar* the file beside it that describes it, a *chain* the streams that one after another make it.
 
 MIT License
 
@@ -504,6 +509,19 @@ def parse_unit_name(text: str) -> str:
     return text
 
 
+def parse_compressor(text: str) -> str:
+    if text not in ("zstd", "lz4", "gzip", "xz"):
+        raise ValueError("is not one of zstd, lz4, gzip, xz")
+    return text
+
+
+def parse_encryption(text: str) -> str:
+    method, _, recipient = text.partition(":")
+    if method not in ("gpg", "age") or not recipient.strip() or recipient[0] == "-" or not recipient.isprintable():
+        raise ValueError("is neither gpg:KEY nor age:RECIPIENT")
+    return text
+
+
 class Option(NamedTuple):
     """One row of the table. `parse` None: a flag, whose value is `implied`."""
 
@@ -574,6 +592,14 @@ OPTION_TABLE = (
     Group("Remote hosts", (
         Option(("--ssh-opt",), "ssh_options", "OPT", parse_path, "passed on as ssh -o OPT; may be repeated", many=True),
         Option(("--ssh-sudo",), "ssh_sudo", "", None, "run by sudo -n on the remote host"),
+    )),
+    Group("Stream files (raw://)", (
+        Option(("--raw-compress",), "raw_compress", "PROGRAM", parse_compressor,
+               "compress stream files with zstd, lz4, gzip or xz"),
+        Option(("--raw-encrypt",), "raw_encrypt", "METHOD", parse_encryption,
+               "encrypt stream files: gpg:KEY, age:RECIPIENT or age:/FILE with recipients"),
+        Option(("--raw-full-every",), "raw_full_every", "N", parse_count,
+               "send every Nth in full, so that no chain has more than N stream files; 0, the default: only the first"),
     )),
     Group("Locks and runs", (
         Option(("--remove-locks",), "remove_locks", "", None, "remove all locks of the given destinations"),
@@ -775,6 +801,9 @@ class Task(NamedTuple):
     ssh_options: Tuple[str, ...] = ()
     ssh_sudo: bool = False
     skip_fs_checks: bool = False
+    raw_compress: Optional[str] = None
+    raw_encrypt: Optional[str] = None
+    raw_full_every: int = 0
     remove_locks: bool = False
     locked_destinations: bool = False
     wait: float = 0.0
@@ -840,6 +869,10 @@ def check_task(task: Task) -> None:
     if "shell" in kinds and not task.backup_policy.keeps_all:
         raise UsageError("-n and --keep-backups cannot go with shell://, where nothing can be deleted",
                          "leave them away, or give the other destinations a command of their own")
+    if "raw" not in kinds and not task.locked_destinations and (
+            task.raw_compress or task.raw_encrypt or task.raw_full_every):
+        raise UsageError("--raw-compress, --raw-encrypt and --raw-full-every are for raw://, and no such destination "
+                         "is given", "name one, as raw:///PATH")
     if (task.remove_locks and not task.destinations and not task.locked_destinations):
         raise UsageError("--remove-locks needs the destinations whose locks to remove",
                          "name them, or add --locked-destinations for all")
@@ -1192,10 +1225,16 @@ class Subvolume(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What a folder holds: its subvolumes, and the names of everything else."""
+    """What a folder holds: its subvolumes, and the names of everything else.
+
+    chained: each needs the one that its parent UUID names, as stream files do. broken: names of backups that cannot
+    be restored, and why.
+    """
 
     subvolumes: Tuple[Subvolume, ...] = ()
     others: FrozenSet[str] = frozenset()
+    chained: bool = False
+    broken: Tuple[Tuple[str, str], ...] = ()
 
     def named(self, name: str) -> Optional[Subvolume]:
         return next((s for s in self.subvolumes if s.name == name), None)
@@ -1373,8 +1412,49 @@ def choose_parent(snapshot: Subvolume, ordered: Sequence[Subvolume], common: Set
     return older[-1] if older else newer[0] if newer else None
 
 
+def chain_lengths(listing: Listing) -> Dict[Optional[str], int]:
+    """How many streams restoring each backup of a chained listing takes, by stream id."""
+    parents = {s.stream_id: s.parent_uuid for s in listing.subvolumes if s.stream_id} if listing.chained else {}
+    lengths: Dict[Optional[str], int] = {}
+    for start in parents:
+        chain: List[Optional[str]] = []
+        at: Optional[str] = start
+        while at in parents and at not in lengths and at not in chain:
+            chain.append(at)
+            at = parents[at]
+        for length, link in enumerate(reversed(chain), lengths.get(at, 0) + 1):
+            lengths[link] = length
+    return lengths
+
+
+def within_chain(parent: Optional[Subvolume], lengths: Dict[Optional[str], int], longest: int) -> Optional[Subvolume]:
+    """The parent, or None where a child of it would make the chain longer than `longest` (0: any length)."""
+    return parent if parent is None or not longest or lengths.get(parent.stream_id, 0) < longest else None
+
+
+def keep_chains(verdicts: Sequence[Verdict], listing: Listing) -> List[Verdict]:
+    """The verdicts, where what a kept backup needs to be restored is kept as well."""
+    if not listing.chained:
+        return list(verdicts)
+    by_id = {s.stream_id: s for s in listing.subvolumes if s.stream_id}
+    by_name = {s.name: s for s in by_id.values()}
+    judged = {v.name: v for v in verdicts}
+    needed_by: Dict[str, str] = {}
+    for child in (by_name[v.name] for v in verdicts if v.keep and v.name in by_name):
+        parent = by_id.get(child.parent_uuid)
+        while parent is not None and parent.name not in needed_by:
+            needed_by[parent.name] = child.name
+            child, parent = parent, by_id.get(parent.parent_uuid)
+    return [v if v.keep or v.name not in needed_by else
+            Verdict(v.name, True, "{} needs it to be restored".format(needed_by[v.name])) for v in judged.values()]
+
+
 def name_problem(snapshot: Subvolume, listing: Listing, cleared: Set[str]) -> Optional[Problem]:
     """Why a snapshot that has no backup in `listing` cannot get one under its name there."""
+    wrong = dict(listing.broken).get(snapshot.name)
+    if wrong is not None:
+        return Problem(snapshot.name, "its {} cannot be restored: {}".format(snapshot.name, wrong),
+                       "move it away, with its sidecar, to have it sent again")
     other = listing.named(snapshot.name)
     if other is not None and snapshot.name not in cleared:
         if other.readonly:
@@ -1392,8 +1472,11 @@ def name_problem(snapshot: Subvolume, listing: Listing, cleared: Set[str]) -> Op
 
 
 def plan_transfers(snapshots: Sequence[Subvolume], listing: Listing, prefix: str, policy: Policy, now: float,
-                   recoveries: Sequence[Recovery] = (), incremental: bool = True) -> DestinationPlan:
-    """What is sent to a destination that holds `listing`, in order, each with its parent."""
+                   recoveries: Sequence[Recovery] = (), incremental: bool = True, longest: int = 0) -> DestinationPlan:
+    """What is sent to a destination that holds `listing`, in order, each with its parent.
+
+    longest: of how many streams a chain may be, 0 is any number.
+    """
     common = {s.stream_id for s in common_snapshots(snapshots, listing) if s.stream_id}
     ambiguous = ambiguous_ids(snapshots)
     missing = [s for s in snapshots if s.stream_id not in common or s.stream_id in ambiguous]
@@ -1402,7 +1485,7 @@ def plan_transfers(snapshots: Sequence[Subvolume], listing: Listing, prefix: str
     verdicts = {v.name: v for v in plan_retention(times, policy, {}, now)}
     cleared = {s.name for r in recoveries for s in r.delete}
     blocked = {r.snapshot for r in recoveries if r.problem}
-    parents = parent_ids(snapshots, listing)
+    parents, lengths = parent_ids(snapshots, listing), chain_lengths(listing)
     transfers, skipped, problems = [], [], []
     for snapshot in missing:
         problem = name_problem(snapshot, listing, cleared)
@@ -1414,8 +1497,11 @@ def plan_transfers(snapshots: Sequence[Subvolume], listing: Listing, prefix: str
         elif snapshot.name not in blocked and problem:
             problems.append(problem)
         elif snapshot.name not in blocked:
-            transfers.append(Transfer(snapshot, choose_parent(snapshot, snapshots, parents) if incremental else None))
+            parent = choose_parent(snapshot, snapshots, parents) if incremental else None
+            parent = within_chain(parent, lengths, longest)
+            transfers.append(Transfer(snapshot, parent))
             parents.add(snapshot.stream_id or "")
+            lengths[snapshot.stream_id] = 1 + (lengths.get(parent.stream_id, 0) if parent else 0)
     return DestinationPlan(tuple(recoveries), tuple(transfers), tuple(skipped), tuple(problems))
 
 
@@ -1459,7 +1545,7 @@ def plan_destination_retention(snapshots: Sequence[Subvolume], listing: Listing,
     if newest is not None:
         protected = {b.name: "newest in common with the source" for b in listing.subvolumes if corresponds(newest, b)}
     times = backup_moments(prefix, backups_of(listing, prefix), snapshots)
-    return plan_retention(times, policy, protected, now)
+    return keep_chains(plan_retention(times, policy, protected, now), listing)
 
 
 def deletions(verdicts: Iterable[Verdict]) -> List[Verdict]:
@@ -1470,8 +1556,9 @@ def after_transfers(listing: Listing, plan: DestinationPlan) -> Listing:
     """What the folder holds when everything planned for it has succeeded: for showing what follows."""
     gone = {s.name for r in plan.recoveries for s in r.delete}
     stay = tuple(s for s in listing.subvolumes if s.name not in gone)
-    come = tuple(t.snapshot._replace(uuid=None, received_uuid=t.snapshot.stream_id) for t in plan.transfers)
-    return Listing(stay + come, listing.others)
+    come = tuple(t.snapshot._replace(uuid=None, received_uuid=t.snapshot.stream_id,
+                                     parent_uuid=t.parent.stream_id if t.parent else None) for t in plan.transfers)
+    return listing._replace(subvolumes=stay + come)
 
 
 ########################################################################################################
@@ -2268,7 +2355,8 @@ class LiveView:
 # Every stderr is drained, its tail kept. Never: a child left running when we are done with it.
 ########################################################################################################
 
-PACKAGES = {"btrfs": "btrfs-progs (btrfsprogs on openSUSE)", "ssh": "openssh-client (openssh-clients on Fedora)"}
+PACKAGES = {"btrfs": "btrfs-progs (btrfsprogs on openSUSE)", "ssh": "openssh-client (openssh-clients on Fedora)",
+            "xz": "xz-utils (xz on Fedora and openSUSE)", "gpg": "gnupg (gnupg2 on Fedora, gpg2 on openSUSE)"}
 ENDING_GRACE = 5.0  # seconds between asking a process to end and killing it
 PIPE_SIZE = 1 << 20
 SENDER_BUFFER = 2 << 20
@@ -2894,6 +2982,8 @@ class Confinement:
 class LocalReceiver:
     """`btrfs receive` and its pipe: takes a stream, leaves a complete backup or a partial one."""
 
+    program = "btrfs receive"
+
     def __init__(self, folder: str, expected: ExpectedStream, sole_parent: bool, argv: Sequence[str],
                  confinement: Optional[Confinement] = None) -> None:
         self.folder, self.expected, self.confinement = folder, expected, confinement
@@ -3043,13 +3133,65 @@ class Measuring:
 
 
 ########################################################################################################
-# 15 COMMANDS: shell://: a command of the user's takes the stream
+# 15 FILTERS: programs that compress and encrypt a stream, and back
 #
-# `sh -c COMMAND`, here, with the stream as `btrfs send` writes it on its stdin and what it is in its
-# environment. It has succeeded when the stream came to its end and the command has read all of it and exited
-# 0. Where the transfer fails the command is killed before its pipe is closed, lest it takes a cut stream for
-# a whole one. Nobody can list what it made of the streams: what it took is remembered in the pins.
+# They run on the machine that runs the command: what is encrypted has left it in no other form. Programs
+# in a row are fed and read without blocking. Encryption that is asked for is proven with a few bytes before
+# the first byte of a stream; never does a stream go on without it. A row has succeeded when every program in
+# it exited 0.
 ########################################################################################################
+
+RING = 4  # buffers of PIPE_SIZE between a row of programs and what takes its output
+PROOF_TIMEOUT = 60.0  # seconds
+PROOF = b"btrfs-backup-ng sees whether this comes out as it should\n" * 20
+AGE_MAGIC = b"age-encryption.org/v1"
+
+
+class Coder(NamedTuple):
+    """A program that changes a stream: `forth` when it is stored, `back` when it is read; `suffix` of the file."""
+
+    suffix: str
+    forth: Tuple[str, ...]
+    back: Tuple[str, ...]
+
+
+COMPRESSORS = {
+    "zstd": Coder(".zst", ("zstd", "-q", "-c", "-T0"), ("zstd", "-q", "-d", "-c")),
+    "lz4": Coder(".lz4", ("lz4", "-q", "-c"), ("lz4", "-q", "-d", "-c")),
+    "gzip": Coder(".gz", ("gzip", "-c"), ("gzip", "-d", "-c")),
+    "xz": Coder(".xz", ("xz", "-q", "-c", "-T0"), ("xz", "-q", "-d", "-c")),
+}
+
+
+def encryptor(method: str, recipient: str, identity: str = "") -> Coder:
+    """The filter for gpg or age. The recipient stands on the command line, for it is public.
+
+    gpg does not ask whether it trusts the key, which the user has named, nor the network for it, and does not
+    compress again. Its back
+    way asks gpg's own agent; age's takes the file `identity`.
+    """
+    if method == "gpg":
+        base = ("gpg", "--batch", "--quiet", "--output", "-")
+        forth = ("--no-tty", "--trust-model", "always", "--no-auto-key-locate", "--compress-algo", "none",
+                 "--recipient", recipient, "--encrypt")
+        return Coder(".gpg", base + forth, base + ("--decrypt",))
+    whom = ("--recipients-file", recipient) if recipient.startswith("/") else ("--recipient", recipient)
+    return Coder(".age", ("age", "--encrypt") + whom, ("age", "--decrypt", "--identity", identity))
+
+
+def filters_of(steps: Sequence[str], identity: str = "") -> List[Coder]:
+    """The filters that a pipeline names, such as ["zstd", "gpg:KEY"]; BackupError for one not known here."""
+    found = []
+    for step in steps:
+        method, colon, recipient = step.partition(":")
+        if method in COMPRESSORS and not colon:
+            found.append(COMPRESSORS[method])
+        elif method in ("gpg", "age") and recipient:
+            found.append(encryptor(method, recipient, identity))
+        else:
+            raise BackupError("{} is no filter that this version knows".format(printable(step)))
+    return found
+
 
 class Feed:
     """The writing end of a pipe: takes chunks, writes what fits."""
@@ -3096,8 +3238,131 @@ class Feed:
             return None
 
 
+class Pipeline:
+    """Programs in a row: chunks go in through `feed`, bytes come out of `read`."""
+
+    def __init__(self, argvs: Sequence[Sequence[str]]) -> None:
+        self.stages: List[Stage] = []
+        self.read_end, write_end = make_pipe()
+        self.feed = Feed(write_end)
+        try:
+            for argv in argvs:
+                self.add(argv)
+        except BaseException:
+            self.end()
+            raise
+        os.set_blocking(self.read_end, False)
+        self.poll = select.poll()
+        self.poll.register(self.read_end, select.POLLIN)
+
+    def add(self, argv: Sequence[str]) -> None:
+        following, out = make_pipe()
+        try:
+            stage = Stage(argv, self.read_end, out)
+        except BaseException:
+            os.close(following)
+            raise
+        finally:
+            os.close(out)
+        stage.program = argv[0]
+        self.stages.append(stage)
+        os.close(self.read_end)
+        self.read_end = following
+
+    def pump(self) -> int:
+        """Writes what the first program takes; BackupError where a program has ended early."""
+        try:
+            return self.feed.pump()
+        except BrokenPipeError:
+            self.finish(ENDING_GRACE)
+            raise BackupError("{} ended before its input did".format(self.stages[0].program)) from None
+
+    def read(self, buffer: bytearray) -> Optional[int]:
+        """How many bytes came into `buffer`: None while there are none, 0 at the end."""
+        try:
+            return os.readv(self.read_end, [buffer])
+        except BlockingIOError:
+            return None
+
+    def wait_readable(self, seconds: float) -> None:
+        self.poll.poll(1000 * seconds)
+
+    def check_alive(self) -> None:
+        for stage in self.stages:
+            if stage.has_ended() and stage.process.returncode != 0:
+                self.finish(ENDING_GRACE)
+
+    def finish(self, timeout: float) -> None:
+        """Waits for all; raises what the first that failed says, but for the SIGPIPE that another's failure brings."""
+        errors = []
+        for stage in self.stages:
+            try:
+                stage.wait(timeout)
+            except BackupError as error:
+                errors.append((stage.process.returncode == -signal.SIGPIPE, len(errors), error))
+        if errors:
+            raise min(errors, key=lambda entry: entry[:2])[2]
+
+    def end(self) -> None:
+        for stage in self.stages:
+            stage.end()
+        self.feed.close()
+        if self.read_end >= 0:
+            os.close(self.read_end)
+            self.read_end = -1
+
+
+def run_through(argvs: Sequence[Sequence[str]], data: bytes) -> bytes:
+    """What the programs make of a few bytes; BackupError where they fail."""
+    pipeline, buffer, out = Pipeline(argvs), bytearray(PIPE_SIZE), b""
+    try:
+        pipeline.feed.offer(data)
+        pipeline.pump()
+        pipeline.feed.close()
+        while True:
+            pipeline.wait_readable(PROOF_TIMEOUT)
+            got = pipeline.read(buffer)
+            if not got:
+                break
+            out += buffer[:got]
+        pipeline.finish(PROOF_TIMEOUT)
+    finally:
+        pipeline.end()
+    return out
+
+
+def is_encrypted(method: str, data: bytes) -> bool:
+    """Whether `data` begins as what gpg or age makes for a recipient."""
+    if method == "age":
+        return data.startswith(AGE_MAGIC)
+    return data[:1] in (b"\x84", b"\x85", b"\x86", b"\xc1")  # a session key for a public key (RFC 4880, 4.2 and 5.1)
+
+
+def prove_filters(steps: Sequence[str]) -> None:
+    """BackupError unless the programs of a pipeline do here and now what is expected of them."""
+    for step, found in zip(steps, filters_of(steps)):
+        method = step.partition(":")[0]
+        made = run_through([found.forth], PROOF)
+        if method in COMPRESSORS:
+            if run_through([found.back], made) != PROOF:
+                raise BackupError("{} does not bring back what it has compressed".format(method))
+        elif PROOF[:20] in made or not is_encrypted(method, made):
+            raise BackupError("{} does not encrypt".format(method), "look at what it does by itself")
+
+
+########################################################################################################
+# 16 COMMANDS: shell://: a command of the user's takes the stream
+#
+# `sh -c COMMAND`, here, with the stream as `btrfs send` writes it on its stdin and what it is in its
+# environment. It has succeeded when the stream came to its end and the command has read all of it and exited
+# 0. Where the transfer fails the command is killed before its pipe is closed, lest it takes a cut stream for
+# a whole one. Nobody can list what it made of the streams: what it took is remembered in the pins.
+########################################################################################################
+
 class ShellReceiver:
     """A command that takes one stream."""
+
+    program = "the command"
 
     def __init__(self, command: str, expected: ExpectedStream, source: str) -> None:
         self.stream = WatchedStream(expected)
@@ -3113,7 +3378,7 @@ class ShellReceiver:
             raise
         finally:
             os.close(read_end)
-        self.stage.program = "the command"
+        self.stage.program = self.program
         self.feed = Feed(write_end)
         self.rest: Optional[int] = None  # the end of the pipe that the command reads from, once it was closed
 
@@ -3206,7 +3471,394 @@ class ShellPlace:
 
 
 ########################################################################################################
-# 16 HOST: the semantic calls that everything above planning goes through
+# 17 STREAM FILES: raw folders: files with streams, and what is known of each
+#
+# NAME.btrfs, with a suffix for each filter, holds a stream; beside it FILE.json, the sidecar, says whose
+# stream it is, what it builds on, sizes and digests. A file is written as .NAME.partial and synced; then the
+# sidecar gets its final name, then the file, so that a file with a final name is whole and has its sidecar at
+# any moment. A file goes before its sidecar. Only what a sidecar of ours vouches for is ever deleted, and
+# partials that a lock names.
+########################################################################################################
+
+STREAM_SUFFIX = ".btrfs"
+SIDECAR_SUFFIX = ".json"
+LARGEST_SIDECAR = 1 << 20
+
+
+class RawBackup(NamedTuple):
+    """A sidecar: what a stream file holds. Sizes in bytes, digests SHA-256 as hex, otime in ns.
+
+    `pipeline` are the filters in the order they were applied. uid, gid and mode are those of the top folder.
+    """
+
+    name: str
+    file: str
+    uuid: str
+    parent_uuid: Optional[str]
+    parent: Optional[str]
+    otime: int
+    stream_size: int
+    stream_sha256: str
+    file_size: int
+    file_sha256: str
+    pipeline: Tuple[str, ...]
+    uid: int
+    gid: int
+    mode: int
+    source: str = ""
+
+
+class RawFile(NamedTuple):
+    """A file as it was written: bytes, SHA-256 as hex."""
+
+    size: int
+    sha256: str
+
+
+class RawFolder(NamedTuple):
+    """What a folder of stream files holds.
+
+    `sizes` of the files that sidecars name, where they exist; `partials` the names of snapshots; `broken` pairs of
+    a file's name and what is wrong with it.
+    """
+
+    backups: Tuple[RawBackup, ...] = ()
+    sizes: Dict[str, int] = {}
+    partials: Tuple[str, ...] = ()
+    broken: Tuple[Tuple[str, str], ...] = ()
+
+
+def iso_time(otime: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(otime // 10 ** 9))
+
+
+def sidecar_digest(document: Dict[str, Any]) -> str:
+    import hashlib
+    import json
+    rest = {key: value for key, value in document.items() if key != "sidecar_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode("ascii")).hexdigest()
+
+
+def format_sidecar(backup: RawBackup) -> str:
+    import json
+    document = dict(backup._asdict(), version=1, program="btrfs-backup-ng " + __version__, protocol=1,
+                    time=iso_time(backup.otime), mode=oct(backup.mode))
+    document["sidecar_sha256"] = sidecar_digest(dict(document, pipeline=list(backup.pipeline)))
+    return json.dumps(document, indent=1, sort_keys=True) + "\n"
+
+
+def parse_sidecar(text: str) -> RawBackup:
+    """What a sidecar says; ValueError for anything but one of ours, unchanged."""
+    import json
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("it was changed or damaged") from None
+    if not isinstance(document, dict) or "sidecar_sha256" not in document:
+        raise ValueError("it is no sidecar of this program's")
+    if document["sidecar_sha256"] != sidecar_digest(document):
+        raise ValueError("it was changed or damaged")
+    if document.get("version") != 1:
+        raise ValueError("it is of a newer version")
+    fields = {key: document[key] for key in RawBackup._fields}
+    return RawBackup(**dict(fields, pipeline=tuple(fields["pipeline"]), mode=int(fields["mode"], 8)))
+
+
+def read_sidecar(folder: str, name: str) -> RawBackup:
+    """The sidecar in file `name`; ValueError says what is wrong with it."""
+    fd = os.open(os.path.join(folder, name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(fd, encoding="ascii", errors="replace") as file:
+        try:
+            backup = parse_sidecar(file.read(LARGEST_SIDECAR))
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError("it is no sidecar of this program's") from None
+    if backup.file + SIDECAR_SUFFIX != name or not backup.file.startswith(backup.name + STREAM_SUFFIX):
+        raise ValueError("it belongs to {}".format(printable(backup.file)))
+    return backup
+
+
+def read_raw_folder(folder: str) -> RawFolder:
+    """What a folder of stream files holds. OSError where it cannot be listed."""
+    names = set(os.listdir(folder))
+    backups, sizes, broken = [], {}, []
+    for name in sorted(n for n in names if n.endswith(SIDECAR_SUFFIX) and STREAM_SUFFIX in n and n[:1] != "."):
+        try:
+            backup = read_sidecar(folder, name)
+        except (ValueError, OSError) as error:
+            broken.append((name, "its sidecar cannot be used: {}".format(
+                error.strerror if isinstance(error, OSError) else error)))
+            continue
+        backups.append(backup)
+        with contextlib.suppress(OSError):
+            found = os.lstat(os.path.join(folder, backup.file))
+            if stat.S_ISREG(found.st_mode):
+                sizes[backup.file] = found.st_size
+    known = {backup.file for backup in backups} | {name[:-len(SIDECAR_SUFFIX)] for name, _ in broken}
+    for name in sorted(names):
+        if re.search(r"[0-9]\.btrfs(\.[a-z0-9]+)*$", name) and not name.endswith(SIDECAR_SUFFIX) and name not in known:
+            broken.append((name, "it has no sidecar"))
+    partials = {partial_of(name) or "" for name in names} - {""}
+    partials = {name[:-len(SIDECAR_SUFFIX)] if name.endswith(SIDECAR_SUFFIX) else name for name in partials}
+    return RawFolder(tuple(backups), sizes, tuple(sorted(partials)), tuple(broken))
+
+
+def broken_backups(folder: RawFolder) -> Dict[str, str]:
+    """What is wrong, by name of the backup, with those that cannot be restored for what can be seen from outside."""
+    wrong, missing = {}, set()
+    for file, what in folder.broken:
+        wrong[file.partition(STREAM_SUFFIX)[0]] = "{}: {}".format(file, what)
+    for backup in folder.backups:
+        size = folder.sizes.get(backup.file)
+        if size is None:
+            wrong[backup.name] = "{} is missing".format(backup.file)
+            missing.add(backup.name)
+        elif size != backup.file_size:
+            wrong[backup.name] = "{} has {} bytes instead of {}".format(backup.file, size, backup.file_size)
+    sound = {backup.uuid: backup for backup in folder.backups if backup.name not in wrong}
+    while True:
+        cut = [b for b in sound.values() if b.parent_uuid is not None and b.parent_uuid not in sound]
+        if not cut:
+            return wrong
+        for backup in cut:
+            del sound[backup.uuid]
+            wrong[backup.name] = "its parent {} is {}".format(
+                backup.parent, "broken" if backup.parent in wrong and backup.parent not in missing else "missing")
+
+
+def listing_of(folder: RawFolder) -> Listing:
+    """A raw folder as planning sees it: each backup that can be restored as a received subvolume."""
+    wrong = broken_backups(folder)
+    gone = {b.name for b in folder.backups if b.file not in folder.sizes}  # can be sent again under its name
+    whole = [Subvolume(b.name, b.uuid, b.parent_uuid, b.uuid, True, b.otime) for b in folder.backups
+             if b.name not in wrong]
+    partial = [Subvolume(partial_name(name), None, readonly=False) for name in folder.partials]
+    return Listing(tuple(whole + partial), frozenset(), True,
+                   tuple(sorted((name, what) for name, what in wrong.items() if name not in gone)))
+
+
+def write_durably(folder: str, name: str, text: str) -> None:
+    """A new file in place of what bore its name."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(os.path.join(folder, name), flags, 0o600)
+    with open(fd, "w", encoding="ascii") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def publish_stream_file(folder: str, backup: RawBackup) -> None:
+    """Gives a synced partial its final name, after its sidecar. OSError where that fails."""
+    sidecar, aside = backup.file + SIDECAR_SUFFIX, partial_name(backup.name + SIDECAR_SUFFIX)
+    write_durably(folder, aside, format_sidecar(backup))
+    os.rename(os.path.join(folder, aside), os.path.join(folder, sidecar))
+    sync_folder(folder)
+    os.rename(os.path.join(folder, partial_name(backup.name)), os.path.join(folder, backup.file))
+    sync_folder(folder)
+
+
+def delete_stream_files(folder: str, doomed: Sequence[Subvolume]) -> List[BackupError]:
+    """Deletes backups that still are what they were planned as, children before their parents, and partials.
+
+    With backups, sidecars go as well that a crash has left without their file, where no other backup needs that.
+    """
+    errors = []
+    held = read_raw_folder(folder)
+    by_name = {b.name: b for b in held.backups}
+    for subvolume in sorted(doomed, key=lambda s: -chain_length(s.name, by_name)):
+        try:
+            name, backup = partial_of(subvolume.name), by_name.get(subvolume.name)
+            if name is not None:
+                checked_name(name)
+                for left in (partial_name(name), partial_name(name + SIDECAR_SUFFIX)):
+                    remove_file(folder, left)
+            elif backup is None or backup.uuid != subvolume.received_uuid:
+                raise BackupError("not deleted: {} is no longer what it was".format(
+                    os.path.join(folder, subvolume.name)), "run again")
+            else:
+                remove_file(folder, backup.file)
+                remove_file(folder, backup.file + SIDECAR_SUFFIX)
+        except BackupError as error:
+            errors.append(error)
+    if any(partial_of(subvolume.name) is None for subvolume in doomed):
+        clear_sidecars(folder)
+    sync_folder(folder)
+    return errors
+
+
+def chain_length(name: str, backups: Dict[str, RawBackup]) -> int:
+    """How many streams restoring the backup `name` takes, as far as they are there."""
+    seen = []  # type: List[str]
+    at: Optional[str] = name
+    while at in backups and at not in seen:
+        seen.append(at)
+        at = backups[at].parent
+    return len(seen)
+
+
+def clear_sidecars(folder: str) -> None:
+    held = read_raw_folder(folder)
+    needed = {b.parent_uuid for b in held.backups}
+    for backup in held.backups:
+        if backup.file not in held.sizes and backup.uuid not in needed and backup.name not in held.partials:
+            remove_file(folder, backup.file + SIDECAR_SUFFIX)
+
+
+def remove_file(folder: str, name: str) -> None:
+    """Removes a file; no error where it is gone already."""
+    try:
+        os.unlink(os.path.join(folder, name))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise os_error("cannot delete {}".format(os.path.join(folder, name)), error) from None
+
+
+def checked_name(name: str, part: str = "") -> str:
+    """A name in a folder as it is; BackupError for what leads elsewhere, or does not have `part` in it."""
+    if "/" in name or "\0" in name or name in ("", ".", "..") or part not in name:
+        raise BackupError("{} is no name of a stream file".format(printable(repr(name))))
+    return name
+
+
+class FileSink:
+    """Writes `.NAME.partial` in a thread of its own, for a disk may make it wait; digests what it writes."""
+
+    program, file_data = "the stream file", 0
+
+    def __init__(self, folder: str, name: str) -> None:
+        import hashlib
+        import queue
+        self.folder, self.path = folder, os.path.join(folder, checked_name(partial_name(name)))
+        try:
+            self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise self.failure(error) from None
+        self.digest, self.queue = hashlib.sha256(), queue.Queue()  # type: Any, Any
+        self.offered = self.done = self.size = self.told = 0
+        self.error: Optional[OSError] = None
+        self.finished = False
+        self.thread = threading.Thread(target=self.write_all, daemon=True)
+        self.thread.start()
+
+    def failure(self, error: OSError) -> BackupError:
+        failed = os_error("cannot write {}".format(self.path), error, hint_for(error.strerror or ""))
+        return ReceiverFailed(failed.message, failed.hint)
+
+    @property
+    def pending(self) -> int:
+        """Chunks not wholly written."""
+        return self.offered - self.done
+
+    def offer(self, chunk: Chunk) -> None:
+        """Takes a chunk, whose memory must not change before `pending` has gone down."""
+        if len(chunk):
+            self.offered += 1
+            self.queue.put(memoryview(chunk))
+
+    def write_all(self) -> None:
+        for chunk in iter(self.queue.get, None):
+            try:
+                if self.error is None:
+                    self.write(chunk)
+            except OSError as error:
+                self.error = error
+            self.done += 1
+
+    def write(self, chunk: memoryview) -> None:
+        self.digest.update(chunk)
+        while chunk:
+            written = os.write(self.fd, chunk)
+            self.size += written
+            chunk = chunk[written:]
+
+    def pump(self) -> int:
+        """How many bytes were written since it was last asked."""
+        self.check_alive()
+        size, told = self.size, self.told
+        self.told = size
+        return size - told
+
+    def check_alive(self) -> None:
+        if self.error is not None:
+            raise self.failure(self.error)
+
+    def close_pipe(self) -> None:
+        """Nothing more will be offered."""
+        self.queue.put(None)
+
+    def finish(self, timeout: float) -> RawFile:
+        """The file as it is on the disk by now, still under its partial name."""
+        self.close_pipe()
+        self.thread.join(None if timeout == float("inf") else timeout)
+        if self.thread.is_alive():
+            raise Stalled("writing {} stalled".format(self.path))
+        self.check_alive()
+        try:
+            os.fsync(self.fd)
+            sync_folder(self.folder)
+        except OSError as error:
+            raise self.failure(error) from None
+        self.finished = True
+        return RawFile(self.size, self.digest.hexdigest())
+
+    def end(self) -> None:
+        """Lets go of the file; one that is not finished is deleted."""
+        if self.fd < 0:
+            return
+        self.error = self.error or OSError(errno.ECANCELED, "given up")
+        self.queue.put(None)
+        self.thread.join(ENDING_GRACE)
+        with contextlib.suppress(OSError):
+            if not self.finished and os.lstat(self.path).st_ino == os.fstat(self.fd).st_ino:
+                os.unlink(self.path)
+        os.close(self.fd)
+        self.fd = -1
+
+
+class FileSource:
+    """A stream file as it lies there, as a sender gives it."""
+
+    def __init__(self, folder: str, file: str) -> None:
+        path = os.path.join(folder, checked_name(file, STREAM_SUFFIX))
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            raise os_error("cannot read {}".format(path), error) from None
+        self.path = path
+
+    def wait_readable(self, seconds: float) -> None:
+        """A file can always be read."""
+
+    def read(self, buffer: bytearray) -> Optional[int]:
+        try:
+            return os.readv(self.fd, [buffer])
+        except OSError as error:
+            raise os_error("cannot read {}".format(self.path), error) from None
+
+    def finish(self, timeout: float) -> None:
+        """Nothing is left to wait for."""
+
+    def end(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def digest_file(folder: str, file: str) -> RawFile:
+    """Size and SHA-256 of a file; BackupError where it cannot be read."""
+    import hashlib
+    source, digest, size, buffer = FileSource(folder, file), hashlib.sha256(), 0, bytearray(PIPE_SIZE)
+    try:
+        for got in iter(lambda: source.read(buffer) or 0, 0):
+            digest.update(memoryview(buffer)[:got])
+            size += got
+    finally:
+        source.end()
+    return RawFile(size, digest.hexdigest())
+
+
+########################################################################################################
+# 18 HOST: the semantic calls that everything above planning goes through
 #
 # A host is a machine that things are done on. Its calls take and return plain values, so that they can
 # travel: look at a place, list a folder, snapshot, delete, rename, state, send, receive. LocalHost does
@@ -3224,6 +3876,7 @@ class Place(NamedTuple):
     is_top: bool = False
     readonly: bool = False
     unmounted: str = ""  # a mount point of /etc/fstab on the way to it where nothing is mounted
+    mount: str = ""  # where the filesystem that it is on is mounted
 
 
 def has_open(pid: str, top: os.stat_result) -> bool:
@@ -3279,6 +3932,12 @@ def find_unmounted(path: str) -> str:
     return next((point for point in above if not os.path.ismount(point)), "")
 
 
+def find_mount(folder: str) -> str:
+    while not os.path.ismount(folder):
+        folder = os.path.dirname(folder)
+    return folder
+
+
 class LocalHost:
     """This machine. Paths are real paths; names are names in a folder."""
 
@@ -3316,7 +3975,7 @@ class LocalHost:
         except OSError as error:
             raise os_error("cannot look at {}".format(path), error) from None
         return Place(real, kind, filesystem, inside, is_top and kind == "folder", bool(flags & os.ST_RDONLY),
-                     find_unmounted(real))
+                     find_unmounted(real), find_mount(ground))
 
     def subvolume_around(self, folder: str) -> Tuple[Optional[Subvolume], bool]:
         """The subvolume that holds `folder`, and whether `folder` is its top."""
@@ -3488,8 +4147,198 @@ class LocalHost:
         return LocalReceiver(folder, expected, sole, argv, confinement)
 
 
+    def list_raw(self, folder: str) -> RawFolder:
+        """The stream files of `folder`; BackupError where it cannot be read."""
+        try:
+            return read_raw_folder(folder)
+        except OSError as error:
+            raise os_error("cannot list {}".format(folder), error) from None
+
+    def delete_raw(self, folder: str, doomed: Sequence[Subvolume]) -> List[BackupError]:
+        """Deletes stream files by name and id; an error for each not gone."""
+        try:
+            return delete_stream_files(folder, doomed)
+        except OSError as error:
+            return [os_error("cannot delete in {}".format(folder), error)]
+
+    def open_raw_receive(self, folder: str, name: str, packed: bool) -> FileSink:
+        """Begins the stream file of a backup as a partial; packed: it comes compressed or encrypted."""
+        try:
+            taken = [n for n in os.listdir(folder) if n.startswith(name + STREAM_SUFFIX)
+                     and not n.endswith(SIDECAR_SUFFIX)]
+        except OSError as error:
+            raise os_error("cannot list {}".format(folder), error) from None
+        if taken:
+            raise ReceiverFailed("{} exists at {}".format(taken[0], folder))
+        return FileSink(folder, name)
+
+    def publish_raw(self, folder: str, backup: RawBackup) -> None:
+        """Gives a finished stream file its sidecar and its name."""
+        path = os.path.join(folder, checked_name(backup.file, checked_name(backup.name) + STREAM_SUFFIX))
+        if os.path.lexists(path):
+            raise ReceiverFailed("{} has appeared meanwhile".format(path))
+        try:
+            publish_stream_file(folder, backup)
+        except OSError as error:
+            raise os_error("cannot write {}".format(path), error, hint_for(error.strerror or "")) from None
+
+    def open_raw_send(self, folder: str, file: str) -> FileSource:
+        return FileSource(folder, file)
+
+    def digest_raw(self, folder: str, file: str) -> RawFile:
+        return digest_file(folder, file)
+
+
 ########################################################################################################
-# 17 RELAY: one stream from a sender to its receivers
+# 19 RAW BACKUPS: raw:// and raw+ssh://: streams through filters into files, and back
+#
+# The filters run here, the file is written where the folder is. A backup needs its whole chain, from the full
+# stream to its own: what a kept one needs is kept, and a chain is as long as --raw-full-every allows. Streams
+# are of protocol 1, which every btrfs receive reads. Never: a name for a file before its size and both its
+# digests are known and it is on the disk.
+########################################################################################################
+
+
+class RawReceiver:
+    """Takes a stream into a stream file."""
+
+    program = "the stream file"
+
+    def __init__(self, host: LocalHost, folder: str, expected: ExpectedStream, steps: Sequence[str],
+                 source: str) -> None:
+        import hashlib
+        self.host, self.folder, self.steps, self.source = host, folder, tuple(steps), source
+        self.stream = WatchedStream(expected)
+        self.digest, self.size = hashlib.sha256(), 0  # of the plain stream
+        filters = filters_of(steps)
+        self.file = expected.name + STREAM_SUFFIX + "".join(f.suffix for f in filters)
+        self.buffers = [bytearray(PIPE_SIZE) for _ in range(RING if filters else 0)]
+        self.filtered, self.at_end = 0, not filters  # bytes that came out of the filters; whether all have
+        self.sink = host.open_raw_receive(folder, expected.name, bool(filters))
+        self.pipeline: Optional[Pipeline] = None
+        if filters:
+            try:
+                self.pipeline = Pipeline([f.forth for f in filters])
+            except BaseException:
+                self.sink.end()
+                raise
+
+    @property
+    def file_data(self) -> int:
+        return self.stream.reader.file_data
+
+    def count_file_data(self) -> None:
+        """It is counted in any case."""
+
+    @property
+    def pending(self) -> int:
+        return self.pipeline.feed.pending if self.pipeline else self.sink.pending
+
+    def offer(self, chunk: memoryview) -> None:
+        """Takes a chunk, whose memory must not change before `pending` has gone down."""
+        passed = self.stream.watch(chunk)
+        self.digest.update(passed)
+        self.size += len(passed)
+        if self.pipeline:
+            self.pipeline.feed.offer(passed)
+        else:
+            self.filtered += len(passed)
+            self.sink.offer(passed)
+
+    def pump(self) -> int:
+        moved = self.pump_filters(self.pipeline) if self.pipeline else 0
+        return moved + self.sink.pump()
+
+    def pump_filters(self, pipeline: Pipeline) -> int:
+        moved = pipeline.pump()
+        while not self.at_end and self.sink.pending < RING:
+            got = pipeline.read(self.buffers[0])
+            if not got:
+                self.at_end = got == 0
+                break
+            self.sink.offer(memoryview(self.buffers[0])[:got])
+            self.buffers.append(self.buffers.pop(0))
+            self.filtered += got
+            moved += got
+        return moved
+
+    def check_alive(self) -> None:
+        self.sink.check_alive()
+        if self.pipeline:
+            self.pipeline.check_alive()
+
+    def close_pipe(self) -> None:
+        if self.stream.ended and self.pipeline:
+            self.pipeline.feed.close()
+
+    def drain(self, timeout: float) -> None:
+        """Until everything has gone through the filters and into the file."""
+        last = time.monotonic()
+        while not (self.at_end and self.sink.pending == 0):
+            if self.pump():
+                last = time.monotonic()
+            elif time.monotonic() - last > timeout:
+                raise Stalled("{} stalled: not a byte moved for {}".format(self.program, format_duration(timeout)))
+            else:
+                time.sleep(0.002)
+
+    def finish(self, timeout: float) -> Subvolume:
+        """The backup under its final name, with its sidecar, both durable."""
+        expected = self.stream.expected
+        if not self.stream.ended:
+            raise BackupError("the stream ended before its end command")
+        self.close_pipe()
+        self.drain(timeout)
+        if self.pipeline:
+            self.pipeline.finish(timeout)
+        written = self.sink.finish(timeout)
+        if written.size != self.filtered:
+            raise ReceiverFailed("{} bytes of {} arrived in {}".format(written.size, self.filtered, self.file))
+        self.host.publish_raw(self.folder, RawBackup(
+            expected.name, self.file, expected.uuid, expected.parent_uuid, expected.parent_name, expected.otime,
+            self.size, self.digest.hexdigest(), written.size, written.sha256, self.steps,
+            expected.uid, expected.gid, expected.mode, self.source))
+        return Subvolume(expected.name, expected.uuid, expected.parent_uuid, expected.uuid, True, expected.otime)
+
+    def end(self) -> None:
+        if self.pipeline:
+            self.pipeline.end()
+        self.sink.end()
+
+
+class RawPlace:
+    """What a transfer and retention ask of a host, on a folder of stream files."""
+
+    def __init__(self, host: LocalHost, steps: Sequence[str], source: str) -> None:
+        self.host, self.steps, self.source = host, tuple(steps), source
+
+    def look(self, path: str) -> Place:
+        """What is at `path`. Its filesystem need not be btrfs: then it is known by where it is mounted."""
+        place = self.host.look(path)
+        return place._replace(filesystem=place.filesystem or "mounted at {}".format(place.mount))
+
+    def make_folder(self, path: str) -> None:
+        self.host.make_folder(path)
+
+    def list(self, folder: str) -> Listing:
+        return listing_of(self.host.list_raw(folder))
+
+    def delete(self, folder: str, doomed: Sequence[Subvolume], _: bool) -> List[BackupError]:
+        return self.host.delete_raw(folder, doomed)
+
+    def wait_for_cleaning(self, folder: str) -> None:
+        """Files are gone when they are deleted."""
+
+    def capabilities(self) -> Capabilities:
+        """Protocol 1: whoever restores may have an older btrfs."""
+        return Capabilities(False, False, ())
+
+    def open_receive(self, folder: str, expected: ExpectedStream, _: bool) -> RawReceiver:
+        return RawReceiver(self.host, folder, expected, self.steps, self.source)
+
+
+########################################################################################################
+# 20 RELAY: one stream from a sender to its receivers
 #
 # The relay moves what can be moved, then naps. Waking for every few KiB costs more than moving them, and
 # memory made anew for each read more than both, so a few buffers go round and it naps only while
@@ -3593,7 +4442,7 @@ class Relay:
             if not slow:
                 raise Stalled("btrfs send " + stalled)
             for key in slow:
-                self.drop(key, ReceiverFailed("{} {}".format(self.lanes[key].stage.program, stalled)))
+                self.drop(key, ReceiverFailed("{} {}".format(self.lanes[key].program, stalled)))
 
     def finish_lanes(self) -> Dict[str, Subvolume]:
         backups = {}
@@ -3608,7 +4457,7 @@ class Relay:
 
 
 ########################################################################################################
-# 18 WIRE: calls, results and streams as frames on a channel
+# 21 WIRE: calls, results and streams as frames on a channel
 #
 # A frame is `kind (1 byte) | be32 length | payload`. Calls and results are JSON in which each value says
 # what it is, from a table: nothing is pickled or evaluated. A channel carries one call or one stream at a
@@ -3627,7 +4476,8 @@ CHANNEL_NAP = 0.2  # seconds
 GREETING_TIMEOUT = 120.0  # seconds; a password may have to be typed
 POLLRDHUP = 0x2000  # in select since Python 3.7
 WIRE_CLASSES: Dict[str, Any] = {c.__name__: c for c in (
-    Subvolume, Listing, Place, Pin, LockChange, Capabilities, SendOptions, SendSize, ExpectedStream)}
+    Subvolume, Listing, Place, Pin, LockChange, Capabilities, SendOptions, SendSize, ExpectedStream, RawBackup, RawFile,
+    RawFolder)}
 
 
 class ConnectionLost(ReceiverFailed):
@@ -4129,7 +4979,7 @@ class StreamSink:
 
 
 ########################################################################################################
-# 19 AGENT: the program on another host, serving calls over a channel
+# 22 AGENT: the program on another host, serving calls over a channel
 #
 # What it may do is what CALLS names: calls of LocalHost, with arguments of the types that these declare.
 # Each channel has an agent of its own, which ends, and with it all that it has started, when its channel
@@ -4153,9 +5003,10 @@ CALLS = {  # each call of LocalHost, and the groups that it belongs to
     "change_locks": ("send",), "read_pins": ("list", "send"), "change_pins": ("send",), "hold": ("send",),
     "release": ("send",), "expected_stream": ("send",), "measured": ("send",), "data_since": ("send",),
     "open_send": ("send",), "open_receive": ("receive",), "own_sizes": ("list",),
-    "idle_partials": ("list",)}
-SENDERS = frozenset(("open_send",))
-RECEIVERS = frozenset(("open_receive",))
+    "idle_partials": ("list",), "list_raw": ("list",), "delete_raw": ("delete", "receive"), "publish_raw": ("receive",),
+    "digest_raw": ("verify",), "open_raw_send": ("send",), "open_raw_receive": ("receive",)}
+SENDERS = frozenset(("open_send", "open_raw_send"))
+RECEIVERS = frozenset(("open_receive", "open_raw_receive"))
 CALL_FAILURES = (BackupError, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
@@ -4172,7 +5023,7 @@ class Restriction(NamedTuple):
 
 
 PATH_ARGUMENTS = frozenset(("path", "folder", "source", "beside"))
-NAME_ARGUMENTS = frozenset(("name", "parent"))
+NAME_ARGUMENTS = frozenset(("name", "parent", "file"))
 
 
 def check_name(name: str) -> None:
@@ -4255,8 +5106,10 @@ class Guard:
                 arguments[key] = self.open_path(value, make=name == "make_folder")
             elif key in NAME_ARGUMENTS and value is not None:
                 check_name(value)
-        if name == "delete":
+        if name in ("delete", "delete_raw"):
             self.check_deletion(arguments["doomed"])
+        elif name == "open_raw_receive":
+            self.check_raw_receive(arguments["folder"], arguments["name"])
         elif name == "open_receive":
             self.check_receive(arguments["folder"], arguments["expected"])
         elif name in ("change_locks", "change_pins"):
@@ -4289,6 +5142,12 @@ class Guard:
             raise Refused("the parent is not in {}".format(folder))
         if sum(partial_of(s.name) is not None for s in listing.subvolumes) >= self.restriction.most_partials:
             raise Refused("{} holds too many broken transfers".format(folder), "run prune there")
+
+    def check_raw_receive(self, folder: str, name: str) -> None:
+        if partial_of(name) is not None:
+            raise Refused("{} is no name of a snapshot".format(name))
+        if len(read_raw_folder(folder).partials) >= self.restriction.most_partials:
+            raise Refused("{} holds too many broken transfers".format(folder), "delete its .*.partial")
 
     @staticmethod
     def check_notes(arguments: Dict[str, Any]) -> None:
@@ -4499,7 +5358,7 @@ def serve_agent(restriction: Optional[Restriction] = None) -> None:
 
 
 ########################################################################################################
-# 20 REMOTE: hosts over ssh; the hosts of a run
+# 23 REMOTE: hosts over ssh; the hosts of a run
 #
 # `ssh HOST python3 -c STAGE_1` reads one line, STAGE_2, which looks for this very source in the cache
 # folder of the user there, by SHA-256, or asks for it; then the agent serves. The user's ssh
@@ -4779,9 +5638,11 @@ class Connection:
 class RemoteReceiver(StreamSink):
     """A receiver of another host. Its opening is not waited for: what is wrong with it shows soon enough."""
 
-    def __init__(self, host: "AgentHost", connection: Connection, compression: str) -> None:
+    def __init__(self, host: "AgentHost", connection: Connection, compression: str, gives: Any = Subvolume) -> None:
+        """gives: the class of what it makes of the stream."""
         super().__init__(connection.channel, compression)
-        self.host = host
+        self.host, self.gives = host, gives
+        self.program = connection.channel.peer
         self.connection: Optional[Connection] = connection
         self.is_open = self.is_over = False
 
@@ -4804,14 +5665,14 @@ class RemoteReceiver(StreamSink):
             raise ConnectionLost("{} answered out of turn".format(self.channel.peer))
         return value
 
-    def finish(self, timeout: float) -> Subvolume:
+    def finish(self, timeout: float) -> Any:
         self.flush(timeout)
-        backup = None
+        made = None
         while not self.is_over:
-            backup = self.take_answer(*self.channel.await_frame(timeout))
-        if not isinstance(backup, Subvolume):
+            made = self.take_answer(*self.channel.await_frame(timeout))
+        if not isinstance(made, self.gives):
             raise ConnectionLost("{} answered out of turn".format(self.channel.peer))
-        return backup
+        return made
 
     def end(self) -> None:
         super().end()
@@ -5017,15 +5878,27 @@ class AgentHost:
         return RemoteReceiver(self, connection, compression)
 
     def open_send(self, folder: str, name: str, parent: Optional[str], options: SendOptions) -> RemoteSender:
-        compression = self.compression()
+        return self.open_sender("open_send", (folder, name, parent, options), self.compression())
+
+    def open_sender(self, call: str, arguments: Tuple[Any, ...], compression: str) -> RemoteSender:
         connection = self.borrow()
         try:
-            self.ask(connection, "open_send", (folder, name, parent, options), compression)
+            self.ask(connection, call, arguments, compression)
         except BaseException as error:
             connection.is_broken = isinstance(error, (ConnectionLost, Stalled, Interrupted))
             self.give_back(connection)
             raise
         return RemoteSender(self, connection, compression)
+
+    def open_raw_receive(self, folder: str, name: str, packed: bool) -> RemoteReceiver:
+        compression = "" if packed else self.compression()
+        connection = self.borrow()
+        connection.channel.send_value(CALL, ("open_raw_receive", (folder, name, packed), compression))
+        return RemoteReceiver(self, connection, compression, RawFile)
+
+    def open_raw_send(self, folder: str, file: str) -> RemoteSender:
+        """Not compressed on the way: it is already, if anybody wanted that."""
+        return self.open_sender("open_raw_send", (folder, file), "")
 
     def measure_send(self, folder: str, name: str, parent: Optional[str]) -> RemoteMeasuring:
         return RemoteMeasuring(self, (folder, name, parent))
@@ -5104,7 +5977,7 @@ class Hosts:
 
 
 ########################################################################################################
-# 21 TASK: observe, plan, show or execute
+# 24 TASK: observe, plan, show or execute
 #
 # The order: locks and pins are read, and where they cannot be the task stops; the snapshot is taken;
 # each destination is reached, listed and rid of what a failed transfer left; what is missing is sent,
@@ -5288,8 +6161,13 @@ class TaskRun:
                 destination.listing = destination.host.list(destination.path)
                 return
             destination.host = self.hosts.of(destination.endpoint)
+            if destination.endpoint.kind == "raw":
+                destination.host = self.raw_place(destination.host)
             place = destination.host.look(destination.endpoint.path)
-            self.check_destination(destination, place)
+            if destination.endpoint.kind == "raw":
+                self.check_raw_folder(destination, place)
+            else:
+                self.check_destination(destination, place)
             destination.path, destination.filesystem = place.path, place.filesystem
             destination.is_new = place.kind == "missing"
             if destination.is_new and self.task.dry_run:
@@ -5301,11 +6179,42 @@ class TaskRun:
         except BackupError as error:
             self.report(error, destination)
 
+    @property
+    def source_text(self) -> str:
+        return self.task.source if parse_endpoint(self.task.source).login else self.source
+
     def shell_place(self, destination: Destination) -> ShellPlace:
         pin = self.pins.get(destination.key)
         names = {s.stream_id: s for s in self.snapshots if s.stream_id in (pin.sent if pin else ())}
-        source = self.task.source if parse_endpoint(self.task.source).login else self.source
-        return ShellPlace(source, [s._replace(received_uuid=s.stream_id) for s in names.values()])
+        return ShellPlace(self.source_text, [s._replace(received_uuid=s.stream_id) for s in names.values()])
+
+    def raw_place(self, host: LocalHost) -> RawPlace:
+        """A raw folder's host, once its filters have shown that they work."""
+        steps = [step for step in (self.task.raw_compress, self.task.raw_encrypt) if step]
+        if not self.task.no_transfer:
+            prove_filters(steps)
+        return RawPlace(host, steps, self.source_text)
+
+    def check_raw_folder(self, destination: Destination, place: Place) -> None:
+        """Any filesystem will do, but not one that is there only because the right one is not mounted."""
+        text, pin, inside = destination.text, self.pins.get(destination.key), self.source_place.inside
+        doubtful = place.filesystem == self.filesystem or place.mount == "/"
+        if place.kind == "other":
+            raise BackupError("destination {} is not a folder".format(text), "name a folder")
+        if place.unmounted:
+            raise BackupError("destination {}: nothing is mounted at {}".format(text, place.unmounted),
+                              "mount it and run again")
+        if place.filesystem == self.filesystem and place.inside and inside and place.inside.subvolid == inside.subvolid:
+            raise BackupError("destination {} is inside the source".format(text),
+                              "name a folder on another filesystem; is it mounted?")
+        if place.kind == "missing" and doubtful:
+            raise BackupError("no such destination: {}".format(text),
+                              "is its filesystem mounted? On the source's own and on the root filesystem it must exist")
+        if pin is not None and pin.filesystem not in (None, place.filesystem) and (doubtful or place.kind == "missing"):
+            raise BackupError("destination {} was on another filesystem before".format(text),
+                              "is it mounted? If it moved for good: --forget-destination {}".format(text))
+        if place.readonly:
+            raise BackupError("destination {} is mounted read-only".format(text), "mount it writable")
 
     def check_destination(self, destination: Destination, place: Place) -> None:
         text, pin = destination.text, self.pins.get(destination.key)
@@ -5348,7 +6257,10 @@ class TaskRun:
         recoveries = plan_recoveries(self.locks, destination.key, self.snapshots, destination.listing)
         destination.plan = plan_transfers(
             self.snapshots, destination.listing, self.prefix, self.task.backup_policy, self.clock(), recoveries,
-            not self.task.no_incremental)
+            not self.task.no_incremental, self.longest_chain(destination))
+
+    def longest_chain(self, destination: Destination) -> int:
+        return self.task.raw_full_every if destination.endpoint.kind == "raw" else 0
 
     # -- snapshot
 
@@ -5456,7 +6368,8 @@ class TaskRun:
         """The parent by what the destination really holds by now: a failed transfer brought none."""
         if self.task.no_incremental or destination.listing is None:
             return None
-        return choose_parent(snapshot, self.snapshots, parent_ids(self.snapshots, destination.listing))
+        parent = choose_parent(snapshot, self.snapshots, parent_ids(self.snapshots, destination.listing))
+        return within_chain(parent, chain_lengths(destination.listing), self.longest_chain(destination))
 
     def transfer(self, transfer: Transfer, destinations: List[Destination]) -> None:
         """Sends one snapshot to some destinations, under locks."""
@@ -5732,7 +6645,7 @@ def print_result(text: str) -> None:
 
 
 ########################################################################################################
-# 22 LIST: which snapshots are where
+# 25 LIST: which snapshots are where
 #
 # A location is the snapshot folder of a source, or a folder of backups; an entry one subvolume in it. What
 # belongs to what goes by identity, as in a transfer; a name alone only says where a stranger stands in the
@@ -6062,7 +6975,7 @@ def run_list(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 23 PRUNE: retention of a folder of backups by itself
+# 26 PRUNE: retention of a folder of backups by itself
 #
 # No source is looked at: what is kept is decided by names, and by what the folder itself tells of transfers
 # that are not complete. Each prefix is counted by itself. A folder is worked on under the same lock as a
@@ -6216,7 +7129,7 @@ def run_prune(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 24 CREW: the tasks of one command, each in a process of its own
+# 27 CREW: the tasks of one command, each in a process of its own
 #
 # Each task runs in a child of ours: down a pipe comes the leave to go on, up another come its events, a line
 # of JSON each. All take their snapshots first; then they go on, no more at once than allowed. Tasks on one
@@ -6641,7 +7554,7 @@ def run_crew(requests: Sequence[Request], events: Events, view: Union[LogLines, 
 
 
 ########################################################################################################
-# 25 HELP: help and man page, from the tables
+# 28 HELP: help and man page, from the tables
 #
 # What there is to say about options stands in the tables of OPTIONS, once; here it is only laid out, so
 # that help, manual and completions cannot drift from what is parsed. Texts are paragraphs apart by empty
@@ -6798,7 +7711,7 @@ def format_man() -> str:
 
 
 ########################################################################################################
-# 26 COMPLETION: what the Tab key offers in bash, zsh and fish
+# 29 COMPLETION: what the Tab key offers in bash, zsh and fish
 #
 # Scripts for the shells, from the tables of options. They know the verbs, each verb's options, the words
 # that an option takes, and where a file or a folder is wanted; they never run the program. A value that
@@ -6994,7 +7907,7 @@ def fish_completion() -> str:
 
 
 ########################################################################################################
-# 27 UNITS: a systemd service and its timer
+# 30 UNITS: a systemd service and its timer
 #
 # The service may do what a backup needs and little else: see HARDENING for what is asked and what must
 # not be. It is written as a shell script, to be read before it is given to sh. The arguments are parsed
@@ -7121,7 +8034,7 @@ def format_units(task: Task, requests: Sequence[Request], arguments: Sequence[st
 
 
 ########################################################################################################
-# 28 COMMAND LINE: help, version, sudo, signals, main
+# 31 COMMAND LINE: help, version, sudo, signals, main
 #
 # The thin shell around a task: everything that touches the process as a whole (its arguments, user,
 # signals, exit status) is here and nowhere else.

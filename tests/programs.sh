@@ -44,6 +44,12 @@ bench ssh-keygen  openssh-client  openssh          openssh-common
 bench sshd        openssh-server  openssh-server   openssh-server
 bench unshare     util-linux   util-linux   util-linux
 test  rclone      rclone       rclone       rclone
+test  zstd        zstd         zstd         zstd
+test  lz4         lz4          lz4          lz4
+test  gzip        gzip         gzip         gzip
+test  xz          xz-utils     xz           xz
+test  gpg         gnupg        gnupg2       gpg2
+test  age         age          age          age
 LIST
 }
 

@@ -43,6 +43,8 @@ SAMPLES = {
     "[SECONDS]": "7",
     "WHEN": "daily",
     "NAME": "name",
+    "PROGRAM": "zstd",
+    "METHOD": "gpg:KEY",
 }
 
 

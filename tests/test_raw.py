@@ -1,0 +1,676 @@
+"""raw:// destinations: stream files with sidecars, on any filesystem, compressed and encrypted."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+import support
+from support import command, names, read_locks
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import btrfs_backup_ng as program
+
+COMPRESSORS = {"zstd": ".zst", "lz4": ".lz4", "gzip": ".gz", "xz": ".xz"}
+PARTS = {".zst": ["zstd", "-dcq"], ".lz4": ["lz4", "-dcq"], ".gz": ["gzip", "-dc"], ".xz": ["xz", "-dcq"]}
+
+
+class Keys:
+    """A key pair for gpg in a home of its own, and one for age."""
+
+    def __init__(self):
+        self.home = tempfile.mkdtemp(prefix="gpg", dir="/tmp")  # a short path: sockets have little room for theirs
+        os.chmod(self.home, 0o700)
+        self.env = {"GNUPGHOME": self.home}
+        self.identity = os.path.join(self.home, "age.txt")
+        command("age-keygen", "-o", self.identity)
+        self.age = command("age-keygen", "-y", self.identity).strip()
+        self.gpg = "backup@example.org"
+        self.run_gpg("--batch", "--passphrase", "", "--quick-generate-key", self.gpg, "default", "default", "never")
+
+    def run_gpg(self, *arguments):
+        subprocess.run(["gpg", "--quiet"] + list(arguments), env=dict(os.environ, **self.env), check=True,
+                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def close(self):
+        subprocess.call(["gpgconf", "--kill", "gpg-agent"], env=dict(os.environ, **self.env),
+                        stderr=subprocess.DEVNULL)
+        shutil.rmtree(self.home, ignore_errors=True)
+
+
+def ext4(test, size="256M"):
+    """A mounted ext4 filesystem's folder."""
+    image = os.path.join(support.scratch_folder(), "ext4-{}.img".format(next(support.Disk.numbers)))
+    folder = image[:-4]
+    os.mkdir(folder)
+    command("truncate", "-s", size, image)
+    command("mkfs.ext4", "-q", "-F", image)
+    loop = command("losetup", "-f", "--show", image).strip()
+    command("mount", loop, folder)
+    test.addCleanup(lambda: (support.unmount(folder), command("losetup", "-d", loop), os.unlink(image)))
+    return folder
+
+
+def tmpfs(test):
+    folder = os.path.join(support.scratch_folder(), "tmpfs-{}".format(next(support.Disk.numbers)))
+    os.mkdir(folder)
+    command("mount", "-t", "tmpfs", "-o", "size=256M", "tmpfs", folder)
+    test.addCleanup(support.unmount, folder)
+    return folder
+
+
+class RawTestCase(support.BackupTestCase):
+
+    keys = None
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.keys = Keys()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.keys.close()
+        super().tearDownClass()
+
+    def setUp(self):
+        super().setUp()
+        self.folder = os.path.join(self.target_disk.path, "raw")
+        os.mkdir(self.folder)
+
+    @property
+    def raw(self):
+        return "raw://" + self.folder
+
+    def send(self, *options, **more):
+        return self.transfer(*options, to=[self.raw], **dict({"env": self.keys.env}, **more))
+
+    def files(self):
+        return sorted(os.listdir(self.folder))
+
+    def streams(self):
+        return [name for name in self.files() if not name.endswith(".json")]
+
+    def sidecars(self):
+        """{name: sidecar} of all there are."""
+        found = {}
+        for name in self.files():
+            if name.endswith(".json") and not name.startswith("."):
+                with open(os.path.join(self.folder, name)) as file:
+                    sidecar = json.load(file)
+                found[sidecar["name"]] = sidecar
+        return found
+
+    def plain(self, sidecar):
+        """The stream inside of a file, by the ordinary programs."""
+        with open(os.path.join(self.folder, sidecar["file"]), "rb") as file:
+            data = file.read()
+        stem, suffix = os.path.splitext(sidecar["file"])
+        while suffix != ".btrfs":
+            argv = {".gpg": ["gpg", "--batch", "-qd"], ".age": ["age", "-d", "-i", self.keys.identity]}.get(
+                suffix) or PARTS[suffix]
+            data = subprocess.run(argv, input=data, stdout=subprocess.PIPE, check=True, stderr=subprocess.DEVNULL,
+                                  env=dict(os.environ, **self.keys.env)).stdout
+            stem, suffix = os.path.splitext(stem)
+        return data
+
+    def receive(self, name, into):
+        """A backup by hand: its chain, the full one first."""
+        sidecars, chain = self.sidecars(), [name]
+        while sidecars[chain[0]]["parent"]:
+            chain.insert(0, sidecars[chain[0]]["parent"])
+        for link in chain:
+            if not os.path.exists(os.path.join(into, link)):
+                subprocess.run(["btrfs", "receive", "-q", into], input=self.plain(sidecars[link]), check=True)
+
+    def lengths(self):
+        """How many streams each backup takes."""
+        sidecars, lengths = self.sidecars(), {}
+        for name in sorted(sidecars):
+            lengths[name] = 1 + lengths.get(sidecars[name]["parent"], 0)
+        return list(lengths.values())
+
+    def assertSound(self, expected):
+        """Each file under a final name is whole and has its sidecar; nothing else is there."""
+        sidecars = self.sidecars()
+        self.assertEqual(sorted(expected), sorted(sidecars))
+        wanted = [s["file"] for s in sidecars.values()]
+        self.assertEqual(sorted(wanted + [file + ".json" for file in wanted]), self.files())
+        for sidecar in sidecars.values():
+            self.assertFileIs(sidecar)
+            self.assertIn(sidecar["parent"], [None] + sorted(expected))
+
+    def assertFileIs(self, sidecar):
+        with open(os.path.join(self.folder, sidecar["file"]), "rb") as file:
+            data = file.read()
+        self.assertEqual((sidecar["file_size"], sidecar["file_sha256"]),
+                         (len(data), hashlib.sha256(data).hexdigest()))
+
+    def assertRestorable(self, *expected):
+        into = self.disk().path
+        for name in expected:
+            self.receive(name, into)
+            self.assertComplete(os.path.join(into, name), self.snapshot_path(name))
+
+
+class Files(RawTestCase):
+
+    def test_full_and_increments(self):
+        churn = support.Churn(self.source, seed=11)
+        churn.fill()
+        taken = []
+        for day in (1, 2, 3):
+            taken += self.take(day)
+            self.send()
+            churn.change()
+        self.assertSound(taken)
+        self.assertEqual([1, 2, 3], self.lengths())
+        self.assertEqual({}, read_locks(self.snapshots))
+        self.assertRestorable(*taken)
+
+    def test_the_sidecar_tells_all(self):
+        first, second = self.take(1, 2)
+        os.chmod(self.source, 0o2751)
+        third, = self.take(3)
+        self.send("--raw-compress", "zstd")
+        for name, parent in ((first, None), (second, first), (third, second)):
+            sidecar, of = self.sidecars()[name], support.subvolume(self.snapshot_path(name))
+            more = ["-p", self.snapshot_path(parent)] if parent else []
+            stream = subprocess.run(["btrfs", "send", "-q"] + more + [self.snapshot_path(name)],
+                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True).stdout
+            self.assertEqual(stream, self.plain(sidecar))
+            expected = {
+                "name": name, "uuid": of.uuid, "parent": parent,
+                "parent_uuid": support.subvolume(self.snapshot_path(parent)).uuid if parent else None,
+                "pipeline": ["zstd"], "file": name + ".btrfs.zst", "stream_size": len(stream),
+                "stream_sha256": hashlib.sha256(stream).hexdigest(), "source": self.source, "uid": 0, "gid": 0,
+                "mode": "0o2751" if name == third else "0o755", "version": 1, "protocol": 1}
+            self.assertEqual(expected, {key: sidecar[key] for key in expected})
+            self.assertRegex(sidecar["time"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+            self.assertLess(abs(sidecar["otime"] / 1e9 - time.time()), 60)
+            self.assertFileIs(sidecar)
+
+    def test_again_there_is_nothing_to_do(self):
+        taken = self.take(1, 2)
+        self.send()
+        before = support.listing(self.folder)
+        self.assertIn("nothing to do", self.send().stderr)
+        self.assertUnchanged(before, self.folder)
+        self.assertSound(taken)
+
+    def test_beside_a_folder_on_btrfs_and_a_command_one_send_serves_all(self):
+        first, = self.take(1)
+        result = self.transfer("-v", "debug", to=[self.target, self.raw, "shell://cat > /dev/null"])
+        self.assertEqual(1, result.stderr.count("starting btrfs send"))
+        self.assertBackedUp([first])
+        self.assertSound([first])
+
+    def test_in_full_with_no_incremental(self):
+        self.take(1, 2)
+        self.send("-I")
+        self.assertEqual([1, 1], self.lengths())
+
+    def test_a_dry_run_writes_nothing(self):
+        self.take(1, 2)
+        before = support.listing(self.folder, self.source)
+        out = self.send("--dry-run", "--raw-compress", "xz").stdout
+        self.assertUnchanged(before, self.folder, self.source)
+        self.assertIn("send {} in full".format(self.name(1)), out)
+        self.assertIn("send {}, incrementally from {}".format(self.name(2), self.name(1)), out)
+
+    def test_one_compression_after_another_in_one_chain(self):
+        taken = []
+        for day, compressor in enumerate(sorted(COMPRESSORS) + [None], 1):
+            taken += self.take(day)
+            self.send(*(["--raw-compress", compressor] if compressor else []))
+        self.assertEqual([1, 2, 3, 4, 5], self.lengths())
+        self.assertRestorable(taken[-1])
+
+    def test_names_of_any_bytes(self):
+        self.folder = os.fsdecode(os.path.join(os.fsencode(self.target_disk.path), b"it's a \xff $HOME"))
+        os.mkdir(self.folder)
+        prefix = os.fsdecode(b"caf\xe9 ")
+        for _ in range(2):
+            self.run_program("-p", prefix, self.source, self.raw)
+            time.sleep(1)
+        self.assertEqual(4, len(self.files()))
+        self.assertTrue(all(name.startswith(prefix) for name in self.files()))
+
+
+class Filters(RawTestCase):
+    """Each compressor with each way to encrypt, on three kinds of filesystem; restored by hand."""
+
+    def check(self, folder, compressor, encryption):
+        self.folder = os.path.join(folder, "made")
+        options, suffix = [], ".btrfs"
+        if compressor:
+            options += ["--raw-compress", compressor]
+            suffix += COMPRESSORS[compressor]
+        if encryption:
+            options += ["--raw-encrypt", "{}:{}".format(encryption, getattr(self.keys, encryption))]
+            suffix += "." + encryption
+        names_ = [os.path.basename(path) for path in sorted(os.listdir(self.snapshots)) if path.startswith("home")]
+        self.send(*options)
+        self.assertSound(names_)
+        self.assertEqual([name + suffix for name in names_], self.streams())
+        for file in self.streams():
+            with open(os.path.join(self.folder, file), "rb") as content:
+                data = content.read()
+            if compressor or encryption:
+                self.assertFalse(data.startswith(b"btrfs-stream"))
+            if encryption:
+                self.assertFalse(b".btrfs-backup-ng" in data)
+        self.assertRestorable(*names_)
+
+    def test_all(self):
+        support.bulk(os.path.join(self.source, "large"), 3)
+        for place in (ext4, tmpfs):
+            for compressor in [None] + sorted(COMPRESSORS):
+                for encryption in (None, "gpg", "age"):
+                    with self.subTest(place=place.__name__, compressor=compressor, encryption=encryption):
+                        shutil.rmtree(self.snapshots, ignore_errors=True)
+                        for name in names(self.snapshots):
+                            support.delete(self.snapshot_path(name))
+                        self.take(1)
+                        self.take(2, 3)
+                        self.check(place(self), compressor, encryption)
+
+
+class FailClosed(RawTestCase):
+    """Encryption that is asked for and not possible: no byte is written, and the snapshot is there."""
+
+    def refused(self, encryption, *words, **more):
+        self.take(1)
+        result = self.send("--raw-encrypt", encryption, status=1, **more)
+        self.assertErrorSays(result, *words)
+        self.assertEqual([], self.files())
+        self.assertEqual([self.name(1)], names(self.snapshots))
+        return result
+
+    def test_no_such_key(self):
+        self.refused("gpg:nobody@example.org", "gpg", "no public key")
+
+    def test_no_keys_at_all(self):
+        self.refused("gpg:backup@example.org", "gpg", env={"GNUPGHOME": "/nonexistent"})
+
+    def test_a_recipient_that_is_none(self):
+        self.refused("age:age1nonsense", "age", "malformed recipient")
+
+    def test_a_file_of_recipients_that_is_not_there(self):
+        self.refused("age:/nonexistent", "age", "no such file")
+
+    def fake(self, name, script):
+        folder = os.path.join(support.scratch_folder(), "fake-" + name + "-" + str(next(support.Disk.numbers)))
+        os.mkdir(folder)
+        with open(os.path.join(folder, name), "w") as file:
+            file.write("#!/bin/sh\n" + script)
+        os.chmod(file.name, 0o755)
+        return dict(self.keys.env, PATH=folder + ":" + os.environ["PATH"])
+
+    def test_a_program_that_passes_its_input_on(self):
+        self.refused("age:" + self.keys.age, "does not encrypt", env=self.fake("age", "exec cat"))
+
+    def test_a_program_that_writes_nothing(self):
+        self.refused("gpg:" + self.keys.gpg, "does not encrypt", env=self.fake("gpg", "exec cat > /dev/null"))
+
+    def test_a_program_that_is_missing(self):
+        folder = os.path.join(support.scratch_folder(), "few-{}".format(next(support.Disk.numbers)))
+        os.mkdir(folder)
+        for name in ("btrfs", "zstd"):
+            os.symlink(shutil.which(name), os.path.join(folder, name))
+        for name in ("age", "gpg"):
+            if any(os.path.exists(os.path.join(place, name)) for place in ("/usr/sbin", "/sbin", "/usr/local/sbin")):
+                self.skipTest(name + " is among the system's programs")
+        self.refused("age:" + self.keys.age, "program age is not installed", env={"PATH": folder})
+
+    def test_a_compressor_that_does_not(self):
+        self.take(1)
+        result = self.send("--raw-compress", "xz", status=1, env=self.fake("xz", "cat > /dev/null; echo nonsense"))
+        self.assertErrorSays(result, "xz does not bring back")
+        self.assertEqual([], self.files())
+
+    def test_a_program_that_fails_in_the_middle(self):
+        support.bulk(os.path.join(self.source, "large"), 8)
+        self.take(1)
+        env = self.fake("gzip", 'case "$*" in *-d*) exec /bin/gzip "$@";; esac\n'
+                                'head -c 1000000 > "$0.in"\n'
+                                'test $(stat -c %s "$0.in") -lt 1000000 || { echo the disk melted >&2; exit 3; }\n'
+                                'exec /bin/gzip -c < "$0.in"\n')
+        result = self.send("--raw-compress", "gzip", status=1, env=env)
+        self.assertErrorSays(result, "the disk melted")
+        self.assertEqual([], self.files())
+        self.assertEqual([self.raw], read_locks(self.snapshots)[self.name(1)]["locks"])
+        self.send("--raw-compress", "gzip")
+        self.assertSound([self.name(1)])
+
+    def test_usage(self):
+        for options in (["--raw-compress", "bzip2"], ["--raw-encrypt", "rot13:x"], ["--raw-encrypt", "gpg:"],
+                        ["--raw-encrypt", "gpg:--yes"], ["--raw-full-every", "-1"]):
+            with self.subTest(options=options):
+                self.send(*options, status=2)
+        for options in (["--raw-compress", "xz"], ["--raw-encrypt", "age:x"], ["--raw-full-every", "3"]):
+            with self.subTest(options=options):
+                self.assertErrorSays(self.transfer(*options, status=2), "raw://")
+
+
+class Places(RawTestCase):
+
+    def test_it_is_made_on_another_filesystem(self):
+        folder = ext4(self)
+        self.folder = os.path.join(folder, "a", "b")
+        taken = self.take(1)
+        self.send()
+        self.assertSound(taken)
+        self.assertEqual(0o700, os.stat(self.folder).st_mode & 0o777)
+
+    def test_it_is_not_made_on_the_sources_filesystem(self):
+        self.take(1)
+        self.folder = os.path.join(self.source_disk.path, "raw")
+        self.assertErrorSays(self.send(status=1), "no such destination")
+        self.assertFalse(os.path.exists(self.folder))
+
+    def test_it_is_not_made_on_the_root_filesystem(self):
+        """Where nothing is mounted, what lies below a mount point is the root's."""
+        self.take(1)
+        self.folder = "/btrfs-backup-ng-test-{}/raw".format(os.getpid())
+        self.addCleanup(shutil.rmtree, os.path.dirname(self.folder), ignore_errors=True)
+        self.assertErrorSays(self.send(status=1), "no such destination", "mounted")
+        self.assertFalse(os.path.exists(os.path.dirname(self.folder)))
+
+    def test_a_disk_that_is_not_mounted_any_more_is_noticed(self):
+        folder = os.path.join(support.scratch_folder(), "away-{}".format(next(support.Disk.numbers)))
+        os.mkdir(folder)
+        command("mount", "-t", "tmpfs", "tmpfs", folder)
+        try:
+            self.folder = os.path.join(folder, "raw")
+            self.take(1)
+            self.send()
+        finally:
+            support.unmount(folder)
+        self.take(2)
+        self.assertErrorSays(self.send(status=1), "was on another filesystem before")
+        self.assertFalse(os.path.exists(self.folder))
+
+    def test_a_file_is_no_folder(self):
+        self.take(1)
+        self.folder = os.path.join(self.target_disk.path, "file")
+        open(self.folder, "w").close()
+        self.assertErrorSays(self.send(status=1), "not a folder")
+
+    def test_a_full_disk(self):
+        self.folder = ext4(self, "8M")
+        support.bulk(os.path.join(self.source, "large"), 16)
+        self.take(1)
+        self.assertErrorSays(self.send(status=1), "no space left")
+        self.assertEqual(["lost+found"], self.files())
+        self.assertEqual([self.raw], read_locks(self.snapshots)[self.name(1)]["locks"])
+        self.send("--raw-compress", "zstd")
+        self.assertEqual([self.name(1) + ".btrfs.zst"], [n for n in self.streams() if n != "lost+found"])
+        self.assertEqual({}, read_locks(self.snapshots))
+
+
+class Retention(RawTestCase):
+
+    def test_a_chain_stays_while_one_of_it_is_kept(self):
+        taken = self.take(1, 2, 3)
+        result = self.send("-n", "1", "-v", "debug")
+        self.assertEqual([taken[-1]], sorted(self.sidecars()))
+        taken += self.take(4, 5)
+        result = self.send("-n", "1", "-v", "debug")
+        self.assertEqual([taken[2], taken[4]], sorted(self.sidecars()), "4 was never sent")
+        self.assertIn("{} needs it to be restored".format(taken[4]), result.stderr)
+
+    def test_three_chains(self):
+        taken = []
+        for day in range(1, 9):
+            taken += self.take(day)
+            self.send("--raw-full-every", "3")
+        self.assertEqual([1, 2, 3, 1, 2, 3, 1, 2], self.lengths())
+        self.assertRestorable(*taken)
+        shown = self.send("--raw-full-every", "3", "-n", "4", "--dry-run").stdout
+        self.assertEqual([taken[0], taken[1], taken[2]],
+                         [line.split()[1].rstrip(":") for line in shown.splitlines() if line.startswith("  delete")])
+        self.send("--raw-full-every", "3", "-n", "4")
+        self.assertSound(taken[3:])
+        self.send("--raw-full-every", "3", "-n", "2")
+        self.assertSound(taken[6:])
+        self.assertRestorable(*taken[6:])
+
+    def test_all_in_one_run_and_shown_before(self):
+        taken = self.take(*range(1, 8))
+        shown = self.send("--raw-full-every", "3", "--dry-run").stdout
+        sent = [line for line in shown.splitlines() if line.startswith("  send")]
+        self.assertEqual([True, False, False, True, False, False, True], ["in full" in line for line in sent])
+        self.send("--raw-full-every", "3")
+        self.assertEqual([1, 2, 3, 1, 2, 3, 1], self.lengths())
+        self.assertSound(taken)
+
+    def test_the_source_keeps_the_newest_in_common(self):
+        self.take(1)
+        self.send()
+        self.take(2, 3)
+        self.transfer("-N", "1", to=[self.target])
+        self.assertEqual([self.name(1), self.name(3)], names(self.snapshots))
+        self.send()
+        self.assertEqual([1, 2], self.lengths())
+
+    def test_only_what_its_sidecar_vouches_for_goes(self):
+        taken = self.take(1, 2, 3)
+        self.send("-I")
+        strangers = ["notes.txt", "other20240101-000000.btrfs", "home20230101-000000.btrfs",
+                     "home20230102-000000.btrfs.json"]
+        for name in strangers:
+            with open(os.path.join(self.folder, name), "w") as file:
+                file.write("{}")
+        self.send("-I", "-n", "1")
+        self.assertEqual(sorted(strangers + [taken[2] + ".btrfs", taken[2] + ".btrfs.json"]), self.files())
+
+
+class Damage(RawTestCase):
+    """What can be seen without reading the files is seen by every run."""
+
+    def setUp(self):
+        super().setUp()
+        self.taken = self.take(1, 2, 3)
+        self.send()
+
+    def path(self, name, suffix=""):
+        return os.path.join(self.folder, name + ".btrfs" + suffix)
+
+    def test_a_lost_file_is_sent_again(self):
+        os.unlink(self.path(self.taken[0]))
+        self.send(status=1)
+        self.send()
+        self.assertSound(self.taken)
+        self.assertRestorable(*self.taken)
+
+    def test_nothing_builds_on_a_chain_with_a_hole(self):
+        os.unlink(self.path(self.taken[0]))
+        support.delete(self.snapshot_path(self.taken[0]))
+        new, = self.take(4)
+        result = self.send(status=1)
+        self.assertIn("its parent {} is missing".format(self.taken[0]), result.stderr)
+        self.assertIn("its parent {} is broken".format(self.taken[1]), result.stderr)
+        self.assertIsNone(self.sidecars()[new]["parent"])
+        self.assertRestorable(new)
+
+    def test_nothing_builds_on_a_cut_file(self):
+        os.truncate(self.path(self.taken[2]), 100)
+        new, = self.take(4)
+        result = self.send(status=1)
+        self.assertIn("has 100 bytes instead of", result.stderr)
+        self.assertEqual(self.taken[1], self.sidecars()[new]["parent"])
+        self.assertRestorable(new)
+
+    def test_a_sidecar_that_was_changed(self):
+        with open(self.path(self.taken[2], ".json"), "r+") as file:
+            text = file.read()
+            file.seek(0)
+            file.write(text.replace('"uid": 0', '"uid": 1'))
+        new, = self.take(4)
+        result = self.send(status=1)
+        self.assertIn("changed or damaged", result.stderr)
+        self.assertEqual(self.taken[1], self.sidecars()[new]["parent"])
+
+    def test_a_sidecar_that_is_lost(self):
+        os.unlink(self.path(self.taken[2], ".json"))
+        self.assertErrorSays(self.send(status=1), self.taken[2], "has no sidecar")
+        self.assertIn(self.taken[2] + ".btrfs", self.files())
+
+    def test_moved_away_it_is_sent_again(self):
+        os.truncate(self.path(self.taken[2]), 100)
+        for suffix in ("", ".json"):
+            os.rename(self.path(self.taken[2], suffix), self.path("old-" + self.taken[2], suffix))
+        result = self.send()
+        self.assertIn("sending " + self.taken[2], result.stderr)
+        self.assertRestorable(self.taken[2])
+
+
+class Killed(RawTestCase):
+
+    def assertNothingHalf(self):
+        """No file under its final name is incomplete or lacks its sidecar, at this moment."""
+        for file in self.streams():
+            if not file.startswith("."):
+                with open(os.path.join(self.folder, file + ".json")) as sidecar:
+                    self.assertFileIs(json.load(sidecar))
+
+    def check(self, moments, *options):
+        support.bulk(os.path.join(self.source, "large"), 6)
+        taken = self.take(1, 2, 3)
+        choose = random.Random(7)
+        for moment in range(moments):
+            if moment % 4 == 0:
+                self.send("-n", "0", *options)
+                for file in self.files():
+                    os.unlink(os.path.join(self.folder, file))
+            run = self.start("-S", "-p", "home", *(list(options) + [self.source, self.raw]), env=self.keys.env)
+            time.sleep(choose.uniform(0.05, 0.45))
+            run.kill()
+            self.assertNothingHalf()
+        self.send(*options)
+        self.assertSound(taken)
+        self.assertEqual({}, read_locks(self.snapshots))
+        self.assertRestorable(*taken)
+
+    def test_plain(self):
+        self.check(15)
+
+    def test_compressed_and_encrypted(self):
+        self.check(15, "--raw-compress", "lz4", "--raw-encrypt", "age:" + self.keys.age)
+
+    def test_at_each_step_of_naming(self):
+        """Every state between the renames, made by hand: the next run converges."""
+        taken = self.take(1, 2)
+        self.send()
+        last = taken[-1] + ".btrfs"
+        held = {name: self.read(name) for name in (last, last + ".json")}
+        partial, aside = ".{}.partial".format(taken[-1]), ".{}.json.partial".format(taken[-1])
+        states = [{partial: b"cut"}, {partial: held[last]}, {partial: held[last], aside: b"{"},
+                  {partial: held[last], aside: held[last + ".json"]},
+                  {partial: held[last], last + ".json": held[last + ".json"]}, held]
+        for state in states:
+            with self.subTest(state=sorted(state)):
+                for name in self.files():
+                    if taken[-1] in name:
+                        os.unlink(os.path.join(self.folder, name))
+                for name, data in state.items():
+                    with open(os.path.join(self.folder, name), "wb") as file:
+                        file.write(data)
+                support.write_locks(self.snapshots, {taken[-1]: {"locks": [self.raw], "parent_locks": []}})
+                self.send()
+                self.assertSound(taken)
+                self.assertEqual({}, read_locks(self.snapshots))
+
+    def test_at_each_step_of_deleting(self):
+        taken = self.take(1, 2, 3)
+        self.send("-I")
+        os.unlink(os.path.join(self.folder, taken[0] + ".btrfs"))
+        self.send("-I", "-n", "1")
+        self.assertSound(taken[2:])
+
+    def test_a_partial_that_no_lock_names_is_left_alone(self):
+        taken = self.take(1)
+        with open(os.path.join(self.folder, ".{}.partial".format(taken[0])), "w") as file:
+            file.write("another run's")
+        self.assertErrorSays(self.send(status=1), "partial", "no lock names")
+        self.assertEqual([".{}.partial".format(taken[0])], self.files())
+
+    def test_interrupted_it_leaves_no_process_and_no_partial(self):
+        support.bulk(os.path.join(self.source, "large"), 32)
+        self.take(1)
+        run = self.start("-S", "-p", "home", "--raw-compress", "xz", self.source, self.raw)
+        run.wait_for("xz", lambda: any(b"-T0" in argv for argv in run.processes().values()) and self.files())
+        os.kill(run.pid, signal.SIGTERM)
+        self.assertEqual(143, run.finish().status)
+        self.assertEqual({}, run.processes())
+        self.assertEqual([], self.files())
+        self.assertIn(self.name(1), read_locks(self.snapshots))
+
+    def read(self, name):
+        with open(os.path.join(self.folder, name), "rb") as file:
+            return file.read()
+
+
+class Pure(unittest.TestCase):
+
+    BACKUP = program.RawBackup("home20240102-000000", "home20240102-000000.btrfs.zst.age", "u2", "u1",
+                               "home20240101-000000", 1704153600 * 10 ** 9 + 5, 1000, "aa", 500, "bb",
+                               ("zstd", "age:age1xyz"), 1000, 100, 0o2750, "/home \udcff")
+
+    def test_a_sidecar_comes_back_as_it_was(self):
+        self.assertEqual(self.BACKUP, program.parse_sidecar(program.format_sidecar(self.BACKUP)))
+
+    def test_any_change_of_a_sidecar_is_noticed(self):
+        text = program.format_sidecar(self.BACKUP)
+        for at, character in enumerate(text):
+            if not character.isspace():
+                with self.subTest(at=at), self.assertRaises(ValueError):
+                    program.parse_sidecar(text[:at] + chr(ord(character) ^ 1) + text[at + 1:])
+
+    def test_what_is_no_sidecar(self):
+        for text in ("", "{", "[]", "{}", "null", '{"sidecar_sha256": 1}', "[" * 100000):
+            with self.subTest(text=text[:20]), self.assertRaises(ValueError):
+                program.parse_sidecar(text)
+
+    def listing(self, **parents):
+        return program.Listing(tuple(program.Subvolume(name, name, parent, name) for name, parent in parents.items()),
+                               chained=True)
+
+    def test_lengths_of_chains(self):
+        listing = self.listing(a=None, b="a", c="b", d=None, e="d", f="a", x="y", y="x", z="gone")
+        lengths = program.chain_lengths(listing)
+        self.assertEqual({"a": 1, "b": 2, "c": 3, "d": 1, "e": 2, "f": 2}, {k: lengths[k] for k in "abcdef"})
+        self.assertEqual({}, program.chain_lengths(listing._replace(chained=False)))
+
+    def test_what_a_kept_one_needs_is_kept(self):
+        listing = self.listing(a=None, b="a", c="b", d="a", e=None)
+        for kept, stay in (("c", "abc"), ("d", "ad"), ("e", "e"), ("a", "a"), ("ce", "abce"), ("", "")):
+            verdicts = [program.Verdict(name, name in kept, "") for name in "abcde"]
+            self.assertEqual(list(stay), [v.name for v in program.keep_chains(verdicts, listing) if v.keep])
+            plain = program.keep_chains(verdicts, listing._replace(chained=False))
+            self.assertEqual(verdicts, plain)
+
+    def test_what_is_broken(self):
+        names_ = {name: program.RawBackup(name, name + ".btrfs", name, parent, parent, 0, 1, "", 1, "", (), 0, 0, 0)
+                  for name, parent in (("a", None), ("b", "a"), ("c", "b"), ("d", None))}
+        sizes = {name + ".btrfs": 1 for name in names_}
+
+        def broken(**more):
+            return sorted(program.broken_backups(program.RawFolder(tuple(names_.values()), dict(sizes, **more))))
+        self.assertEqual([], broken())
+        self.assertEqual(["a", "b", "c"], broken(**{"a.btrfs": 0}))
+        self.assertEqual(["c"], broken(**{"c.btrfs": 2}))
+        del sizes["b.btrfs"]
+        self.assertEqual(["b", "c"], broken())
+
+
+if __name__ == "__main__":
+    unittest.main()
