@@ -43,7 +43,6 @@ SAMPLES = {
     "[SECONDS]": "7",
     "WHEN": "daily",
     "NAME": "name",
-    "PROGRAM": "zstd",
     "METHOD": "gpg:KEY",
 }
 
