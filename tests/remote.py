@@ -147,7 +147,7 @@ def change_accounts(*argv):
 def sweep_accounts():
     """Remove the accounts of test processes that are dead."""
     for account in pwd.getpwall():
-        match = re.fullmatch(ACCOUNT + r"([0-9]+)x[0-9]+", account.pw_name)
+        match = re.fullmatch(ACCOUNT + r"([0-9]+)x[0-9]+s?", account.pw_name)
         if match and not os.path.exists("/proc/" + match.group(1)):
             remove_account(account.pw_name)
 
@@ -172,7 +172,7 @@ class User:
     def __init__(self, shell="/bin/sh", sudo=False):
         sweep_accounts()
         number = next(self.numbers)
-        self.name = "%s%dx%d" % (ACCOUNT, os.getpid(), number)
+        self.name = "%s%dx%d%s" % (ACCOUNT, os.getpid(), number, "s" if sudo else "")
         self.home = os.path.join(folder_for_keys(), self.name)
         os.mkdir(self.home, 0o755)
         change_accounts("useradd", "-M", "-N", "-d", self.home, "-s", shell, "-p", "*", self.name)
@@ -180,7 +180,7 @@ class User:
         self.uid, self.gid = account.pw_uid, account.pw_gid
         os.chown(self.home, self.uid, self.gid)
         if sudo:
-            kept = "BTRFS_BACKUP_NG_TEST_RUN " + MARK
+            kept = "BTRFS_BACKUP_NG_TEST_RUN XDG_CACHE_HOME " + MARK
             self.sudoers('Defaults:{0} env_keep += "{1}"\n{0} ALL=(root) NOPASSWD: ALL\n'.format(self.name, kept))
 
     def sudoers(self, text):
@@ -265,6 +265,7 @@ class Sshd:
         self.folder = os.path.join(folder_for_keys(), "sshd%d" % next(self.numbers))
         self.keys = os.path.join(self.folder, "keys")
         self.home = os.path.join(self.folder, "home")  # root's
+        self.cache = os.path.join(self.home, "cache")  # of root, made by whoever needs it
         for folder in (self.folder, self.keys, self.home):
             os.mkdir(folder)
         self.log = os.path.join(self.folder, "log")
@@ -302,7 +303,8 @@ class Sshd:
 
     def configure(self, port):
         os.makedirs("/run/sshd", exist_ok=True)
-        own = dict({"HOME": self.home}, **self.environment)
+        # Root's own home is no place for tests to write to; under sudo it would be that one as well.
+        own = dict({"HOME": self.home, "XDG_CACHE_HOME": self.cache}, **self.environment)
         marked = [self.mark.partition("=")[::2]]
         lines = ["Port %d" % port, "ListenAddress 127.0.0.1"] + ["ListenAddress ::1"] * has_ipv6()
         lines += ["HostKey " + key(self.host_key), "PidFile none", "LogLevel VERBOSE", "StrictModes no",
@@ -310,7 +312,9 @@ class Sshd:
                   "PermitRootLogin yes", "PermitUserEnvironment yes", "MaxStartups 100", "UseDNS no",
                   "AuthorizedKeysFile %s/%%u" % self.keys, "AcceptEnv BTRFS_BACKUP_NG_TEST_RUN"]
         lines += penalties() + self.lines
+        sudoers = dict({"XDG_CACHE_HOME": self.cache}, **self.environment)
         lines += ["SetEnv " + format_environment(marked + list(self.environment.items()))]
+        lines += ["Match User %s*s" % ACCOUNT, "SetEnv " + format_environment(marked + list(sudoers.items()))]
         # What a Match block sets takes the place of what stands above it.
         lines += ["Match User root", "SetEnv " + format_environment(marked + list(own.items()))]
         write_file(os.path.join(self.folder, "sshd_config"), "\n".join(lines) + "\n")

@@ -1,0 +1,840 @@
+"""Remote hosts, over a real sshd: push, pull, relay, what the remote looks like, what goes wrong."""
+
+import os
+import signal
+import subprocess
+import time
+import unittest
+
+import pythons
+import remote
+import support
+from remote import as_program_options, ssh_options, wait_until
+from support import create, names, partials, read_locks, snapshot, subvolume
+
+# A path's worst characters; all but NUL and newline may be in it.
+HOSTILE = "it's \"a\" $HOME `id` \\ * ~ %s #1 ?x=1 -rf \udce9 caf\u00e9 {a,b} ;!&|"
+
+
+class TransferTestCase(remote.RemoteTestCase):
+    """Churn at the source, snapshots of it, and a run that has to bring them over."""
+
+    def setUp(self):
+        super().setUp()
+        self.churn = support.Churn(self.source)
+        self.churn.fill()
+
+    def take_churned(self, *days):
+        taken = []
+        for day in days:
+            self.churn.change()
+            taken += self.take(day)
+        return taken
+
+    def check_full_and_incremental(self, run, *targets):
+        """run("-S") brings one snapshot in full, later two more incrementally, and leaves nothing open."""
+        taken = []
+        for days in ((1,), (2, 3)):
+            taken += self.take_churned(*days)
+            result = run("-S")
+            self.assertEqual([], result.errors)
+            for target in targets or (self.target,):
+                self.assertBackedUp(taken, target)
+            self.assertEqual({}, read_locks(self.snapshots))
+        for target in targets or (self.target,):
+            parents = [subvolume(os.path.join(target, name)).parent_uuid is None for name in taken]
+            self.assertEqual([True, False, False], parents)
+
+
+class Transfers(TransferTestCase):
+
+    def test_push(self):
+        self.check_full_and_incremental(self.push)
+        self.assertEqual(2, self.server.accepted())
+        self.assertNothingLeft(self.server)
+
+    def test_pull(self):
+        self.check_full_and_incremental(self.pull)
+        self.assertEqual(2, self.server.accepted())
+        self.assertNothingLeft(self.server)
+
+    def test_a_pull_takes_the_snapshot_there(self):
+        self.pull()
+        self.assertEqual(1, len(names(self.snapshots)))
+        self.assertBackedUp(names(self.snapshots))
+
+    def test_retention_there(self):
+        self.take_churned(1, 2, 3, 4)
+        self.push("-S")
+        self.push("-S", "-N", "3", "-n", "2")
+        self.assertBackedUp([self.name(3), self.name(4)])
+        self.assertEqual([self.name(day) for day in (2, 3, 4)], names(self.snapshots))
+
+    def test_retention_at_a_source_there(self):
+        self.take_churned(1, 2, 3, 4)
+        self.pull("-S", "-N", "2", "-n", "2")
+        self.assertBackedUp([self.name(3), self.name(4)])
+        self.assertEqual([self.name(3), self.name(4)], names(self.snapshots))
+
+    def test_nothing_to_do(self):
+        self.take_churned(1, 2)
+        self.push("-S")
+        before = support.listing(self.target)
+        self.push("-S")
+        self.assertUnchanged(before, self.target)
+
+    def test_a_dry_run_changes_nothing(self):
+        self.take_churned(1, 2)
+        self.push("-S")
+        self.take_churned(3)
+        disks = self.source_disk.path, self.target_disk.path
+        before = support.listing(*disks)
+        for run in (self.push, self.pull):
+            said = run("--dry-run", "-n", "1").stdout
+            self.assertIn(self.name(3), said)
+        self.assertUnchanged(before, *disks)
+        self.assertNothingLeft(self.server)
+
+    def test_full_on_request(self):
+        self.take_churned(1)
+        self.push("-S")
+        self.take_churned(2)
+        self.push("-S", "-I")
+        self.assertBackedUp([self.name(1), self.name(2)])
+        self.assertIsNone(subvolume(self.backup_path(self.name(2))).parent_uuid)
+
+    def test_locks_name_the_endpoint(self):
+        self.take_churned(1)
+        support.bulk(os.path.join(self.source, "bulk"), 64)
+        self.take_churned(2)
+        running = self.start(*self.program_options() + ["-S", "-p", "home", self.source, self.remote_target])
+        running.wait_for("a lock", lambda: read_locks(self.snapshots))
+        locks = read_locks(self.snapshots)
+        running.kill()
+        self.assertEqual([[self.remote_target]], [entry["locks"] for entry in locks.values() if entry.get("locks")])
+        self.push("-S")
+        self.assertEqual({}, read_locks(self.snapshots))
+        self.assertBackedUp([self.name(1), self.name(2)])
+
+    def test_locks_of_a_source_there_are_kept_there(self):
+        support.bulk(os.path.join(self.source, "bulk"), 64)
+        self.take_churned(1)
+        running = self.start(*self.program_options() + ["-S", "-p", "home", self.remote_source, self.target])
+        running.wait_for("a lock", lambda: read_locks(self.snapshots))
+        running.kill()
+        self.assertEqual([self.name(1)], list(read_locks(self.snapshots)))
+        self.pull("-S")
+        self.assertEqual({}, read_locks(self.snapshots))
+        self.assertBackedUp([self.name(1)])
+
+    def test_the_form_of_scp(self):
+        """host:/path has no place for a port: that comes from ssh's options."""
+        self.take_churned(1)
+        options = ssh_options() + ["Port=%d" % self.server.port]
+        self.push("-S", options=options, to=["root@127.0.0.1:" + self.target_there + "/backups"])
+        self.assertBackedUp([self.name(1)])
+
+    @unittest.skipUnless(remote.has_ipv6(), "no IPv6 here")
+    def test_ipv6(self):
+        self.take_churned(1)
+        self.push("-S", to=[self.server.endpoint(self.target_there + "/backups", host="[::1]")])
+        self.assertBackedUp([self.name(1)])
+
+    def test_paths_of_any_characters(self):
+        for folder, run in ((self.target, self.push_to), (self.source_disk.path, self.pull_from)):
+            with self.subTest(run=run.__name__):
+                run(os.path.join(folder, HOSTILE))
+
+    def push_to(self, folder):
+        os.mkdir(os.fsencode(folder))
+        self.check_full_and_incremental(
+            lambda *options: self.push(*options, to=[self.remote_target + "/" + HOSTILE]), folder)
+
+    def pull_from(self, source):
+        self.source, self.remote_source = create(source), self.server.endpoint(self.source_there + "/" + HOSTILE)
+        self.snapshots = os.path.join(self.source, ".btrfs-backup-ng", "snapshots")
+        self.target = os.path.join(self.target_disk.path, "pulled")
+        os.mkdir(self.target)
+        self.churn = support.Churn(self.source)
+        self.churn.fill()
+        self.check_full_and_incremental(self.pull)
+
+    def test_a_missing_folder_is_made_there(self):
+        self.take_churned(1)
+        self.push("-S", to=[self.remote_target + "/new/folder"])
+        self.assertBackedUp([self.name(1)], os.path.join(self.target, "new", "folder"))
+
+
+class SeveralMachines(TransferTestCase):
+    """A second machine with a disk of its own, and a third disk here."""
+
+    def setUp(self):
+        super().setUp()
+        disk = self.disk()
+        self.other_target = os.path.join(disk.path, "backups")
+        os.mkdir(self.other_target)
+        there = os.path.join(support.scratch_folder(), "there", "other disk")
+        self.other = self.sshd({disk.path: there})
+        self.remote_other_target = self.other.endpoint(there + "/backups")
+        self.local_target = os.path.join(self.disk().path, "backups")
+        os.mkdir(self.local_target)
+
+    def test_relay(self):
+        self.check_full_and_incremental(
+            lambda *options: self.pull(*options, to=[self.remote_other_target]), self.other_target)
+        self.assertEqual((2, 2), (self.server.accepted(), self.other.accepted()))
+        self.assertNothingLeft(self.server, self.other)
+
+    def test_here_and_to_two_machines(self):
+        to = [self.local_target, self.remote_target, self.remote_other_target]
+        self.check_full_and_incremental(
+            lambda *options: self.push(*options, to=to), self.local_target, self.target, self.other_target)
+        self.assertEqual((2, 2), (self.server.accepted(), self.other.accepted()))
+        self.assertNothingLeft(self.server, self.other)
+
+    def test_from_there_to_here_and_to_two_machines(self):
+        to = [self.local_target, self.remote_target, self.remote_other_target]
+        self.check_full_and_incremental(
+            lambda *options: self.pull(*options, to=to), self.local_target, self.target, self.other_target)
+        # The source and one target are on the same machine.
+        self.assertEqual((2, 2), (self.server.accepted(), self.other.accepted()))
+
+    def test_one_machine_is_away(self):
+        self.take_churned(1)
+        self.server.stop()
+        started = time.monotonic()
+        result = self.push(to=[self.local_target, self.remote_target, self.remote_other_target], status=1)
+        self.assertLess(time.monotonic() - started, 15)
+        self.assertErrorSays(result, "127.0.0.1:%d" % self.server.port, "refused")
+        taken = names(self.snapshots)
+        self.assertEqual(2, len(taken))
+        for target in (self.local_target, self.other_target):
+            self.assertBackedUp(taken, target)
+        self.server.start()
+        self.push("-S", to=[self.local_target, self.remote_target, self.remote_other_target])
+        self.assertBackedUp(taken)
+
+    def test_the_source_is_away(self):
+        self.server.stop()
+        result = self.pull(to=[self.local_target, self.remote_other_target], status=1)
+        self.assertErrorSays(result, "127.0.0.1:%d" % self.server.port, "refused")
+        self.assertEqual([], names(self.local_target))
+
+
+class OneAuthentication(remote.RemoteTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.days = ["home2024%02d%02d-000000" % (number // 25 + 1, number % 25 + 1) for number in range(101)]
+        os.makedirs(self.snapshots)
+        for number, name in enumerate(self.days):
+            self.write("file", "%d\n" % number)
+            snapshot(self.source, self.snapshot_path(name))
+
+    def bring_over(self, days):
+        """All of them by hand, into one `btrfs receive`."""
+        paths = [self.snapshot_path(name) for name in days]
+        sends = ["btrfs send -q %s" % paths[0]]
+        sends += ["btrfs send -q -p %s %s" % pair for pair in zip(paths, paths[1:])]
+        subprocess.check_call(["sh", "-euc", "{ %s; } | btrfs receive -q %s" % ("; ".join(sends), self.target)])
+
+    def test_a_push_with_a_hundred_backups_there(self):
+        self.bring_over(self.days[:-1])
+        self.push("-S")
+        self.assertEqual(1, self.server.accepted())
+        self.assertEqual(self.days, names(self.target))
+        self.assertComplete(self.backup_path(self.days[-1]), self.snapshot_path(self.days[-1]))
+
+    def test_a_pull_with_a_hundred_snapshots_there(self):
+        self.bring_over(self.days[:-1])
+        self.pull("-S", "-N", "90", "-n", "80")
+        self.assertEqual(1, self.server.accepted())
+        self.assertEqual(self.days[-90:], names(self.snapshots))
+        self.assertEqual(self.days[-80:], names(self.target))
+
+    def test_a_hundred_to_push(self):
+        self.push("-S", timeout=200)
+        self.assertEqual(1, self.server.accepted())
+        self.assertEqual(self.days, names(self.target))
+        self.assertNothingLeft(self.server)
+
+    def test_a_dry_run(self):
+        self.push("-S", "--dry-run")
+        self.assertEqual(1, self.server.accepted())
+
+
+class AsAUserWithSudo(TransferTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.account = self.user(sudo=True)
+        self.server.authorize(self.account.name)
+        self.set_endpoints(user=self.account.name)
+
+    def program_options(self, options=None):
+        return super().program_options(options) + ["--ssh-sudo"]
+
+    def test_push(self):
+        self.check_full_and_incremental(self.push)
+        self.assertEqual(2, self.server.accepted())
+        self.assertNothingLeft(self.server)
+
+    def test_pull(self):
+        self.check_full_and_incremental(self.pull)
+        self.assertNothingLeft(self.server)
+
+    def test_with_the_sudoers_lines_of_the_readme(self):
+        """Only what the README says is allowed to that user."""
+        with open(os.path.join(support.HERE, "..", "README.md"), encoding="utf-8") as readme:
+            lines = [line.strip() for line in readme if "NOPASSWD:" in line]
+        self.assertTrue(lines, "the README has no line for sudoers")
+        user, rest = lines[0].split(None, 1)
+        self.account.sudoers("%s %s\n" % (self.account.name, rest))
+        self.check_full_and_incremental(self.push)
+
+
+class LoginShells(TransferTestCase):
+
+    SHELLS = [("sh", ""), ("dash", ""), ("bash", ".bashrc"), ("zsh", ".zshenv"),
+              ("fish", ".config/fish/config.fish"), ("tcsh", ".cshrc"), ("busybox", ""), ("rbash", ".bashrc")]
+
+    def setUp(self):
+        super().setUp()
+        self.account = self.user(sudo=True)
+        self.server.authorize(self.account.name)
+        self.set_endpoints(user=self.account.name)
+
+    def test_each_with_the_noise_of_its_rc(self):
+        for day, (name, rc) in enumerate(self.SHELLS, 1):
+            with self.subTest(shell=name):
+                self.account.set_shell(remote.login_shell(name))
+                if rc:
+                    self.account.write(rc, "echo welcome to this machine\n")
+                self.take_churned(day)
+                self.push("-S", "--ssh-sudo")
+                self.assertBackedUp([self.name(n) for n in range(1, day + 1)])
+        self.assertNothingLeft(self.server)
+
+    def test_noise_without_end_of_line_and_much_of_it(self):
+        self.account.set_shell(remote.login_shell("bash"))
+        for day, noise in enumerate(("printf noise", "head -c 200000 /dev/urandom", "seq 30000", "echo noise >&2",
+                                     "printf 'x\\0y\\r\\n\\033[2J'"), 1):
+            with self.subTest(noise=noise):
+                self.account.write(".bashrc", noise + "\n")
+                self.take_churned(day)
+                self.push("-S", "--ssh-sudo")
+                self.assertBackedUp([self.name(n) for n in range(1, day + 1)])
+
+    def test_a_shell_that_changes_folder_and_mask(self):
+        self.account.set_shell(remote.login_shell("bash"))
+        self.account.write(".bashrc", "cd /; umask 0; export LC_ALL=C PYTHONPATH=/nowhere PYTHONHOME=/nowhere\n")
+        self.take_churned(1)
+        self.push("-S", "--ssh-sudo")
+        self.assertBackedUp([self.name(1)])
+
+    def test_what_its_rc_reads_is_not_taken_from_the_program(self):
+        """An rc that reads stdin takes what was meant for the agent: an error, nothing that hangs."""
+        self.account.set_shell(remote.login_shell("bash"))
+        self.account.write(".bashrc", "head -c 100 >/dev/null\n")
+        self.take_churned(1)
+        result = self.push("-S", "--ssh-sudo", "--stall-timeout", "20", status=1)
+        self.assertErrorSays(result, "127.0.0.1:%d" % self.server.port)
+        self.assertNothingLeft(self.server)
+
+
+class CacheFolder(TransferTestCase):
+    """Where the program keeps itself over there: btrfs-backup-ng/SHA256 in the user's cache folder."""
+
+    def setUp(self):
+        super().setUp()
+        self.ours = os.path.join(self.server.cache, "btrfs-backup-ng")
+
+    def cached(self, top=None):
+        """The source that is kept there, without what Python has compiled of it."""
+        found = [os.path.join(folder, name) for folder, _, files in os.walk(top or self.ours) for name in files]
+        return [path for path in found if path.endswith(".py")]
+
+    def check_push(self, day=1):
+        self.take_churned(day)
+        result = self.push("-S")
+        self.assertBackedUp([self.name(n) for n in range(1, day + 1)])
+        return result
+
+    def test_kept_once_and_used_again(self):
+        self.check_push(1)
+        kept, = self.cached()
+        self.assertIn(b"btrfs", open(kept, "rb").read())
+        before = os.stat(kept)
+        between = self.proxy(self.server.port)
+        self.set_endpoints(port=between.port)
+        self.check_push(2)
+        self.assertEqual((before.st_ino, before.st_mtime_ns), (os.stat(kept).st_ino, os.stat(kept).st_mtime_ns))
+        # The rest of the stream is small, the program is not: it has not been sent again.
+        self.assertLess(between.up, os.path.getsize(kept) + os.path.getsize(self.source))
+
+    def test_private(self):
+        self.check_push()
+        kept, = self.cached()
+        for path in (kept, os.path.dirname(kept)):
+            self.assertEqual(0, os.stat(path).st_mode & 0o022, path)
+
+    def test_a_file_of_another_content_is_not_run(self):
+        self.check_push(1)
+        kept, = self.cached()
+        witness = os.path.join(self.server.folder, "witness")
+        for day, content in enumerate(("open(%r, 'w')\n" % witness, "", None), 2):
+            with self.subTest(content=content):
+                os.unlink(kept)
+                if content is None:
+                    os.mkdir(kept)
+                    self.addCleanup(os.rmdir, kept)
+                else:
+                    remote.write_file(kept, content)
+                self.check_push(day)
+                self.assertFalse(os.path.exists(witness), "the foreign file was run")
+
+    def test_changed_at_its_end(self):
+        self.check_push(1)
+        kept, = self.cached()
+        witness = os.path.join(self.server.folder, "witness")
+        with open(kept, "a") as file:
+            file.write("\nopen(%r, 'w')\n" % witness)
+        self.check_push(2)
+        self.assertFalse(os.path.exists(witness), "the foreign file was run")
+
+    def test_another_users_folder(self):
+        os.makedirs(self.ours)
+        os.chown(self.ours, support.NOBODY, support.NOBODY)
+        self.check_push(1)
+        self.check_push(2)
+        self.assertEqual([], os.listdir(self.ours))
+
+    def test_a_folder_that_others_may_write_to(self):
+        self.check_push(1)
+        kept, = self.cached()
+        os.chmod(os.path.dirname(kept), 0o777)
+        self.check_push(2)
+
+    def test_a_symbolic_link_in_place_of_the_folder(self):
+        elsewhere = os.path.join(self.server.folder, "elsewhere")
+        os.mkdir(elsewhere)
+        os.chown(elsewhere, support.NOBODY, support.NOBODY)
+        os.mkdir(self.server.cache)
+        os.symlink(elsewhere, self.ours)
+        self.check_push(1)
+        self.assertEqual([], os.listdir(elsewhere))
+
+    def test_a_file_in_place_of_the_folder(self):
+        remote.write_file(self.server.cache, "")
+        self.check_push(1)
+        self.check_push(2)
+
+    def test_a_full_home(self):
+        support.command("mount", "-t", "tmpfs", "-o", "size=16k", "none", self.server.home)
+        self.addCleanup(support.unmount, self.server.home)
+        self.server.stop()
+        self.server.start()
+        self.check_push(1)
+        self.check_push(2)
+
+    def test_a_read_only_home(self):
+        support.command("mount", "-t", "tmpfs", "-o", "ro", "none", self.server.home)
+        self.addCleanup(support.unmount, self.server.home)
+        self.server.stop()
+        self.server.start()
+        self.check_push(1)
+        self.check_push(2)
+
+    def test_in_the_home_of_the_account(self):
+        """Where no XDG_CACHE_HOME says otherwise. That the user may not receive comes later."""
+        account = self.user()
+        self.server.authorize(account.name)
+        self.set_endpoints(user=account.name)
+        self.take_churned(1)
+        self.push("-S", status=1)
+        kept, = self.cached(os.path.join(account.home, ".cache", "btrfs-backup-ng"))
+        self.assertEqual(account.uid, os.stat(kept).st_uid)
+
+
+class OldPythons(remote.RemoteTestCase):
+    """The remote's python3 is another one than ours."""
+
+    def python(self, version):
+        """A folder with that interpreter as python3, and none else there."""
+        found = dict(pythons.all_pythons()).get(version)
+        if found is None:
+            self.skipTest("no Python %d.%d here" % version)
+        folder = os.path.join(remote.folder_for_keys(), "python%d.%d" % version)
+        if not os.path.isdir(folder):
+            os.mkdir(folder)
+            os.symlink(found, os.path.join(folder, "python3"))
+        return folder
+
+    def serve(self, folder):
+        self.server.stop()
+        self.server.hide = ("python*",)
+        self.server.environment["PATH"] = folder + ":/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+        self.server.start()
+
+    def check_push(self):
+        self.take(1)
+        result = self.push("-S")
+        self.take(2)
+        self.push("-S")
+        self.assertBackedUp([self.name(1), self.name(2)])
+        self.assertNothingLeft(self.server)
+        return result
+
+    def test_python_3_6(self):
+        self.serve(self.python((3, 6)))
+        self.assertIn("3.6", self.server.ssh("python3 -V 2>&1"))
+        self.check_push()
+
+    def test_the_newest_python(self):
+        self.serve(self.python(max(version for version, _ in pythons.all_pythons())))
+        self.check_push()
+
+
+class WithoutPython(remote.RemoteTestCase):
+    """Plain commands do the main job, and the run says what is lost."""
+
+    sshd_options = {"hide": ("python*",)}
+
+    def check(self):
+        self.take(1)
+        first = self.push("-S")
+        self.assertIn("python", first.stderr.lower())
+        self.assertRegex(first.stderr, "(?m)^warning: ")
+        self.take(2, 3)
+        self.push("-S", "-n", "2")
+        self.assertBackedUp([self.name(2), self.name(3)])
+        self.assertIsNotNone(subvolume(self.backup_path(self.name(3))).parent_uuid)
+        self.assertNothingLeft(self.server)
+
+    def test_push(self):
+        self.check()
+
+    def test_old_python(self):
+        """python3 is in truth a Python 2."""
+        folder = os.path.join(remote.folder_for_keys(), "python2")
+        os.makedirs(folder, exist_ok=True)
+        found = dict(pythons.all_pythons()).get((2, 7))
+        if found:
+            with open(os.path.join(folder, "python3"), "w") as script:
+                script.write('#!/bin/sh\nexec %s "$@"\n' % found)
+        else:
+            with open(os.path.join(folder, "python3"), "w") as script:
+                script.write('#!/bin/sh\necho "  File \\"<string>\\", line 1\nSyntaxError: invalid syntax" >&2\nexit 1\n')
+        os.chmod(os.path.join(folder, "python3"), 0o755)
+        self.server.stop()
+        self.server.environment["PATH"] = folder + ":/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+        self.server.start()
+        self.check()
+
+    def test_busybox(self):
+        """All tools but btrfs are busybox's."""
+        busybox = remote.login_shell("busybox")
+        folder = os.path.join(remote.folder_for_keys(), "busybox tools")
+        os.makedirs(folder, exist_ok=True)
+        support.command(os.path.realpath(busybox), "--install", "-s", folder)
+        os.symlink(remote.find_program("btrfs"), os.path.join(folder, "btrfs"))
+        account = self.user(shell=busybox)
+        self.server.stop()
+        self.server.environment["PATH"] = folder
+        self.server.start()
+        self.assertIn("BusyBox", self.server.ssh("ls --help 2>&1"))
+        self.assertTrue(account.name)
+        self.check()
+
+    def test_pull(self):
+        self.take(1)
+        self.pull("-S")
+        self.take(2)
+        self.pull("-S")
+        self.assertBackedUp([self.name(1), self.name(2)])
+        self.assertNothingLeft(self.server)
+
+
+class BadInput(remote.RemoteTestCase):
+    """One clear line, in seconds, and nothing deleted on either side."""
+
+    def setUp(self):
+        super().setUp()
+        self.take(1, 2)
+        self.push("-S", "-q")
+
+    def assertFails(self, words, to=None, options=None, extra=(), server=None, run=None):
+        """The run fails for that host alone, with one error that holds the words."""
+        disks = self.source_disk.path, self.target_disk.path
+        before = support.listing(*disks)
+        started = time.monotonic()
+        result = (run or self.push)("-S", "-N", "1", "-n", "1", *extra, to=to, options=options, status=1)
+        self.assertLess(time.monotonic() - started, 20)
+        self.assertErrorSays(result, *words)
+        self.assertEqual("", result.stdout)
+        self.assertUnchanged(before, *disks)
+        self.assertNothingLeft(server or self.server)
+        return result
+
+    def assertFailsBothWays(self, words, **more):
+        for run in (self.push, self.pull):
+            with self.subTest(run=run.__name__):
+                self.assertFails(words, run=run, **more)
+
+    def machine(self, port=None):
+        return "127.0.0.1:%d" % (port or self.server.port)
+
+    def test_unknown_host(self):
+        self.assertFails(["no-such-host.invalid"], to=["ssh://root@no-such-host.invalid/backups"])
+
+    def test_refused(self):
+        self.server.stop()
+        self.assertFailsBothWays([self.machine(), "refused"])
+
+    def test_wrong_key(self):
+        self.assertFailsBothWays([self.machine(), "denied", "key"], options=ssh_options(identity="stranger"))
+
+    def test_changed_host_key(self):
+        self.server.stop()
+        self.server.host_key = "another_host"
+        self.server.start()
+        self.assertFailsBothWays([self.machine(), "host key", "changed"])
+
+    def test_unknown_host_key(self):
+        """Nobody is there to say yes, and host keys are never taken on trust."""
+        hosts = os.path.join(self.server.folder, "no_known_hosts")
+        self.assertFailsBothWays([self.machine(), "host key"], options=ssh_options(hosts=hosts))
+        self.assertFalse(os.path.exists(hosts))
+
+    def test_password_needed_without_a_terminal(self):
+        self.server.stop()
+        self.server.lines = ["PasswordAuthentication yes"]
+        self.server.configure(self.server.port)
+        config = os.path.join(self.server.folder, "sshd_config")
+        with open(config) as file:
+            text = file.read().replace("PasswordAuthentication no\n", "")
+        remote.write_file(config, text)
+        self.server.configure = lambda port: None
+        self.server.start()
+        self.assertFailsBothWays([self.machine(), "denied"], options=ssh_options(identity="stranger"))
+
+    def test_no_right_to_sudo(self):
+        account = self.user()
+        self.server.authorize(account.name)
+        self.set_endpoints(user=account.name)
+        self.assertFailsBothWays([self.machine(), "sudo", "password"], extra=["--ssh-sudo"])
+
+    def test_no_sudo_there(self):
+        server = self.sshd(self.server.mounts, hide=("sudo",))
+        self.set_endpoints(port=server.port)
+        self.assertFailsBothWays([self.machine(server.port), "sudo"], extra=["--ssh-sudo"], server=server)
+
+    def test_an_ordinary_user(self):
+        account = self.user()
+        self.server.authorize(account.name)
+        self.set_endpoints(user=account.name)
+        self.take(3)
+        self.assertFailsBothWays([self.machine(), "--ssh-sudo"])
+
+    def test_no_btrfs_there(self):
+        server = self.sshd(self.server.mounts, hide=("btrfs",))
+        self.set_endpoints(port=server.port)
+        self.take(3)
+        self.assertFailsBothWays([self.machine(server.port), "btrfs", "btrfs-progs"], server=server)
+
+    def test_accounts_that_run_nothing(self):
+        for shell, words in (("/usr/sbin/nologin", ["account is currently not available"]), ("/bin/false", [])):
+            with self.subTest(shell=shell):
+                account = self.user(shell=shell)
+                self.server.authorize(account.name)
+                self.set_endpoints(user=account.name)
+                self.assertFailsBothWays([self.machine()] + words)
+
+    def test_a_key_that_is_limited_to_another_command(self):
+        self.server.authorize("root", 'command="echo backups only"')
+        self.assertFailsBothWays([self.machine(), "backups only"])
+
+    def test_a_path_that_is_missing_there(self):
+        """On the disk of the system, which is no btrfs, or the disk of the source."""
+        folder = os.path.join(self.server.folder, "missing")
+        endpoint = self.server.endpoint(folder)
+        self.assertFails([folder, self.machine()], to=[endpoint])
+        self.assertFalse(os.path.exists(folder))
+        self.remote_source = endpoint
+        self.assertFails([folder, self.machine()], run=self.pull)
+
+    def test_a_file_there(self):
+        remote.write_file(os.path.join(self.target_disk.path, "file"), "")
+        self.assertFails([self.target_there + "/file", self.machine()],
+                         to=[self.server.endpoint(self.target_there + "/file")])
+
+    def test_a_folder_that_is_no_subvolume_as_source(self):
+        os.mkdir(os.path.join(self.source, "folder"))
+        self.remote_source += "/folder"
+        self.assertFails([self.source_there, "subvolume", self.machine()], run=self.pull)
+
+    def test_a_read_only_target(self):
+        self.server.inside("mount", "-o", "remount,ro,bind", self.target_there)
+        self.take(3)
+        self.assertFails(["read-only", self.machine()])
+
+    def test_a_host_name_that_begins_with_a_dash(self):
+        witness = os.path.join(self.server.folder, "witness")
+        for endpoint in ("ssh://-oProxyCommand=touch%20" + witness + "/x", "-oProxyCommand=touch " + witness + ":/x",
+                         "ssh://-l@127.0.0.1/x", "ssh://root@-p/x"):
+            for arguments in ([self.source, endpoint], [endpoint, self.target]):
+                with self.subTest(arguments=arguments):
+                    result = self.run_remote("-p", "home", "--", *arguments, status=2)
+                    self.assertEqual(1, len(result.errors), result.stderr)
+        self.assertFalse(os.path.exists(witness))
+
+    def test_an_option_of_ssh_that_is_none(self):
+        self.assertFails(["NoSuchOption"], options=ssh_options() + ["NoSuchOption=1"])
+
+    def test_ssh_is_missing_here(self):
+        folder = os.path.join(remote.folder_for_keys(), "no ssh")
+        os.makedirs(folder, exist_ok=True)
+        if any(os.path.exists(os.path.join(system, "ssh")) for system in ("/usr/local/sbin", "/usr/sbin", "/sbin")):
+            self.skipTest("ssh is where it cannot be hidden")
+        for program in ("btrfs", "sudo"):
+            if not os.path.lexists(os.path.join(folder, program)):
+                os.symlink(remote.find_program(program), os.path.join(folder, program))
+        result = self.run_remote("-S", "-p", "home", self.source, self.remote_target, status=1, env={"PATH": folder})
+        self.assertErrorSays(result, "ssh", "openssh")
+
+
+class Faults(remote.RemoteTestCase):
+    """Whatever is killed: nothing keeps running on either side, and the next run brings all over."""
+
+    def setUp(self):
+        super().setUp()
+        self.take(1)
+        self.push("-S")
+        support.bulk(os.path.join(self.source, "bulk"), 96)
+        self.take(2)
+
+    def start_push(self, *options):
+        return self.start(*self.program_options() + list(options) + [
+            "-S", "-p", "home", self.source, self.remote_target])
+
+    def start_pull(self, *options):
+        return self.start(*self.program_options() + list(options) + [
+            "-S", "-p", "home", "-f", "again", self.remote_source, self.target])
+
+    def under_way(self, running):
+        """Wait until a partial of some size is there."""
+        running.wait_for("a partial", lambda: partials(self.target))
+        running.wait_for("receive", lambda: running.find("receive"))
+        return running
+
+    def check_end(self, running, status):
+        """The program has ended so, nothing is left, and the next run finishes the job."""
+        result = running.finish()
+        self.assertIn(result.status, status, result.stderr)
+        self.assertNotIn("Traceback", result.stderr)
+        if result.status == 1:
+            self.assertEqual(1, len(result.errors), result.stderr)
+        self.assertTrue(wait_until(lambda: not running.processes()), running.processes())
+        self.assertNothingLeft(self.server)
+        self.push("-S")
+        self.assertBackedUp([self.name(1), self.name(2)])
+        self.assertEqual({}, read_locks(self.snapshots))
+        self.assertNothingLeft(self.server)
+
+    def test_the_agent_is_killed(self):
+        running = self.under_way(self.start_push())
+        for pid in self.server.find("python"):
+            os.kill(pid, signal.SIGKILL)
+        self.check_end(running, (0, 1))
+
+    def test_the_receive_there_is_killed(self):
+        running = self.under_way(self.start_push())
+        os.kill(running.find("receive"), signal.SIGKILL)
+        self.check_end(running, (0, 1))
+
+    def test_ssh_is_killed(self):
+        running = self.under_way(self.start_push())
+        for pid, argv in running.processes().items():
+            if argv and os.path.basename(argv[0]).rstrip(b":") == b"ssh":
+                os.kill(pid, signal.SIGKILL)
+        self.check_end(running, (0, 1))
+
+    def test_the_connection_is_cut(self):
+        between = self.proxy(self.server.port)
+        self.set_endpoints(port=between.port)
+        between.cut_after(20 << 20)
+        self.check_end(self.start_push(), (0, 1))
+
+    def test_the_sshd_of_the_session_is_killed(self):
+        running = self.under_way(self.start_push())
+        for pid in self.server.find("sshd: "):
+            os.kill(pid, signal.SIGKILL)
+        self.check_end(running, (0, 1))
+
+    def test_the_program_is_interrupted(self):
+        for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+            with self.subTest(signal=number):
+                running = self.under_way(self.start_push())
+                os.kill(running.pid, number)
+                result = running.finish()
+                self.assertEqual(status, result.status, result.stderr)
+                self.assertEqual({}, running.processes())
+                self.assertNothingLeft(self.server)
+        self.check_end(running, (130,))
+
+    def test_the_program_is_killed(self):
+        running = self.under_way(self.start_push())
+        os.kill(running.pid, signal.SIGKILL)
+        self.check_end(running, (-signal.SIGKILL,))
+
+    def test_the_program_is_killed_in_a_pull(self):
+        running = self.start(*self.program_options() + ["-S", "-p", "home", self.remote_source, self.target])
+        self.under_way(running)
+        os.kill(running.pid, signal.SIGKILL)
+        self.assertTrue(wait_until(lambda: not running.processes()), running.processes())
+        self.assertNothingLeft(self.server)
+        self.pull("-S")
+        self.assertBackedUp([self.name(1), self.name(2)])
+
+    def test_the_network_falls_silent(self):
+        """ssh notices by its keepalives, which the user may set."""
+        between = self.proxy(self.server.port)
+        self.set_endpoints(port=between.port)
+        options = as_program_options(["ServerAliveInterval=1", "ServerAliveCountMax=2"])
+        running = self.start_push("--stall-timeout", "60", *options)
+        self.under_way(running)
+        between.hang()
+        running.process.wait(40)
+        between.cut()
+        between.go_on()
+        self.check_end(running, (1,))
+
+    def test_silence_before_the_greeting(self):
+        between = self.proxy(self.server.port)
+        self.set_endpoints(port=between.port)
+        between.hang()
+        started = time.monotonic()
+        running = self.start_push(*as_program_options(["ConnectTimeout=2"]))
+        result = running.finish()
+        self.assertLess(time.monotonic() - started, 20)
+        self.assertEqual(1, result.status)
+        self.assertErrorSays(result, "127.0.0.1:%d" % between.port)
+        between.cut()
+        between.go_on()
+        self.assertNothingLeft(self.server)
+
+    def test_a_full_disk_there(self):
+        filler = os.path.join(self.target_disk.path, "filler")
+        with open(filler, "wb") as file:
+            space = os.statvfs(self.target_disk.path)
+            os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_frsize - (60 << 20))
+        running = self.start_push()
+        result = running.finish()
+        self.assertEqual(1, result.status)
+        self.assertErrorSays(result, "space", "127.0.0.1:%d" % self.server.port)
+        os.unlink(filler)
+        self.check_end(running, (1,))
+
+
+if __name__ == "__main__":
+    unittest.main()
