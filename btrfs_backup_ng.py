@@ -4531,7 +4531,7 @@ def unpack_value(packed: Any, depth: int = 0) -> Any:
 
 def unpack_class(name: str, items: List[Any]) -> Any:
     if name == "dict":
-        return {key: item for key, item in items}
+        return dict(items)
     if name == "error":
         kind, message, hint, detail = map(str, items)
         return error_classes().get(kind, BackupError)(message, hint, detail)
@@ -4590,6 +4590,7 @@ class Channel:
         self.data_left = 0  # bytes of a Data frame that are still to be read
         self.head = bytearray()
         self.on_event: Callable[[Any], None] = lambda event: None
+        self.on_error: Callable[[BackupError], None] = lambda error: None
         for fd in (read_end, write_end):
             os.set_blocking(fd, False)
 
@@ -4665,7 +4666,11 @@ class Channel:
             if len(noise) > MOST_NOISE:
                 raise BackupError("{} answers something else than this program".format(self.peer),
                                   "does its login shell print without end?", os.fsdecode(noise[:200]))
-            more = self.read_some(65536)
+            try:
+                more = self.read_some(65536)
+            except ConnectionLost:
+                self.inbox = noise
+                raise
             if more is None:
                 if time.monotonic() > deadline:
                     raise Stalled("{} does not answer".format(self.peer))
@@ -4707,9 +4712,13 @@ class Channel:
     def value(self, payload: bytes) -> Any:
         import json
         try:
-            return unpack_value(json.loads(payload.decode("ascii")))
+            found = unpack_value(json.loads(payload.decode("ascii")))
         except (ValueError, RecursionError) as error:
             raise ConnectionLost("{} sent something that is no value: {}".format(self.peer, error)) from None
+        for item in found if isinstance(found, list) else [found]:
+            if isinstance(item, BackupError):
+                self.on_error(item)
+        return found
 
     def await_frame(self, timeout: float) -> Tuple[bytes, bytes]:
         """The next frame but Data, which is thrown away. Stalled after `timeout` seconds without a byte."""
@@ -4765,7 +4774,7 @@ def poll_fds(interests: Iterable[Tuple[int, int]], seconds: float) -> List[Tuple
     poll = select.poll()
     for fd, mask in interests:
         poll.register(fd, mask)
-    return poll.poll(1000 * seconds)
+    return poll.poll(None if seconds == float("inf") else 1000 * seconds)
 
 
 class Filter:
@@ -5518,29 +5527,40 @@ def open_settings(settings: Dict[str, str], control_path: str, is_first: bool) -
     return more
 
 
+def ssh_words(machine: str) -> Tuple[str, str]:
+    """How `ssh` and `ssh-keygen -R` are told of a machine."""
+    match = re.fullmatch(r"((?:.*@)?)(\[[^\]]*\]|[^:]*)(?::([0-9]+))?", machine)
+    user, host, port = match.groups() if match else ("", machine, None)
+    host = host.strip("[]")
+    return ("-p {} {}{}".format(port, user, host), "'[{}]:{}'".format(host, port)) if port else (user + host, host)
+
+
 def ssh_hints(machine: str) -> Tuple[Tuple[str, str, str], ...]:
     """(what ssh or the shell there says, what is wrong, what to do)."""
+    login, known = ssh_words(machine)
+    sudoers = "allow python3 without one in its sudoers, see README"
+    no_sudo = ("there is no sudo", "log in as root, without --ssh-sudo")
     return (
         ("Could not resolve hostname", "no such host", "is the name right, and the network up?"),
         ("REMOTE HOST IDENTIFICATION HAS CHANGED", "its host key has changed",
-         "if that is meant to be: ssh-keygen -R {}".format(machine)),
+         "if that is meant to be: ssh-keygen -R {}".format(known)),
         ("Host key verification failed", "its host key is not known",
-         "log in once by hand, as the same user: ssh {}".format(machine)),
-        ("Permission denied", "it lets us not in", "set up a key for this user (under sudo that is root): ssh-copy-id"),
+         "log in once by hand, as the same user: ssh {}".format(login)),
+        ("Permission denied (", "it lets us not in",
+         "set up a key for this user (under sudo that is root): ssh-copy-id"),
         ("Too many authentication failures", "it lets us not in", "name the key: --ssh-opt IdentityFile=..."),
         ("Connection refused", "connection refused", "is sshd running there, and the port right?"),
         ("timed out", "it does not answer", "is it switched on and reachable?"),
         ("No route to host", "it cannot be reached", "is it switched on and reachable?"),
         ("Network is unreachable", "it cannot be reached", "is the network up?"),
         ("Bad configuration option", "ssh does not know an option", "see --ssh-opt"),
-        ("sudo: a password is required", "sudo wants a password there",
-         "allow python3 and btrfs without one in its sudoers, see README"),
-        ("sudo: a terminal is required", "sudo wants a password there",
-         "allow python3 and btrfs without one in its sudoers, see README"),
+        ("sudo: a password is required", "sudo wants a password there", sudoers),
+        ("sudo: a terminal is required", "sudo wants a password there", sudoers),
         ("is not in the sudoers", "this user may not use sudo there", "see README about --ssh-sudo"),
         ("not allowed to execute", "this user may not use sudo for python3 there", "see README about --ssh-sudo"),
-        ("sudo: not found", "there is no sudo", "log in as root, without --ssh-sudo"),
-        ("sudo: command not found", "there is no sudo", "log in as root, without --ssh-sudo"),
+        # sh, bash, tcsh, zsh, fish
+        ("sudo: not found", *no_sudo), ("sudo: command not found", *no_sudo), ("sudo: Command not found", *no_sudo),
+        ("command not found: sudo", *no_sudo), ("Unknown command: sudo", *no_sudo),
     )
 
 
@@ -5549,6 +5569,9 @@ def no_agent_error(machine: str, status: Optional[int], words: str, noise: str) 
     for sign, cause, hint in ssh_hints(machine):
         if sign in words:
             return BackupError("{}: {}".format(machine, cause), hint, words)
+    if "SyntaxError" in words:
+        return BackupError("{}: a part of what was sent to it is missing".format(machine),
+                           "does a start file of its login shell read its input, as in .bashrc?")
     if status == 127 or re.search(r"python3[^\n]*(not found|No such file)|[Uu]nknown command[^\n]*python3", words):
         return NoPython("{} has no python3".format(machine), "install Python 3.6 or later there")
     said = (words or noise).strip()
@@ -5683,8 +5706,9 @@ class RemoteReceiver(StreamSink):
             if not self.finished:
                 self.channel.send(ABORT)
             while not self.is_over:
+                frame = self.channel.await_frame(ENDING_TIMEOUT)
                 with contextlib.suppress(ReceiverFailed):
-                    self.take_answer(*self.channel.await_frame(ENDING_TIMEOUT))
+                    self.take_answer(*frame)
         except BackupError:
             connection.is_broken = True
         self.host.give_back(connection)
@@ -5761,7 +5785,7 @@ class AgentHost:
             if self.idle:
                 return self.idle.pop()
             connection = self.connect(not self.all)
-            connection.channel.on_event = self.pass_on
+            connection.channel.on_event, connection.channel.on_error = self.pass_on, self.locate
             self.all.append(connection)
         if self.holder is None:
             self.holder = connection
@@ -5783,6 +5807,12 @@ class AgentHost:
         """An event of the other host becomes one of ours."""
         kind, level, text, facts = event
         self.events.emit(kind, level, "{}: {}".format(self.machine, text) if text else "", **facts)
+
+    def locate(self, error: BackupError) -> None:
+        """An error of the other host says so, and what an ordinary user can do about it."""
+        error.message = "{}: {}".format(self.machine, error.message)
+        if self.all[0].greeting.user and re.search("not permitted|permission denied", error.message.lower()):
+            error.hint = "log in as root, or use --ssh-sudo"
 
     def end(self) -> None:
         for connection in reversed(self.all):
@@ -6059,6 +6089,9 @@ class TaskRun:
             destination.failed = True
             if destination.text not in error.message and destination.path not in error.message:
                 prefix = prefix or "{}: ".format(destination.text)
+            machine = destination.endpoint.machine + ": "
+            if prefix and machine != ": " and error.message.startswith(machine):
+                error.message = error.message[len(machine):]  # which the prefix names
         told = BackupError(prefix + error.message, error.hint, error.detail)
         self.events.error(told, destination=destination.key if destination else None)
 
