@@ -375,8 +375,12 @@ class Sshd:
 
     def left_over(self, timeout=10.0):
         """processes() once there are none, or those that have not ended after so many seconds."""
-        wait_until(lambda: not self.processes(), timeout)
-        return self.processes()
+        deadline = time.monotonic() + timeout
+        while True:
+            left = self.processes()
+            if not left or time.monotonic() > deadline:
+                return left
+            time.sleep(0.02)
 
     def find(self, *words):
         """The pids of processes there whose arguments hold all these words, each in some argument."""
