@@ -29,24 +29,26 @@ Contents; a section uses only what stands above it:
     11 PROCESSES         programs: found, run, watched, ended
     12 BTRFS             what the kernel and the btrfs program say and do
     13 STATE             locks and pins in the snapshot folder
-    14 ENDS              the processes at the two ends of a stream
-    15 FILTERS           programs that compress and encrypt a stream, and back
-    16 COMMANDS          shell://: a command of the user's takes the stream
-    17 STREAM FILES      raw folders: files with streams, and what is known of each
-    18 HOST              the semantic calls that everything above planning goes through
-    19 RAW BACKUPS       raw:// and raw+ssh://: streams through filters into files, and back
-    20 RELAY             one stream from a sender to its receivers
-    21 WIRE              calls, results and streams as frames on a channel
-    22 AGENT             the program on another host, serving calls over a channel
-    23 REMOTE            hosts over ssh; the hosts of a run
-    24 TASK              observe, plan, show or execute
-    25 LIST              which snapshots are where
-    26 PRUNE             retention of a folder of backups by itself
-    27 CREW              the tasks of one command, each in a process of its own
-    28 HELP              help and man page, from the tables
-    29 COMPLETION        what the Tab key offers in bash, zsh and fish
-    30 UNITS             a systemd service and its timer
-    31 COMMAND LINE      help, version, sudo, signals, main
+    14 SWAP              a restored state put in a subvolume's place
+    15 ENDS              the processes at the two ends of a stream
+    16 FILTERS           programs that compress and encrypt a stream, and back
+    17 COMMANDS          shell://: a command of the user's takes the stream
+    18 STREAM FILES      raw folders: files with streams, and what is known of each
+    19 HOST              the semantic calls that everything above planning goes through
+    20 RAW BACKUPS       raw:// and raw+ssh://: streams through filters into files, and back
+    21 RELAY             one stream from a sender to its receivers
+    22 WIRE              calls, results and streams as frames on a channel
+    23 AGENT             the program on another host, serving calls over a channel
+    24 REMOTE            hosts over ssh; the hosts of a run
+    25 TASK              observe, plan, show or execute
+    26 LIST              which snapshots are where
+    27 PRUNE             retention of a folder of backups by itself
+    28 CREW              the tasks of one command, each in a process of its own
+    29 RESTORE           one backup back, beside a subvolume or in its place
+    30 HELP              help and man page, from the tables
+    31 COMPLETION        what the Tab key offers in bash, zsh and fish
+    32 UNITS             a systemd service and its timer
+    33 COMMAND LINE      help, version, sudo, signals, main
 
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
@@ -152,7 +154,7 @@ class ReceiverFailed(BackupError):
 
 
 class AmbiguousParent(ReceiverFailed):
-    """The stream clones from a parent that the receiving side might mistake; sending in full does without."""
+    """The parent at the receiving side might be mistaken or is not fit; sending in full does without."""
 
 
 class Interrupted(BaseException):
@@ -503,6 +505,20 @@ def parse_path(text: str) -> str:
     return text
 
 
+MOMENT = re.compile(r"([0-9]{4})-?([0-9]{2})-?([0-9]{2})(?:[-T ]([0-9]{2}):?([0-9]{2})(?::?([0-9]{2}))?)?")
+
+
+def parse_moment(text: str) -> float:
+    """Seconds since the epoch of a local time: `2026-01-31`, `2026-01-31 09:30`, or as names have it."""
+    match = MOMENT.fullmatch(text)
+    parts = [int(part or 0) for part in match.groups()] if match else []
+    digits = "{:04}{:02}{:02}-{:02}{:02}{:02}".format(*parts) if parts else ""
+    moment = snapshot_time("", digits)
+    if moment is None:
+        raise ValueError("is no time such as 2026-01-31 or '2026-01-31 09:30'")
+    return moment
+
+
 def parse_unit_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9:_.@-]{1,200}", text):
         raise ValueError("is no name of a unit")
@@ -762,6 +778,38 @@ script puts the units there.""",
         ),
         operands=(("print", ("man", "completion", "systemd")), ("completion", SHELLS)),
         needs_root=False),
+    "restore": Verb(
+        "[options] BACKUP [FOLDER]", "bring a backup back, into a folder or in a subvolume's place", (
+            Group("Which backup", (
+                Option(("--latest",), "latest", "", None, "the newest in the folder BACKUP"),
+                Option(("--before",), "before", "TIME", parse_moment,
+                       "the newest from before a local time, such as 2026-01-31 or '2026-01-31 09:30'"),
+                Option(("--name",), "backup_name", "NAME", parse_path, "the one of that name"),
+                Option(("-p", "--snapshot-prefix"), "prefix", "P", parse_prefix,
+                       "only those of this prefix; needed where the folder holds several"),
+            )),
+            Group("In place", (
+                Option(("--in-place",), "in_place", "SUBVOLUME", parse_path,
+                       "put a writable snapshot of it in the place of SUBVOLUME, which stays beside it"),
+            ) + rows("-f")),
+            Group("Transfer", rows("-I", "--stall-timeout", "--ssh-opt", "--ssh-sudo", "--compress")),
+            Group("Display", rows("-h", "-v", "-q", "-d", "-P", "--log-json", "--dry-run")),
+            Group("Runs", rows("--wait", "--no-elevate")),
+        ),
+        about="""\
+Brings one backup back by btrfs send and receive, incrementally where FOLDER's filesystem holds an older or
+newer one of the same source. BACKUP is the path of a backup, or a folder of backups and one of --latest,
+--before and --name. In FOLDER the restored subvolume bears the backup's name and is read-only. Nothing is
+ever overwritten.
+
+With --in-place a writable snapshot of it takes the place of SUBVOLUME in one step. What stood there stays
+beside it as SUBVOLUME.old-DATE, with its snapshots in it. The new one has the restored state as its only
+snapshot, and so the next backup is incremental. FOLDER may then be left out.""",
+        examples=(
+            ("restore /mnt/backup/home --latest --in-place /mnt/top/home", "the subvolume as it was last"),
+            ("restore /mnt/backup/home --before 2026-01-31 /mnt/top/restored", "an older state beside it"),
+            ("restore ssh://nas/backups/laptop-20260131-093000 /mnt/top/restored", "from another machine"),
+        )),
 }
 
 
@@ -814,6 +862,10 @@ class Task(NamedTuple):
     on_calendar: str = "*-*-* 02:00"
     unit: str = ""
     user: bool = False
+    latest: bool = False
+    before: Optional[float] = None
+    backup_name: Optional[str] = None
+    in_place: Optional[str] = None
 
     @property
     def snapshot_policy(self) -> Policy:
@@ -876,6 +928,25 @@ def check_task(task: Task) -> None:
     if (task.remove_locks and not task.destinations and not task.locked_destinations):
         raise UsageError("--remove-locks needs the destinations whose locks to remove",
                          "name them, or add --locked-destinations for all")
+
+
+def check_restore(task: Task) -> None:
+    """UsageError for what no restore can mean."""
+    if not task.source or len(task.destinations) > 1 or not (task.destinations or task.in_place):
+        raise UsageError("restore takes a backup and a folder to restore it to",
+                         "btrfs-backup-ng restore BACKUP FOLDER; see restore --help")
+    if sum((task.latest, task.before is not None, task.backup_name is not None)) > 1:
+        raise UsageError("--latest, --before and --name choose a backup each by itself", "give one of them")
+    if "/" in (task.backup_name or ""):
+        raise UsageError("--name takes the name of a backup, not a path", "give the folder as BACKUP")
+    if parse_endpoint(task.source).kind not in ("path", "raw"):
+        raise UsageError("{} holds no backups to restore".format(printable(task.source)))
+    places = [parse_endpoint(text) for text in task.destinations + ((task.in_place,) if task.in_place else ())]
+    if any(place.kind != "path" for place in places):
+        raise UsageError("a backup is restored to a folder on btrfs", "give a path, here or on ssh://")
+    if len({place.machine for place in places}) > 1:
+        raise UsageError("FOLDER and the subvolume of --in-place must be on one filesystem, so on one machine",
+                         "leave FOLDER out")
 
 
 class Endpoint(NamedTuple):
@@ -2550,6 +2621,7 @@ UUID_TREE = 9
 SUBVOL_INFO = struct.Struct("<Q256xQQQQ16s16s16sQQQQQI4xQI4xQI4xQI4x64x")
 ROOT_FLAG_RDONLY = 1 << 0
 SUBVOLUME_INODE = 256
+STAND_IN_INODE = 2  # of the empty folder that a snapshot shows where a subvolume was nested
 
 
 def open_folder(path: str) -> int:
@@ -2878,7 +2950,371 @@ def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None])
 
 
 ########################################################################################################
-# 14 ENDS: the processes at the two ends of a stream
+# 14 SWAP: a restored state put in a subvolume's place
+#
+# The new subvolume is made ready beside the place, under a name that says so, and made durable; then both
+# change names in one step, so that at every moment the old or the new one stands there. Notes beside the
+# place, written first and removed last, say what belongs to whom by UUID: the next call completes or undoes
+# what was broken off, whenever that was. The old one is kept. Locks move on to the new snapshot folder, as
+# they tell of partials at destinations; pins then name the restored state, which is all that is left in
+# common. Never deleted: anything but what the notes name and that was made of the restored subvolume.
+########################################################################################################
+
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # uapi/linux/fs.h
+RENAMEAT2_NUMBERS = {"x86_64": 316, "aarch64": 276, "riscv64": 276, "armv7l": 382, "i686": 353, "ppc64le": 357,
+                     "s390x": 347}  # for C libraries without the function, as glibc before 2.28
+AT_FDCWD = -100
+
+
+class Mount(NamedTuple):
+    """A row of /proc/self/mountinfo: `root` is the path of `point` in its filesystem."""
+
+    point: str
+    root: str
+    kind: str
+    device: str
+
+
+class SwapPlace(NamedTuple):
+    """The place of a swap: what stands there, and where that is mounted as well."""
+
+    path: str
+    old: Optional[Subvolume]
+    mounts: Tuple[str, ...]
+    is_broken: bool
+
+
+class SwapOrder(NamedTuple):
+    """What shall be swapped in at `place`.
+
+    snapshots: the snapshot folder, relative to the place or absolute. temporary: the folder of the restored
+    subvolume was made for this swap. key, pin: the destination that the backup lies at.
+    """
+
+    place: str
+    restored: str
+    name: str
+    snapshots: str
+    temporary: bool
+    old_name: str
+    key: str
+    pin: Pin
+
+
+class SwapNotes(NamedTuple):
+    """The notes of a swap. `kept` is the read-only snapshot's path in the new subvolume, '' where outside.
+
+    new_uuid is known once the new subvolume is whole and durable.
+    """
+
+    name: str
+    stream_id: str
+    restored: str
+    restored_uuid: str
+    temporary: bool
+    kept: str
+    old_uuid: Optional[str]
+    old_name: str
+    new_uuid: Optional[str] = None
+
+
+def parse_mountinfo(text: str) -> List[Mount]:
+    """The mounts that /proc/self/mountinfo lists, the last mounted last."""
+    def plain(field: str) -> str:
+        return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), field)
+
+    mounts = []
+    for line in text.splitlines():
+        before, _, after = line.partition(" - ")
+        fields, kind_and_device = before.split(" "), after.split(" ")
+        if len(fields) > 4 and len(kind_and_device) > 1:
+            mounts.append(Mount(plain(fields[4]), plain(fields[3]), kind_and_device[0], plain(kind_and_device[1])))
+    return mounts
+
+
+def read_mounts() -> List[Mount]:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mountinfo:
+        return parse_mountinfo(mountinfo.read())
+
+
+def mount_around(path: str, mounts: Sequence[Mount]) -> Optional[Mount]:
+    """The mount that a real path lies on; of several at one point the last covers the others."""
+    around = [m for m in mounts if (path + "/").startswith(m.point.rstrip("/") + "/")]
+    longest = max((len(m.point) for m in around), default=0)
+    return next((m for m in reversed(around) if len(m.point) == longest), None)
+
+
+def reachable_path(path: str, mount: Mount) -> Optional[str]:
+    """Where a path relative to a filesystem's top is found below `mount`, None where it is not."""
+    inner = "/" + path
+    root = mount.root.rstrip("/")
+    return mount.point.rstrip("/") + inner[len(root):] if (inner + "/").startswith(root + "/") else None
+
+
+def rename_with(flag: int, source: str, target: str) -> bool:
+    """Renames by renameat2; False where kernel, C library or Python cannot, OSError where it fails."""
+    try:
+        import ctypes
+        libc = ctypes.CDLL(None, use_errno=True)
+    except (ImportError, OSError):
+        return False
+    paths = (AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flag)
+    number = RENAMEAT2_NUMBERS.get(os.uname().machine)
+    if hasattr(libc, "renameat2"):
+        status = libc.renameat2(*paths)
+    elif number is not None and sys.maxsize > 2 ** 32:
+        status = libc.syscall(ctypes.c_long(number), *paths)
+    else:
+        return False
+    code = ctypes.get_errno()
+    if status != 0 and code not in (errno.ENOSYS, errno.EINVAL):
+        raise OSError(code, os.strerror(code))
+    return status == 0
+
+
+def rename_to_free(source: str, target: str) -> None:
+    """Renames where nothing bears the target's name."""
+    if rename_with(RENAME_NOREPLACE, source, target):
+        return
+    if os.path.lexists(target):
+        raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
+    os.rename(source, target)
+
+
+def put_in_place(aside: str, place: str, old_path: Optional[str]) -> None:
+    """Puts `aside` at `place`: in exchange for what is there, whose later path is `old_path`, or None.
+
+    Without RENAME_EXCHANGE (Linux before 3.15, a Python without ctypes) in two steps: nothing stands at the
+    place between them, and the notes bring the next call through.
+    """
+    if old_path is None:
+        rename_to_free(aside, place)
+    elif not rename_with(RENAME_EXCHANGE, aside, place):
+        rename_to_free(place, old_path)
+        rename_to_free(aside, place)
+
+
+def beside(place: str, ending: str) -> str:
+    return os.path.join(os.path.dirname(place), ".{}.{}".format(os.path.basename(place), ending))
+
+
+def subvolume_at(path: str) -> Optional[Subvolume]:
+    return read_subvolume(path, os.path.basename(path))
+
+
+def read_swap_notes(place: str) -> Optional[SwapNotes]:
+    import json
+    path = beside(place, "restoring.json")
+    try:
+        with open(path, encoding="ascii") as notes:
+            return SwapNotes(**json.load(notes))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise BackupError("cannot read {}: {}".format(path, error), "what a broken restore left of {} must be looked "
+                          "at by hand; then move that file away".format(place)) from None
+
+
+def write_swap_notes(place: str, notes: SwapNotes) -> None:
+    import json
+    folder, name = os.path.split(beside(place, "restoring.json"))
+    replace_state_file(folder, name, json.dumps(notes._asdict(), indent=1, sort_keys=True))
+
+
+def delete_subvolume(path: str) -> None:
+    check(["btrfs", "subvolume", "delete", path], "cannot delete {}".format(path))
+
+
+def delete_prepared(aside: str, notes: SwapNotes) -> None:
+    """Deletes a new subvolume that never got to its place, and the snapshot kept in it."""
+    found = subvolume_at(aside)
+    kept = subvolume_at(os.path.join(aside, notes.kept)) if notes.kept else None
+    for made, path in ((kept, os.path.join(aside, notes.kept)), (found, aside)):
+        if made is not None:
+            if made.parent_uuid != notes.restored_uuid:
+                raise BackupError("{} is not what a broken restore left".format(path), "move it away and try again")
+            delete_subvolume(path)
+
+
+def remove_temporary(notes: SwapNotes) -> None:
+    """Removes the restored subvolume and its folder where both were made for the swap alone."""
+    found, folder = subvolume_at(notes.restored), os.path.dirname(notes.restored)
+    if found is not None and found.uuid == notes.restored_uuid:
+        delete_subvolume(notes.restored)
+    remove_restore_folder(folder)
+
+
+def remove_restore_folder(folder: str) -> None:
+    """Removes a folder that holds nothing but what a restore notes for itself."""
+    with contextlib.suppress(OSError):
+        if all(name == LOCK_FILE or name.endswith(".lock") for name in os.listdir(folder)):
+            for name in os.listdir(folder):
+                os.unlink(os.path.join(folder, name))
+            os.rmdir(folder)
+
+
+def finish_swap(place: str) -> Optional[SwapNotes]:
+    """Completes or undoes the swap that the notes at `place` tell of.
+
+    The notes, where the new subvolume now stands at its place; None where there are none or it does not.
+    """
+    notes, aside = read_swap_notes(place), beside(place, "restoring")
+    if notes is None:
+        return None
+    standing, waiting = subvolume_at(place), subvolume_at(aside)
+    try:
+        if standing is None and waiting is not None and waiting.uuid == notes.new_uuid:
+            rename_to_free(aside, place)
+        elif waiting is not None and waiting.uuid == notes.old_uuid:
+            rename_to_free(aside, os.path.join(os.path.dirname(place), notes.old_name))
+        elif waiting is not None:
+            delete_prepared(aside, notes)
+        sync_filesystem(os.path.dirname(place))
+        standing = subvolume_at(place)
+        is_done = standing is not None and standing.uuid == notes.new_uuid
+        if is_done and notes.temporary:
+            remove_temporary(notes)
+        os.unlink(beside(place, "restoring.json"))
+        sync_folder(os.path.dirname(place))
+    except OSError as error:
+        raise os_error("cannot swap at {}".format(place), error) from None
+    return notes if is_done else None
+
+
+def look_at_swap_place(path: str) -> SwapPlace:
+    """The place of a swap; BackupError where none can be done there."""
+    place, mounts = os.path.realpath(path), read_mounts()
+    if not os.path.isdir(os.path.dirname(place)) or place == "/":
+        raise BackupError("no such folder: {}".format(os.path.dirname(place)), "is its filesystem mounted?")
+    mounted = next((m for m in reversed(mounts) if m.point == place), None)
+    if mounted is not None:
+        raise BackupError("{} is a mount point, which cannot be swapped".format(path),
+                          "mount the top level of {} (mount -o subvolid=5) and name the subvolume there: its path "
+                          "in it is {}".format(mounted.device, mounted.root))
+    old = subvolume_at(place)
+    if old is None and os.path.lexists(place):
+        raise BackupError("{} is no subvolume, so it cannot be swapped".format(path), "move it away")
+    points = [m.point for m in mounts if m.kind == "btrfs" and old is not None and is_mounted(m.point, old)]
+    return SwapPlace(place, old, tuple(points), os.path.lexists(beside(place, "restoring.json")))
+
+
+def is_mounted(point: str, subvolume: Subvolume) -> bool:
+    try:
+        found = subvolume_at(point)
+    except OSError:
+        return False
+    return found is not None and found.uuid == subvolume.uuid
+
+
+def swap_in(order: SwapOrder) -> Tuple[SwapNotes, List[str]]:
+    """Swaps a writable snapshot of the restored subvolume in: the notes of it, and what there is to warn of."""
+    place, restored, old = order.place, subvolume_at(order.restored), subvolume_at(order.place)
+    if restored is None or not restored.is_received:
+        raise BackupError("{} was not restored by receiving it, so nothing could be sent on top of it".format(
+            order.restored), "restore it to another folder")
+    folder = os.path.realpath(os.path.join(place, order.snapshots))
+    inside = (folder + "/").startswith(place + "/")
+    notes = SwapNotes(order.name, restored.received_uuid or "", order.restored, restored.uuid or "", order.temporary,
+                      os.path.join(folder, order.name)[len(place) + 1:] if inside else "",
+                      old.uuid if old else None, free_name(os.path.dirname(place), order.old_name))
+    aside = beside(place, "restoring")
+    if os.path.lexists(aside):
+        raise BackupError("{} exists, and no notes of a restore name it".format(aside), "look at it, move it away")
+    write_swap_notes(place, notes)
+    try:
+        warnings = prepare_swap(order, notes, folder)
+        sync_filesystem(aside)
+        new = subvolume_at(aside)
+        write_swap_notes(place, notes._replace(new_uuid=new.uuid if new else None))
+        put_in_place(aside, place, os.path.join(os.path.dirname(place), notes.old_name) if old else None)
+        sync_filesystem(os.path.dirname(place))
+    except OSError as error:
+        finish_swap(place)
+        raise os_error("cannot swap at {}".format(place), error) from None
+    except BackupError:
+        finish_swap(place)
+        raise
+    if finish_swap(place) is None:
+        raise BackupError("the new subvolume does not stand at {}".format(place), "look there, and run again")
+    return notes, warnings
+
+
+def free_name(folder: str, name: str) -> str:
+    """`name`, or where something bears it, with the first free number added."""
+    number, free = 1, name
+    while os.path.lexists(os.path.join(folder, free)):
+        number += 1
+        free = "{}-{}".format(name, number)
+    return free
+
+
+def prepare_swap(order: SwapOrder, notes: SwapNotes, snapshots: str) -> List[str]:
+    """Makes the new subvolume beside the place, with a snapshot of the restored state and the state files."""
+    aside = beside(order.place, "restoring")
+    snapshot_argv = ["btrfs", "subvolume", "snapshot"]
+    check(snapshot_argv + [order.restored, aside], "cannot take a snapshot of {}".format(order.restored))
+    new = subvolume_at(aside)
+    if new is None or new.received_uuid is not None:
+        raise BackupError("the writable snapshot of {} kept its received UUID".format(order.restored))
+    folder = os.path.dirname(os.path.join(aside, notes.kept)) if notes.kept else snapshots
+    path = os.path.join(folder, order.name)
+    os.makedirs(folder, 0o700, exist_ok=True)
+    if notes.kept:
+        remove_stand_ins(folder)
+    there = subvolume_at(path)
+    if there is None or not there.readonly or there.stream_id != notes.stream_id:
+        check(snapshot_argv + ["-r", order.restored, path], "cannot keep a snapshot of the restored state")
+    return carry_state(snapshots, folder, order, notes.stream_id) if notes.kept else []
+
+
+def remove_stand_ins(folder: str) -> None:
+    """Removes the empty folders that a snapshot has in the place of snapshots that lay in the source."""
+    with os.scandir(folder) as entries:
+        stand_ins = [entry.path for entry in entries if os.lstat(entry.path).st_ino == STAND_IN_INODE]
+    for path in stand_ins:
+        os.rmdir(path)
+
+
+def carry_state(old: str, new: str, order: SwapOrder, stream_id: str) -> List[str]:
+    """Writes the state files of the new snapshot folder, from the old one where that is still there.
+
+    Else from what the restored state itself holds. What cannot be read is named in a warning: what matters now
+    is to get the data back.
+    """
+    import json
+    source, warnings = old if os.path.isdir(old) else new, []
+    locks: Locks = {}
+    pins: Pins = {}
+    try:
+        locks = read_state_file(source, LOCK_FILE, parse_locks)
+        pins = read_state_file(source, PIN_FILE, parse_pins)
+    except BackupError as error:
+        warnings.append("{}; the restored subvolume goes on without it".format(error.message))
+    replace_state_file(new, LOCK_FILE, json.dumps(locks, indent=1, sort_keys=True))
+    replace_state_file(new, PIN_FILE, format_pins(pins_after_restore(pins, order, stream_id)))
+    return warnings
+
+
+def pins_after_restore(pins: Pins, order: SwapOrder, stream_id: str) -> Pins:
+    """Pins that name the restored state: nothing newer is left in common with any destination.
+
+    What was last sent into a command cannot be looked at, so there only a pin of this very state stays.
+    """
+    prefix = prefix_of(order.name)
+    result = {destination: dict(entry) for destination, entry in pins.items()}
+    if prefix is None:
+        return result
+    for destination, entry in result.items():
+        if prefix in entry and not destination.startswith("shell://"):
+            entry[prefix] = order.pin._replace(filesystem=entry[prefix].filesystem)
+        elif prefix in entry and entry[prefix].uuid != stream_id:
+            del entry[prefix]
+    result.setdefault(order.key, {})[prefix] = order.pin
+    return {destination: entry for destination, entry in result.items() if entry}
+
+
+########################################################################################################
+# 15 ENDS: the processes at the two ends of a stream
 #
 # A sender fills buffers, a receiver takes them, and neither ever blocks. The receiver is the only place
 # where a backup becomes complete: `btrfs receive` exited 0, the result was seen read-only with the right
@@ -2979,6 +3415,19 @@ class Confinement:
             os.rmdir(self.private)
 
 
+def receiver_error(error: BackupError, expected: ExpectedStream) -> ReceiverFailed:
+    """Why `btrfs receive` failed.
+
+    A parent there that is the original snapshot, as in a restore, has an empty folder where a subvolume was nested
+    in the source. Those are in no stream, and so in the way of what the stream does there.
+    """
+    in_the_way = re.search(r"failed: (Directory not empty|File exists)", error.message)
+    if in_the_way and expected.base is not None and expected.base == expected.parent_uuid:
+        return AmbiguousParent("the parent {} has empty folders where subvolumes were nested".format(expected.base),
+                               "send in full with -I", error.detail)
+    return ReceiverFailed(error.message, error.hint, error.detail)
+
+
 class LocalReceiver:
     """`btrfs receive` and its pipe: takes a stream, leaves a complete backup or a partial one."""
 
@@ -3039,7 +3488,7 @@ class LocalReceiver:
         try:
             self.stage.wait(ENDING_GRACE)
         except BackupError as error:
-            return ReceiverFailed(error.message, error.hint, error.detail)
+            return receiver_error(error, self.expected)
         return ReceiverFailed("btrfs receive ended before the stream did")
 
     def check_alive(self) -> None:
@@ -3054,7 +3503,7 @@ class LocalReceiver:
         try:
             self.stage.wait(timeout)
         except BackupError as error:
-            raise ReceiverFailed(error.message, error.hint, error.detail) from None
+            raise receiver_error(error, self.expected) from None
         backup = self.check_result()
         sync_filesystem(self.folder)
         return self.give_name(backup)
@@ -3133,7 +3582,7 @@ class Measuring:
 
 
 ########################################################################################################
-# 15 FILTERS: programs that compress and encrypt a stream, and back
+# 16 FILTERS: programs that compress and encrypt a stream, and back
 #
 # They run on the machine that runs the command: what is encrypted has left it in no other form. Programs
 # in a row are fed and read without blocking. Encryption that is asked for is proven with a few bytes before
@@ -3351,7 +3800,7 @@ def prove_filters(steps: Sequence[str]) -> None:
 
 
 ########################################################################################################
-# 16 COMMANDS: shell://: a command of the user's takes the stream
+# 17 COMMANDS: shell://: a command of the user's takes the stream
 #
 # `sh -c COMMAND`, here, with the stream as `btrfs send` writes it on its stdin and what it is in its
 # environment. It has succeeded when the stream came to its end and the command has read all of it and exited
@@ -3471,7 +3920,7 @@ class ShellPlace:
 
 
 ########################################################################################################
-# 17 STREAM FILES: raw folders: files with streams, and what is known of each
+# 18 STREAM FILES: raw folders: files with streams, and what is known of each
 #
 # NAME.btrfs, with a suffix for each filter, holds a stream; beside it FILE.json, the sidecar, says whose
 # stream it is, what it builds on, sizes and digests. A file is written as .NAME.partial and synced; then the
@@ -3858,7 +4307,7 @@ def digest_file(folder: str, file: str) -> RawFile:
 
 
 ########################################################################################################
-# 18 HOST: the semantic calls that everything above planning goes through
+# 19 HOST: the semantic calls that everything above planning goes through
 #
 # A host is a machine that things are done on. Its calls take and return plain values, so that they can
 # travel: look at a place, list a folder, snapshot, delete, rename, state, send, receive. LocalHost does
@@ -4146,6 +4595,51 @@ class LocalHost:
         sole = expected.base is None or is_sole_received(folder, expected.parent_uuid or "", expected.base)
         return LocalReceiver(folder, expected, sole, argv, confinement)
 
+    def find_base(self, folder: str, ids: Sequence[str]) -> Optional[Tuple[str, Subvolume]]:
+        """The first of `ids` that a read-only subvolume on the filesystem of `folder` has, and that subvolume.
+
+        By UUID or received UUID, wherever `btrfs receive` can reach it from `folder`; its name is its path. Receive
+        looks for a received UUID first, so one that was itself sent to the same filesystem would be mistaken.
+        """
+        mount = mount_around(os.path.realpath(folder), read_mounts())
+        if mount is None:
+            return None
+        for key in ids:
+            try:
+                found = search_uuid_tree(folder, key, 251) + search_uuid_tree(folder, key, 252)
+                bases = [self.subvolume_of_id(folder, subvolid, mount) for subvolid in found]
+                for base in bases:
+                    if base is not None and base.readonly and not search_uuid_tree(folder, base.uuid or key, 252):
+                        return key, base
+            except OSError as error:
+                self.events.debug("search", "cannot look for subvolumes on the filesystem of {}: {}".format(
+                    folder, error.strerror))
+                return None
+        return None
+
+    def subvolume_of_id(self, folder: str, subvolid: int, mount: Mount) -> Optional[Subvolume]:
+        outcome = run(["btrfs", "inspect-internal", "subvolid-resolve", str(subvolid), folder])
+        path = reachable_path(outcome.out.rstrip("\n"), mount) if outcome.status == 0 else None
+        found = read_subvolume(path, path) if path else None
+        return found if found is not None and found.subvolid == subvolid else None
+
+    def look_at_swap_place(self, path: str) -> SwapPlace:
+        try:
+            return look_at_swap_place(path)
+        except OSError as error:
+            raise os_error("cannot look at {}".format(path), error) from None
+
+    def swap_in(self, order: SwapOrder) -> SwapNotes:
+        """Puts a writable snapshot of a restored subvolume in the place of another."""
+        notes, warnings = swap_in(order)
+        for text in warnings:
+            self.events.warning("state", text)
+        return notes
+
+    def finish_swap(self, place: str) -> Optional[SwapNotes]:
+        """Completes or undoes a swap that was broken off; its notes where it is completed."""
+        return finish_swap(place)
+
 
     def list_raw(self, folder: str) -> RawFolder:
         """The stream files of `folder`; BackupError where it cannot be read."""
@@ -4190,7 +4684,7 @@ class LocalHost:
 
 
 ########################################################################################################
-# 19 RAW BACKUPS: raw:// and raw+ssh://: streams through filters into files, and back
+# 20 RAW BACKUPS: raw:// and raw+ssh://: streams through filters into files, and back
 #
 # The filters run here, the file is written where the folder is. A backup needs its whole chain, from the full
 # stream to its own: what a kept one needs is kept, and a chain is as long as --raw-full-every allows. Streams
@@ -4338,7 +4832,7 @@ class RawPlace:
 
 
 ########################################################################################################
-# 20 RELAY: one stream from a sender to its receivers
+# 21 RELAY: one stream from a sender to its receivers
 #
 # The relay moves what can be moved, then naps. Waking for every few KiB costs more than moving them, and
 # memory made anew for each read more than both, so a few buffers go round and it naps only while
@@ -4457,7 +4951,7 @@ class Relay:
 
 
 ########################################################################################################
-# 21 WIRE: calls, results and streams as frames on a channel
+# 22 WIRE: calls, results and streams as frames on a channel
 #
 # A frame is `kind (1 byte) | be32 length | payload`. Calls and results are JSON in which each value says
 # what it is, from a table: nothing is pickled or evaluated. A channel carries one call or one stream at a
@@ -4477,7 +4971,7 @@ GREETING_TIMEOUT = 120.0  # seconds; a password may have to be typed
 POLLRDHUP = 0x2000  # in select since Python 3.7
 WIRE_CLASSES: Dict[str, Any] = {c.__name__: c for c in (
     Subvolume, Listing, Place, Pin, LockChange, Capabilities, SendOptions, SendSize, ExpectedStream, RawBackup, RawFile,
-    RawFolder)}
+    RawFolder, SwapPlace, SwapOrder, SwapNotes)}
 
 
 class ConnectionLost(ReceiverFailed):
@@ -4988,7 +5482,7 @@ class StreamSink:
 
 
 ########################################################################################################
-# 22 AGENT: the program on another host, serving calls over a channel
+# 23 AGENT: the program on another host, serving calls over a channel
 #
 # What it may do is what CALLS names: calls of LocalHost, with arguments of the types that these declare.
 # Each channel has an agent of its own, which ends, and with it all that it has started, when its channel
@@ -5013,7 +5507,8 @@ CALLS = {  # each call of LocalHost, and the groups that it belongs to
     "release": ("send",), "expected_stream": ("send",), "measured": ("send",), "data_since": ("send",),
     "open_send": ("send",), "open_receive": ("receive",), "own_sizes": ("list",),
     "idle_partials": ("list",), "list_raw": ("list",), "delete_raw": ("delete", "receive"), "publish_raw": ("receive",),
-    "digest_raw": ("verify",), "open_raw_send": ("send",), "open_raw_receive": ("receive",)}
+    "digest_raw": ("verify",), "open_raw_send": ("send",), "open_raw_receive": ("receive",),
+    "find_base": (), "look_at_swap_place": (), "swap_in": (), "finish_swap": ()}  # for no key that is restricted
 SENDERS = frozenset(("open_send", "open_raw_send"))
 RECEIVERS = frozenset(("open_receive", "open_raw_receive"))
 CALL_FAILURES = (BackupError, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
@@ -5367,7 +5862,7 @@ def serve_agent(restriction: Optional[Restriction] = None) -> None:
 
 
 ########################################################################################################
-# 23 REMOTE: hosts over ssh; the hosts of a run
+# 24 REMOTE: hosts over ssh; the hosts of a run
 #
 # `ssh HOST python3 -c STAGE_1` reads one line, STAGE_2, which looks for this very source in the cache
 # folder of the user there, by SHA-256, or asks for it; then the agent serves. The user's ssh
@@ -6007,7 +6502,7 @@ class Hosts:
 
 
 ########################################################################################################
-# 24 TASK: observe, plan, show or execute
+# 25 TASK: observe, plan, show or execute
 #
 # The order: locks and pins are read, and where they cannot be the task stops; the snapshot is taken;
 # each destination is reached, listed and rid of what a failed transfer left; what is missing is sent,
@@ -6079,6 +6574,7 @@ class TaskRun:
         self.pins: Dict[str, Pin] = {}
         self.destinations: List[Destination] = []
         self.notes: List[str] = []
+        self.lock_place: Optional[Tuple[LocalHost, str]] = None  # where locks are kept; None: the snapshot folder
 
     # -- saying what happens
 
@@ -6137,6 +6633,7 @@ class TaskRun:
         self.pins = {key: entry[self.prefix] for key, entry in pins.items() if self.prefix in entry}
         forget = {destination_key(text) for text in self.task.forget}
         locked = {normal_destination(d) for entry in self.locks.values() for d in entry.get("locks", ())}
+        locked.discard(self.folder)  # by a restore into the snapshot folder
         unlock = set(forget)
         if self.task.remove_locks:
             unlock |= {destination_key(text) for text in self.task.destinations}
@@ -6166,7 +6663,8 @@ class TaskRun:
     def change_locks(self, add: Sequence[LockChange] = (), clear: Sequence[LockChange] = ()) -> None:
         """Changes our view of the locks, and in a real run first the file."""
         if not self.task.dry_run:
-            self.host.change_locks(self.folder, add, clear)
+            host, folder = self.lock_place or (self.host, self.folder)
+            host.change_locks(folder, add, clear)
         self.locks = clear_locks(add_locks(self.locks, add), clear)
 
     def find_destinations(self, locked: Sequence[str]) -> None:
@@ -6678,7 +7176,7 @@ def print_result(text: str) -> None:
 
 
 ########################################################################################################
-# 25 LIST: which snapshots are where
+# 26 LIST: which snapshots are where
 #
 # A location is the snapshot folder of a source, or a folder of backups; an entry one subvolume in it. What
 # belongs to what goes by identity, as in a transfer; a name alone only says where a stranger stands in the
@@ -7008,7 +7506,7 @@ def run_list(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 26 PRUNE: retention of a folder of backups by itself
+# 27 PRUNE: retention of a folder of backups by itself
 #
 # No source is looked at: what is kept is decided by names, and by what the folder itself tells of transfers
 # that are not complete. Each prefix is counted by itself. A folder is worked on under the same lock as a
@@ -7162,7 +7660,7 @@ def run_prune(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 27 CREW: the tasks of one command, each in a process of its own
+# 28 CREW: the tasks of one command, each in a process of its own
 #
 # Each task runs in a child of ours: down a pipe comes the leave to go on, up another come its events, a line
 # of JSON each. All take their snapshots first; then they go on, no more at once than allowed. Tasks on one
@@ -7587,7 +8085,319 @@ def run_crew(requests: Sequence[Request], events: Events, view: Union[LogLines, 
 
 
 ########################################################################################################
-# 28 HELP: help and man page, from the tables
+# 29 RESTORE: one backup back, beside a subvolume or in its place
+#
+# choose the backup -> look at the target -> choose the parent -> show, or transfer and swap. The transfer is
+# a task's own, from the folder of backups to the target, and its lock stands in the target's folder: of a
+# restore that was broken off the next one clears what the lock names. What is there already with the right
+# identity is not sent again. Never: anything written where the backup lies; anything overwritten.
+########################################################################################################
+
+
+def restorable(listing: Listing) -> List[Subvolume]:
+    """The subvolumes of a folder that can be restored: complete, and so read-only."""
+    return [s for s in listing.subvolumes if s.readonly and s.stream_id and partial_of(s.name) is None]
+
+
+def choose_named(listing: Listing, name: str, folder: str) -> Subvolume:
+    found = listing.named(name)
+    if found is None:
+        newest = sorted((s.name for s in restorable(listing) if prefix_of(s.name) is not None), reverse=True)[:3]
+        raise BackupError("no backup {} in {}".format(name, folder),
+                          "there are, among others, {}".format(", ".join(newest)) if newest else "")
+    if found not in restorable(listing):
+        raise BackupError("{} in {} is writable, so it is no complete backup".format(name, folder),
+                          "choose another, or copy from it")
+    return found
+
+
+def only_prefix(backups: Sequence[Subvolume], folder: str) -> str:
+    """The prefix that all backups in a folder share."""
+    prefixes = sorted({prefix for prefix in (prefix_of(b.name) for b in backups) if prefix is not None})
+    if len(prefixes) > 1:
+        raise BackupError("{} holds backups of several prefixes: {}".format(folder, ", ".join(
+            "'{}'".format(prefix) for prefix in prefixes)), "choose one with -p")
+    return prefixes[0] if prefixes else ""
+
+
+def choose_newest(listing: Listing, prefix: Optional[str], before: float, folder: str) -> Subvolume:
+    """The newest backup by its name's time, and that from before `before` (seconds since the epoch)."""
+    backups = restorable(listing)
+    chosen = only_prefix(backups, folder) if prefix is None else prefix
+    times = {b: snapshot_time(chosen, b.name) for b in backups}
+    fitting = [(moment, by_creation(b), b) for b, moment in times.items() if moment is not None and moment < before]
+    if not fitting:
+        known = sorted(b.name for b, moment in times.items() if moment is not None)
+        raise BackupError("no backup in {} is from before that time".format(folder) if known else
+                          "no backups {}in {}".format("of prefix '{}' ".format(chosen) if chosen else "", folder),
+                          "the oldest is {}".format(known[0]) if known else "look there with ls")
+    return max(fitting)[2]
+
+
+def parents_in_order(backup: Subvolume, listing: Listing) -> List[Subvolume]:
+    """The other backups that a restore could build on, the best first: nearest older ones, then newer ones."""
+    prefix = prefix_of(backup.name)
+    others = [b for b in restorable(listing) if b.stream_id != backup.stream_id and prefix_of(b.name) == prefix]
+    ambiguous = ambiguous_ids(others)
+
+    def moment(one: Subvolume) -> Tuple[float, Tuple[int, int, str]]:
+        return snapshot_time(prefix or "", one.name) or 0.0, by_creation(one)
+
+    ordered = sorted((b for b in others if b.stream_id not in ambiguous), key=moment)
+    older = [b for b in ordered if moment(b) < moment(backup)]
+    return older[::-1] + [b for b in ordered if moment(b) > moment(backup)]
+
+
+class RestoreRun:
+    """One restore, from the choice of the backup to the last rename."""
+
+    def __init__(self, task: Task, events: Events, clock: Callable[[], float] = time.time) -> None:
+        self.task, self.events, self.clock = task, events, clock
+        self.sending = TaskRun(task, events, clock)  # does the transfer, from the folder of backups
+        self.parent: Optional[Subvolume] = None
+        self.swap_place: Optional[SwapPlace] = None
+
+    # -- what is restored
+
+    def find_backup(self) -> None:
+        """Finds the backup that is meant, and the folder it lies in."""
+        text, endpoint, name = self.task.source, parse_endpoint(self.task.source), self.task.backup_name
+        is_folder = self.task.latest or self.task.before is not None or name is not None
+        path = endpoint.path
+        if not is_folder and prefix_of(os.path.basename(path.rstrip("/"))) is not None:
+            path, name = os.path.split(path.rstrip("/"))  # a restricted key may look at the folder alone
+        host = self.sending.hosts.of(endpoint)
+        place = host.look(path or ".")
+        if place.kind != "folder":
+            raise BackupError("no such backup: {}".format(text), "is its filesystem mounted?")
+        folder = place.path
+        if not is_folder and name is None:
+            if not place.is_top or place.inside is None or folder == "/":
+                raise BackupError("{} is a folder, not a backup".format(text),
+                                  "choose one in it with --latest, --before TIME or --name NAME")
+            folder, name = os.path.split(folder)
+        listing = host.list(folder)
+        if name is not None:
+            self.backup = choose_named(listing, name, folder)
+        else:
+            limit = min(self.clock() + 1, float("inf") if self.task.before is None else self.task.before)
+            self.backup = choose_newest(listing, self.task.prefix, limit, text)
+        self.listing, self.filesystem = listing, place.filesystem
+        self.key = ("ssh://" + endpoint.machine if endpoint.login else "") + normal_destination(folder)
+        self.sending.host, self.sending.folder = host, folder
+        self.sending.snapshots = [self.backup]
+
+    # -- where to
+
+    def find_target(self) -> None:
+        """The folder to restore to, as it is now; in place without a folder one of its own beside the place."""
+        text = (self.task.destinations + (self.task.in_place or "",))[0]
+        target = Destination(text)
+        host = target.host = self.sending.hosts.of(target.endpoint)
+        if self.task.in_place is not None:
+            self.swap_place = host.look_at_swap_place(parse_endpoint(self.task.in_place).path)
+            if not self.task.destinations:
+                target.path = beside(self.swap_place.path, "restored")
+        place = host.look(target.path)
+        self.check_target(target, place)
+        target.path, target.key = place.path, place.path  # the key names it in locks in its own folder
+        target.is_new, target.filesystem = place.kind == "missing", place.filesystem
+        self.target, self.sending.lock_place = target, (host, target.path)
+        self.sending.destinations = [target]
+
+    def check_target(self, target: Destination, place: Place) -> None:
+        text = target.text
+        if place.kind == "other":
+            raise BackupError("{} is not a folder".format(text), "name a folder on btrfs")
+        if place.unmounted:
+            raise BackupError("nothing is mounted at {}".format(place.unmounted), "mount it and run again")
+        if place.kind == "missing" and target.host.look(os.path.dirname(place.path)).kind != "folder":
+            raise BackupError("no such folder: {}".format(os.path.dirname(place.path)), "is its filesystem mounted?")
+        if place.filesystem is None:
+            raise BackupError("{} is not on btrfs".format(text), "a backup can only be restored to btrfs")
+        if place.readonly or (place.inside is not None and place.inside.readonly):
+            raise BackupError("{} is read-only".format(text), "name a folder that can be written")
+        if self.swap_place is not None:
+            around = target.host.look(os.path.dirname(self.swap_place.path))
+            if around.filesystem != place.filesystem:
+                raise BackupError("{} is not on the filesystem of {}".format(text, self.task.in_place),
+                                  "leave FOLDER out")
+
+    def observe_target(self) -> None:
+        """Reads what the target holds and what its locks tell, and plans what is left to do."""
+        target, sending = self.target, self.sending
+        target.listing = Listing() if target.is_new else target.host.list(target.path)
+        locks = {} if target.is_new else target.host.read_locks(target.path)
+        sending.locks = {name: entry for name, entry in locks.items() if name in locked_names(locks, target.key)}
+        recoveries = tuple(plan_recoveries(sending.locks, target.key, [self.backup], target.listing))
+        transfers: Tuple[Transfer, ...] = ()
+        if not self.is_there():
+            problem = name_problem(self.backup, target.listing, {s.name for r in recoveries for s in r.delete})
+            if problem is not None:
+                raise BackupError("{}: {}".format(target.text, problem.text), problem.hint)
+            self.choose_parent()
+            transfers = (Transfer(self.backup, self.parent),)
+        target.plan = DestinationPlan(recoveries, transfers)
+
+    def is_there(self) -> bool:
+        """Whether the target holds the backup already, under its name."""
+        there = self.target.listing.named(self.backup.name) if self.target.listing is not None else None
+        return there is not None and corresponds(self.backup, there)
+
+    def choose_parent(self) -> None:
+        candidates = parents_in_order(self.backup, self.listing)
+        if self.task.no_incremental or not candidates:
+            return
+        around = os.path.dirname(self.target.path) if self.target.is_new else self.target.path
+        found = self.target.host.find_base(around, [b.stream_id or "" for b in candidates])
+        if found is not None and self.target.listing is not None:
+            self.parent = next(b for b in candidates if b.stream_id == found[0])
+            # the transfer takes its base from there, and of several with this id the last
+            self.target.listing = self.target.listing._replace(
+                subvolumes=self.target.listing.subvolumes + (found[1],))
+
+    # -- doing it
+
+    def execute(self) -> None:
+        self.find_backup()
+        self.find_target()
+        if self.finish_broken_swap():
+            return
+        target, prefix = self.target, prefix_of(self.backup.name)
+        self.observe_target()  # what is refused is refused before anything is written
+        if target.is_new:
+            target.host.make_folder(target.path)
+            target.is_new = False
+        with contextlib.ExitStack() as stack:
+            lock_name = self.backup.name if prefix is None else prefix
+            stack.enter_context(target.host.hold(target.path, lock_name, self.task.wait))
+            self.observe_target()
+            self.transfer()
+            if self.swap_place is not None:
+                self.hold_replaced(stack, lock_name)
+                self.swap(self.swap_place)
+
+    def transfer(self) -> None:
+        target = self.target
+        self.sending.recover(target)
+        if self.is_there():
+            self.events.info("present", "{} is already in {}".format(self.backup.name, target.path))
+            return
+        for transfer in target.plan.transfers if not target.failed else ():
+            self.sending.transfer(transfer, [target])
+        if target.failed:
+            raise BackupError("{} was not restored".format(self.backup.name), "run again when that is mended")
+        self.events.info("restored", "restored {} to {}".format(self.backup.name, target.path),
+                         snapshot=self.backup.name, folder=target.path)
+
+    def hold_replaced(self, stack: contextlib.ExitStack, lock_name: str) -> None:
+        """Keeps backups of the subvolume that is replaced from running meanwhile."""
+        if self.swap_place is None or self.swap_place.old is None:
+            return
+        folder = self.target.host.look(os.path.join(self.swap_place.path, self.task.snapshot_folder))
+        if folder.kind == "folder" and folder.path != self.target.path:
+            stack.enter_context(self.target.host.hold(folder.path, lock_name, self.task.wait))
+
+    def finish_broken_swap(self) -> bool:
+        """Brings a swap that was broken off to its end; whether it was the one that is asked for now."""
+        if self.swap_place is None or not self.swap_place.is_broken:
+            return False
+        path = self.swap_place.path
+        notes = self.target.host.finish_swap(path)
+        if notes is None:
+            self.events.info("undone", "cleared what a broken restore left beside {}".format(path))
+        else:
+            self.say_swapped(path, notes)
+        self.find_target()
+        return notes is not None and notes.stream_id == self.backup.stream_id
+
+    def swap(self, place: SwapPlace) -> None:
+        host, created = self.target.host, time.gmtime(self.backup.otime / 1e9)
+        self.warn_of_swap(place)
+        pin = Pin(self.backup.name, self.backup.stream_id or "", time.strftime("%Y-%m-%dT%H:%M:%S", created) + "Z",
+                  self.filesystem)
+        stamp = time.strftime(TIME_FORMATS[0], time.localtime(self.clock()))
+        notes = host.swap_in(SwapOrder(
+            place.path, os.path.join(self.target.path, self.backup.name), self.backup.name, self.task.snapshot_folder,
+            not self.task.destinations, "{}.old-{}".format(os.path.basename(place.path), stamp), self.key, pin))
+        self.say_swapped(place.path, notes)
+        for point in place.mounts:
+            self.events.warning("mounted", "the old subvolume is still mounted at {}: unmount it there and mount it "
+                                "again".format(printable(point)), point=point)
+
+    def warn_of_swap(self, place: SwapPlace) -> None:
+        if prefix_of(self.backup.name) is None:
+            self.events.warning("name", "{} ends in no time, so backups will not go on from it".format(
+                self.backup.name))
+        if place.old is None:
+            return
+        snapshots = os.path.join(place.path, self.task.snapshot_folder)
+        try:
+            nested = self.target.host.nested_subvolumes(place.path, snapshots)
+        except BackupError as error:
+            self.events.warning("nested", "nested subvolumes were not looked for: {}".format(error.message))
+            return
+        if nested:
+            self.events.warning("nested", "subvolumes nested in {} stay in the old one: {}".format(
+                place.path, ", ".join(printable(path) for path in sorted(nested))), paths=nested)
+
+    def say_swapped(self, path: str, notes: SwapNotes) -> None:
+        kept = "; the old one is {}".format(os.path.join(os.path.dirname(path), notes.old_name))
+        self.events.info("swapped", "{} is now as in {}{}".format(path, notes.name, kept if notes.old_uuid else ""),
+                         path=path, snapshot=notes.name, old=notes.old_name if notes.old_uuid else None)
+
+    # -- dry run
+
+    def show(self) -> List[str]:
+        """What would be done, in lines."""
+        self.find_backup()
+        self.find_target()
+        self.observe_target()
+        target, name = self.target, self.backup.name
+        lines = ["restore {} from {}".format(name, self.sending.folder)]
+        if self.swap_place is not None and self.swap_place.is_broken:
+            lines.append("  complete or undo the restore that was broken off at {}".format(self.swap_place.path))
+        lines += ["  make the folder {}".format(target.path)] if target.is_new else []
+        lines += ["  delete {}: its transfer was broken off".format(s.name)
+                  for recovery in target.plan.recoveries for s in recovery.delete]
+        for transfer in target.plan.transfers:
+            lines.append("  {} to {}, {}".format(describe_transfer(transfer), target.path, self.size_of(transfer)))
+        if not target.plan.transfers:
+            lines.append("  nothing to send: {} is already in {}".format(name, target.path))
+        return lines + self.describe_swap()
+
+    def size_of(self, transfer: Transfer) -> str:
+        measuring = self.sending.host.measure_send(self.sending.folder, transfer.snapshot.name,
+                                                   transfer.parent.name if transfer.parent else None)
+        try:
+            return "at most {}".format(format_size(measuring.wait().stream_size))
+        finally:
+            measuring.end()
+
+    def describe_swap(self) -> List[str]:
+        if self.swap_place is None:
+            return []
+        path, old = self.swap_place.path, self.swap_place.old
+        kept = ", keep the old one as {}.old-DATE".format(path) if old is not None else ""
+        lines = ["  put a writable snapshot of it at {}{}".format(path, kept)]
+        return lines + ["  delete {} again".format(self.target.path)] * (not self.task.destinations)
+
+
+def run_restore(task: Task, events: Events) -> int:
+    """Does one restore; the exit status."""
+    run = RestoreRun(task, events)
+    try:
+        if task.dry_run:
+            print_result("\n".join(run.show()))
+        else:
+            run.execute()
+    finally:
+        run.sending.hosts.end()
+    return 0
+
+
+########################################################################################################
+# 30 HELP: help and man page, from the tables
 #
 # What there is to say about options stands in the tables of OPTIONS, once; here it is only laid out, so
 # that help, manual and completions cannot drift from what is parsed. Texts are paragraphs apart by empty
@@ -7744,7 +8554,7 @@ def format_man() -> str:
 
 
 ########################################################################################################
-# 29 COMPLETION: what the Tab key offers in bash, zsh and fish
+# 31 COMPLETION: what the Tab key offers in bash, zsh and fish
 #
 # Scripts for the shells, from the tables of options. They know the verbs, each verb's options, the words
 # that an option takes, and where a file or a folder is wanted; they never run the program. A value that
@@ -7940,7 +8750,7 @@ def fish_completion() -> str:
 
 
 ########################################################################################################
-# 30 UNITS: a systemd service and its timer
+# 32 UNITS: a systemd service and its timer
 #
 # The service may do what a backup needs and little else: see HARDENING for what is asked and what must
 # not be. It is written as a shell script, to be read before it is given to sh. The arguments are parsed
@@ -8067,7 +8877,7 @@ def format_units(task: Task, requests: Sequence[Request], arguments: Sequence[st
 
 
 ########################################################################################################
-# 31 COMMAND LINE: help, version, sudo, signals, main
+# 33 COMMAND LINE: help, version, sudo, signals, main
 #
 # The thin shell around a task: everything that touches the process as a whole (its arguments, user,
 # signals, exit status) is here and nowhere else.
@@ -8168,6 +8978,7 @@ RUNS: Dict[str, Tuple[Callable[[Task], None], Callable[[Task, Events], int]]] = 
     "agent": (lambda task: None, run_agent),
     "list": (check_list, run_list),
     "prune": (check_prune, run_prune),
+    "restore": (check_restore, run_restore),
     "print": (check_print, run_print),
 }
 

@@ -44,6 +44,8 @@ SAMPLES = {
     "WHEN": "daily",
     "NAME": "name",
     "METHOD": "gpg:KEY",
+    "TIME": "2026-01-31 09:30",
+    "SUBVOLUME": "/s",
 }
 
 
