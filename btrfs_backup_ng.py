@@ -1507,7 +1507,7 @@ def keep_chains(verdicts: Sequence[Verdict], listing: Listing) -> List[Verdict]:
     """The verdicts, where what a kept backup needs to be restored is kept as well."""
     if not listing.chained:
         return list(verdicts)
-    by_id = {s.stream_id: s for s in listing.subvolumes if s.stream_id}
+    by_id: Dict[Optional[str], Subvolume] = {s.stream_id: s for s in listing.subvolumes if s.stream_id}
     by_name = {s.name: s for s in by_id.values()}
     judged = {v.name: v for v in verdicts}
     needed_by: Dict[str, str] = {}
@@ -4110,7 +4110,7 @@ def delete_stream_files(folder: str, doomed: Sequence[Subvolume]) -> List[Backup
 
     With backups, sidecars go as well that a crash has left without their file, where no other backup needs that.
     """
-    errors = []
+    errors: List[BackupError] = []
     held = read_raw_folder(folder)
     by_name = {b.name: b for b in held.backups}
     for subvolume in sorted(doomed, key=lambda s: -chain_length(s.name, by_name)):

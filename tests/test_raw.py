@@ -12,6 +12,7 @@ import tempfile
 import time
 import unittest
 
+import remote
 import support
 from support import command, names, read_locks
 
@@ -617,6 +618,85 @@ class Killed(RawTestCase):
     def read(self, name):
         with open(os.path.join(self.folder, name), "rb") as file:
             return file.read()
+
+
+class OverSsh(remote.RemoteTestCase, RawTestCase):
+    """raw+ssh://: filters here, files there."""
+
+    @property
+    def raw(self):
+        return self.server.endpoint(self.target_there + "/raw").replace("ssh://", "raw+ssh://")
+
+    def send(self, *options, **more):
+        return super().send(*self.program_options() + list(options), **more)
+
+    def test_each_compressor_and_encryptor(self):
+        support.bulk(os.path.join(self.source, "large"), 2)
+        taken = []
+        for day, compressor in enumerate([None] + sorted(COMPRESSORS), 1):
+            taken += self.take(day)
+            encryption = [None, "gpg", "age"][day % 3]
+            options = ["--raw-compress", compressor] if compressor else []
+            if encryption:
+                options += ["--raw-encrypt", "{}:{}".format(encryption, getattr(self.keys, encryption))]
+            self.send(*options)
+        self.assertSound(taken)
+        self.assertEqual([1, 2, 3, 4, 5], self.lengths())
+        self.assertEqual({}, read_locks(self.snapshots))
+        self.assertRestorable(*taken)
+        self.assertNothingLeft(self.server)
+
+    def test_plain_with_compression_on_the_way(self):
+        taken = self.take(1, 2)
+        self.send("--compress", "gzip")
+        self.assertSound(taken)
+        self.assertRestorable(*taken)
+
+    def test_retention_there(self):
+        taken = self.take(*range(1, 8))
+        self.send("--raw-full-every", "3")
+        self.send("--raw-full-every", "3", "-n", "2")
+        self.assertSound(taken[3:])
+
+    def test_it_is_made_there(self):
+        os.rmdir(self.folder)
+        taken = self.take(1)
+        self.send()
+        self.assertSound(taken)
+
+    def test_a_full_disk_there(self):
+        support.bulk(os.path.join(self.source, "large"), 64)
+        command("fallocate", "-l", "400M", os.path.join(self.target_disk.path, "ballast"))
+        self.take(1)
+        self.assertErrorSays(self.send(status=1), "no space left")
+        self.assertEqual([], self.files())
+        os.unlink(os.path.join(self.target_disk.path, "ballast"))
+        self.send()
+        self.assertSound([self.name(1)])
+        self.assertNothingLeft(self.server)
+
+    def test_killed_here_nothing_half_is_there(self):
+        support.bulk(os.path.join(self.source, "large"), 24)
+        taken = self.take(1, 2)
+        for delay in (0.5, 0.7, 0.9, 1.1):
+            run = self.start("-S", "-p", "home", *self.program_options() + [self.source, self.raw])
+            time.sleep(delay)
+            run.kill()
+            for file in self.streams():
+                if not file.startswith("."):
+                    with open(os.path.join(self.folder, file + ".json")) as sidecar:
+                        self.assertFileIs(json.load(sidecar))
+        self.send()
+        self.assertSound(taken)
+        self.assertEqual({}, read_locks(self.snapshots))
+        self.assertNothingLeft(self.server)
+
+    def test_pulled_from_there_into_files_here(self):
+        taken = self.take(1, 2)
+        self.pull("-S", to=["raw://" + self.folder])
+        self.assertSound(taken)
+        self.assertEqual(self.remote_source, self.sidecars()[taken[0]]["source"])
+        self.assertRestorable(taken[1])
 
 
 class Pure(unittest.TestCase):
