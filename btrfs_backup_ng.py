@@ -5381,6 +5381,7 @@ class StreamSource:
     def end(self) -> None:
         if self.unpacked is not None:
             self.unpacked.end()
+            self.unpacked = None
 
 
 class StreamSink:
