@@ -1,6 +1,10 @@
 """Remote hosts, over a real sshd: push, pull, relay, what the remote looks like, what goes wrong."""
 
+import contextlib
 import os
+import pty
+import select
+import shutil
 import signal
 import subprocess
 import time
@@ -219,6 +223,241 @@ class SeveralMachines(TransferTestCase):
         result = self.pull(to=[self.local_target, self.remote_other_target], status=1)
         self.assertErrorSays(result, "127.0.0.1:%d" % self.server.port, "refused")
         self.assertEqual([], names(self.local_target))
+
+
+class OnTheWire(TransferTestCase):
+    """What passes between the machines."""
+
+    def setUp(self):
+        super().setUp()
+        self.between = self.proxy(self.server.port)
+        self.set_endpoints(port=self.between.port)
+        with open(os.path.join(self.source, "lines"), "w") as file:
+            file.writelines("%d is a number, and %d is the next\n" % (n, n + 1) for n in range(150000))
+
+    def check(self, run, *options):
+        """Full and incremental with these options; the bytes of the full transfer."""
+        self.check_full_and_incremental(lambda *more: run(*list(options) + list(more)))
+        return self.between.up + self.between.down
+
+    def test_compressed_by_each_program(self):
+        for program in ("zstd", "lz4", "gzip"):
+            if not remote.find_program(program):
+                remote.require("needs the program " + program)
+        for number, option in enumerate(("no", "auto", "zstd", "lz4", "gzip")):
+            with self.subTest(compress=option):
+                self.compare(number, option)
+
+    def compare(self, number, option):
+        size = {}
+        for run, source, target in ((self.push, self.source, self.target), (self.pull, self.source, self.target)):
+            for name in names(self.snapshots):
+                support.delete(self.snapshot_path(name))
+            for name in names(target):
+                support.delete(self.backup_path(name))
+            before = self.between.up + self.between.down
+            self.take_churned(1)
+            run("-S", "--compress", option)
+            size[run.__name__] = self.between.up + self.between.down - before
+            self.assertBackedUp([self.name(1)])
+            self.take_churned(2)
+            run("-S", "--compress", option)
+            self.assertBackedUp([self.name(1), self.name(2)])
+        least = os.path.getsize(os.path.join(self.source, "lines"))
+        for name, passed in size.items():
+            if option == "no":
+                self.assertGreater(passed, least, name)
+            else:
+                self.assertLess(passed, least, name)
+        self.assertNothingLeft(self.server)
+
+    def test_a_program_that_is_missing_there(self):
+        bare = self.sshd(self.server.mounts, hide=("zstd", "lz4"))
+        self.set_endpoints(port=bare.port)
+        self.take_churned(1)
+        result = self.push("-S", "--compress", "zstd", status=1)
+        self.assertErrorSays(result, "zstd", "127.0.0.1:%d" % bare.port)
+        self.assertEqual([], names(self.target))
+        self.push("-S", "--compress", "auto")
+        self.assertBackedUp([self.name(1)])
+
+    def test_limit(self):
+        support.bulk(os.path.join(self.source, "bulk"), 8)
+        self.take(1)
+        started = time.monotonic()
+        self.push("-S", "--limit", "4M")
+        self.assertGreater(time.monotonic() - started, 2)
+        self.assertBackedUp([self.name(1)])
+        self.assertLess(time.monotonic() - started, 12)
+
+    def test_little_for_one_that_has_all(self):
+        """A run that finds nothing to do costs some kilobytes, once the program is there."""
+        self.take_churned(1)
+        self.push("-S")
+        before = self.between.up + self.between.down
+        self.push("-S")
+        self.assertLess(self.between.up + self.between.down - before, 30000)
+
+
+class OneAtATime(TransferTestCase):
+    """The lock of a run on a source there is held there."""
+
+    def setUp(self):
+        super().setUp()
+        support.bulk(os.path.join(self.source, "bulk"), 64)
+        self.take_churned(1)
+
+    def start_pull(self, *options):
+        return self.start(*self.program_options() + list(options) + [
+            "-S", "-p", "home", self.remote_source, self.target])
+
+    def held_pull(self):
+        running = self.start_pull()
+        self.receive = running.hold("receive")
+        return running
+
+    def test_a_second_run_from_here_and_one_on_that_machine(self):
+        running = self.held_pull()
+        result = self.pull("-S", status=75)
+        self.assertErrorSays(result, "another run", "127.0.0.1:%d" % self.server.port)
+        self.run_program("-S", "-p", "home", self.source, status=75)
+        os.kill(self.receive, signal.SIGCONT)
+        self.assertEqual(0, running.finish().status)
+        self.pull("-S")
+        self.assertBackedUp([self.name(1)])
+
+    def test_it_waits(self):
+        running = self.held_pull()
+        waiting = self.start_pull("--wait", "60")
+        self.assertTrue(wait_until(lambda: "wait" in waiting.result().stderr))
+        os.kill(self.receive, signal.SIGCONT)
+        self.assertEqual([0, 0], [run.finish().status for run in (running, waiting)])
+        self.assertBackedUp([self.name(1)])
+        self.assertNothingLeft(self.server)
+
+    def test_it_waits_no_longer_than_told(self):
+        self.held_pull()
+        started = time.monotonic()
+        self.pull("-S", "--wait", "1", status=75)
+        self.assertLess(time.monotonic() - started, 10)
+
+    def test_free_again_once_the_holder_is_killed(self):
+        running = self.held_pull()
+        running.kill()
+        self.assertNothingLeft(self.server)
+        self.pull("-S")
+        self.assertBackedUp([self.name(1)])
+
+
+class TheUsersOwnWay(TransferTestCase):
+    """What the user has told ssh wins."""
+
+    def test_a_shared_connection_of_the_users_own(self):
+        """Which stays when we are done: its process must not keep the run from ending."""
+        socket = os.path.join(self.server.folder, "socket")
+        own = ["ControlMaster=auto", "ControlPath=" + socket, "ControlPersist=60"]
+        self.take_churned(1)
+        started = time.monotonic()
+        try:
+            self.push("-S", options=ssh_options() + own)
+            self.assertLess(time.monotonic() - started, 20)
+            self.assertTrue(os.path.exists(socket))
+            self.take_churned(2)
+            self.push("-S", options=ssh_options() + own)
+            self.assertEqual(1, self.server.accepted())
+            self.assertBackedUp([self.name(1), self.name(2)])
+        finally:
+            subprocess.call(["ssh", "-F", "none", "-S", socket, "-O", "exit", "root@127.0.0.1"],
+                            stderr=subprocess.DEVNULL)
+
+    def test_no_shared_connection(self):
+        self.take_churned(1, 2)
+        self.push("-S", options=ssh_options() + ["ControlPath=none", "ControlMaster=no"])
+        self.assertBackedUp([self.name(1), self.name(2)])
+
+    def test_a_proxy_command_and_an_alias(self):
+        """The host is one that only ssh's options know."""
+        self.take_churned(1)
+        own = ["HostName=127.0.0.1", "Port=%d" % self.server.port, "User=root", "RequestTTY=force",
+               "LocalForward=%d 127.0.0.1:1" % remote.free_port(), "RemoteCommand=none", "Compression=yes"]
+        endpoint = "a-name-of-the-users-own:%s/backups" % self.target_there
+        self.push("-S", options=ssh_options() + own, to=[endpoint])
+        self.assertBackedUp([self.name(1)])
+
+    def test_nothing_of_ours_stays_in_tmp(self):
+        folder = os.path.join(self.server.folder, "t")
+        os.mkdir(folder)
+        self.take_churned(1)
+        self.push("-S", env={"TMPDIR": folder})
+        self.assertEqual([], os.listdir(folder))
+
+    def test_a_long_name_for_temporary_files(self):
+        folder = os.path.join(self.server.folder, "t" * 100)
+        os.mkdir(folder)
+        self.take_churned(1)
+        self.push("-S", env={"TMPDIR": folder})
+        self.assertEqual(1, self.server.accepted())
+
+    def test_no_place_for_temporary_files(self):
+        self.take_churned(1)
+        self.push("-S", env={"TMPDIR": "/proc/nowhere"})
+        self.assertBackedUp([self.name(1)])
+
+
+class OnATerminal(TransferTestCase):
+    """With a person at hand ssh may ask."""
+
+    def run_on_terminal(self, *arguments, answers=()):
+        """The program's status and all that the terminal has shown; answers: {what is asked for: what to type}."""
+        argv = [support.PYTHON, "-E", "-s", support.PROGRAM] + list(arguments)
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.execv(argv[0], [os.fsencode(word) for word in argv])
+        shown, left, deadline = "", list(answers), time.monotonic() + 60
+        try:
+            while time.monotonic() < deadline:
+                if not select.select([terminal], [], [], 0.2)[0]:
+                    continue
+                try:
+                    more = os.read(terminal, 65536)
+                except OSError:
+                    break
+                if not more:
+                    break
+                shown += os.fsdecode(more)
+                if left and left[0][0] in shown:
+                    os.write(terminal, left.pop(0)[1].encode() + b"\n")
+        finally:
+            os.close(terminal)
+            with contextlib.suppress(ProcessLookupError):
+                if time.monotonic() > deadline:
+                    os.kill(pid, signal.SIGKILL)
+            status = os.waitpid(pid, 0)[1]
+        return (os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)), shown
+
+    def test_an_unknown_host_key_is_asked_about(self):
+        self.take_churned(1)
+        hosts = os.path.join(self.server.folder, "hosts")
+        options = self.program_options(ssh_options(hosts=hosts))
+        arguments = options + ["-S", "-p", "home", self.source, self.remote_target]
+        status, shown = self.run_on_terminal(*arguments, answers=[("continue connecting", "yes")])
+        self.assertEqual(0, status, shown)
+        self.assertBackedUp([self.name(1)])
+        self.assertEqual(1, self.server.accepted())
+        self.assertTrue(os.path.exists(hosts))
+
+    def test_a_passphrase_is_asked_for_once(self):
+        self.take_churned(1)
+        locked = os.path.join(self.server.folder, "locked")
+        shutil.copy(remote.key("client"), locked)
+        support.command("ssh-keygen", "-q", "-p", "-N", "a secret", "-f", locked)
+        options = ["IdentityFile=" + locked] + ssh_options()[1:]
+        arguments = self.program_options(options) + ["-S", "-p", "home", self.source, self.remote_target]
+        status, shown = self.run_on_terminal(*arguments, answers=[("passphrase", "a secret")])
+        self.assertEqual(0, status, shown)
+        self.assertEqual(1, shown.count("passphrase"))
+        self.assertBackedUp([self.name(1)])
+        self.assertNothingLeft(self.server)
 
 
 class OneAuthentication(remote.RemoteTestCase):
