@@ -5388,7 +5388,7 @@ class StreamSink:
     """A stream that leaves over a channel; fed like `btrfs receive`."""
 
     def __init__(self, channel: Channel, compression: str) -> None:
-        self.channel = channel
+        self.channel, self.program = channel, channel.peer
         self.packed = Filter(COMPRESSIONS[compression]) if compression else None
         self.marks: "collections.deque[int]" = collections.deque()  # where each offered chunk ends in what was queued
         self.finished = False  # the last frame was queued
