@@ -45,10 +45,11 @@ Contents; a section uses only what stands above it:
     27 PRUNE             retention of a folder of backups by itself
     28 CREW              the tasks of one command, each in a process of its own
     29 RESTORE           one backup back, beside a subvolume or in its place
-    30 HELP              help and man page, from the tables
-    31 COMPLETION        what the Tab key offers in bash, zsh and fish
-    32 UNITS             a systemd service and its timer
-    33 COMMAND LINE      help, version, sudo, signals, main
+    30 DOCTOR            what is wrong, and what to do about it
+    31 HELP              help and man page, from the tables
+    32 COMPLETION        what the Tab key offers in bash, zsh and fish
+    33 UNITS             a systemd service and its timer
+    34 COMMAND LINE      help, version, sudo, signals, main
 
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
@@ -695,6 +696,34 @@ file, relative to the one it stands in.""",
 Answers the calls of another instance of this program, which it gets on stdin, on stdout. Nobody types
 this: it is what runs on a remote host while that is a source or a destination.""",
         needs_root=False),
+    "doctor": Verb(
+        "[options] [SOURCE [DESTINATION ...] | FOLDER]", "check that backups can work and do, say what to do", (
+            Group("What to check", rows("-p", "-f") + (
+                Option(("--max-age",), "max_age", "AGE", parse_age,
+                       "a newest complete backup older than this is a problem: 90min, 26h, 3d, 2w; the first line is "
+                       "then one for monitoring"),
+                Option(("--json",), "json", "", None, "the same as JSON, for programs"))),
+            Group("Display", rows("-h", "-v", "-q", "--log-json")),
+            Group("Hosts", rows("--ssh-opt", "--ssh-sudo", "--no-elevate")),
+        ),
+        about="""\
+Checks this machine (programs, kernel, privileges, clock), the source (is it a subvolume, identity of its
+snapshots, locks, notes, space, quotas, errors of its devices) and each destination (connection, folder,
+backups, what the next transfer builds on, partials, space, quotas, devices). A FOLDER is one of backups
+alone. Nothing is changed.
+
+Each check says ok, problem or "not checked", and in case of a problem what to type.
+
+Exit status: 0 no problem was found, 1 there is one, 2 the command line is wrong. With --max-age the first
+line says all in short, `BTRFS-BACKUP OK - ...` or `BTRFS-BACKUP PROBLEM - ...`, and only problems follow, as
+monitors of the Nagios kind and mails of a timer want it. They show status 1 as a warning. With --max-age
+and a source alone, the ages are those of the destinations that the source remembers, which may be away.""",
+        examples=(
+            ("doctor", "can this machine do it at all?"),
+            ("doctor /home ssh://nas/backups/home", "everything about these"),
+            ("doctor --max-age 26h /home /mnt/backup/home", "for monitoring"),
+            ("doctor --max-age 26h /srv/backups/laptop", "the same on a server, for each prefix"),
+        )),
     "list": Verb(
         "[options] {SOURCE [DESTINATION ...] | FOLDER ...}", "show which snapshots are where", (
             Group("What to show", rows("-p", "-f") + (
@@ -859,6 +888,7 @@ class Task(NamedTuple):
     no_elevate: bool = False
     json: bool = False
     partials_older_than: Optional[float] = None
+    max_age: Optional[float] = None
     on_calendar: str = "*-*-* 02:00"
     unit: str = ""
     user: bool = False
@@ -2788,6 +2818,65 @@ def sync_filesystem(folder: str) -> None:
     check(["btrfs", "filesystem", "sync", folder], "cannot sync {}".format(folder))
 
 
+class HostFacts(NamedTuple):
+    """What a machine is, as far as backups need to know."""
+
+    user: int
+    kernel: str
+    python: str
+    progs: str  # what `btrfs --version` prints first, '' where it is not installed
+    has_btrfs: bool  # the kernel knows it
+    programs: Tuple[str, ...]  # of those that are useful beside
+    clock: float  # seconds since the epoch
+
+
+def read_facts() -> HostFacts:
+    import shutil
+    path = child_environment()["PATH"]
+    progs = ""
+    if shutil.which("btrfs", path=path):
+        progs = (run(["btrfs", "--version"]).out.splitlines() or [""])[0]
+    try:
+        with open("/proc/filesystems", encoding="ascii") as filesystems:
+            has_btrfs = "\tbtrfs\n" in filesystems.read()
+    except OSError:
+        has_btrfs = False
+    programs = tuple(name for name in ("ssh", "zstd", "lz4", "gzip") if shutil.which(name, path=path))
+    return HostFacts(os.geteuid(), os.uname().release, sys.version.split()[0], progs, has_btrfs, programs, time.time())
+
+
+class Health(NamedTuple):
+    """How a filesystem is. Sizes in bytes. None: it could not be asked."""
+
+    size: int
+    free: int
+    quotas: Optional[bool]  # enabled
+    limits: Tuple[Tuple[str, int, int], ...]  # of qgroups that have one: id, used, limit
+    errors: Optional[Tuple[str, ...]]  # counters of its devices that are not 0, as text
+
+
+def parse_limits(text: str) -> Tuple[Tuple[str, int, int], ...]:
+    """(id, used, limit) for each limit in the output of `btrfs qgroup show --raw -re`."""
+    rows = re.findall(r"^([0-9]+/[0-9]+)\s+([0-9]+)\s+([0-9]+)\s+([0-9]+|none)\s+([0-9]+|none)", text, re.MULTILINE)
+    return tuple((qgroup, int(used), int(limit)) for qgroup, referenced, exclusive, most, most_exclusive in rows
+                 for used, limit in ((referenced, most), (exclusive, most_exclusive)) if limit != "none")
+
+
+def parse_device_stats(text: str) -> Tuple[str, ...]:
+    """`/dev/sda1 corruption_errs 3` for each counter of `btrfs device stats` that is not 0."""
+    rows = re.findall(r"^\[(.*)\]\.(\S+)\s+([1-9][0-9]*)$", text, re.MULTILINE)
+    return tuple("{} {} {}".format(*row) for row in rows)
+
+
+def read_health(folder: str) -> Health:
+    space = os.statvfs(folder)
+    groups, devices = (run(["btrfs"] + words + [folder]) for words in (
+        ["qgroup", "show", "--raw", "-re"], ["device", "stats"]))
+    enabled = True if groups.status == 0 else False if re.search(r"not enabled|No such file", groups.error) else None
+    return Health(space.f_blocks * space.f_frsize, space.f_bavail * space.f_frsize, enabled, parse_limits(groups.out),
+                  parse_device_stats(devices.out) if devices.status == 0 else None)
+
+
 def parse_find_new(text: str) -> int:
     """Bytes of data in the extents that `btrfs subvolume find-new` lists."""
     return sum(int(size) for size in re.findall(r" file offset [0-9]+ len ([0-9]+) disk start ", text))
@@ -2923,10 +3012,45 @@ def folder_mutex(folder: str) -> Iterator[None]:
         os.close(fd)
 
 
+def run_lock_name(prefix: str) -> str:
+    return "." + prefix + ".lock" if prefix else ".lock"
+
+
+def has_open(pid: str, top: os.stat_result) -> bool:
+    """Whether a process has the file `top` open; also True where it may not be asked.
+
+    Compared is what is open, not by which path: that process may see it at another one.
+    """
+    try:
+        for fd in os.listdir("/proc/{}/fd".format(pid)):
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                opened = os.stat("/proc/{}/fd/{}".format(pid, fd))
+                if (opened.st_dev, opened.st_ino) == (top.st_dev, top.st_ino):
+                    return True
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # it has ended
+    except OSError:
+        return True
+    return False
+
+
+def is_flocked(path: str) -> bool:
+    """Whether some process holds a flock on the file at `path`; told without trying, which would be in its way."""
+    try:
+        top = os.stat(path)
+        with open("/proc/locks", encoding="ascii") as locks:
+            lines = [line.split() for line in locks]
+    except OSError:
+        return False
+    held = [words[4] for words in lines if len(words) > 5 and words[1] == "FLOCK"
+            and words[5].split(":")[-1] == str(top.st_ino)]
+    return any(pid in ("0", "-1") or has_open(pid, top) for pid in held)  # 0: outside of this container
+
+
 @contextlib.contextmanager
 def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None]) -> Iterator[None]:
     """Holds the one-run-at-a-time lock of `prefix` in `folder`; Busy when it is not free within `wait` seconds."""
-    path = os.path.join(folder, "." + prefix + ".lock" if prefix else ".lock")
+    path = os.path.join(folder, run_lock_name(prefix))
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
@@ -4328,24 +4452,6 @@ class Place(NamedTuple):
     mount: str = ""  # where the filesystem that it is on is mounted
 
 
-def has_open(pid: str, top: os.stat_result) -> bool:
-    """Whether a process has the file `top` open; also True where it may not be asked.
-
-    Compared is what is open, not by which path: that process may see it at another one.
-    """
-    try:
-        for fd in os.listdir("/proc/{}/fd".format(pid)):
-            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-                opened = os.stat("/proc/{}/fd/{}".format(pid, fd))
-                if (opened.st_dev, opened.st_ino) == (top.st_dev, top.st_ino):
-                    return True
-    except (FileNotFoundError, ProcessLookupError):
-        pass  # it has ended
-    except OSError:
-        return True
-    return False
-
-
 def is_received_into(folder: str) -> bool:
     """Whether a `btrfs` process has `folder` open, as `btrfs receive` has while it works."""
     top = os.stat(folder)
@@ -4446,6 +4552,19 @@ class LocalHost:
         except OSError as error:
             raise os_error("cannot list {}".format(folder), error) from None
         return Listing(tuple(subvolumes), frozenset(others))
+
+    def facts(self) -> HostFacts:
+        return read_facts()
+
+    def health(self, folder: str) -> Health:
+        try:
+            return read_health(folder)
+        except OSError as error:
+            raise os_error("cannot look at {}".format(folder), error) from None
+
+    def is_held(self, folder: str, prefix: str) -> bool:
+        """Whether a run is at work on `prefix` in `folder`."""
+        return is_flocked(os.path.join(folder, run_lock_name(prefix)))
 
     def own_sizes(self, folder: str) -> Dict[int, int]:
         """Bytes that each subvolume of a filesystem shares with no other, by id; {} where quotas are not enabled."""
@@ -4971,7 +5090,7 @@ GREETING_TIMEOUT = 120.0  # seconds; a password may have to be typed
 POLLRDHUP = 0x2000  # in select since Python 3.7
 WIRE_CLASSES: Dict[str, Any] = {c.__name__: c for c in (
     Subvolume, Listing, Place, Pin, LockChange, Capabilities, SendOptions, SendSize, ExpectedStream, RawBackup, RawFile,
-    RawFolder, SwapPlace, SwapOrder, SwapNotes)}
+    RawFolder, SwapPlace, SwapOrder, SwapNotes, HostFacts, Health)}
 
 
 class ConnectionLost(ReceiverFailed):
@@ -5509,6 +5628,7 @@ CALLS = {  # each call of LocalHost, and the groups that it belongs to
     "open_send": ("send",), "open_receive": ("receive",), "own_sizes": ("list",),
     "idle_partials": ("list",), "list_raw": ("list",), "delete_raw": ("delete", "receive"), "publish_raw": ("receive",),
     "digest_raw": ("verify",), "open_raw_send": ("send",), "open_raw_receive": ("receive",),
+    "facts": ("list",), "health": ("list",), "is_held": ("list",),
     "find_base": (), "look_at_swap_place": (), "swap_in": (), "finish_swap": ()}  # for no key that is restricted
 SENDERS = frozenset(("open_send", "open_raw_send"))
 RECEIVERS = frozenset(("open_receive", "open_raw_receive"))
@@ -8398,7 +8518,505 @@ def run_restore(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 30 HELP: help and man page, from the tables
+# 30 DOCTOR: what is wrong, and what to do about it
+#
+# A check is a generator of findings about one place: ok, a problem with its remedy, or not checked. An
+# error in a check is a problem; what a key may not ask, or what could not be looked at because an earlier
+# check failed, is "not checked", which is never ok. The rules are those of a run, asked of the same functions.
+# Nothing is changed, and nobody is kept waiting.
+########################################################################################################
+
+OK, PROBLEM, NOT_CHECKED = "ok", "problem", "not checked"
+OLDEST_PROGS = (3, 12)
+OLDEST_CLOCK = 1704067200.0  # seconds since the epoch: 2024, when none of this was written yet
+MOST_CLOCK_SHIFT = 600.0  # seconds between two hosts
+LITTLE_SPACE = 10 << 30  # bytes; less than this and less than a twentieth is a problem
+
+
+class Finding(NamedTuple):
+    """What a check found: a state, what is so, and what to do about it."""
+
+    state: str
+    text: str
+    remedy: str = ""
+
+
+class Checked(NamedTuple):
+    """A finding, of which check, about which place ('' is this machine)."""
+
+    name: str
+    where: str
+    finding: Finding
+
+
+Findings = Iterator[Finding]
+
+
+def check_programs(facts: HostFacts) -> Findings:
+    version = parse_version(facts.progs)
+    if not facts.progs:
+        yield Finding(PROBLEM, "the program btrfs is not installed", "install the package " + PACKAGES["btrfs"])
+    elif version < OLDEST_PROGS:
+        yield Finding(PROBLEM, "{} is too old".format(facts.progs), "install btrfs-progs 3.12 or later, best 6.2")
+    else:
+        yield Finding(OK, ", ".join((facts.progs,) + facts.programs))
+
+
+def check_kernel(facts: HostFacts) -> Findings:
+    text = "Linux {}, Python {}".format(facts.kernel, facts.python)
+    if facts.has_btrfs:
+        yield Finding(OK, text)
+    else:
+        yield Finding(PROBLEM, "this kernel has not loaded btrfs ({})".format(text), "modprobe btrfs")
+
+
+def check_privileges(facts: HostFacts, is_remote: bool) -> Findings:
+    if facts.user == 0:
+        yield Finding(OK, "root")
+    else:
+        yield Finding(PROBLEM, "user {} is not root, as btrfs send and receive need".format(facts.user),
+                      "log in as root there, or use --ssh-sudo" if is_remote else "run as root")
+
+
+def check_clock(facts: HostFacts, is_remote: bool, now: float) -> Findings:
+    shown = format_time(facts.clock)
+    if facts.clock < OLDEST_CLOCK:
+        yield Finding(PROBLEM, "the clock says {}".format(shown), "set the clock: names of snapshots come from it")
+    elif is_remote and abs(facts.clock - now) > MOST_CLOCK_SHIFT:
+        yield Finding(PROBLEM, "its clock says {}, this machine's {}".format(shown, format_time(now)),
+                      "set the clock that is wrong")
+    else:
+        yield Finding(OK, shown)
+
+
+def check_space(health: Health) -> Findings:
+    text = "{} of {} free".format(format_size(health.free), format_size(health.size))
+    if health.free < min(health.size / 20, LITTLE_SPACE):
+        yield Finding(PROBLEM, "only " + text,
+                      "free some space, or keep less: -N, -n, --keep-snapshots, --keep-backups")
+    else:
+        yield Finding(OK, text)
+
+
+def check_quotas(health: Health, folder: str) -> Findings:
+    if health.quotas is None:
+        yield Finding(NOT_CHECKED, "quotas could not be asked", "run as root")
+        return
+    full = [(qgroup, used, limit) for qgroup, used, limit in health.limits if used > 0.95 * limit]
+    for qgroup, used, limit in full:
+        yield Finding(PROBLEM, "qgroup {} has used {} of its limit of {}".format(
+            qgroup, format_size(used), format_size(limit)), "btrfs qgroup limit none {} {}".format(qgroup, folder))
+    if not full:
+        yield Finding(OK, "enabled; they make deleting slow" if health.quotas else "not enabled")
+
+
+def check_devices(health: Health, folder: str) -> Findings:
+    if health.errors is None:
+        yield Finding(NOT_CHECKED, "the devices could not be asked", "run as root")
+    elif health.errors:
+        yield Finding(PROBLEM, "errors were counted: {}".format(", ".join(health.errors)),
+                      "btrfs scrub start -B {0}; see dmesg; btrfs device stats -z {0} sets the counters back"
+                      .format(folder))
+    else:
+        yield Finding(OK, "no errors were counted")
+
+
+def check_identity(place: Place, snapshots: Sequence[Subvolume]) -> Findings:
+    """Whether snapshots can be told from each other."""
+    if place.inside is not None and place.inside.received_uuid is not None:
+        yield Finding(PROBLEM, "the source has a received UUID, so that all its snapshots would look alike",
+                      "take a writable snapshot of it with 'btrfs subvolume snapshot' and use that in its place")
+        return
+    shared = ambiguous_ids(snapshots)
+    alike = [s.name for s in snapshots if s.stream_id in shared]
+    if alike:
+        yield Finding(PROBLEM, "snapshots with the same identity: {}".format(some_of(alike)), "delete all but one")
+    else:
+        yield Finding(OK, "each snapshot has its own")
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names of many."""
+    shown = ", ".join(printable(name) for name in names[:3])
+    return shown if len(names) <= 3 else "{} and {} more".format(shown, len(names) - 3)
+
+
+def check_snapshots(snapshots: Sequence[Subvolume], folder: str, now: float) -> Findings:
+    future = [s.name for s in snapshots if is_future(name_moment(s.name) or 0.0, now)]
+    if future:
+        yield Finding(PROBLEM, "names from the future: {}".format(some_of(future)),
+                      "set the clock if it is wrong, else delete them: they are kept and not counted")
+    else:
+        yield Finding(OK, "{} in {}".format(plural(len(snapshots), "snapshot"), folder))
+
+
+def check_age(entries: Sequence[Entry], limit: Optional[float], now: float) -> Findings:
+    """Whether the newest complete backup of all these is young enough."""
+    past = [(e.moment, e.subvolume.name) for e in entries if e.moment is not None and not is_future(e.moment, now)]
+    if not past:
+        yield Finding(OK if limit is None else PROBLEM, "no complete backup yet", "make one")
+        return
+    moment, name = max(past)
+    text = "the newest backup {} is {} old".format(name, format_age(now - moment))
+    if limit is not None and now - moment > limit:
+        yield Finding(PROBLEM, "{}, more than {}".format(text, format_age(limit)),
+                      "see why the last run failed, or run one now")
+    else:
+        yield Finding(OK, text)
+
+
+def check_partials(listing: Listing, prefix: Optional[str], locked: Set[str], idle: Dict[str, float],
+                   folder: str) -> Findings:
+    """What was broken off and no lock names. idle: the partials that nothing uses."""
+    names = [s.name for s in listing.subvolumes if is_unfinished(s) and is_asked_for(s, prefix, set())]
+    orphans = [name for name in names if (partial_of(name) or name) not in locked
+               and (name in idle or partial_of(name) is None)]
+    for name in orphans:
+        yield Finding(PROBLEM, "{} is of a broken transfer, and no lock of the source names it".format(name),
+                      "if nothing is writing it: btrfs subvolume delete {}".format(os.path.join(folder, name)))
+    if not orphans:
+        yield Finding(OK, "{} under way or to be taken up".format(plural(len(names), "transfer")) if names else "none")
+
+
+def check_parent(snapshots: Sequence[Subvolume], listing: Listing, prefix: str) -> Findings:
+    """What the next transfer builds on."""
+    newest, backups = newest_common(snapshots, listing), backups_of(listing, prefix)
+    if newest is not None:
+        yield Finding(OK, "the next backup builds on {}".format(newest.name))
+    elif backups:
+        yield Finding(PROBLEM, "none of the {} has its snapshot at the source: the next one is sent in full".format(
+            plural(len(backups), "backup")), "are -p and -f those of the backups? Else let it be sent in full once")
+    else:
+        yield Finding(OK, "no backups yet: the first one is sent in full")
+
+
+def lock_remedy(task: Task, prefix: str) -> str:
+    """What to type to take up what locks of `prefix` name."""
+    import shlex
+    words = ["btrfs-backup-ng", "-S", "--locked-destinations", "-p", prefix]
+    words += ["-f", task.snapshot_folder] if task.snapshot_folder != Task().snapshot_folder else []
+    return " ".join(shlex.quote(word) for word in words + [task.source])
+
+
+class Doctor:
+    """Examines this machine and what a task names."""
+
+    def __init__(self, task: Task, events: Events) -> None:
+        self.task, self.now = task, time.time()
+        self.run = TaskRun(task._replace(no_snapshot=True), events)
+        self.checked: List[Checked] = []
+        self.machines: Set[str] = set()
+        self.locks: Locks = {}
+        self.all_pins: Pins = {}
+        self.snapshots: List[Subvolume] = []
+
+    def record(self, name: str, where: str, finding: Finding) -> None:
+        self.checked.append(Checked(name, where, finding))
+
+    def ask(self, name: str, where: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        """What a call gives; None where it fails, which is the finding of check `name` then."""
+        try:
+            return call(*arguments)
+        except Refused as error:
+            self.record(name, where, Finding(NOT_CHECKED, error.message, error.hint))
+        except BackupError as error:
+            text = "; ".join([error.message] + error.detail.splitlines()[-2:])
+            self.record(name, where, Finding(PROBLEM, text, error.hint))
+        except OSError as error:
+            self.record(name, where, Finding(PROBLEM, str(error)))
+        return None
+
+    def examine(self, name: str, where: str, check: Callable[..., Findings], *arguments: Any) -> bool:
+        """Does a check; whether all was ok."""
+        findings = self.ask(name, where, lambda: list(check(*arguments)))
+        for finding in findings or ():
+            self.record(name, where, finding)
+        return findings is not None and all(finding.state == OK for finding in findings)
+
+    def skip(self, where: str, *names: str) -> None:
+        for name in names:
+            self.record(name, where, Finding(NOT_CHECKED, "see above"))
+
+    # -- machines
+
+    def examine_machine(self, endpoint: Optional[Endpoint]) -> bool:
+        """The machine of an endpoint, None for this one; each once. Whether it can be reached."""
+        where = endpoint.machine if endpoint else ""
+        if where in self.machines:
+            return where not in self.run.hosts.errors
+        self.machines.add(where)
+        if endpoint and where and not self.examine("connection", where, self.check_connection, endpoint):
+            self.skip(where, "programs", "kernel", "privileges", "clock")
+            return False
+        host = self.run.hosts.of(endpoint or Endpoint("", "path", "/"))
+        facts = self.ask("programs", where, host.facts)
+        if facts is not None:
+            self.examine("programs", where, check_programs, facts)
+            self.examine("kernel", where, check_kernel, facts)
+            self.examine("privileges", where, check_privileges, facts, bool(where))
+            self.examine("clock", where, check_clock, facts, bool(where), time.time())
+        return True
+
+    def check_connection(self, endpoint: Endpoint) -> Findings:
+        begun = time.monotonic()
+        self.run.hosts.of(endpoint)
+        yield Finding(OK, "reached in {}".format(format_duration(time.monotonic() - begun)))
+
+    def examine_ground(self, host: Any, folder: str, where: str) -> None:
+        """The filesystem below a folder."""
+        health = self.ask("space", where, host.health, folder)
+        if health is not None:
+            self.examine("space", where, check_space, health)
+            self.examine("quotas", where, check_quotas, health, folder)
+            self.examine("devices", where, check_devices, health, folder)
+
+    # -- the source
+
+    def examine_source(self) -> bool:
+        where = self.task.source
+        if not self.examine_machine(parse_endpoint(where)) or not self.examine("source", where, self.check_source):
+            self.skip(where, "identity", "snapshots", "locks", "notes", "space", "quotas", "devices")
+            return False
+        self.examine("identity", where, check_identity, self.run.source_place, self.snapshots)
+        self.examine("snapshots", where, check_snapshots, self.snapshots, self.run.folder, self.now)
+        self.examine("locks", where, self.check_locks)
+        self.examine("notes", where, self.check_notes)
+        self.examine_ground(self.run.host, self.run.source, where)
+        return True
+
+    def check_source(self) -> Findings:
+        run = self.run
+        run.open_source()
+        listing = run.host.list(run.folder) if run.folder_exists else Listing()
+        self.snapshots = sorted((s for s in listing.subvolumes if snapshot_state(s) == "complete"
+                                 and is_asked_for(s, self.task.prefix, set())), key=by_creation)
+        if run.source_place.readonly:
+            raise BackupError("{} is mounted read-only".format(self.task.source), "mount it writable; see dmesg")
+        yield Finding(OK, "a subvolume on btrfs")
+
+    def check_locks(self) -> Findings:
+        """Locks of transfers that nobody works on."""
+        self.locks = self.run.host.read_locks(self.run.folder) if self.run.folder_exists else {}
+        broken: Dict[Tuple[str, str], List[str]] = {}
+        for name, entry in self.locks.items():
+            prefix = prefix_of(name)
+            if prefix is not None and self.task.prefix in (None, prefix):
+                for destination in entry.get("locks", ()):
+                    broken.setdefault((prefix, destination), []).append(name)
+        held = {prefix for prefix, _ in broken if self.run.host.is_held(self.run.folder, prefix)}
+        stale = {key: names for key, names in sorted(broken.items()) if key[0] not in held}
+        for (prefix, destination), names in stale.items():
+            yield Finding(PROBLEM, "a transfer to {} was broken off: {}".format(printable(destination), some_of(names)),
+                          lock_remedy(self.task, prefix))
+        if not stale:
+            yield Finding(OK, "a run is at work" if held else "no transfer is unfinished")
+
+    def check_notes(self) -> Findings:
+        """What the source remembers of its destinations; with a source alone, how old that is."""
+        self.all_pins = self.run.host.read_pins(self.run.folder) if self.run.folder_exists else {}
+        own = self.run.prefix
+        self.run.pins = {key: entry[own] for key, entry in self.all_pins.items() if own in entry}
+        yield Finding(OK, "{} remembered".format(plural(len(self.all_pins), "destination")))
+
+    def examine_remembered(self) -> None:
+        """The ages of the backups at the destinations that the source remembers, without looking there."""
+        newest: Dict[str, List[Entry]] = {}
+        for key, entry in sorted(self.all_pins.items()):
+            for prefix, pin in entry.items():
+                if self.task.prefix in (None, prefix):
+                    newest.setdefault(key, []).append(
+                        Entry(Subvolume(pin.name, pin.uuid), "", "complete", name_moment(pin.name)))
+        for key, entries in newest.items():
+            self.examine("age", key, check_age, entries, self.task.max_age, self.now)
+        if not newest:
+            self.record("age", self.task.source, Finding(
+                PROBLEM, "no destination has ever got a backup", "make one, or name the destination"))
+
+    # -- destinations
+
+    def examine_destination(self, text: str, source_known: bool) -> None:
+        endpoint = parse_endpoint(text)
+        if endpoint.kind != "path":
+            self.record("folder", text, Finding(NOT_CHECKED, "it cannot be listed"))
+        elif not self.examine_machine(endpoint):
+            self.skip(text, "folder", "backups", "parent", "partials", "space", "quotas", "devices", "age")
+        elif not source_known:
+            self.skip(text, "folder", "parent")
+            self.examine_folder(text)
+        else:
+            destination = Destination(text)
+            if not self.examine("folder", text, self.check_folder, destination):
+                self.skip(text, "backups", "parent", "partials", "space", "quotas", "devices", "age")
+            elif destination.listing is not None:
+                self.examine_backups(destination, destination.listing)
+
+    def check_folder(self, destination: Destination) -> Findings:
+        destination.host = self.run.hosts.of(destination.endpoint)
+        place = destination.host.look(destination.endpoint.path)
+        self.run.check_destination(destination, place)
+        destination.path, destination.is_new = place.path, place.kind == "missing"
+        destination.listing = Listing() if destination.is_new else destination.host.list(place.path)
+        yield Finding(OK, "the first run makes it" if destination.is_new else "on btrfs, writable")
+
+    def examine_backups(self, destination: Destination, listing: Listing) -> None:
+        where, host = destination.text, destination.host
+        source = Location(self.task.source, True, source_entries(
+            Listing(tuple(self.snapshots)), self.run.folder, self.task.prefix, self.locks))
+        entries = backup_entries(listing, destination.path, self.task.prefix, source, self.locks, destination.key)
+        prefixes = {prefix_of(s.name) or "" for s in self.snapshots} | {self.run.prefix}
+        own = [e for e in entries if e.state == "complete" and prefix_of(e.snapshot_name) in prefixes]
+        self.examine("backups", where, self.check_backups, destination, listing, own)
+        for prefix in sorted(prefixes):
+            snapshots = [s for s in self.snapshots if name_time(prefix, s.name)]
+            if snapshots or backups_of(listing, prefix) or len(prefixes) == 1:
+                self.examine("parent", where, check_parent, snapshots, listing, prefix)
+        locked = set(locked_names(self.locks, destination.key))
+        if not destination.is_new:
+            idle = self.ask("partials", where, host.idle_partials, destination.path)
+            if idle is not None:
+                self.examine("partials", where, check_partials, listing, self.task.prefix, locked, idle,
+                             destination.path)
+            self.examine_ground(host, destination.path, where)
+        self.examine("age", where, check_age, own, self.task.max_age, self.now)
+
+    def check_backups(self, destination: Destination, listing: Listing, own: Sequence[Entry]) -> Findings:
+        """What the next run could not send, and why: the same rules, with everything to be kept."""
+        problems: List[Problem] = []
+        for prefix in sorted({prefix_of(s.name) or "" for s in self.snapshots}):
+            snapshots = [s for s in self.snapshots if name_time(prefix, s.name)]
+            recoveries = plan_recoveries(own_locks(self.locks, prefix), destination.key, snapshots, listing)
+            plan = plan_transfers(snapshots, listing, prefix, Policy(), self.now, recoveries)
+            problems += [Problem(r.snapshot, r.problem, "look at it; --remove-locks removes its lock")
+                         for r in plan.recoveries if r.problem]
+            problems += [problem for problem in plan.problems if "partial backup" not in problem.text]
+        for problem in problems:
+            yield Finding(PROBLEM, problem.text, problem.hint)
+        if not problems:
+            yield Finding(OK, plural(len(own), "complete backup"))
+
+    # -- a folder of backups alone
+
+    def examine_folder(self, text: str) -> None:
+        endpoint = parse_endpoint(text)
+        host = self.run.hosts.of(endpoint)
+        found = self.ask("backups", text, list_endpoint, host, endpoint)
+        if found is None:
+            self.skip(text, "partials", "space", "quotas", "devices", "age")
+            return
+        folder, listing = found
+        prefixes = folder_prefixes(listing, self.task.prefix) or [""]
+        groups = [[e for e in backup_entries(listing, folder, prefix, None, {}, "") if e.state == "complete"]
+                  for prefix in prefixes]
+        self.record("backups", text, Finding(OK, plural(sum(map(len, groups)), "complete backup")))
+        idle = self.ask("partials", text, host.idle_partials, folder)
+        if idle is not None:
+            self.examine("partials", text, check_unused, listing, self.task.prefix, idle)
+        self.examine_ground(host, folder, text)
+        for entries in groups:
+            self.examine("age", text, check_age, entries, self.task.max_age, self.now)
+
+    def is_folder_alone(self) -> bool:
+        """Whether the one path given is a folder of backups."""
+        endpoint = parse_endpoint(self.task.source)
+        if self.task.destinations:
+            return False
+        try:
+            host = self.run.hosts.of(endpoint)
+            place = host.look(endpoint.path)
+            inside = os.path.join(place.path, self.task.snapshot_folder)
+            return (place.kind == "folder" and host.look(inside).kind != "folder"
+                    and bool(folder_prefixes(host.list(place.path), self.task.prefix)))
+        except BackupError:
+            return False
+
+    def examine_all(self) -> List[Checked]:
+        self.examine_machine(None)
+        if self.task.source and self.is_folder_alone():
+            self.examine_machine(parse_endpoint(self.task.source))
+            self.examine_folder(self.task.source)
+        elif self.task.source:
+            known = self.examine_source()
+            for text in self.task.destinations:
+                self.examine_destination(text, known)
+            if known and self.task.max_age is not None and not self.task.destinations:
+                self.examine_remembered()
+        return self.checked
+
+
+def check_unused(listing: Listing, prefix: Optional[str], idle: Dict[str, float]) -> Findings:
+    """Partials in a folder of backups by itself: only their sources know whether they are still wanted."""
+    names = [s.name for s in listing.subvolumes if partial_of(s.name) is not None and is_asked_for(s, prefix, set())]
+    old = [name for name in names if idle.get(name, 0.0) > 7 * 86400]
+    if old:
+        yield Finding(PROBLEM, "unchanged for more than a week: {}".format(some_of(old)),
+                      "btrfs-backup-ng prune --partials-older-than 7d FOLDER")
+    else:
+        yield Finding(OK, "{} under way or to be taken up".format(plural(len(names), "transfer")) if names else "none")
+
+
+def describe_checks(checks: Sequence[Checked]) -> Dict[str, Any]:
+    return {"problems": sum(checked.finding.state == PROBLEM for checked in checks),
+            "checks": [dict(checked.finding._asdict(), name=checked.name, where=checked.where) for checked in checks]}
+
+
+def format_checks(checks: Sequence[Checked]) -> str:
+    """The findings, by place; a remedy stands under its problem."""
+    lines: List[str] = []
+    for number, (name, where, finding) in enumerate(checks):
+        if number == 0 or where != checks[number - 1].where:
+            lines += [""] * bool(lines) + [printable(where) or "this machine"]
+        lines.append("  {:<11}  {:<10}  {}".format(finding.state, name, printable(finding.text)))
+        if finding.state != OK and finding.remedy:
+            lines.append(" " * 27 + "-> " + printable(finding.remedy))
+    counts = collections.Counter(checked.finding.state for checked in checks)
+    totals = ["{} {}".format(counts[OK], OK), plural(counts[PROBLEM], PROBLEM)]
+    return "\n".join(lines + ["", ", ".join(totals + ["{} {}".format(counts[NOT_CHECKED], NOT_CHECKED)])])
+
+
+def format_status(checks: Sequence[Checked]) -> str:
+    """All in one line, for monitors, and a line for each problem below it."""
+    problems = [checked for checked in checks if checked.finding.state == PROBLEM]
+    ages = [checked.finding.text for checked in checks if checked.name == "age" and checked.finding.state == OK]
+    if not problems:
+        parts = ages or [plural(len(checks), "check")]
+        return printable("BTRFS-BACKUP OK - {}".format("; ".join(parts)))
+    first = "BTRFS-BACKUP PROBLEM - {}: {}".format(
+        plural(len(problems), "problem"), "; ".join(checked.finding.text for checked in problems))
+    lines = [first.replace("|", "/")]  # what follows a | is taken for figures
+    lines += ["{}: {}: {}".format(c.where or "this machine", c.name, "; ".join(
+        part for part in (c.finding.text, c.finding.remedy) if part)) for c in problems]
+    return "\n".join(printable(line) for line in lines)
+
+
+def check_doctor(task: Task) -> None:
+    """UsageError for what cannot be examined."""
+    if task.max_age is not None and not task.source:
+        raise UsageError("--max-age needs a source or a folder of backups", "see doctor --help")
+    for text in ((task.source,) if task.source else ()) + task.destinations:
+        endpoint = parse_endpoint(text)
+        if text == task.source and endpoint.kind != "path":
+            raise UsageError("{} cannot be a source".format(printable(text)), "name a subvolume, here or on ssh://")
+
+
+def run_doctor(task: Task, events: Events) -> int:
+    """Prints what was found; 1 where there is a problem."""
+    doctor = Doctor(task, events)
+    try:
+        checks = doctor.examine_all()
+    finally:
+        doctor.run.hosts.end()
+    if task.json:
+        print_result(format_json(describe_checks(checks)))
+    else:
+        print_result(format_checks(checks) if task.max_age is None else format_status(checks))
+    problems = sum(checked.finding.state == PROBLEM for checked in checks)
+    if problems:
+        events.error(BackupError("{} found".format(plural(problems, "problem"))))
+    return 1 if problems else 0
+
+
+########################################################################################################
+# 31 HELP: help and man page, from the tables
 #
 # What there is to say about options stands in the tables of OPTIONS, once; here it is only laid out, so
 # that help, manual and completions cannot drift from what is parsed. Texts are paragraphs apart by empty
@@ -8555,7 +9173,7 @@ def format_man() -> str:
 
 
 ########################################################################################################
-# 31 COMPLETION: what the Tab key offers in bash, zsh and fish
+# 32 COMPLETION: what the Tab key offers in bash, zsh and fish
 #
 # Scripts for the shells, from the tables of options. They know the verbs, each verb's options, the words
 # that an option takes, and where a file or a folder is wanted; they never run the program. A value that
@@ -8751,7 +9369,7 @@ def fish_completion() -> str:
 
 
 ########################################################################################################
-# 32 UNITS: a systemd service and its timer
+# 33 UNITS: a systemd service and its timer
 #
 # The service may do what a backup needs and little else: see HARDENING for what is asked and what must
 # not be. It is written as a shell script, to be read before it is given to sh. The arguments are parsed
@@ -8878,7 +9496,7 @@ def format_units(task: Task, requests: Sequence[Request], arguments: Sequence[st
 
 
 ########################################################################################################
-# 33 COMMAND LINE: help, version, sudo, signals, main
+# 34 COMMAND LINE: help, version, sudo, signals, main
 #
 # The thin shell around a task: everything that touches the process as a whole (its arguments, user,
 # signals, exit status) is here and nowhere else.
@@ -8977,6 +9595,7 @@ def run_agent(_task: Task, _events: Events) -> int:
 RUNS: Dict[str, Tuple[Callable[[Task], None], Callable[[Task, Events], int]]] = {
     "": (check_task, run_task),
     "agent": (lambda task: None, run_agent),
+    "doctor": (check_doctor, run_doctor),
     "list": (check_list, run_list),
     "prune": (check_prune, run_prune),
     "restore": (check_restore, run_restore),

@@ -1,0 +1,538 @@
+"""`doctor`: broken set-ups, each found and named, with a remedy that works."""
+
+import fcntl
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+import unittest
+from typing import Any, Dict, List, Tuple
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import remote
+from support import (
+    BackupTestCase,
+    as_nobody,
+    bulk,
+    command,
+    create,
+    delete,
+    listing,
+    partials,
+    scratch_folder,
+    set_received_uuid,
+    snapshot,
+    write_locks,
+)
+
+from btrfs_backup_ng import (
+    Checked,
+    Entry,
+    Finding,
+    Health,
+    HostFacts,
+    Subvolume,
+    check_age,
+    check_clock,
+    check_devices,
+    check_kernel,
+    check_privileges,
+    check_programs,
+    check_quotas,
+    check_space,
+    describe_checks,
+    format_checks,
+    format_status,
+    parse_device_stats,
+    parse_limits,
+)
+
+NOW = 1.8e9
+OLD_BTRFS = '#!/bin/sh\ncase $1 in --version) echo btrfs-progs {};; *) exec /usr/bin/btrfs "$@";; esac\n'
+
+
+class Checks(unittest.TestCase):
+    """What cannot be broken here without breaking the machine, in values."""
+
+    FACTS = HostFacts(0, "6.1", "3.11", "btrfs-progs v6.2", True, ("ssh",), NOW)
+
+    def state(self, findings):
+        return [finding.state for finding in findings]
+
+    def test_programs(self):
+        for progs, state in (("", "problem"), ("btrfs-progs v3.10", "problem"), ("Btrfs v3.12", "ok"),
+                             ("btrfs-progs v6.2", "ok")):
+            self.assertEqual([state], self.state(check_programs(self.FACTS._replace(progs=progs))), progs)
+
+    def test_kernel_and_user(self):
+        self.assertEqual(["problem"], self.state(check_kernel(self.FACTS._replace(has_btrfs=False))))
+        for is_remote, words in ((True, "--ssh-sudo"), (False, "run as root")):
+            finding, = check_privileges(self.FACTS._replace(user=1000), is_remote)
+            self.assertEqual("problem", finding.state)
+            self.assertIn(words, finding.remedy)
+
+    def test_clock(self):
+        for clock, is_remote, state in ((NOW, True, "ok"), (NOW + 599, True, "ok"), (NOW + 601, True, "problem"),
+                                        (NOW - 601, True, "problem"), (NOW - 601, False, "ok"),
+                                        (0.0, False, "problem")):
+            found = check_clock(self.FACTS._replace(clock=clock), is_remote, NOW)
+            self.assertEqual([state], self.state(found), (clock, is_remote))
+
+    def test_space(self):
+        gib = 1 << 30
+        for size, free, state in ((100, 5, "ok"), (100, 4, "problem"), (10000, 10, "ok"), (10000, 9, "problem"),
+                                  (10, 0, "problem")):
+            self.assertEqual([state], self.state(check_space(Health(size * gib, free * gib, False, (), ()))))
+
+    def test_quotas_and_devices(self):
+        health = Health(1, 1, True, (("0/5", 95, 100), ("0/6", 96, 100)), ("/dev/x corruption_errs 1",))
+        found = list(check_quotas(health, "/b"))
+        self.assertEqual(["problem"], self.state(found))
+        self.assertIn("0/6", found[0].text)
+        self.assertEqual(["problem"], self.state(check_devices(health, "/b")))
+        unknown = Health(1, 1, None, (), None)
+        self.assertEqual(["not checked"], self.state(check_quotas(unknown, "/b")))
+        self.assertEqual(["not checked"], self.state(check_devices(unknown, "/b")))
+
+    def test_what_btrfs_prints(self):
+        self.assertEqual((("0/256", 3162112, 10485760), ("1/1", 5, 7)), parse_limits(
+            "Qgroupid    Referenced    Exclusive  Max referenced  Max exclusive   Path\n"
+            "--------    ----------    ---------  --------------  -------------   ----\n"
+            "0/5              16384        16384            none           none   <toplevel>\n"
+            "0/256          3162112      3162112        10485760           none   a\n"
+            "1/1          3162112      5        none           7   <0 member qgroups>\n"))
+        self.assertEqual(("/dev/loop15 corruption_errs 12",), parse_device_stats(
+            "[/dev/loop15].write_io_errs    0\n[/dev/loop15].corruption_errs  12\n[/dev/loop15].generation_errs  0\n"))
+
+    def test_age(self):
+        def entry(moment):
+            return Entry(Subvolume("home", "x"), "", "complete", moment)
+        hour = 3600.0
+        for entries, limit, state in (
+            ([entry(NOW - hour)], 2 * hour, "ok"), ([entry(NOW - 3 * hour)], 2 * hour, "problem"),
+            ([entry(NOW - 3 * hour), entry(NOW - hour)], 2 * hour, "ok"), ([], 2 * hour, "problem"),
+            ([entry(NOW + hour)], 2 * hour, "problem"), ([entry(None)], 2 * hour, "problem"),
+            ([], None, "ok"), ([entry(NOW - 999 * hour)], None, "ok"),
+        ):
+            self.assertEqual([state], self.state(check_age(entries, limit, NOW)), (entries, limit))
+
+
+class Reports(unittest.TestCase):
+
+    CHECKS = (Checked("programs", "", Finding("ok", "all there")),
+              Checked("space", "/b", Finding("problem", "only 1 B | free", "free some")),
+              Checked("age", "/b", Finding("ok", "the newest is 3 h old")),
+              Checked("quotas", "/b", Finding("not checked", "see above")))
+
+    def test_text(self):
+        self.assertEqual("""\
+this machine
+  ok           programs    all there
+
+/b
+  problem      space       only 1 B | free
+                           -> free some
+  ok           age         the newest is 3 h old
+  not checked  quotas      see above
+
+2 ok, 1 problem, 1 not checked""", format_checks(self.CHECKS))
+
+    def test_json(self):
+        found = describe_checks(self.CHECKS)
+        self.assertEqual(1, found["problems"])
+        self.assertEqual({"name": "space", "where": "/b", "state": "problem", "text": "only 1 B | free",
+                          "remedy": "free some"}, found["checks"][1])
+
+    def test_for_monitors(self):
+        lines = format_status(self.CHECKS).splitlines()
+        self.assertEqual("BTRFS-BACKUP PROBLEM - 1 problem: only 1 B / free", lines[0])
+        self.assertEqual(["/b: space: only 1 B | free; free some"], lines[1:])
+        fine = [checked for checked in self.CHECKS if checked.finding.state == "ok"]
+        self.assertEqual("BTRFS-BACKUP OK - the newest is 3 h old", format_status(fine))
+
+
+class DoctorTestCase(BackupTestCase):
+
+    def examine(self, *arguments, status=0, **more):
+        """{(name, where): [finding]} as --json tells; the exit status has to fit."""
+        result = self.run_program("doctor", "--json", *arguments, status=status, **more)
+        found = json.loads(result.stdout)
+        problems = sum(check["state"] == "problem" for check in found["checks"])
+        self.assertEqual(problems, found["problems"])
+        self.assertEqual(status, int(bool(problems)))
+        checks: Dict[Tuple[str, str], List[Any]] = {}
+        for check in found["checks"]:
+            checks.setdefault((check["name"], check["where"]), []).append(check)
+        return checks
+
+    def problem(self, name, *words, arguments=None, **more):
+        """The one problem that there is, of check `name`, with these words in it."""
+        checks = self.examine(*(arguments or (self.source, self.target)), status=1, **more)
+        bad = [check for found in checks.values() for check in found if check["state"] == "problem"]
+        self.assertEqual([name], [check["name"] for check in bad], bad)
+        said = (bad[0]["text"] + " " + bad[0]["remedy"]).lower()
+        for word in words:
+            self.assertIn(word.lower(), said)
+        return bad[0]
+
+    def fine(self, *arguments):
+        self.examine(*(arguments or (self.source, self.target)))
+
+
+class Healthy(DoctorTestCase):
+
+    def test_a_machine(self):
+        checks = self.examine()
+        self.assertEqual({("programs", ""), ("kernel", ""), ("privileges", ""), ("clock", "")}, set(checks))
+
+    def test_before_and_after_the_first_backup(self):
+        self.fine()
+        self.fine(self.source)
+        self.take(1, 2)
+        self.transfer()
+        before = listing(self.source_disk.path, self.target_disk.path)
+        checks = self.examine(self.source, self.target)
+        self.assertEqual({"ok"}, {check["state"] for found in checks.values() for check in found})
+        self.assertUnchanged(before, self.source_disk.path, self.target_disk.path)
+        parent, = checks["parent", self.target]
+        self.assertIn(self.name(2), parent["text"])
+
+    def test_a_destination_that_the_first_run_makes(self):
+        checks = self.examine(self.source, self.target + "/new")
+        self.assertIn("first run", checks["folder", self.target + "/new"][0]["text"])
+        self.assertFalse(os.path.exists(self.target + "/new"))
+
+    def test_text_for_people(self):
+        self.take(1)
+        self.transfer()
+        result = self.run_program("doctor", self.source, self.target)
+        self.assertIn("\n" + self.target + "\n  ok ", result.stdout)
+        self.assertRegex(result.stdout, r"\n[0-9]+ ok, 0 problems, 0 not checked\n$")
+        self.assertEqual("", result.stderr)
+
+    def test_a_run_at_work_is_no_broken_one(self):
+        name, = self.take(1)
+        write_locks(self.snapshots, {name: {"locks": [self.target], "parent_locks": []}})
+        create(self.backup_path(".{}.partial".format(name)))
+        with open(os.path.join(self.snapshots, ".home.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            checks = self.examine(self.source, self.target)
+            self.assertIn("at work", checks["locks", self.source][0]["text"])
+        self.problem("locks", "broken off")
+
+    def test_it_is_in_nobodys_way(self):
+        """Looking whether a run is at work does not take its lock."""
+        name, = self.take(1)
+        write_locks(self.snapshots, {name: {"locks": [self.target], "parent_locks": []}})
+        lock = os.path.join(self.snapshots, ".home.lock")
+        open(lock, "w").close()
+        traced = self.run_program("doctor", "--json", self.source, status=1)
+        self.assertIn("broken off", traced.stdout)
+        with open("/proc/locks") as locks:
+            self.assertNotIn(":{} ".format(os.stat(lock).st_ino), locks.read())
+
+
+class Broken(DoctorTestCase):
+    """One thing is wrong in each."""
+
+    def test_no_btrfs_program(self):
+        result = self.run_program("doctor", "--json", wrapper=self.without_btrfs(), status=1)
+        bad = [check for check in json.loads(result.stdout)["checks"] if check["state"] == "problem"]
+        self.assertEqual(["programs"], [check["name"] for check in bad])
+        self.assertIn("btrfs-progs", bad[0]["remedy"])
+
+    def without_btrfs(self):
+        """The words before a command that run it where /usr/bin and so on have no btrfs."""
+        hide = "; ".join("mount --bind /dev/null {}".format(shlex.quote(path)) for path in (
+            os.path.join(folder, "btrfs") for folder in ("/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin"))
+            if os.path.exists(path))
+        return ["unshare", "-m", "sh", "-ec", hide + '; exec "$@"', "sh"]
+
+    def test_an_old_btrfs_program(self):
+        folder = os.path.join(scratch_folder(), "old")
+        os.makedirs(folder, exist_ok=True)
+        with open(folder + "/btrfs", "w") as script:
+            script.write(OLD_BTRFS.format("v3.10"))
+        os.chmod(folder + "/btrfs", 0o755)
+        self.problem("programs", "v3.10", "too old", env={"PATH": folder + ":" + os.environ["PATH"]})
+
+    def test_not_root(self):
+        result = self.run_program("doctor", "--no-elevate", "--json", wrapper=as_nobody(), status=1)
+        bad = [check for check in json.loads(result.stdout)["checks"] if check["state"] == "problem"]
+        self.assertEqual(["privileges"], [check["name"] for check in bad])
+
+    def test_no_source(self):
+        self.problem("source", "no such source", "mounted?", arguments=(self.source + "x", self.target))
+
+    def test_an_ordinary_folder(self):
+        os.mkdir(self.source + "/folder")
+        self.problem("source", "ordinary folder", "btrfs subvolume create",
+                     arguments=(self.source + "/folder", self.target))
+
+    def test_a_source_that_is_not_on_btrfs(self):
+        self.problem("source", "not on btrfs", arguments=(scratch_folder(), self.target))
+
+    def test_a_poisoned_source(self):
+        set_received_uuid(self.source, b"x" * 16)
+        self.problem("identity", "received UUID", "btrfs subvolume snapshot")
+
+    def test_snapshots_with_the_same_identity(self):
+        self.take(1)
+        for day in (2, 3):
+            path = create(self.snapshot_path(self.name(day)))
+            set_received_uuid(path, b"y" * 16)
+            command("btrfs", "property", "set", "-ts", path, "ro", "true")
+        checks = self.examine(self.source, self.target, status=1)
+        self.assertIn(self.name(3), checks["identity", self.source][0]["text"])
+        delete(self.snapshot_path(self.name(3)))
+        self.fine()
+
+    def test_a_name_from_the_future(self):
+        os.makedirs(self.snapshots)
+        snapshot(self.source, self.snapshot_path("home20990101-000000"))
+        self.problem("snapshots", "future", "clock")
+
+    def test_a_stale_lock_and_its_remedy(self):
+        name, = self.take(1)
+        write_locks(self.snapshots, {name: {"locks": [self.target], "parent_locks": []}})
+        create(self.backup_path(".{}.partial".format(name)))
+        found = self.problem("locks", name, self.target)
+        words = shlex.split(found["remedy"])
+        self.assertEqual("btrfs-backup-ng", words[0])
+        self.run_program(*words[1:])
+        self.assertBackedUp([name])
+        self.fine()
+
+    def test_a_lock_of_a_snapshot_that_is_gone(self):
+        self.take(1)
+        write_locks(self.snapshots, {self.name(5): {"locks": [self.target], "parent_locks": []}})
+        self.run_program(*shlex.split(self.problem("locks", self.name(5))["remedy"])[1:])
+        self.fine()
+
+    def test_damaged_locks(self):
+        self.take(1)
+        write_locks(self.snapshots, b"{")
+        self.problem("locks", ".outstanding_transfers", "mend it")
+
+    def test_damaged_notes(self):
+        self.take(1)
+        with open(self.snapshots + "/.destinations.json", "w") as notes:
+            notes.write("[]")
+        self.problem("notes", ".destinations.json")
+
+    def test_an_orphaned_partial_and_its_remedy(self):
+        name, = self.take(1)
+        create(self.backup_path(".{}.partial".format(name)))
+        remedy = self.problem("partials", ".{}.partial".format(name), "no lock")["remedy"]
+        subprocess.check_call(remedy[remedy.index("btrfs subvolume"):], shell=True, stdout=subprocess.DEVNULL)
+        self.assertEqual([], partials(self.target))
+        self.fine()
+
+    def test_a_full_source(self):
+        self.fill(self.source)
+        self.problem("space", "only", "free some space", arguments=(self.source,))
+
+    def test_a_full_destination(self):
+        self.fill(self.target)
+        found = self.problem("space", "only")
+        self.assertEqual(self.target, found["where"])
+
+    @staticmethod
+    def fill(folder):
+        with open(folder + "/filler", "wb") as filler:
+            try:
+                while True:
+                    filler.write(bytes(1 << 20))
+                    filler.flush()
+            except OSError:
+                pass
+
+    def test_a_disk_that_is_away(self):
+        self.target_disk.unmount()
+        self.problem("folder", "destination", arguments=(self.source, self.target_disk.path + "/backups"))
+
+    def test_a_read_only_destination(self):
+        self.target_disk.remount("ro")
+        self.problem("folder", "read-only")
+
+    def test_a_destination_inside_the_source(self):
+        os.mkdir(self.source + "/backups")
+        self.problem("folder", "inside the source", arguments=(self.source, self.source + "/backups"))
+
+    def test_a_stranger_of_the_same_name(self):
+        name, = self.take(1)
+        create(self.backup_path("other"))
+        snapshot(self.backup_path("other"), self.backup_path(name))
+        self.problem("backups", name, "another subvolume", "move it away")
+
+    def test_a_missing_parent(self):
+        self.take(1, 2)
+        self.transfer()
+        for day in (1, 2):
+            delete(self.snapshot_path(self.name(day)))
+        self.take(3)
+        self.problem("parent", "2 backups", "in full")
+
+    def test_a_quota_that_is_used_up(self):
+        self.take(1)
+        self.transfer()
+        bulk(self.target + "/data", 40)
+        command("btrfs", "quota", "enable", self.target_disk.path)
+        command("btrfs", "quota", "rescan", "-w", self.target_disk.path)
+        command("btrfs", "qgroup", "limit", "41M", self.target_disk.path)
+        command("btrfs", "filesystem", "sync", self.target_disk.path)
+        remedy = self.problem("quotas", "limit")["remedy"]
+        subprocess.check_call(shlex.split(remedy))
+        self.fine()
+
+    def test_a_disk_that_reads_wrongly(self):
+        """A byte of a file is changed on the disk, behind the filesystem's back."""
+        content = os.urandom(64 << 10)
+        with open(self.target + "/file", "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        self.target_disk.unmount()
+        with open(self.target_disk.image, "r+b") as image:
+            at = image.read().index(content[:4096])
+            image.seek(at)
+            image.write(b"wrong")
+        self.target_disk.mount()
+        with open(self.target + "/file", "rb") as file, self.assertRaises(OSError):
+            file.read()
+        self.problem("devices", "corruption_errs", "btrfs scrub start")
+
+    def test_several_things_at_once(self):
+        """None hides another."""
+        name, = self.take(1)
+        write_locks(self.snapshots, {name: {"locks": [self.target], "parent_locks": []}})
+        create(self.backup_path(".home20240109-000000.partial"))
+        create(self.backup_path("mine"))
+        checks = self.examine(self.source, self.target, self.target + "/../x/y/../../z/missing", self.source + "/in",
+                              status=1)
+        bad = {key for key, found in checks.items() for check in found if check["state"] == "problem"}
+        self.assertEqual({("locks", self.source), ("partials", self.target), ("folder", self.source + "/in")}, bad)
+
+
+class Ages(DoctorTestCase):
+
+    def test_the_newest_backup(self):
+        """All backups here are of January 2024."""
+        self.take(1, 2)
+        self.transfer()
+        found = self.problem("age", self.name(2), "old", arguments=("--max-age", "26h", self.source, self.target))
+        self.assertEqual(self.target, found["where"])
+        self.examine("--max-age", "9999w", self.source, self.target)
+        self.backup()
+        self.examine("--max-age", "1h", self.source, self.target)
+
+    def test_for_monitors(self):
+        self.backup()
+        result = self.run_program("doctor", "--max-age", "1h", self.source, self.target)
+        self.assertRegex(result.stdout, r"\ABTRFS-BACKUP OK - the newest backup home[-0-9]+ is [0-9]+ min old\n\Z")
+        self.assertEqual("", result.stderr)
+        result = self.run_program("doctor", "--max-age", "0s", self.source, self.target, status=1)
+        self.assertRegex(result.stdout, r"\ABTRFS-BACKUP PROBLEM - 1 problem: the newest backup .* more than 0 min\n")
+
+    def test_no_backup_at_all(self):
+        self.problem("age", "no complete backup", arguments=("--max-age", "1h", self.source, self.target))
+        self.problem("age", "no destination", arguments=("--max-age", "1h", self.source))
+
+    def test_destinations_that_are_away(self):
+        """The source remembers what they have."""
+        self.take(1)
+        self.transfer()
+        self.target_disk.unmount()
+        found = self.problem("age", self.name(1), arguments=("--max-age", "26h", self.source))
+        self.assertEqual(self.target, found["where"])
+        self.examine("--max-age", "9999w", self.source)
+
+    def test_a_folder_of_backups_by_itself(self):
+        self.take(1)
+        self.transfer()
+        snapshot(self.snapshot_path(self.name(1)), self.snapshot_path("root-" + time.strftime("%Y%m%d-%H%M%S")))
+        self.run_program("-S", "-p", "root-", self.source, self.target)
+        self.fine(self.target)
+        self.problem("age", self.name(1), arguments=("--max-age", "26h", self.target))
+        self.examine("--max-age", "26h", "-p", "root-", self.target)
+        create(self.backup_path(".home20240109-000000.partial"))
+        self.fine(self.target)
+
+    def test_usage(self):
+        for arguments in (("--max-age", "26h"), ("--max-age", "26", self.source), ("shell://cat",), ("raw:///x",)):
+            self.run_program("doctor", *arguments, status=2)
+
+
+class BrokenRemotes(DoctorTestCase, remote.RemoteTestCase):
+
+    def remote(self, *more):
+        return self.program_options() + [self.source, self.remote_target] + list(more)
+
+    def test_healthy(self):
+        self.take(1)
+        self.push("-S")
+        checks = self.examine(*self.remote())
+        machine = self.remote_target.partition("://")[2].partition("/")[0]
+        self.assertIn("reached", checks["connection", machine][0]["text"])
+        self.assertEqual({"ok"}, {check["state"] for found in checks.values() for check in found})
+        self.examine("--max-age", "9999w", *self.remote())
+        self.problem("age", self.name(1), arguments=["--max-age", "1h"] + self.remote())
+
+    def test_an_unreachable_host(self):
+        self.server.stop()
+        self.problem("connection", "refused", arguments=self.remote())
+
+    def test_a_key_that_is_not_accepted(self):
+        os.unlink(os.path.join(self.server.keys, "root"))
+        self.problem("connection", "permission denied", arguments=self.remote())
+
+    def test_a_missing_folder_there(self):
+        self.set_endpoints()
+        checks = self.examine(*self.program_options() + [self.source, self.remote_target + "/new"])
+        self.assertIn("first run", checks["folder", self.remote_target + "/new"][0]["text"])
+
+    def test_an_orphaned_partial_there(self):
+        name, = self.take(1)
+        create(self.backup_path(".{}.partial".format(name)))
+        self.problem("partials", self.target_there, arguments=self.remote())
+
+
+class OldReceiver(DoctorTestCase, remote.RemoteTestCase):
+
+    def setUp(self):
+        folder = os.path.join(scratch_folder(), "old receiver")
+        os.makedirs(folder, exist_ok=True)
+        with open(folder + "/btrfs", "w") as script:
+            script.write(OLD_BTRFS.format("v3.9"))
+        os.chmod(folder + "/btrfs", 0o755)
+        self.sshd_options = {"environment": {"PATH": folder + ":/usr/sbin:/usr/bin:/sbin:/bin"}}
+        super().setUp()
+
+    def test_an_old_btrfs_program_there(self):
+        found = self.problem("programs", "v3.9", "too old",
+                             arguments=self.program_options() + [self.source, self.remote_target])
+        self.assertIn("127.0.0.1", found["where"])
+
+
+class NoBtrfsThere(DoctorTestCase, remote.RemoteTestCase):
+
+    sshd_options = {"hide": ["btrfs"]}
+
+    def test_no_btrfs_program_there(self):
+        checks = self.examine(*self.program_options() + [self.source, self.remote_target], status=1)
+        bad = [key for key, found in checks.items() for check in found if check["state"] == "problem"]
+        self.assertIn("programs", [name for name, _ in bad])
+
+
+class NoPythonThere(DoctorTestCase, remote.RemoteTestCase):
+
+    sshd_options = {"hide": ["python3*", "python"]}
+
+    def test_no_python_there(self):
+        self.problem("connection", "python", arguments=self.program_options() + [self.source, self.remote_target])
+
+
+if __name__ == "__main__":
+    unittest.main()
