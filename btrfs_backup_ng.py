@@ -49,7 +49,8 @@ Contents; a section uses only what stands above it:
     31 HELP              help and man page, from the tables
     32 COMPLETION        what the Tab key offers in bash, zsh and fish
     33 UNITS             a systemd service and its timer
-    34 COMMAND LINE      help, version, sudo, signals, main
+    34 COPIES            the program's own copies in the user's cache folder
+    35 COMMAND LINE      help, version, sudo, signals, main
 
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
@@ -6071,10 +6072,14 @@ if not kept:
     if not is_right(source):
         raise SystemExit("the program arrived damaged")
     kept = keep(path, source)
+program = None
 if kept:
     sys.path.insert(0, os.path.dirname(path))
-    import btrfs_backup_ng as program
-else:
+    try:
+        import btrfs_backup_ng as program
+    except Exception:  # torn bytecode
+        sys.modules.pop("btrfs_backup_ng", None)
+if program is None:
     program = type(sys)("btrfs_backup_ng")
     program.__file__ = path
     program.__loader__ = InMemory(source)
@@ -9496,7 +9501,67 @@ def format_units(task: Task, requests: Sequence[Request], arguments: Sequence[st
 
 
 ########################################################################################################
-# 34 COMMAND LINE: help, version, sudo, signals, main
+# 34 COPIES: the program's own copies in the user's cache folder
+#
+# A zipapp, and an agent on a remote host, run from a copy of the source in CACHE/btrfs-backup-ng/SHA-256/,
+# where Python keeps its bytecode. The folder's time says when the copy was last used, by the day. A run
+# from such a copy removes those of other versions that nobody has used for long, and of these only what is
+# provably ours: nobody else can write there, the source is the one that the folder is named after, and
+# nothing else is in it.
+########################################################################################################
+
+COPY_NAME = re.compile(r"[0-9a-f]{64}")
+COPY_UNUSED = 90 * 86400.0  # seconds
+COPY_PARTS = re.compile(r"btrfs_backup_ng\.py(\.[0-9]+)?|__pycache__/btrfs_backup_ng\.[^/]*\.pyc(\.[0-9]+)?")
+
+
+def copy_files(folder: str) -> Optional[List[str]]:
+    """The files of an old copy, relative to its folder, or None where not all in it is ours."""
+    import hashlib
+    names = [name for name in os.listdir(folder) if name != "__pycache__"]
+    bytecode = os.path.join(folder, "__pycache__")
+    if os.path.isdir(bytecode) and not os.path.islink(bytecode):
+        names += ["__pycache__/" + name for name in os.listdir(bytecode)]
+    status = os.lstat(folder)
+    is_private = status.st_uid == os.geteuid() and stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o022
+    if not is_private or not all(COPY_PARTS.fullmatch(name) for name in names):
+        return None
+    with open(os.path.join(folder, "btrfs_backup_ng.py"), "rb") as source:
+        is_ours = hashlib.sha256(source.read()).hexdigest() == os.path.basename(folder)
+    return names if is_ours else None
+
+
+def remove_copy(folder: str) -> None:
+    """Removes an old copy if it is provably ours, the source last: until then it is known as ours."""
+    names = copy_files(folder)
+    for name in sorted(names or (), reverse=True, key=lambda name: (name != "btrfs_backup_ng.py", name)):
+        os.unlink(os.path.join(folder, name))
+        if name.startswith("__pycache__/"):
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.join(folder, "__pycache__"))
+    if names is not None:
+        os.rmdir(folder)
+
+
+def tend_copies(now: float) -> None:
+    """Once a day, where this is a kept copy: marks it as used and removes old ones. Never fails."""
+    own = os.path.dirname(os.path.abspath(__file__))
+    copies = os.path.dirname(own)
+    if not COPY_NAME.fullmatch(os.path.basename(own)) or os.path.basename(copies) != "btrfs-backup-ng":
+        return
+    with contextlib.suppress(OSError):
+        if os.lstat(own).st_mtime > now - 86400:
+            return
+        os.utime(own)
+        for name in sorted(os.listdir(copies)):
+            folder = os.path.join(copies, name)
+            with contextlib.suppress(OSError):
+                if COPY_NAME.fullmatch(name) and folder != own and os.lstat(folder).st_mtime < now - COPY_UNUSED:
+                    remove_copy(folder)
+
+
+########################################################################################################
+# 35 COMMAND LINE: help, version, sudo, signals, main
 #
 # The thin shell around a task: everything that touches the process as a whole (its arguments, user,
 # signals, exit status) is here and nowhere else.
@@ -9667,6 +9732,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Does what the arguments ask; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     open_standard_streams()
+    tend_copies(time.time())
     try:
         catch_signals()
         return run_arguments(arguments)

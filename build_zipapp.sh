@@ -55,15 +55,20 @@ if sys.version_info < (3, 6):
     )
     sys.exit(1)
 
+import gc
 import os
 
+# What importing makes is kept: looking for garbage meanwhile took a tenth of the time to start.
+gc.disable()
+
 DIGEST, SIZE = "@DIGEST@", @SIZE@
+NAME = "btrfs_backup_ng"
 
 
-def private_size(path):
+def is_private(path, kind):
     # only what nobody else can have written: sudo may leave another user's settings in place
     status = os.lstat(path)
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+    if status.st_uid != os.geteuid() or status.st_mode & 0o170022 != kind:
         raise OSError(path + " is not private")
     return status.st_size
 
@@ -77,30 +82,54 @@ def cache_folder():
 
         cache = os.path.join(pwd.getpwuid(os.geteuid()).pw_dir, ".cache")
     for folder in (cache, os.path.join(cache, "btrfs-backup-ng"), os.path.join(cache, "btrfs-backup-ng", DIGEST)):
-        private_size(os.path.dirname(folder))
+        is_private(os.path.dirname(folder), 0o040000)
         if not os.path.isdir(folder):
             os.mkdir(folder, 0o700)
-    private_size(folder)
-    source = os.path.join(folder, "btrfs_backup_ng.py")
-    if not os.path.exists(source):
+    is_private(folder, 0o040000)
+    source = os.path.join(folder, NAME + ".py")
+    if not os.path.lexists(source) or is_private(source, 0o100000) != SIZE:
         aside = "%s.%d" % (source, os.getpid())
         with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as copy:
-            copy.write(__loader__.get_data(os.path.join(os.path.dirname(__file__), "btrfs_backup_ng.py")))
+            copy.write(__loader__.get_data(os.path.join(os.path.dirname(__file__), NAME + ".py")))
             copy.flush()
             os.fsync(copy.fileno())
         os.rename(aside, source)
-    if private_size(source) != SIZE:
-        raise OSError(source + " is damaged")
     return folder
 
 
-try:
-    sys.path.insert(0, cache_folder())
-except (OSError, KeyError, ImportError):
-    pass
+def forget_bytecode(folder):
+    # a crash of the system can leave it torn
+    kept = os.path.join(folder, "__pycache__")
+    for name in os.listdir(kept):
+        if name.startswith(NAME + "."):
+            os.unlink(os.path.join(kept, name))
 
+
+def load():
+    try:
+        folder = cache_folder()
+    except (OSError, KeyError, ImportError):
+        return
+    sys.path.insert(0, folder)
+    settings = sys.dont_write_bytecode, getattr(sys, "pycache_prefix", None)
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = None
+    try:
+        __import__(NAME)
+    except Exception:
+        sys.path.remove(folder)
+        sys.modules.pop(NAME, None)
+        try:
+            forget_bytecode(folder)
+        except OSError:
+            pass
+    sys.dont_write_bytecode, sys.pycache_prefix = settings
+
+
+load()
 from btrfs_backup_ng import main
 
+gc.enable()
 raise SystemExit(main())
 '''
 
@@ -116,7 +145,8 @@ def entry_date():
 
 def entry(name, date):
     info = zipfile.ZipInfo(name, date)
-    info.compress_type = zipfile.ZIP_DEFLATED
+    # what every run reads is stored as it is, so that most runs need no zlib
+    info.compress_type = zipfile.ZIP_STORED if name == "__main__.py" else zipfile.ZIP_DEFLATED
     info.create_system = 3  # Unix; else the system that packs shows
     info.external_attr = (stat.S_IFREG | 0o644) << 16
     return info

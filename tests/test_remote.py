@@ -632,6 +632,15 @@ class CacheFolder(TransferTestCase):
                 self.check_push(day)
                 self.assertFalse(os.path.exists(witness), "the foreign file was run")
 
+    def test_torn_bytecode(self):
+        """As a crash of that system leaves it: the source beside it is right."""
+        self.check_push(1)
+        kept, = self.cached()
+        folder = os.path.join(os.path.dirname(kept), "__pycache__")
+        name, = os.listdir(folder)
+        os.truncate(os.path.join(folder, name), 5000)
+        self.check_push(2)
+
     def test_changed_at_its_end(self):
         self.check_push(1)
         kept, = self.cached()

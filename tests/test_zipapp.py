@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 import zipfile
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
@@ -151,7 +152,8 @@ class Packing(ZipappTest):
             self.assertEqual(archive.read(PROGRAM), contents(os.path.join(self.folder, PROGRAM)))
             for info in archive.infolist():
                 self.assertEqual(info.date_time, (1980, 1, 1, 0, 0, 0))
-                self.assertEqual(info.compress_type, zipfile.ZIP_DEFLATED)
+                stored = info.filename == "__main__.py"
+                self.assertEqual(info.compress_type, zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED)
                 self.assertEqual(info.external_attr >> 16, stat.S_IFREG | 0o644)
 
     def test_source_date_epoch(self) -> None:
@@ -400,13 +402,39 @@ class CacheFolder(ZipappTest):
                 self.assertEqual(self.status(), 7)
             shutil.rmtree(self.cache)
 
-    def test_a_damaged_one_is_not_used(self) -> None:
+    def test_a_damaged_one_is_made_anew(self) -> None:
         for size in (0, 1, len(STAND_IN) - 1, len(STAND_IN) + 1):
             with self.subTest(size=size):
                 self.keep_another()
                 os.truncate(self.kept, size)
                 self.assertEqual(self.status(), 7)
+                self.assertEqual(contents(self.kept).decode(), STAND_IN)
+                self.assertEqual(sorted(os.listdir(self.kept_in)), ["__pycache__", PROGRAM])
                 shutil.rmtree(self.cache)
+
+    def bytecode(self) -> str:
+        folder = os.path.join(self.kept_in, "__pycache__")
+        (name,) = os.listdir(folder)
+        return os.path.join(folder, name)
+
+    def test_torn_bytecode_does_no_harm(self) -> None:
+        """As a crash of the system leaves it: cut, or of zeros."""
+        self.assertEqual(self.status(), 7)
+        whole = contents(self.bytecode())
+        zeros = bytes(len(whole) - 16)
+        for torn in (b"", whole[:8], whole[:16], whole[:100], whole[:-1], whole[:16] + zeros, bytes(300)):
+            with self.subTest(torn=torn[:20], size=len(torn)):
+                with open(self.bytecode(), "wb") as stream:
+                    stream.write(torn)
+                self.assertEqual(self.status(), 7)
+                self.assertEqual(self.status(), 7)
+                self.assertEqual(len(contents(self.bytecode())), len(whole))
+
+    def test_bytecode_is_kept_whatever_the_environment_says(self) -> None:
+        elsewhere = os.path.join(self.cache, "elsewhere")
+        self.assertEqual(self.status(env={"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": elsewhere}), 7)
+        self.assertTrue(os.path.exists(self.bytecode()))
+        self.assertFalse(os.path.exists(elsewhere))
 
     def test_a_cache_that_cannot_be_written(self) -> None:
         os.mkdir(self.cache)
@@ -424,6 +452,80 @@ class CacheFolder(ZipappTest):
         kept = os.path.join(home, ".cache", os.path.relpath(self.kept, self.cache))
         self.assertEqual(contents(kept).decode(), STAND_IN)
         self.assertFalse(os.path.exists(self.cache))
+
+
+class OldCopies(ZipappTest):
+    """The program's own copies of earlier versions go once nobody has used them for long."""
+
+    DAY = 86400
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.copy(BUILD, PROGRAM)
+        self.build_bytes()
+        self.copies = os.path.join(self.cache, "btrfs-backup-ng")
+        self.run_it()
+        (name,) = os.listdir(self.copies)
+        self.own = os.path.join(self.copies, name)
+
+    def run_it(self) -> None:
+        status, _, errors = run([sys.executable, self.zipapp, "--help"])
+        self.assertEqual((status, errors), (0, ""))
+
+    def run_after(self, days: float) -> None:
+        """A run when the last one was so long ago."""
+        self.age(self.own, days)
+        self.run_it()
+
+    def age(self, path: str, days: float) -> None:
+        moment = time.time() - days * self.DAY
+        os.utime(path, (moment, moment))
+
+    def old_copy(self, days: float, source: bytes = b"print('old')\n", name: str = "") -> str:
+        folder = os.path.join(self.copies, name or hashlib.sha256(source).hexdigest())
+        os.makedirs(os.path.join(folder, "__pycache__"), 0o700)
+        for path in (PROGRAM, PROGRAM + ".123", "__pycache__/btrfs_backup_ng.cpython-36.pyc"):
+            with open(os.path.join(folder, path), "wb") as stream:
+                stream.write(source)
+        self.age(folder, days)
+        return folder
+
+    def test_unused_for_long(self) -> None:
+        old, used = self.old_copy(91), self.old_copy(80, b"another")
+        self.run_after(2)
+        self.assertFalse(os.path.exists(old))
+        self.assertTrue(os.path.exists(used))
+        self.assertTrue(os.path.exists(self.own))
+
+    def test_looked_for_once_a_day(self) -> None:
+        old = self.old_copy(91)
+        self.run_after(0.9)
+        self.assertTrue(os.path.exists(old))
+        self.run_after(1.1)
+        self.assertFalse(os.path.exists(old))
+        self.assertLess(time.time() - os.stat(self.own).st_mtime, 60)
+
+    def test_what_is_not_provably_ours_stays(self) -> None:
+        other_source = self.old_copy(91, b"1", hashlib.sha256(b"2").hexdigest())
+        other_name = self.old_copy(91, b"3", "notes")
+        more_in_it = self.old_copy(91, b"4")
+        more_in_bytecode = self.old_copy(91, b"5")
+        open_to_others = self.old_copy(91, b"6")
+        without_source = self.old_copy(91, b"7")
+        with open(os.path.join(more_in_it, "notes"), "w"), open(
+                os.path.join(more_in_bytecode, "__pycache__", "other.cpython-36.pyc"), "w"):
+            pass
+        os.unlink(os.path.join(without_source, PROGRAM))
+        linked = os.path.join(self.copies, hashlib.sha256(b"8").hexdigest())
+        os.symlink(self.old_copy(91, b"8", "elsewhere"), linked)
+        os.utime(linked, (1, 1), follow_symlinks=False)
+        for folder in (more_in_it, more_in_bytecode, without_source):
+            self.age(folder, 91)
+        os.chmod(open_to_others, 0o770)
+        self.run_after(2)
+        for folder in (other_source, other_name, more_in_it, more_in_bytecode, open_to_others, without_source, linked):
+            self.assertTrue(os.path.exists(folder), folder)
+        self.assertTrue(os.path.exists(os.path.join(linked, PROGRAM)))
 
 
 class Make(ZipappTest):
