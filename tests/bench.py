@@ -10,6 +10,9 @@ filesystems are synced. The status is 1 when a target is missed.
 The filesystems are loop devices, with their images in memory if /dev/shm has the room. Needs
 root, btrfs-progs, and btrfs_backup_ng.pyz beside this folder.
 
+The cases over ssh go to an sshd of our own on the loopback, those with a delay through a proxy that
+holds everything back for so long each way.
+
 A new case is a function that prepares a Stage and returns a Pair of commands, or that measures
 something else and returns a Row; an entry in CASES gives it a name and a target.
 """
@@ -30,6 +33,7 @@ import tempfile
 import time
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
+import remote
 from scratch import (
     MIB,
     ZIPAPP,
@@ -67,6 +71,11 @@ volume {source}
     target {destination}
 """
 
+# Of the cases with a slow network: what everything takes each way, and how much there is to do.
+DELAY = 0.05
+THERE = 100
+PENDING = 50
+
 
 class BenchError(Exception):
     """A measured command failed, or did not do its work."""
@@ -100,6 +109,7 @@ class Case(NamedTuple):
     target: float
     is_ratio: bool  # whether the target holds for the median ratio, or for ours by itself
     measure: Callable[["Stage", int], Row]
+    most_rounds: int = 1000
 
 
 # ---- the stage -----------------------------------------------------------------------------
@@ -124,6 +134,7 @@ class Stage:
         self.scale = scale
         self.backups = self.folder(destination, "backups")
         self.prepared: Set[str] = set()
+        self.closing = contextlib.ExitStack()  # what is to be ended before the filesystems go
 
     @staticmethod
     def folder(*parts: str) -> str:
@@ -365,7 +376,12 @@ def nothing_to_do(stage: Stage) -> Pair:
 
 
 def btrbk_dry_run_argv(stage: Stage, subvolume: str, snapshots: str, backups: str) -> List[str]:
-    """btrbk's command, or [] where it is not installed."""
+    argv = btrbk_argv(stage, subvolume, snapshots, backups)
+    return argv and argv + ["dryrun"]
+
+
+def btrbk_argv(stage: Stage, subvolume: str, snapshots: str, backups: str) -> List[str]:
+    """btrbk's command but for what to do, or [] where it is not installed."""
     if not shutil.which("btrbk"):
         return []
     config = os.path.join(stage.scratch, "btrbk.conf")
@@ -378,7 +394,125 @@ def btrbk_dry_run_argv(stage: Stage, subvolume: str, snapshots: str, backups: st
                 destination=backups,
             )
         )
-    return ["btrbk", "-c", config, "dryrun"]
+    return ["btrbk", "-c", config]
+
+
+# Over ssh. The other machine is this one, behind an sshd of our own, with the default cipher.
+
+
+def start_sshd(stage: Stage) -> remote.Sshd:
+    reason = remote.why_not()
+    if reason:
+        raise BenchError(reason)
+    return stage.closing.enter_context(contextlib.closing(remote.Sshd()))
+
+
+def ours_ssh_argv(snapshots: str, source: str, endpoint: str) -> List[str]:
+    argv = ours_argv(snapshots, source, endpoint)
+    return argv[:-2] + remote.as_program_options(remote.ssh_options()) + argv[-2:]
+
+
+def full_over_ssh(tree: Tree, stage: Stage) -> Pair:
+    stage.prepare(tree)
+    stage.clear()
+    sshd = start_sshd(stage)
+    snapshots = stage.snapshots(tree, "full")
+    receive = "btrfs receive -q {0} && btrfs filesystem sync {0}".format(shlex.quote(stage.backups))
+    send = "btrfs send -q {}".format(shlex.quote(os.path.join(snapshots, BEFORE)))
+    script = "{} | {}".format(send, " ".join(shlex.quote(word) for word in sshd.argv(receive)))
+    return Pair(
+        ours_ssh_argv(snapshots, stage.data(tree), sshd.endpoint(stage.backups)),
+        ["sh", "-c", script],
+        lambda: check_arrived(stage, [BEFORE]),
+        lambda: stage.clear(snapshots=snapshots),
+    )
+
+
+def make_wrapped_ssh(stage: Stage) -> str:
+    """A folder with an `ssh` that reaches our sshd, for btrbk, which passes no options on."""
+    folder = stage.folder(stage.scratch, "bin")
+    words = [str(remote.find_program("ssh")), "-F", "none"]
+    for option in remote.ssh_options():
+        words += ["-o", option]
+    remote.write_file(
+        os.path.join(folder, "ssh"),
+        '#!/bin/sh\nexec {} "$@"\n'.format(" ".join(shlex.quote(word) for word in words)), 0o755)
+    return folder
+
+
+class Pending(NamedTuple):
+    """A folder of snapshots at the source of which the last few are missing at the destination."""
+
+    subvolume: str
+    snapshots: str
+    backups: str
+    there: List[str]
+    missing: List[str]
+
+    def make(self, stage: Stage) -> None:
+        """Each snapshot with a small change."""
+        run_quietly(["btrfs", "subvolume", "create", self.subvolume])
+        for name in self.there + self.missing:
+            write_random(os.path.join(self.subvolume, "file"), 4096)
+            take_snapshot(self.subvolume, os.path.join(self.snapshots, name))
+        paths = [os.path.join(self.snapshots, name) for name in self.there]
+        sends = ["btrfs send -q " + paths[0]]
+        sends += ["btrfs send -q -p {} {}".format(*pair) for pair in zip(paths, paths[1:])]
+        stage.run(["sh", "-c", "{{ {}; }} | btrfs receive -q {}".format("; ".join(sends), self.backups)])
+
+    def check(self) -> None:
+        arrived = sorted(os.listdir(self.backups))
+        if arrived and arrived != sorted(self.there) and arrived != sorted(self.there + self.missing):
+            raise BenchError("found {} in {}".format(arrived, self.backups))
+
+    def is_done(self) -> bool:
+        return len(os.listdir(self.backups)) == len(self.there + self.missing)
+
+    def reset(self, stage: Stage) -> None:
+        for name in set(os.listdir(self.backups)) - set(self.there):
+            run_quietly(["btrfs", "subvolume", "delete", os.path.join(self.backups, name)])
+        for name in os.listdir(self.snapshots):
+            if name.startswith("."):
+                os.unlink(os.path.join(self.snapshots, name))
+        stage.settle()
+
+
+def pending_over_delay(count: int, stage: Stage) -> Pair:
+    """A pair of folders for each program, as each wants names of its own."""
+    sshd = start_sshd(stage)
+    proxy = stage.closing.enter_context(contextlib.closing(remote.Proxy(sshd.port, DELAY)))
+    days = ["202{}{:02}{:02}".format(i // 252, i // 21 % 12 + 1, i % 21 + 1) for i in range(THERE + count)]
+    folders = []
+    for name, form in (("pending", PREFIX + "{}-000000"), ("pending-btrbk", "pending-btrbk.{}T0000")):
+        names = [form.format(day) for day in days]
+        folders.append(Pending(
+            os.path.join(stage.source, name), stage.folder(stage.source, "snapshots", name),
+            stage.folder(stage.destination, name), names[:THERE], names[THERE:]))
+        folders[-1].make(stage)
+    ours, theirs = folders
+
+    def check() -> None:
+        for folder in folders:
+            folder.check()
+        if not any(folder.is_done() for folder in folders):
+            raise BenchError("nothing has arrived")
+
+    def reset() -> None:
+        for folder in folders:
+            folder.reset(stage)
+
+    endpoint = sshd.endpoint(ours.backups, port=proxy.port)
+    return Pair(
+        ours_ssh_argv(ours.snapshots, ours.subvolume, endpoint),
+        btrbk_ssh_argv(stage, theirs, sshd.endpoint(theirs.backups, port=proxy.port).replace("root@", "")),
+        check,
+        reset,
+    )
+
+
+def btrbk_ssh_argv(stage: Stage, folder: Pending, endpoint: str) -> List[str]:
+    argv = btrbk_argv(stage, folder.subvolume, folder.snapshots, endpoint)
+    return argv and ["env", "PATH={}:{}".format(make_wrapped_ssh(stage), os.environ["PATH"])] + argv + ["run"]
 
 
 def measure_in_turns(prepare: Callable[[Stage], Pair], stage: Stage, rounds: int) -> Row:
@@ -476,6 +610,13 @@ CASES = {
         "peak during full-large", 40.0, False, functools.partial(measure_memory, FULL_LARGE)
     ),
     "nothing": Case("300 on both sides, btrbk dryrun", 0.5, True, in_turns(nothing_to_do)),
+    "ssh-large": Case("1 GiB in 4 files, over ssh", 1.0, True, in_turns(functools.partial(full_over_ssh, LARGE))),
+    "ssh-one": Case(
+        "1 small, 50 ms each way, btrbk", 0.33, True, in_turns(functools.partial(pending_over_delay, 1))
+    ),
+    "ssh-many": Case(
+        "50 small, 50 ms each way, btrbk", 0.1, True, in_turns(functools.partial(pending_over_delay, PENDING)), 2
+    ),
 }
 
 
@@ -553,7 +694,9 @@ def stage_with(scale: float) -> Iterator[Stage]:
         destination = stack.enter_context(
             btrfs_on_loop(scratch, "destination", IMAGE_SIZE, "noatime,nodiscard")
         )
-        yield Stage(source, destination, scratch, scale)
+        stage = Stage(source, destination, scratch, scale)
+        with stage.closing:
+            yield stage
 
 
 def run_cases(names: Sequence[str], options: argparse.Namespace) -> Dict[str, Row]:
@@ -563,7 +706,7 @@ def run_cases(names: Sequence[str], options: argparse.Namespace) -> Dict[str, Ro
     for name in names:
         # A filesystem that earlier cases have used up would be part of the figures.
         with stage_with(options.scale) as stage:
-            rows[name] = CASES[name].measure(stage, options.rounds)
+            rows[name] = CASES[name].measure(stage, min(options.rounds, CASES[name].most_rounds))
         print(format_row(name, CASES[name], rows[name]), flush=True)
     return rows
 

@@ -249,10 +249,10 @@ class OnTheWire(TransferTestCase):
 
     def compare(self, option):
         size = {}
-        for run, source, target in ((self.push, self.source, self.target), (self.pull, self.source, self.target)):
+        for run in (self.push, self.pull):
             for name in names(self.snapshots):
                 support.delete(self.snapshot_path(name))
-            for name in names(target):
+            for name in names(self.target):
                 support.delete(self.backup_path(name))
             before = self.between.up + self.between.down
             self.churn.change()
