@@ -8279,7 +8279,7 @@ class RestoreRun:
 
     def __init__(self, task: Task, events: Events, clock: Callable[[], float] = time.time) -> None:
         self.task, self.events, self.clock = task, events, clock
-        self.sending = TaskRun(task, events, clock)  # does the transfer, from the folder of backups
+        self.sending = TaskRun(task, events, clock=clock)  # does the transfer, from the folder of backups
         self.parent: Optional[Subvolume] = None
         self.swap_place: Optional[SwapPlace] = None
 

@@ -10,6 +10,7 @@ import time
 import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import remote
 from support import BackupTestCase, command, create, delete, listing, snapshot, subvolume, write_locks
 from test_names import InZone
 
@@ -135,7 +136,7 @@ class Table(unittest.TestCase):
         self.assertEqual(["-"], shown["newest"])
 
 
-class OnDisk(BackupTestCase):
+class ListTestCase(BackupTestCase):
 
     def list(self, *arguments, status=0):
         return self.run_program("list", *arguments, status=status)
@@ -151,6 +152,9 @@ class OnDisk(BackupTestCase):
 
     def states(self, location):
         return {entry["name"]: entry["state"] for entry in location["snapshots"]}
+
+
+class OnDisk(ListTestCase):
 
     def test_source_and_destination(self):
         one, two, three = self.take(1, 2, 3)
@@ -301,6 +305,32 @@ class OnDisk(BackupTestCase):
         result = self.list(self.source, self.snapshots)
         self.assertLess(time.monotonic() - begun, 2.0)
         self.assertEqual(["2000 present", "2000 present"], table(result.stdout)["total"])
+
+
+class OverSsh(ListTestCase, remote.RemoteTestCase):
+    """The same with the locations on another machine."""
+
+    def test_a_remote_source_and_destination(self):
+        one, two = self.take(1, 2)
+        self.push("-S")
+        write_locks(self.snapshots, {one: {"locks": [self.remote_target], "parent_locks": []}})
+        for source in (self.source, self.remote_source):
+            options = self.program_options()
+            here, there = self.locations(*options + [source, self.remote_target])
+            self.assertEqual((source, self.remote_target), (here["endpoint"], there["endpoint"]))
+            self.assertEqual([[self.remote_target], []], [entry["locks"] for entry in here["snapshots"]])
+            self.assertEqual([(one, "complete"), (two, "complete")], list(self.states(there).items()))
+            self.assertEqual(self.target_there + "/backups/" + one, there["snapshots"][0]["path"])
+            shown = table(self.list(*options + [source, self.remote_target]).stdout)
+            self.assertEqual(["present, locked", "present, locked"], shown[one])
+
+    def test_a_host_that_is_away(self):
+        one, = self.take(1)
+        self.server.stop()
+        here, there = self.locations(*self.program_options() + [self.source, self.remote_target], status=1)
+        self.assertEqual([one], list(self.states(here)))
+        self.assertIn("refused", there["error"].lower())
+        self.assertEqual([], there["snapshots"])
 
 
 if __name__ == "__main__":

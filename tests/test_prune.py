@@ -3,11 +3,13 @@
 import fcntl
 import os
 import random
+import signal
 import sys
 import time
 import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import remote
 from support import (
     BackupTestCase,
     bulk,
@@ -315,6 +317,50 @@ class Partials(BackupTestCase):
         self.prune("-n", "1", "--partials-older-than", "0s")
         self.prune("-n", "1")
         self.assertBackedUpOnly(3)
+
+
+class OverSsh(remote.RemoteTestCase):
+
+    def prune(self, *arguments, status=0):
+        return self.run_remote("prune", *arguments + (self.remote_target,), status=status)
+
+    def run_remote(self, verb, *arguments, **more):
+        return self.run_program(verb, *self.program_options() + list(arguments), **more)
+
+    def test_on_another_host(self):
+        self.take(1, 2, 3)
+        self.transfer()
+        path = self.backup_path(".{}.partial".format(self.name(9)))
+        create(path)
+        result = self.prune("--dry-run", "-n", "1", "--partials-older-than", "0s")
+        self.assertEqual(3, result.stdout.count("  delete "))
+        self.assertEqual(3, len(names(self.target)))
+        self.prune("-n", "1", "--partials-older-than", "0s")
+        self.assertBackedUp([self.name(3)])
+
+    def test_one_that_is_being_received_there_stays(self):
+        """The path of the folder is another one there than here."""
+        bulk(self.source + "/data", 100)
+        self.take(1)
+        run = self.start("-S", "-p", "home", *self.program_options() + [self.source, self.remote_target])
+        run.wait_for("a partial", lambda: partials(self.target))
+        receiver, = self.server.find("receive")
+        os.kill(receiver, signal.SIGSTOP)
+        self.prune("-n", "1", "--partials-older-than", "0s")
+        self.run_program("prune", "-n", "1", "--partials-older-than", "0s", self.target)  # seen from here
+        self.assertEqual(1, len(partials(self.target)))
+        os.kill(receiver, signal.SIGCONT)
+        self.assertEqual(0, run.finish().status)
+        self.assertBackedUp([self.name(1)])
+
+    def test_a_prune_there_and_one_here_do_not_collide(self):
+        self.take(1, 2)
+        self.transfer()
+        with open(os.path.join(self.target, ".home.lock"), "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            self.prune("-n", "1", status=75)
+        self.prune("-n", "1")
+        self.assertBackedUp([self.name(2)])
 
 
 class KilledAtAnyMoment(BackupTestCase):
