@@ -489,6 +489,30 @@ def parse_line(text: str) -> str:
     return text
 
 
+AGENT_GROUPS = {  # what a restricted key may be allowed to do
+    "list": "look at folders and their subvolumes",
+    "receive": "add backups, make folders for them, clear broken transfers",
+    "send": "read snapshots and backups, note transfers in the lock file",
+    "snapshot": "take snapshots",
+    "delete": "delete snapshots and backups",
+    "verify": "compute digests of what is in them",
+}
+
+
+def parse_groups(text: str) -> Tuple[str, ...]:
+    groups = tuple(group for group in text.split(",") if group)
+    unknown = [group for group in groups if group not in AGENT_GROUPS]
+    if unknown or not groups:
+        raise ValueError("names none of {}".format(", ".join(AGENT_GROUPS)))
+    return groups
+
+
+def parse_absolute(text: str) -> str:
+    if not text.startswith("/") or not text.isprintable():
+        raise ValueError("is not an absolute path")
+    return text
+
+
 def parse_compress(text: str) -> str:
     if text not in ("no", "auto", "zstd", "lz4", "gzip"):
         raise ValueError("is not one of no, auto, zstd, lz4, gzip")
@@ -663,6 +687,12 @@ def rows(*flags: str) -> Tuple[Option, ...]:
     return tuple(FLAGS[flag] for flag in flags)
 
 
+AGENT_OPTIONS = (
+    Option(("--under",), "under", "DIR", parse_absolute, "nothing outside of this folder"),
+    Option(("--allow",), "allow", "LIST", parse_groups, "only calls of these groups, with commas between them"),
+    Option(("--most-partials",), "most_partials", "N", parse_count,
+           "receive nothing into a folder that holds so many broken transfers; default 16"),
+)
 VERBS = {
     "": Verb(
         "[options] SOURCE [DESTINATION ...] [: [options] SOURCE [DESTINATION ...]] ...",
@@ -692,10 +722,22 @@ file, relative to the one it stands in.""",
             ("/home", "a snapshot only"),
         )),
     "agent": Verb(
-        "", "serve another instance of this program on stdin and stdout", (Group("Display", rows("-h")),),
+        "[--under DIR --allow LIST]", "serve another instance of this program on stdin and stdout", (
+            Group("Restricting a key", AGENT_OPTIONS),
+            Group("Display", rows("-h")),
+        ),
         about="""\
 Answers the calls of another instance of this program, which it gets on stdin, on stdout. Nobody types
-this: it is what runs on a remote host while that is a source or a destination.""",
+this: it is what runs on a remote host while that is a source or a destination.
+
+As the command= of a key in authorized_keys it restricts that key to the folder DIR and to some groups of
+calls, whatever the client asks for. What it refuses it tells the client, and the system log. The groups:
+
+""" + "\n".join("  {:<10}{}".format(group, text) for group, text in AGENT_GROUPS.items()),
+        examples=(
+            ("agent --under /mnt/backups/laptop --allow receive,list", "a key that can only add backups"),
+            ("agent --under /home --allow send,list", "a key that can only read snapshots"),
+        ),
         needs_root=False),
     "doctor": Verb(
         "[options] [SOURCE [DESTINATION ...] | FOLDER]", "check that backups can work and do, say what to do", (
@@ -782,8 +824,8 @@ The source sends again what it still has and its own policy wants: give it the s
             ("prune -n 30 --partials-older-than 7d ssh://nas/backups/home", "on another host"),
         )),
     "print": Verb(
-        "{man | completion bash|zsh|fish | systemd [options] -- ARGUMENT ...}",
-        "write a man page, a shell's completion, or systemd units", (
+        "{man | completion bash|zsh|fish | systemd [options] -- ARGUMENT ... | authorized-keys [options] KEYFILE}",
+        "write a man page, a shell's completion, systemd units, or a key's restriction", (
             Group("Display", rows("-h")),
             Group("Systemd", (
                 Option(("--on-calendar",), "on_calendar", "WHEN", parse_line,
@@ -793,20 +835,27 @@ The source sends again what it still has and its own policy wants: give it the s
                 Option(("--user",), "user", "", None,
                        "units for a user's own systemd; that user must be allowed sudo without a password"),
             )),
+            Group("Authorized keys", AGENT_OPTIONS + (
+                Option(("--ssh-sudo",), "ssh_sudo", "", None, "the key logs in as a user who may use sudo"),)),
         ),
         about="""\
 Writes to stdout, and nowhere else.
 
 systemd writes a shell script that holds a service, which runs btrfs-backup-ng with the ARGUMENTs, and its
 timer. Read it, then give it to sh. The arguments are checked first. With a folder as its argument the
-script puts the units there.""",
+script puts the units there.
+
+authorized-keys writes the line of ~/.ssh/authorized_keys that restricts the public key in KEYFILE; call it
+on the machine that the key shall open. See agent --help.""",
         examples=(
             ("print man | man -l -", "read the manual"),
             ("print completion bash >> ~/.bash_completion", "complete options and paths with the Tab key"),
             ("print systemd -- -N 3 -n 30 /home /mnt/backup/home", "look at a service and its timer"),
             ("print systemd -- -N 3 -n 30 /home /mnt/backup/home | sh", "install them (as root)"),
+            ("print authorized-keys --under /mnt/backups/laptop --allow receive,list laptop.pub",
+             "restrict a key to adding backups"),
         ),
-        operands=(("print", ("man", "completion", "systemd")), ("completion", SHELLS)),
+        operands=(("print", ("man", "completion", "systemd", "authorized-keys")), ("completion", SHELLS)),
         needs_root=False),
     "restore": Verb(
         "[options] BACKUP [FOLDER]", "bring a backup back, into a folder or in a subvolume's place", (
@@ -897,6 +946,9 @@ class Task(NamedTuple):
     before: Optional[float] = None
     backup_name: Optional[str] = None
     in_place: Optional[str] = None
+    under: str = ""
+    allow: Tuple[str, ...] = ()
+    most_partials: int = 16
 
     @property
     def snapshot_policy(self) -> Policy:
@@ -5612,16 +5664,8 @@ class StreamSink:
 # subvolume entered, and receive is confined by chroot. Never: SSH_ORIGINAL_COMMAND looked at.
 ########################################################################################################
 
-GROUPS = {
-    "list": "look at folders and their subvolumes",
-    "receive": "add backups; make folders for them; clear what transfers of its own left half-received",
-    "send": "read snapshots and backups; note transfers in the lock file",
-    "snapshot": "take snapshots",
-    "delete": "delete snapshots and backups",
-    "verify": "compute digests of what is in them",
-}
 CALLS = {  # each call of LocalHost, and the groups that it belongs to
-    "capabilities": tuple(GROUPS), "look": tuple(GROUPS), "list": ("list",),
+    "capabilities": tuple(AGENT_GROUPS), "look": tuple(AGENT_GROUPS), "list": ("list",),
     "nested_subvolumes": ("snapshot",), "make_folder": ("receive",), "snapshot": ("snapshot",),
     "delete": ("delete", "receive"), "wait_for_cleaning": ("delete",), "read_locks": ("list", "send"),
     "change_locks": ("send",), "read_pins": ("list", "send"), "change_pins": ("send",), "hold": ("send",),
@@ -5650,6 +5694,18 @@ class Restriction(NamedTuple):
 
 PATH_ARGUMENTS = frozenset(("path", "folder", "source", "beside"))
 NAME_ARGUMENTS = frozenset(("name", "parent", "file"))
+
+
+def names_in(key: str, value: Any) -> Iterator[str]:
+    """All that is a name of a file or subvolume in an argument called `key`."""
+    if isinstance(value, str) and key in NAME_ARGUMENTS:
+        yield value
+    elif hasattr(value, "_fields"):
+        for field, inner in zip(value._fields, value):
+            yield from names_in(field, inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from names_in(key, inner)
 
 
 def check_name(name: str) -> None:
@@ -5730,8 +5786,8 @@ class Guard:
         for key, value in arguments.items():
             if key in PATH_ARGUMENTS:
                 arguments[key] = self.open_path(value, make=name == "make_folder")
-            elif key in NAME_ARGUMENTS and value is not None:
-                check_name(value)
+            for found in names_in(key, value):
+                check_name(found)
         if name in ("delete", "delete_raw"):
             self.check_deletion(arguments["doomed"])
         elif name == "open_raw_receive":
@@ -5755,12 +5811,10 @@ class Guard:
 
     def check_deletion(self, doomed: Sequence[Subvolume]) -> None:
         for subvolume in doomed:
-            check_name(subvolume.name)
             if "delete" not in self.restriction.allow and (partial_of(subvolume.name) is None or subvolume.is_received):
                 raise Refused("this key may not delete {}".format(subvolume.name), "see --allow in its authorized_keys")
 
     def check_receive(self, folder: str, expected: ExpectedStream) -> None:
-        check_name(expected.name)
         if partial_of(expected.name) is not None:
             raise Refused("{} is no name of a snapshot".format(expected.name))
         listing = LocalHost(Events()).list(folder)
@@ -5780,7 +5834,7 @@ class Guard:
         """The machine's own destinations are not a puller's to note or to forget."""
         destinations = list(arguments.get("pins", ())) + [
             change.destination for kind in ("add", "clear") for change in arguments.get(kind, ())]
-        own = [d for d in destinations if not d.startswith("ssh://")]
+        own = [d for d in destinations if not d.startswith(("ssh://", "raw+ssh://"))]
         if own:
             raise Refused("this key may not change notes of {}".format(own[0]))
 
@@ -6638,8 +6692,16 @@ class Hosts:
 ########################################################################################################
 
 
-def destination_key(text: str) -> str:
-    """The normalised id of a destination, which locks and pins name it by; what is none stays as it is."""
+def puller_prefix() -> str:
+    """What stands before a path of this machine in the notes of another one."""
+    return "ssh://" + os.uname().nodename
+
+
+def destination_key(text: str, pulled: bool = False) -> str:
+    """The normalised id of a destination, which locks and pins name it by; what is none stays as it is.
+
+    pulled: the notes are kept on another machine, where a path alone would name a place of that one.
+    """
     try:
         endpoint = parse_endpoint(text)
     except UsageError:
@@ -6647,6 +6709,8 @@ def destination_key(text: str) -> str:
     if endpoint.kind == "shell":
         return endpoint.text
     path = normal_destination(endpoint.path) if endpoint.login else os.path.realpath(endpoint.path)
+    if pulled and endpoint.kind == "path" and not endpoint.login:
+        return puller_prefix() + path
     scheme = {("path", False): "", ("path", True): "ssh://", ("raw", False): "raw://", ("raw", True): "raw+ssh://"}
     return scheme[endpoint.kind, bool(endpoint.login)] + endpoint.machine + path
 
@@ -6654,8 +6718,8 @@ def destination_key(text: str) -> str:
 class Destination:
     """One destination during a run: reachable until `error` says otherwise."""
 
-    def __init__(self, text: str) -> None:
-        self.text, self.key, self.endpoint = text, destination_key(text), parse_endpoint(text)
+    def __init__(self, text: str, key: str) -> None:
+        self.text, self.key, self.endpoint = text, key, parse_endpoint(text)
         self.path, self.filesystem = self.endpoint.path, None  # type: str, Optional[str]
         self.host: Any = None  # once it was reached
         self.listing: Optional[Listing] = None
@@ -6757,12 +6821,12 @@ class TaskRun:
         self.locks = own_locks(self.host.read_locks(self.folder), self.prefix) if self.folder_exists else {}
         pins = self.host.read_pins(self.folder) if self.folder_exists else {}
         self.pins = {key: entry[self.prefix] for key, entry in pins.items() if self.prefix in entry}
-        forget = {destination_key(text) for text in self.task.forget}
+        forget = {self.key_of(text) for text in self.task.forget}
         locked = {normal_destination(d) for entry in self.locks.values() for d in entry.get("locks", ())}
         locked.discard(self.folder)  # by a restore into the snapshot folder
         unlock = set(forget)
         if self.task.remove_locks:
-            unlock |= {destination_key(text) for text in self.task.destinations}
+            unlock |= {self.key_of(text) for text in self.task.destinations}
             unlock |= locked if self.task.locked_destinations else set()
         retry = self.task.locked_destinations and not self.task.no_transfer
         self.find_destinations(sorted(locked - unlock) if retry else [])
@@ -6793,16 +6857,23 @@ class TaskRun:
             host.change_locks(folder, add, clear)
         self.locks = clear_locks(add_locks(self.locks, add), clear)
 
+    def key_of(self, text: str) -> str:
+        """The id of a destination in the notes, by the machine that these are kept on."""
+        host = self.lock_place[0] if self.lock_place else self.host
+        return destination_key(text, pulled=not isinstance(host, LocalHost))
+
     def find_destinations(self, locked: Sequence[str]) -> None:
         """The destinations given and those that locks name, each once."""
+        own = puller_prefix() + "/"
+        locked = [text[len(own) - 1:] if text.startswith(own) else text for text in locked]
         for text in list(self.task.destinations) + list(locked):
             try:
                 parse_endpoint(text)
             except UsageError as error:
                 self.report(BackupError("locked destination {}: {}".format(text, error.message), error.hint))
                 continue
-            if destination_key(text) not in [d.key for d in self.destinations]:
-                self.destinations.append(Destination(text))
+            if self.key_of(text) not in [d.key for d in self.destinations]:
+                self.destinations.append(Destination(text, self.key_of(text)))
 
     # -- destinations
 
@@ -6958,7 +7029,8 @@ class TaskRun:
     # -- execution
 
     def execute(self) -> None:
-        self.host.make_folder(self.folder)
+        if not self.folder_exists:
+            self.host.make_folder(self.folder)
         self.folder_exists = True
         self.gate.take_turn(" ".join((parse_endpoint(self.task.source).machine, self.folder, self.prefix)))
         with self.host.hold(self.folder, self.prefix, self.task.wait):
@@ -7163,7 +7235,12 @@ class TaskRun:
         for verdict in doomed:
             self.events.info("deleting", "deleting {} at {}: {}".format(verdict.name, text, verdict.reason),
                              name=verdict.name, folder=folder, reason=verdict.reason)
-        errors = host.delete(folder, [named[v.name] for v in doomed], self.task.convert_rw)
+        try:
+            errors = host.delete(folder, [named[v.name] for v in doomed], self.task.convert_rw) if doomed else []
+        except Refused as refusal:
+            errors = [refusal] * len(doomed)
+            self.report(refusal, prefix="{}: ".format(text))
+            return
         for error in errors:
             self.report(error)
         if doomed:
@@ -7472,7 +7549,7 @@ class Survey:
                 entries = source_entries(listing, folder, self.task.prefix, host.read_locks(folder))
             else:
                 entries = backup_entries(listing, folder, self.task.prefix, self.source, self.locks,
-                                         destination_key(text))
+                                         self.run.key_of(text))
             return Location(text, False, entries, None, listing)
         except BackupError as error:
             return Location(text, False, (), error)
@@ -9633,10 +9710,45 @@ def no_operands(operands: Sequence[str]) -> None:
 
 
 # what can be printed
+PUBLIC_KEY = re.compile(r"((?:sk-)?(?:ssh|ecdsa)-[a-z0-9@.-]+) ([A-Za-z0-9+/=]+)(?: (.*))?")
+
+
+def program_path() -> str:
+    """Where this program is, as another shell finds it."""
+    import shutil
+    installed = shutil.which("btrfs-backup-ng")
+    called = os.path.abspath(sys.argv[0])
+    return installed if installed and os.path.realpath(installed) == os.path.realpath(called) else called
+
+
+def print_authorized_keys(task: Task) -> str:
+    """The line of authorized_keys that restricts a key."""
+    import shlex
+    if not task.under or not task.allow or len(task.destinations) != 1:
+        raise UsageError("print authorized-keys needs --under, --allow and a KEYFILE",
+                         "print authorized-keys --under /mnt/backups/laptop --allow receive,list laptop.pub")
+    path = task.destinations[0]
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as key_file:
+            lines = [line.strip() for line in key_file if line.strip() and not line.startswith("#")]
+    except OSError as error:
+        raise os_error("cannot read {}".format(path), error) from None
+    keys = [line for line in lines if PUBLIC_KEY.fullmatch(line)]
+    if not keys or len(keys) != len(lines):
+        raise UsageError("{} holds no public key".format(path), "name the file that ends in .pub")
+    words = ["sudo", "-n"] * task.ssh_sudo + [program_path(), "agent", "--under", task.under, "--allow",
+                                             ",".join(task.allow)]
+    if task.most_partials != Task().most_partials:
+        words += ["--most-partials", str(task.most_partials)]
+    command = " ".join(map(shlex.quote, words)).replace('"', '\\"')
+    return "\n".join('restrict,command="{}" {}'.format(command, key) for key in keys)
+
+
 PRINTS: Dict[str, Callable[[Task], str]] = {
     "man": print_man,
     "completion": print_completion,
     "systemd": print_systemd,
+    "authorized-keys": print_authorized_keys,
 }
 
 
@@ -9651,16 +9763,21 @@ def run_print(task: Task, events: Events) -> int:
     return 0
 
 
-def run_agent(_task: Task, _events: Events) -> int:
-    serve_agent()
+def check_agent(task: Task) -> None:
+    if bool(task.under) != bool(task.allow):
+        raise UsageError("--under and --allow go together", "see agent --help")
+
+
+def run_agent(task: Task, _events: Events) -> int:
+    serve_agent(Restriction(task.under, task.allow, task.most_partials) if task.under else None)
     return 0
 
 
 # how each verb is checked and run
 RUNS: Dict[str, Tuple[Callable[[Task], None], Callable[[Task, Events], int]]] = {
     "": (check_task, run_task),
-    "agent": (lambda task: None, run_agent),
     "doctor": (check_doctor, run_doctor),
+    "agent": (check_agent, run_agent),
     "list": (check_list, run_list),
     "prune": (check_prune, run_prune),
     "restore": (check_restore, run_restore),

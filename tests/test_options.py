@@ -29,13 +29,14 @@ ALL_OPTIONS = [(name, option) for name, verb in VERBS.items() for group in verb.
 
 # A good value for what the help calls so.
 SAMPLES = {
+    "LIST": "receive,list",
     "OPT": "Port=22",
     "PROGRAM": "zstd",
     "LEVEL": "error",
     "FILE": "/log",
     "N": "3",
     "DEST": "/b",
-    "DIR": "folder",
+    "DIR": "/folder",
     "P": "home",
     "POLICY": "7d",
     "AGE": "26h",

@@ -1,0 +1,397 @@
+"""Restricted keys: a client may add backups below one folder, and nothing else, however hostile it is."""
+
+import contextlib
+import os
+import shlex
+import struct
+import subprocess
+import sys
+import time
+import unittest
+import uuid
+from typing import get_type_hints
+
+import remote
+import support
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import btrfs_backup_ng as program
+from btrfs_backup_ng import (
+    A_CLONE_PATH,
+    A_CLONE_UUID,
+    A_PATH,
+    A_PATH_LINK,
+    A_PATH_TO,
+    A_UUID,
+    CALLS,
+    END,
+    PATH_ARGUMENTS,
+    RECEIVERS,
+    SNAPSHOT,
+    STREAM_HEADER,
+    STREAM_MAGIC,
+    SUBVOL,
+    AgentHost,
+    BackupError,
+    Connection,
+    Events,
+    ExpectedStream,
+    LocalHost,
+    LockChange,
+    Refused,
+    Subvolume,
+    make_command,
+    parse_uuid,
+)
+
+A_CTRANSID, A_CLONE_CTRANSID, A_CLONE_OFFSET, A_CLONE_LEN, A_OFFSET, A_DATA, A_INO = 2, 21, 23, 24, 18, 19, 3
+MKFILE, MKDIR, SYMLINK, RENAME, UNLINK, RMDIR, WRITE, CLONE = 3, 4, 8, 9, 11, 12, 15, 16
+LINK = 10
+NUMBER = struct.Struct("<Q").pack
+
+
+class RestrictedTestCase(remote.RemoteTestCase):
+    allow = "receive,list"
+    more = ()
+
+    def setUp(self):
+        super().setUp()
+        self.under = self.target_there + "/backups"
+        words = [support.PYTHON, support.PROGRAM, "agent", "--under", self.under, "--allow", self.allow] + list(self.more)
+        command = " ".join(map(shlex.quote, words))
+        self.server.authorize("root", 'restrict,command="{}"'.format(command))
+
+    def connect(self):
+        """A client of its own, which says what it likes."""
+        host = AgentHost("server", lambda first: Connection("server", self.server.argv("true")), Events())
+        self.addCleanup(host.end)
+        return host
+
+    def outside(self, name="outside"):
+        """A subvolume beside the folder, with a file, as a complete backup of something."""
+        path = support.create(os.path.join(self.target_disk.path, name))
+        support.snapshot(path, path + ".ro")
+        with open(os.path.join(path, "secret"), "w") as file:
+            file.write("secret" * 10000)
+        return path
+
+
+class OrdinaryUse(RestrictedTestCase):
+
+    def test_full_and_incremental(self):
+        churn = support.Churn(self.source)
+        churn.fill()
+        self.push()
+        churn.change()
+        time.sleep(1.1)
+        second = self.push()
+        self.assertIn("incrementally", second.stderr)
+        self.assertBackedUp(support.names(self.snapshots))
+        self.assertNothingLeft(self.server)
+
+    def test_the_folder_may_be_made(self):
+        result = self.push(to=[self.remote_target + "/deep/down"])
+        self.assertEqual(support.names(self.snapshots), support.names(os.path.join(self.target, "deep/down")))
+
+    def test_deletion_is_refused_and_said_once(self):
+        for _ in range(3):
+            self.push()
+            time.sleep(1.1)
+        before = support.names(self.target)
+        result = self.push("-n", "1", status=1)
+        self.assertEqual(1, len(result.errors), result.stderr)
+        self.assertIn("may not delete", result.errors[0])
+        self.assertEqual(before, support.names(self.target)[:3])
+        self.assertEqual(4, len(support.names(self.target)))
+
+    def test_a_killed_client_leaves_what_the_next_run_clears(self):
+        self.write("big", os.urandom(64 << 19).hex())
+        running = self.start(*self.program_options() + ["-p", "home", self.source, self.remote_target])
+        running.wait_for("a partial", lambda: support.partials(self.target))
+        running.kill()
+        self.assertEqual({}, self.server.left_over())
+        self.assertEqual([], support.names(self.target))
+        result = self.push("-S")
+        self.assertBackedUp(support.names(self.snapshots))
+
+    def test_another_folder_is_refused(self):
+        result = self.push(to=[self.server.endpoint(self.target_there + "/elsewhere")], status=1)
+        self.assertEqual(1, len(result.errors), result.stderr)
+        self.assertIn("not below " + self.under, result.errors[0])
+        self.assertFalse(os.path.exists(os.path.join(self.target_disk.path, "elsewhere")))
+
+
+class Hostile(RestrictedTestCase):
+    """Every call, every path: nothing outside changes, no backup changes."""
+
+    def setUp(self):
+        super().setUp()
+        self.write("file", "content")
+        self.push()
+        self.name = support.names(self.target)[0]
+        self.secret = self.outside()
+        os.symlink(self.target_there, os.path.join(self.target, "link"))
+        os.symlink("/", os.path.join(self.target, "root"))
+        self.host = self.connect()
+        self.before = self.everything()
+
+    def everything(self):
+        """What there is on the server's disk, but for partials."""
+        found = support.tree(self.target_disk.path)
+        return {path: facts for path, facts in found.items()
+                if b".partial" not in path and path not in (b"backups", b".", b"")}
+
+    def refused(self, act, *words):
+        with self.assertRaises(BackupError) as caught:
+            act()
+        self.assertIsInstance(caught.exception, Refused, caught.exception)
+        for word in words:
+            self.assertIn(word, caught.exception.message)
+        self.assertNotIn("/proc/", caught.exception.message)
+
+    def ask(self, call, arguments):
+        """Does a call; of one that begins a stream, no more than its beginning."""
+        if call not in RECEIVERS:
+            return self.host.call(call, *arguments)
+        connection = self.host.borrow()
+        try:
+            connection.channel.send_value(program.CALL, (call, arguments, ""))
+            connection.channel.send(program.ABORT)
+            return connection.channel.result(20)
+        finally:
+            self.host.give_back(connection)
+
+    def arguments(self, call, path):
+        """Arguments of a call that would do, but for the path; found by what it declares, so of new calls too."""
+        declared = getattr(LocalHost, {"release": "hold"}.get(call, call))
+        hints = get_type_hints(declared)
+        return tuple(path if name in PATH_ARGUMENTS else self.sample(name, hint)
+                     for name, hint in hints.items() if name != "return")
+
+    def sample(self, name, hint):
+        origin, inner = getattr(hint, "__origin__", None), getattr(hint, "__args__", None) or ()
+        if hint is Subvolume:
+            return Subvolume(self.name, support.subvolume(os.path.join(self.target, self.name)).uuid)
+        if hasattr(hint, "_fields"):
+            return hint(*(self.sample(field, kind) for field, kind in get_type_hints(hint).items()))
+        if type(None) in inner:
+            return None
+        if origin is not None:
+            empty = {"doomed": [self.sample("", Subvolume)] if name == "doomed" else []}
+            return empty.get(name, {} if "ict" in str(origin) else () if "uple" in str(origin) else [])
+        return {str: self.name, int: 0, float: 0.0, bool: False}[hint]
+
+    def tearDown(self):
+        self.assertEqual(self.before, self.everything())
+        super().tearDown()
+
+    def test_every_call_with_a_path_outside(self):
+        paths = ["/", "/etc", self.target_there, self.target_there + "/outside", self.under + "/..",
+                 self.under + "/../outside", self.under + "/link", self.under + "/link/outside", self.under + "/root",
+                 self.under + "/root/etc", self.under + "x", self.under + "/./x", "", "relative", "~",
+                 self.under + "/a\nb", self.under + "/" + self.name, self.under + "/" + self.name + "/sub"]
+        for call in CALLS:
+            for path in paths:
+                arguments = self.arguments(call, path)
+                if path in arguments:
+                    with self.subTest(call=call, path=path):
+                        self.refused(lambda call=call, arguments=arguments: self.ask(call, arguments))
+
+    def test_every_call_of_another_group(self):
+        for call, groups in CALLS.items():
+            if not {"receive", "list"} & set(groups):
+                with self.subTest(call=call):
+                    self.refused(lambda call=call: self.ask(call, self.arguments(call, self.under)), "may not")
+
+    def test_a_backup_cannot_be_deleted(self):
+        listed = self.host.list(self.under).named(self.name)
+        self.refused(lambda: self.host.delete(self.under, [listed], False), "may not delete")
+        self.refused(lambda: self.host.delete(self.under, [listed._replace(name="../outside")], False))
+        disguised = listed._replace(name=".{}.partial".format(self.name))
+        errors = self.host.delete(self.under, [disguised._replace(received_uuid=None)], False)
+        self.assertEqual(1, len(errors))
+
+    def test_no_command_and_no_forwarding(self):
+        mark = os.path.join(self.server.home, "mark")
+        done = subprocess.run(self.server.argv("touch " + shlex.quote(mark)), stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
+        self.assertTrue(done.stdout.startswith(program.MARKER), done.stdout)
+        self.assertFalse(os.path.exists(mark))
+        port = remote.free_port()
+        argv = self.server.argv("x", options=["ExitOnForwardFailure=yes"])
+        forward = argv[:1] + ["-N", "-R", "{}:127.0.0.1:{}".format(port, self.server.port)] + argv[1:-1]
+        done = subprocess.run(forward, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              timeout=20)
+        self.assertNotEqual(0, done.returncode)
+
+
+class HostileStreams(RestrictedTestCase):
+    """A stream can do nothing but to its own subvolume."""
+
+    def setUp(self):
+        super().setUp()
+        self.write("file", "content" * 10000)
+        self.push()
+        self.name = support.names(self.target)[0]
+        self.backup = support.subvolume(os.path.join(self.target, self.name))
+        self.host = self.connect()
+        self.before = support.tree(os.path.join(self.target, self.name))
+        self.secret = self.outside()
+        self.before_outside = support.tree(self.secret)
+
+    def tearDown(self):
+        self.assertEqual(self.before, support.tree(os.path.join(self.target, self.name)))
+        self.assertEqual(self.before_outside, support.tree(self.secret))
+        self.assertEqual([self.name], support.names(self.target))
+        self.assertEqual([], [name for name in os.listdir(self.target)
+                              if name != self.name and not name.startswith(".new.") and ".partial" not in name])
+        super().tearDown()
+
+    def receive(self, *commands, name="new", expected=None, first=None):
+        """Sends a stream of these commands; what the server says against it."""
+        own = uuid.uuid4()
+        expected = expected or ExpectedStream(name, str(own), None, 0, 0, 0o755)
+        first = first or make_command(SUBVOL, [(A_PATH, name.encode()), (A_UUID, parse_uuid(expected.uuid)),
+                                               (A_CTRANSID, NUMBER(1))])
+        stream = STREAM_HEADER.pack(STREAM_MAGIC, 1) + first + b"".join(commands) + make_command(END, [])
+        receiver = self.host.open_receive(self.under, expected, False)
+        try:
+            receiver.offer(memoryview(stream))
+            return receiver.finish(20)
+        finally:
+            receiver.end()
+
+    def refuse(self, *commands, **more):
+        with self.assertRaises(BackupError) as caught:
+            self.receive(*commands, **more)
+        return caught.exception
+
+    def test_names(self):
+        for name in ("../x", "x/y", "/etc/x", ".hidden", ".x.partial", "..", ".", "", "a\nb", "x" * 300):
+            with self.subTest(name=name):
+                self.refuse(name=name)
+
+    def test_an_existing_name(self):
+        self.refuse(name=self.name)
+
+    def test_another_name_than_was_said(self):
+        first = make_command(SUBVOL, [(A_PATH, b"other"), (A_UUID, uuid.uuid4().bytes), (A_CTRANSID, NUMBER(1))])
+        self.assertIn("not the planned one", self.refuse(first=first).message)
+
+    def test_a_second_subvolume(self):
+        second = make_command(SUBVOL, [(A_PATH, b"second"), (A_UUID, uuid.uuid4().bytes), (A_CTRANSID, NUMBER(1))])
+        self.assertIn("second subvolume", self.refuse(second).message)
+
+    def test_a_parent_outside(self):
+        parent = support.subvolume(self.secret + ".ro")
+        expected = ExpectedStream("new", str(uuid.uuid4()), parent.uuid, 0, 0, 0o755, parent.uuid)
+        first = make_command(SNAPSHOT, [(A_PATH, b"new"), (A_UUID, parse_uuid(expected.uuid)), (A_CTRANSID, NUMBER(1)),
+                                        (A_CLONE_UUID, parse_uuid(parent.uuid)), (A_CLONE_CTRANSID, NUMBER(1))])
+        self.assertIn("parent", self.refuse(expected=expected, first=first).message)
+
+    def test_paths_that_lead_up(self):
+        good = [(A_PATH, b"x"), (A_INO, NUMBER(257))]
+        for number, attributes in [
+                (MKFILE, [(A_PATH, b"../evil")]), (MKDIR, [(A_PATH, b"a/../../evil")]),
+                (SYMLINK, [(A_PATH, b"../evil"), (A_PATH_LINK, b"/")]),
+                (RENAME, good + [(A_PATH_TO, b"../evil")]), (RENAME, [(A_PATH, b"../" + self.name.encode())] + [
+                    (A_PATH_TO, b"x")]),
+                (LINK, good + [(A_PATH_LINK, b"../" + self.name.encode() + b"/file")]),
+                (UNLINK, [(A_PATH, b"..")]), (RMDIR, [(A_PATH, b"../" + self.name.encode())]),
+                (WRITE, [(A_PATH, b"../" + self.name.encode() + b"/file"), (A_OFFSET, NUMBER(0)), (A_DATA, b"evil")])]:
+            with self.subTest(command=number, attributes=attributes):
+                self.assertIn("leads up", self.refuse(make_command(MKFILE, good),
+                                                      make_command(number, attributes)).message)
+
+    def test_links_lead_nowhere(self):
+        """In a stream nothing is reached through a link that it made itself."""
+        for target in (b"/", b"..", b"/" + self.name.encode(), b"/root", os.fsencode(self.under)):
+            for number, attributes in [
+                    (MKFILE, [(A_PATH, b"s/evil"), (A_INO, NUMBER(300))]),
+                    (RENAME, [(A_PATH, b"s/" + self.name.encode()), (A_PATH_TO, b"s/gone")]),
+                    (WRITE, [(A_PATH, b"s/file"), (A_OFFSET, NUMBER(0)), (A_DATA, b"evil")])]:
+                with self.subTest(target=target, command=number):
+                    self.refuse(make_command(SYMLINK, [(A_PATH, b"s"), (A_INO, NUMBER(258)), (A_PATH_LINK, target)]),
+                                make_command(number, attributes))
+
+    def test_cloning_from_outside(self):
+        source = support.subvolume(self.secret + ".ro")
+        clone = [(A_PATH, b"x"), (A_OFFSET, NUMBER(0)), (A_CLONE_LEN, NUMBER(4096)),
+                 (A_CLONE_UUID, parse_uuid(source.uuid)), (A_CLONE_CTRANSID, NUMBER(1)),
+                 (A_CLONE_PATH, b"secret"), (A_CLONE_OFFSET, NUMBER(0))]
+        self.refuse(make_command(MKFILE, [(A_PATH, b"x"), (A_INO, NUMBER(257))]), make_command(CLONE, clone))
+
+    def test_a_stream_that_is_fine_arrives(self):
+        # so that the others do not fail for a reason of their own
+        backup = self.receive(make_command(MKFILE, [(A_PATH, b"x"), (A_INO, NUMBER(257))]),
+                              make_command(SYMLINK, [(A_PATH, b"s"), (A_INO, NUMBER(258)), (A_PATH_LINK, b"/")]),
+                              make_command(WRITE, [(A_PATH, b"x"), (A_OFFSET, NUMBER(0)), (A_DATA, b"fine")]))
+        self.assertEqual("new", backup.name)
+        support.delete(os.path.join(self.target, "new"))
+
+
+class TooManyPartials(RestrictedTestCase):
+    more = ("--most-partials", "2")
+
+    def test_the_server_cannot_be_filled_with_them(self):
+        for name in (".a.partial", ".b.partial"):
+            support.create(os.path.join(self.target, name))
+        result = self.push(status=1)
+        self.assertIn("broken transfers", result.stderr)
+
+
+class Pulling(RestrictedTestCase):
+    """A server that fetches: its key may read snapshots on the client, and nothing else."""
+
+    allow = "send,list"
+
+    def setUp(self):
+        super().setUp()
+        self.under = self.source_there + "/home"
+        command = " ".join(map(shlex.quote, [support.PYTHON, support.PROGRAM, "agent", "--under", self.under,
+                                             "--allow", self.allow]))
+        self.server.authorize("root", 'restrict,command="{}"'.format(command))
+
+    def test_what_is_there_can_be_pulled(self):
+        names = self.take(1, 2)
+        result = self.pull("-S")
+        self.assertBackedUp(names)
+        self.assertEqual({}, support.read_locks(self.snapshots))
+
+    def test_no_snapshot_can_be_taken(self):
+        names = self.take(1)
+        result = self.pull(status=1)
+        self.assertIn("may not snapshot", result.stderr)
+        self.assertEqual(names, support.names(self.snapshots))
+
+    def test_notes_of_the_machine_itself_stay(self):
+        names = self.take(1)
+        support.write_locks(self.snapshots, {names[0]: {"locks": ["/mnt/disk"], "parent_locks": []}})
+        host = self.connect()
+        folder = self.under + "/.btrfs-backup-ng/snapshots"
+        with self.assertRaises(Refused):
+            host.change_locks(folder, [], [LockChange(names[0], "/mnt/disk")])
+        self.assertEqual({names[0]: {"locks": ["/mnt/disk"], "parent_locks": []}}, support.read_locks(self.snapshots))
+
+
+class Refusals(RestrictedTestCase):
+
+    def test_refused_calls_are_logged(self):
+        log = os.path.join(support.scratch_folder(), "syslog")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(log)
+        said = []
+        original = program.log_refusal
+        self.addCleanup(setattr, program, "log_refusal", original)
+        program.log_refusal = said.append
+        read_end, write_end = os.pipe()
+        self.addCleanup(os.close, write_end)
+        agent = program.Agent(program.Channel(read_end, os.dup(1), "x"), program.Restriction(self.target, ("list",)))
+        self.addCleanup(agent.channel.close)
+        with self.assertRaises(Refused):
+            agent.method("delete", (self.target, [], False))
+        self.assertEqual(["this key may not delete: it allows list"], [refusal.message for refusal in said])
+
+
+if __name__ == "__main__":
+    unittest.main()
