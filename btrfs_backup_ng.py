@@ -8395,7 +8395,7 @@ class RestoreRun:
     def find_target(self) -> None:
         """The folder to restore to, as it is now; in place without a folder one of its own beside the place."""
         text = (self.task.destinations + (self.task.in_place or "",))[0]
-        target = Destination(text)
+        target = Destination(text, destination_key(text))
         host = target.host = self.sending.hosts.of(target.endpoint)
         if self.task.in_place is not None:
             self.swap_place = host.look_at_swap_place(parse_endpoint(self.task.in_place).path)
@@ -8926,7 +8926,7 @@ class Doctor:
             self.skip(text, "folder", "parent")
             self.examine_folder(text)
         else:
-            destination = Destination(text)
+            destination = Destination(text, self.run.key_of(text))
             if not self.examine("folder", text, self.check_folder, destination):
                 self.skip(text, "backups", "parent", "partials", "space", "quotas", "devices", "age")
             elif destination.listing is not None:

@@ -213,9 +213,10 @@ class Hostile(RestrictedTestCase):
 
     def test_no_command_and_no_forwarding(self):
         mark = os.path.join(self.server.home, "mark")
-        done = subprocess.run(self.server.argv("touch " + shlex.quote(mark)), stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=20)
-        self.assertTrue(done.stdout.startswith(program.MARKER), done.stdout)
+        with subprocess.Popen(self.server.argv("touch " + shlex.quote(mark)), stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as client:
+            self.assertEqual(program.MARKER, client.stdout.read(len(program.MARKER)))
+            client.communicate(timeout=20)
         self.assertFalse(os.path.exists(mark))
         port = remote.free_port()
         argv = self.server.argv("x", options=["ExitOnForwardFailure=yes"])
