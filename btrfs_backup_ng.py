@@ -2251,7 +2251,7 @@ def format_progress(facts: Dict[str, Any], width: int, title: str = "", column: 
     column: where the numbers begin if that is beyond the label.
     """
     percent, done, total, rate, left = progress_parts(facts)
-    label = progress_label(facts, title)
+    label, percent = progress_label(facts, title), percent.rjust(4) if column else percent
     for parts in ((percent, (done + " " + total).strip(), rate, left), (percent, done, rate, left)):
         numbers = "  ".join(part for part in parts if part)
         room = width - 2 - shown_width(numbers)
@@ -2416,7 +2416,8 @@ class LogLines:
     def draw(self, lines: Sequence[str]) -> None:
         """Writes `lines` above the transfers."""
         columns, height = self.terminal.size()
-        block = progress_lines(self.board, columns - 1, max(1, height - 2)) if self.progress else []
+        # with room for the ^C that a terminal writes behind it
+        block = progress_lines(self.board, columns - 4, max(1, height - 2)) if self.progress else []
         if lines or block != self.block:
             self.terminal.write(self.erase(columns) + "".join(line + "\n" for line in lines) + "\n".join(block))
         self.block, self.drawn = block, time.monotonic()
@@ -7881,12 +7882,16 @@ TURN, GO = b"turn\n", b"go  \n"
 SUMMARY_ERRORS = 5  # of one task
 
 
+def pass_over(_number: int, _frame: Any) -> None:
+    """Does nothing. SIG_IGN would be inherited by programs that are started, and not bear a signal under way."""
+
+
 def catch_signals() -> None:
     """Makes INT, TERM and HUP raise Interrupted, once: cleaning up is not interrupted again."""
 
     def interrupt(number: int, _frame: Any) -> None:
         for other in STOP_SIGNALS:
-            signal.signal(other, signal.SIG_IGN)
+            signal.signal(other, pass_over)
         raise Interrupted(number)
 
     for number in STOP_SIGNALS:

@@ -1,0 +1,350 @@
+"""Many tasks in one command: at once, each for itself, none left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import unittest
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import support
+from btrfs_backup_ng import format_request, overall_status, parse_command, task_names
+from support import TestCase, names, partials, read_locks
+from terminal import go_on, stop_all
+
+NAMES = ("home", "opt", "srv", "www", "mail", "db", "pics", "music")
+
+
+def flatten(tasks):
+    """Tasks as one command line."""
+    words = []
+    for task in tasks:
+        words += ([":"] if words else []) + list(task)
+    return words
+
+
+class TasksTestCase(TestCase):
+    """Two disks with sources, two for backups."""
+
+    count, mib = 4, 1
+
+    def setUp(self):
+        self.disks = [self.disk("1G") for _ in range(4)]
+        self.sources = []
+        for number, name in enumerate(NAMES[:self.count]):
+            self.sources.append(support.create(os.path.join(self.disks[number % 2].path, name)))
+            support.bulk(os.path.join(self.sources[-1], "data"), self.mib, seed=number)
+        self.targets = [os.path.join(self.disks[2 + number % 2].path, name)
+                        for number, name in enumerate(NAMES[:self.count])]
+        self.log = os.path.join(support.scratch_folder(), "log-%d.json" % id(self))
+        self.addCleanup(lambda: os.path.exists(self.log) and os.unlink(self.log))
+
+    def tasks(self, *options):
+        """One for each source, to its target, with its own prefix."""
+        return [list(options) + ["-p", os.path.basename(source) + "-", source, target]
+                for source, target in zip(self.sources, self.targets)]
+
+    def command(self, *options, tasks=None):
+        return ["--log-json", self.log] + list(options) + flatten(self.tasks() if tasks is None else tasks)
+
+    def run_tasks(self, *options, tasks=None, **more):
+        return self.run_program(*self.command(*options, tasks=tasks), **more)
+
+    def events(self, *kinds):
+        with open(self.log) as log:
+            found = [json.loads(line) for line in log]
+        return [event for event in found if not kinds or event["event"] in kinds]
+
+    def snapshots(self, source):
+        return names(os.path.join(source, ".btrfs-backup-ng", "snapshots"))
+
+    def assertAllBackedUp(self, source, target):
+        self.assertEqual(self.snapshots(source), names(target))
+        self.assertEqual([], partials(target))
+        for name in names(target):
+            self.assertComplete(os.path.join(target, name),
+                                os.path.join(source, ".btrfs-backup-ng", "snapshots", name))
+        self.assertEqual({}, read_locks(os.path.join(source, ".btrfs-backup-ng", "snapshots")))
+
+    def assertGone(self, running, timeout=10):
+        """Nothing that the program has started is left."""
+        deadline = time.monotonic() + timeout
+        while running.processes() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self.assertEqual({}, running.processes())
+
+
+class Eight(TasksTestCase):
+
+    count = 8
+
+    def test_one_is_broken_the_others_succeed_at_the_same_time(self):
+        tasks = self.tasks()
+        tasks[3][-1] = os.path.join(self.sources[3], "inside")
+        running = self.start(*self.command(tasks=tasks))
+        go_on(stop_all(running, "receive", 7))  # seven at one moment
+        result = running.finish()
+        self.assertEqual(1, result.status, result.stderr)
+        for number in range(8):
+            if number != 3:
+                self.assertAllBackedUp(self.sources[number], self.targets[number])
+        self.assertEqual(1, len(self.snapshots(self.sources[3])))
+        summary = result.stderr[result.stderr.index("error: 1 of 8 tasks was not done as asked"):].splitlines()
+        self.assertEqual(3, len(summary), summary)
+        self.assertIn(self.sources[3] + ": ", summary[1])
+        self.assertIn("inside the source; name a folder on another filesystem", summary[1])
+        self.assertIn("again: btrfs-backup-ng -S ", summary[2])
+        again = summary[2].partition("btrfs-backup-ng ")[2].split()
+        self.assertEqual(1, self.run_program(*again, status=1).status)
+        self.assertEqual(1, len(self.snapshots(self.sources[3])))
+
+    def test_all_snapshots_are_taken_first(self):
+        self.run_tasks()
+        events = [event["event"] for event in self.events("snapshot", "sending")]
+        self.assertEqual(["snapshot"] * 8 + ["sending"] * 8, events)
+
+    def test_jobs_bound_how_many_are_at_work(self):
+        self.run_tasks("--jobs", "2")
+        moments = []
+        for source in self.sources:
+            own = [event["time"] for event in self.events("sending", "done") if event["task"] == source]
+            moments += [(own[0], 1), (own[-1], -1)]
+        at_work, most = 0, 0
+        for _, change in sorted(moments):
+            at_work += change
+            most = max(most, at_work)
+        self.assertEqual(2, most)
+        self.assertEqual(["snapshot"] * 8, [e["event"] for e in self.events("snapshot", "sending")][:8])
+
+    def test_the_next_run_is_incremental(self):
+        self.run_tasks()
+        time.sleep(1)
+        self.run_tasks()
+        self.assertEqual([False] * 8 + [True] * 8, [bool(event["parent"]) for event in self.events("sending")])
+        for source, target in zip(self.sources, self.targets):
+            self.assertAllBackedUp(source, target)
+
+
+class Stopped(TasksTestCase):
+
+    count, mib = 8, 8
+
+    def converges(self):
+        time.sleep(1)
+        self.run_tasks()
+        for source, target in zip(self.sources, self.targets):
+            self.assertAllBackedUp(source, target)
+
+    def stop(self, number, status):
+        running = self.start(*self.command())
+        stop_all(running, "receive", 8)
+        os.kill(running.pid, number)
+        result = running.finish()
+        self.assertEqual(status, result.status, result.stderr)
+        self.assertGone(running, 0)
+        warnings = [line for line in result.stderr.splitlines() if "interrupted" in line]
+        self.assertEqual(1, len(warnings), result.stderr)
+        self.assertIn(signal.Signals(number).name, warnings[0])
+        self.assertNotIn("Traceback", result.stderr)
+        self.assertNotIn("error", result.stderr)
+        for source in self.sources:
+            self.assertEqual(1, len(read_locks(os.path.join(source, ".btrfs-backup-ng", "snapshots"))))
+        self.converges()
+
+    def test_by_ctrl_c(self):
+        self.stop(signal.SIGINT, 130)
+
+    def test_by_sigterm(self):
+        self.stop(signal.SIGTERM, 143)
+
+    def test_by_sighup(self):
+        self.stop(signal.SIGHUP, 129)
+
+    def test_ctrl_c_reaches_all_at_once(self):
+        """A terminal sends it to the whole process group."""
+        running = self.start(*self.command())
+        stop_all(running, "receive", 8)
+        os.killpg(running.pid, signal.SIGINT)
+        result = running.finish()
+        self.assertEqual(130, result.status, result.stderr)
+        self.assertGone(running, 0)
+        self.assertEqual(1, result.stderr.count("interrupted by"), result.stderr)
+        self.assertNotIn("Traceback", result.stderr)
+        self.assertNotIn("OSError", result.stderr)
+        self.converges()
+
+    def test_killed_the_children_end_by_themselves(self):
+        running = self.start(*self.command())
+        go_on(stop_all(running, "receive", 8))
+        os.kill(running.pid, signal.SIGKILL)
+        running.process.wait()
+        self.assertGone(running)
+        self.converges()
+
+    def test_at_any_moment(self):
+        moments = int(os.environ.get("TORTURE", 0)) or 4
+        for moment in range(moments):
+            running = self.start(*self.command())
+            time.sleep(0.05 + 1.2 * moment / moments)
+            number = (signal.SIGTERM, signal.SIGINT)[moment % 2]
+            running.process.send_signal(number)
+            result = running.finish()
+            self.assertIn(result.status, (0, 128 + number, -number), result.stderr)
+            self.assertNotIn("Traceback", result.stderr)
+            self.assertGone(running, 0)
+        self.converges()
+
+
+class EachForItself(TasksTestCase):
+
+    def test_the_same_source_and_prefix_take_turns(self):
+        one, two = self.tasks()[:2]
+        again = one[:-1] + [self.targets[2]]
+        result = self.run_tasks(tasks=[one, again, two])
+        self.assertEqual(2, len(self.snapshots(self.sources[0])))
+        self.assertAllBackedUp(self.sources[0], self.targets[2])
+        self.assertEqual(self.snapshots(self.sources[0])[:1], names(self.targets[0])[:1])
+        self.assertAllBackedUp(self.sources[1], self.targets[1])
+        self.assertIn("waiting for another task", result.stderr)
+        self.assertEqual({self.sources[0] + " (1)", self.sources[0] + " (2)", self.sources[1]},
+                         {event["task"] for event in self.events()})
+
+    def test_the_same_source_with_two_prefixes(self):
+        one, two = self.tasks()[:2]
+        other = ["-p", "other-", self.sources[0], self.targets[0]]
+        self.run_tasks(tasks=[one, other, two])
+        self.assertEqual(["home-", "other-"], sorted(name[:-15] for name in names(self.targets[0])))
+        self.assertAllBackedUp(self.sources[0], self.targets[0])
+
+    def test_one_destination_for_all(self):
+        tasks = [task[:-1] + [self.targets[0]] for task in self.tasks()]
+        self.run_tasks(tasks=tasks)
+        self.assertEqual(sorted(name for source in self.sources for name in self.snapshots(source)),
+                         names(self.targets[0]))
+
+    def test_locks_that_cannot_be_read_stop_only_their_task(self):
+        folder = os.path.join(self.sources[1], ".btrfs-backup-ng", "snapshots")
+        support.write_locks(folder, b"no json")
+        result = self.run_tasks(status=1)
+        self.assertEqual([], self.snapshots(self.sources[1]))
+        self.assertFalse(os.path.exists(self.targets[1]))
+        for number in (0, 2, 3):
+            self.assertAllBackedUp(self.sources[number], self.targets[number])
+        self.assertIn("1 of 4 tasks was not done", result.stderr)
+
+    def test_a_missing_source(self):
+        os.rename(self.sources[2], self.sources[2] + ".away")
+        result = self.run_tasks(status=1)
+        for number in (0, 1, 3):
+            self.assertAllBackedUp(self.sources[number], self.targets[number])
+        self.assertIn("no such source", result.stderr)
+
+    def test_another_command_is_at_work(self):
+        running = self.start("-p", "home-", self.sources[0], self.targets[0])
+        held = stop_all(running, "receive", 1)
+        result = self.run_tasks(status=75)
+        self.assertIn("another run is at work", result.stderr)
+        for number in (1, 2, 3):
+            self.assertAllBackedUp(self.sources[number], self.targets[number])
+        tasks = self.tasks()
+        tasks[1][-2] += "-missing"
+        self.run_tasks(tasks=tasks[:2], status=1)
+        # one that waits keeps nobody
+        waiting = self.start(*self.command("--wait"))
+        waiting.wait_for("the others", lambda: sum(e["event"] == "done" for e in self.events()) >= 6)
+        self.assertIsNone(waiting.process.poll())
+        go_on(held)
+        self.assertEqual(0, waiting.finish().status)
+        self.assertEqual(0, running.finish().status)
+        self.assertAllBackedUp(self.sources[0], self.targets[0])
+
+    def test_one_is_killed(self):
+        running = self.start(*self.command())
+        held = stop_all(running, "receive", 4)
+        children = [pid for pid, argv in running.processes().items()
+                    if b"btrfs" not in os.path.basename(argv[0]) and pid != running.pid]
+        self.assertEqual(4, len(children))
+        os.kill(children[0], signal.SIGKILL)
+        go_on(held)
+        result = running.finish()
+        self.assertEqual(1, result.status)
+        self.assertIn("killed by SIGKILL", result.stderr)
+        self.assertIn("1 of 4 tasks was not done", result.stderr)
+        self.assertEqual(3, sum(names(target) != [] for target in self.targets))
+        time.sleep(1)
+        self.run_tasks()
+        for source, target in zip(self.sources, self.targets):
+            self.assertAllBackedUp(source, target)
+
+    def test_what_is_said(self):
+        result = self.run_tasks()
+        self.assertEqual("", result.stdout)
+        for line in result.stderr.splitlines():
+            self.assertTrue(any(line.startswith(source + ": ") for source in self.sources), line)
+        for event in self.events():
+            self.assertIn(event["task"], self.sources)
+            self.assertLessEqual({"time", "event", "level", "text", "task"}, set(event))
+        time.sleep(1)
+        self.assertEqual("", self.run_tasks("-q").stderr)
+        time.sleep(1)
+        self.assertIn(": ran btrfs subvolume snapshot", self.run_tasks("-v", "debug").stderr)
+
+    def test_a_dry_run_shows_what_the_tasks_became(self):
+        before = support.listing(*[disk.path for disk in self.disks])
+        conf = os.path.join(support.scratch_folder(), "tasks.conf")
+        with open(conf, "w") as file:
+            file.write("\n:\n".join("-p {}\n{}\n{}".format(*task[1:]) for task in self.tasks()))
+        self.addCleanup(os.unlink, conf)
+        result = self.run_program("--dry-run", "@" + conf)
+        self.assertUnchanged(before, *[disk.path for disk in self.disks])
+        heads = [line for line in result.stdout.splitlines() if line.startswith("task ")]
+        self.assertEqual(["task {} of 4: btrfs-backup-ng --snapshot-prefix={} --dry-run {} {}".format(number, *task[1:])
+                          for number, task in enumerate(self.tasks(), 1)], heads)
+        plans = [line for line in result.stdout.splitlines() if line.startswith("source ")]
+        self.assertEqual([source in line for source, line in zip(self.sources, plans)], [True] * 4)
+        self.assertEqual("", result.stderr)
+
+    def test_wrong_arguments_start_nothing(self):
+        tasks = self.tasks()
+        tasks[2][-1] = "ftp://host/path"
+        result = self.run_program(*flatten(tasks), status=2)
+        self.assertErrorSays(result, "task 3: unknown scheme ftp://")
+        self.assertEqual([], self.snapshots(self.sources[0]))
+
+    def test_messages_nobody_reads_stop_nothing(self):
+        """As in `btrfs-backup-ng … 2>&1 | head -1`."""
+        words = [support.PYTHON, "-E", "-s", support.PROGRAM] + flatten(self.tasks())
+        read_end, write_end = os.pipe()
+        os.close(read_end)
+        status = subprocess.call(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=write_end)
+        os.close(write_end)
+        self.assertEqual(0, status)
+        for source, target in zip(self.sources, self.targets):
+            self.assertAllBackedUp(source, target)
+
+
+class Words(unittest.TestCase):
+
+    def test_exit_status(self):
+        for statuses, status in (([0, 0], 0), ([0, 1], 1), ([75, 0], 75), ([75, 75], 75), ([75, 1], 1),
+                                 ([1, 1], 1), ([0], 0), ([143, 0], 1)):
+            self.assertEqual(status, overall_status(statuses), statuses)
+
+    def test_a_request_as_a_command_line(self):
+        for words in (["-p", "a b", "/home", "/mnt/it's"], ["--", "-x", "/a:b"], ["/a", "shell://cat > x:y"],
+                      ["-N3", "/a", "--wait", "5", "host:/b"], ["--", "/a", "@b"]):
+            import shlex
+            request, = parse_command(words)
+            again = shlex.split(format_request(request))
+            self.assertEqual("btrfs-backup-ng", again[0])
+            self.assertEqual([request.task], [r.task for r in parse_command(again[1:])])
+
+    def test_names(self):
+        self.assertEqual(["/a (1)", "/b", "/a (2)"],
+                         task_names(parse_command(["/a", ":", "/b", ":", "/a"])))
+
+
+if __name__ == "__main__":
+    unittest.main()
