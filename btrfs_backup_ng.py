@@ -1128,10 +1128,11 @@ HOST_START = re.compile(r"(?:[^/@:\\]+@)?(?:\[[^/\]]+\]|[^/.@:\[\]\\][^/@:\[\]\\
 
 
 class Request(NamedTuple):
-    """One task of a command line. `words` are its options in a form that is parsed again, the shared ones with them."""
+    """One task of a command line. The words are its options, and those of the whole command, to be parsed again."""
 
     task: Task
     words: Tuple[str, ...] = ()
+    shared_words: Tuple[str, ...] = ()
     files: Tuple[str, ...] = ()  # of arguments, as the command line names them
 
     @property
@@ -1312,7 +1313,7 @@ class Arguments:
     def requests(self) -> List[Request]:
         """The tasks, each with the options that hold for all."""
         drafts = [draft for draft in self.drafts if not draft.is_empty] or self.drafts
-        shared = [word for draft in drafts for word in draft.words if word[0] in SHARED]
+        shared = tuple(text for draft in drafts for field, text in draft.words if field in SHARED)
         fields = {field: value for draft in drafts for field, value in draft.fields.items() if field in SHARED}
         requests = []
         for draft in drafts:
@@ -1322,8 +1323,8 @@ class Arguments:
             if not self.verb and task.source in VERBS and task.source:
                 raise UsageError("{} must come first in its command".format(task.source),
                                  "a source of that name is written ./{}".format(task.source))
-            own = [word for word in draft.words if word[0] not in SHARED]
-            requests.append(Request(task, tuple(text for _, text in own + shared), tuple(self.files)))
+            own = tuple(text for field, text in draft.words if field not in SHARED)
+            requests.append(Request(task, own, shared, tuple(self.files)))
         return requests
 
 
@@ -2152,6 +2153,16 @@ def clip(text: str, width: int, from_left: bool = False) -> str:
     return ("…" + kept if from_left else kept + "…") if width > 0 else ""
 
 
+def clip_pair(one: str, between: str, other: str, width: int) -> str:
+    """Both texts in `width` columns, each without its beginning where it is too long; paths tell most at their end."""
+    room = max(0, width - shown_width(between))
+    size, other_size = shown_width(one), shown_width(other)
+    if size + other_size > room:
+        size = min(size, max(room // 2, room - other_size))
+        other_size = room - size
+    return clip(clip(one, size, True) + between + clip(other, other_size, True), width)
+
+
 def pad(text: str, width: int) -> str:
     return text + " " * max(0, width - shown_width(text))
 
@@ -2221,7 +2232,8 @@ class Board:
         if "done" in event.facts:
             label = event.text or "{} to {}".format(event.facts.get("snapshot", ""), destination)
             to = self.shown(destination)
-            work.bars[destination] = dict(event.facts, label=self.shown(label), to=to if label.endswith(to) else "")
+            is_to = label.endswith(" to " + destination)
+            work.bars[destination] = dict(event.facts, label=self.shown(label), to=to if is_to else "")
         elif "destination" in event.facts:
             work.bars.pop(destination, None)
         else:
@@ -2258,8 +2270,7 @@ def format_progress(facts: Dict[str, Any], width: int, title: str = "", column: 
         if shown_width(label) <= room:
             return pad(label, min(column, room)) + "  " + numbers
     if facts["to"]:
-        start = label[:-len(facts["to"])]
-        label = start + clip(facts["to"], max(8, room - shown_width(start)), from_left=True)
+        label = clip_pair(label[:-len(facts["to"]) - 4], " to ", facts["to"], max(8, room))
     return clip(clip(label, max(8, room)) + "  " + numbers, width)
 
 
@@ -2295,7 +2306,7 @@ def sides(left: str, right: str, width: int) -> str:
 def work_lines(work: Work, titles: int, width: int, now: float) -> List[str]:
     """One task in the live view: what it does, then a line for each running transfer."""
     said = work.cause or work.message if work.ended is not None or not work.snapshot else work.snapshot
-    head = " {}  {}  {}".format(pad(clip(work.title, titles), titles), pad(work.state, 14), said)
+    head = " {}  {}  {}".format(pad(clip(work.title, titles, from_left=True), titles), pad(work.state, 14), said)
     lines = [sides(head, format_clock((work.ended or now) - work.begun), width)]
     for facts in work.bars.values():
         percent, done, total, rate, left = progress_parts(facts)
@@ -7921,7 +7932,7 @@ def overall_status(statuses: Sequence[int]) -> int:
 
 
 def format_request(request: Request, *more: str) -> str:
-    """The command line of one task, for a shell."""
+    """The command line of one task, for a shell; without the options that hold for the whole command."""
     import shlex
     plain = all(split_word(path) == (path, None) and path[:1] not in ("-", "@") for path in request.paths)
     words = ["btrfs-backup-ng"] + list(more) + list(request.words) + ([] if plain else ["--"]) + list(request.paths)
@@ -7955,16 +7966,15 @@ class ChildEvents:
 class ChildGate(Gate):
     """Asks the parent, and hears from it on stdin."""
 
-    def __init__(self, events: Events, token: int) -> None:
-        self.events, self.token = events, token
+    def __init__(self, events: Events, on_loss: Callable[[], None]) -> None:
+        self.events, self.on_loss = events, on_loss
         self.leaves = {TURN: threading.Event(), GO: threading.Event()}
         threading.Thread(target=self.listen, daemon=True).start()
 
     def listen(self) -> None:
         for leave in iter(lambda: os.read(0, LEAVE_SIZE), b""):
             self.leaves[leave].set()
-        if self.token >= 0:
-            close_lost_screen(self.token)
+        self.on_loss()
         os.kill(os.getpid(), signal.SIGTERM)
 
     def take_turn(self, key: str) -> None:
@@ -7976,11 +7986,10 @@ class ChildGate(Gate):
         self.leaves[GO].wait()
 
 
-def close_lost_screen(token: int) -> None:
+def close_lost_screen(terminal: int, token: int) -> None:
     """Gives a terminal back whose owner was killed; of several tasks the one does it that gets the token."""
     with contextlib.suppress(OSError):
         if os.read(token, 1):
-            terminal = os.open("/dev/tty", os.O_WRONLY | os.O_NOCTTY)
             os.write(terminal, CLOSE_SCREEN.encode("ascii"))
 
 
@@ -8009,8 +8018,8 @@ class TaskProcess:
         """Whether the others should wait for its snapshot."""
         return self.runs and not (self.is_ready or self.waits or (self.turn is not None and not self.has_turn))
 
-    def start(self, siblings: Sequence["TaskProcess"], act: Callable[[int], int]) -> None:
-        """Forks a child that does `act`, given where to write its events; OSError where that cannot be.
+    def start(self, siblings: Sequence["TaskProcess"], act: Callable[[int, int], int]) -> None:
+        """Forks a child that does `act`, given where to write its events and our stderr; OSError where it cannot be.
 
         Forked, not started anew, for compiling this file takes longer than taking a snapshot.
         """
@@ -8020,11 +8029,12 @@ class TaskProcess:
         if self.pid == 0:
             for sibling in siblings:
                 sibling.close()
+            terminal = os.dup(2)
             for theirs, ours in ((leaves[0], 0), (stdout[1], 1), (stderr[1], 2)):
                 os.dup2(theirs, ours)
             for fd in leaves + (events[0],) + stdout + stderr:
                 os.close(fd)
-            live_as_child(functools.partial(act, events[1]))
+            live_as_child(functools.partial(act, events[1], terminal))
         for fd in (leaves[0], events[1], stdout[1], stderr[1]):
             os.close(fd)
         self.leave_fd = leaves[1]
@@ -8141,10 +8151,10 @@ class Crew:
             self.owners[fd] = process
             self.poll.register(fd, select.POLLIN)
 
-    def act(self, task: Task, fd: int) -> int:
+    def act(self, task: Task, fd: int, terminal: int) -> int:
         """What the child does."""
         events = Events(ChildEvents(fd, self.progress))
-        gate = ChildGate(events, self.token)
+        gate = ChildGate(events, functools.partial(close_lost_screen, terminal, self.token))
         return run_and_report(lambda task, events: run_task(task, events, gate), task, events)
 
     def step(self) -> None:

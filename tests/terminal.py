@@ -4,6 +4,7 @@ The screen knows the few sequences that the program uses, and what a real termin
 of its output: lines wrap and scroll. An unknown sequence is an error.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -149,7 +150,7 @@ class OnTerminal(Running):
         self.process = subprocess.Popen(
             [os.fsencode(word) for word in [PYTHON, "-E", "-s", PROGRAM] + list(arguments)], stdin=slave,
             stdout=self.stdout, stderr=slave, cwd=scratch_folder(), start_new_session=True, preexec_fn=take_terminal,
-            env=dict(os.environ, **dict(dict(TERM="xterm", LC_ALL="C.UTF-8"), **dict(env or {}, **{name: value}))))
+            env=dict(os.environ, **dict({"TERM": "xterm", "LC_ALL": "C.UTF-8", name: value}, **(env or {}))))
         os.close(slave)
         self.pid = self.process.pid
         self.mutex, self.failure = threading.Lock(), None
@@ -224,8 +225,9 @@ def stop_all(running, verb, count):
         for pid, argv in running.processes().items():
             if pid not in held and argv and os.path.basename(argv[0]) == b"btrfs" and verb.encode() in argv[1:3]:
                 if b"--no-data" not in argv:
-                    os.kill(pid, signal.SIGSTOP)
-                    held.add(pid)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGSTOP)
+                        held.add(pid)
         return len(held) >= count
     running.wait_for("%d btrfs %s at once" % (count, verb), all_held)
     return held

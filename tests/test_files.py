@@ -144,7 +144,8 @@ class Separators(TableTest):
         requests = parse_command(arguments)
         self.assertEqual(3, len(requests))
         for request in requests:
-            self.assertEqual(request.task, parse_arguments(list(request.words) + ["--"] + list(request.paths)))
+            self.assertEqual(request.task, parse_arguments(
+                list(request.words + request.shared_words) + ["--"] + list(request.paths)))
 
 
 class Files(TableTest):
