@@ -7247,17 +7247,17 @@ class TaskRun:
         for verdict in doomed:
             self.events.info("deleting", "deleting {} at {}: {}".format(verdict.name, text, verdict.reason),
                              name=verdict.name, folder=folder, reason=verdict.reason)
+        if not doomed:
+            return
         try:
-            errors = host.delete(folder, [named[v.name] for v in doomed], self.task.convert_rw) if doomed else []
+            errors = host.delete(folder, [named[v.name] for v in doomed], self.task.convert_rw)
         except Refused as refusal:
-            errors = [refusal] * len(doomed)
             self.report(refusal, prefix="{}: ".format(text))
             return
         for error in errors:
             self.report(error)
-        if doomed:
-            self.counts["subvolume", "deleted"] += len(doomed) - len(errors)
-        if doomed and self.task.sync:
+        self.counts["subvolume", "deleted"] += len(doomed) - len(errors)
+        if self.task.sync:
             host.wait_for_cleaning(folder)
 
     # -- dry run
