@@ -6498,6 +6498,7 @@ class AgentHost:
     def locate(self, error: BackupError) -> None:
         """An error of the other host says so, and what an ordinary user can do about it."""
         error.message = "{}: {}".format(self.machine, error.message)
+        error.args = (error.message,)
         if self.all[0].greeting.user and re.search("not permitted|permission denied", error.message.lower()):
             error.hint = "log in as root, or use --ssh-sudo"
 

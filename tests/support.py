@@ -678,7 +678,7 @@ class Churn:
         os.link(self.some_entry(), self.new_path(), follow_symlinks=False)
 
     def symlink(self):
-        target = self.random.choice([b"/nowhere", b"../up", b"a b", b"\xff", self.new_path()])
+        target = self.random.choice([b"/no/where", b"../up", b"a b", b"\xff", self.new_path()])
         os.symlink(target, self.new_path())
 
     def special(self):
@@ -856,7 +856,10 @@ class BackupTestCase(TestCase):
         return self.start("-p", "home", *(list(options) + [self.source, self.target]))
 
     def write(self, name, content):
-        with open(os.path.join(self.source, name), "w") as file:
+        path = os.path.join(self.source, name)
+        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+            os.unlink(path)  # churn has put a link or a fifo in its place
+        with open(path, "w") as file:
             file.write(content)
 
     def take(self, *days):
