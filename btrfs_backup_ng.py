@@ -871,7 +871,10 @@ on the machine that the key shall open. See agent --help.""",
                 Option(("--in-place",), "in_place", "SUBVOLUME", parse_path,
                        "put a writable snapshot of it in the place of SUBVOLUME, which stays beside it"),
             ) + rows("-f")),
-            Group("Transfer", rows("-I", "--stall-timeout", "--ssh-opt", "--ssh-sudo", "--compress")),
+            Group("Transfer", rows("-I", "--stall-timeout", "--ssh-opt", "--ssh-sudo", "--compress") + (
+                Option(("--raw-identity",), "raw_identity", "FILE", parse_path,
+                       "the key that stream files (raw://) were encrypted for with age"),
+            )),
             Group("Display", rows("-h", "-v", "-q", "-d", "-P", "--log-json", "--dry-run")),
             Group("Runs", rows("--wait", "--no-elevate")),
         ),
@@ -931,6 +934,7 @@ class Task(NamedTuple):
     raw_compress: Optional[str] = None
     raw_encrypt: Optional[str] = None
     raw_full_every: int = 0
+    raw_identity: Optional[str] = None
     remove_locks: bool = False
     locked_destinations: bool = False
     wait: float = 0.0
@@ -1379,17 +1383,24 @@ class Subvolume(NamedTuple):
         return self.readonly and self.received_uuid is not None
 
 
+class Broken(NamedTuple):
+    """A backup that cannot be restored, and why; one that is lost can be sent again under its name."""
+
+    name: str
+    why: str
+    is_lost: bool = False
+
+
 class Listing(NamedTuple):
     """What a folder holds: its subvolumes, and the names of everything else.
 
-    chained: each needs the one that its parent UUID names, as stream files do. broken: names of backups that cannot
-    be restored, and why.
+    chained: each needs the one that its parent UUID names, as stream files do.
     """
 
     subvolumes: Tuple[Subvolume, ...] = ()
     others: FrozenSet[str] = frozenset()
     chained: bool = False
-    broken: Tuple[Tuple[str, str], ...] = ()
+    broken: Tuple[Broken, ...] = ()
 
     def named(self, name: str) -> Optional[Subvolume]:
         return next((s for s in self.subvolumes if s.name == name), None)
@@ -1606,9 +1617,9 @@ def keep_chains(verdicts: Sequence[Verdict], listing: Listing) -> List[Verdict]:
 
 def name_problem(snapshot: Subvolume, listing: Listing, cleared: Set[str]) -> Optional[Problem]:
     """Why a snapshot that has no backup in `listing` cannot get one under its name there."""
-    wrong = dict(listing.broken).get(snapshot.name)
-    if wrong is not None:
-        return Problem(snapshot.name, "its {} cannot be restored: {}".format(snapshot.name, wrong),
+    broken = next((b for b in listing.broken if b.name == snapshot.name and not b.is_lost), None)
+    if broken is not None:
+        return Problem(snapshot.name, "its {} cannot be restored: {}".format(snapshot.name, broken.why),
                        "move it away, with its sidecar, to have it sent again")
     other = listing.named(snapshot.name)
     if other is not None and snapshot.name not in cleared:
@@ -4240,6 +4251,12 @@ def read_raw_folder(folder: str) -> RawFolder:
     return RawFolder(tuple(backups), sizes, tuple(sorted(partials)), tuple(broken))
 
 
+def stream_file_stem(path: str) -> str:
+    """The path without what a stream file has after the name of its snapshot."""
+    folder, name = os.path.split(path)
+    return os.path.join(folder, name.partition(STREAM_SUFFIX)[0])
+
+
 def broken_backups(folder: RawFolder) -> Dict[str, str]:
     """What is wrong, by name of the backup, with those that cannot be restored for what can be seen from outside."""
     wrong, missing = {}, set()
@@ -4266,12 +4283,17 @@ def broken_backups(folder: RawFolder) -> Dict[str, str]:
 def listing_of(folder: RawFolder) -> Listing:
     """A raw folder as planning sees it: each backup that can be restored as a received subvolume."""
     wrong = broken_backups(folder)
-    gone = {b.name for b in folder.backups if b.file not in folder.sizes}  # can be sent again under its name
-    whole = [Subvolume(b.name, b.uuid, b.parent_uuid, b.uuid, True, b.otime) for b in folder.backups
-             if b.name not in wrong]
+    lost = {b.name for b in folder.backups if b.file not in folder.sizes}
+    whole = [raw_subvolume(b) for b in folder.backups if b.name not in wrong]
     partial = [Subvolume(partial_name(name), None, readonly=False) for name in folder.partials]
     return Listing(tuple(whole + partial), frozenset(), True,
-                   tuple(sorted((name, what) for name, what in wrong.items() if name not in gone)))
+                   tuple(Broken(name, why, name in lost) for name, why in sorted(wrong.items())))
+
+
+def raw_subvolume(backup: RawBackup) -> Subvolume:
+    """A backup as if it had been received, with a number made of its id."""
+    return Subvolume(backup.name, backup.uuid, backup.parent_uuid, backup.uuid, True, backup.otime,
+                     subvolid=int(backup.uuid.replace("-", "")[:15], 16))
 
 
 def write_durably(folder: str, name: str, text: str) -> None:
@@ -4371,6 +4393,7 @@ class FileSink:
             self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise self.failure(error) from None
+        fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that it is in use
         self.digest, self.queue = hashlib.sha256(), queue.Queue()  # type: Any, Any
         self.offered = self.done = self.size = self.told = 0
         self.error: Optional[OSError] = None
@@ -4480,6 +4503,19 @@ class FileSource:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def idle_raw_partials(folder: str) -> Dict[str, float]:
+    """The names of partials that nobody writes, each with the seconds since it was last written."""
+    idle = {}
+    for name in os.listdir(folder):
+        if partial_of(name) is not None and not name.endswith(SIDECAR_SUFFIX + ".partial"):
+            with contextlib.suppress(OSError):
+                source = open(os.path.join(folder, name), "rb")
+                with source:
+                    fcntl.flock(source, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    idle[name] = time.time() - os.fstat(source.fileno()).st_mtime
+    return idle
 
 
 def digest_file(folder: str, file: str) -> RawFile:
@@ -4856,6 +4892,9 @@ class LocalHost:
         if os.path.lexists(path):
             raise ReceiverFailed("{} has appeared meanwhile".format(path))
         try:
+            if backup.parent_uuid is not None and backup.parent_uuid not in {
+                    s.uuid for s in listing_of(read_raw_folder(folder)).subvolumes}:
+                raise ReceiverFailed("{}, which {} builds on, is gone".format(backup.parent, backup.name), "run again")
             publish_stream_file(folder, backup)
         except OSError as error:
             raise os_error("cannot write {}".format(path), error, hint_for(error.strerror or "")) from None
@@ -4865,6 +4904,13 @@ class LocalHost:
 
     def digest_raw(self, folder: str, file: str) -> RawFile:
         return digest_file(folder, file)
+
+    def idle_raw_partials(self, folder: str) -> Dict[str, float]:
+        """Partials of stream files by name that nobody writes, each with the seconds since it was changed."""
+        try:
+            return idle_raw_partials(folder)
+        except OSError as error:
+            raise os_error("cannot list {}".format(folder), error) from None
 
 
 ########################################################################################################
@@ -4984,22 +5030,153 @@ class RawReceiver:
         self.sink.end()
 
 
-class RawPlace:
-    """What a transfer and retention ask of a host, on a folder of stream files."""
+class KnownSize:
+    """What a stream weighs, where that is known beforehand; as a measuring gives it."""
 
-    def __init__(self, host: LocalHost, steps: Sequence[str], source: str) -> None:
-        self.host, self.steps, self.source = host, tuple(steps), source
+    def __init__(self, size: int) -> None:
+        self.meter = SendSize(size, size, True)
+
+    def wait(self) -> SendSize:
+        return self.meter
+
+    def end(self) -> None:
+        """Nothing was begun."""
+
+
+class RawSender:
+    """The stream inside of a stream file, as `btrfs send` would give it; its end is good if both digests are."""
+
+    def __init__(self, host: LocalHost, folder: str, backup: RawBackup, identity: str) -> None:
+        import hashlib
+        self.backup, self.identity = backup, identity
+        self.file_digest, self.digest = hashlib.sha256(), hashlib.sha256()  # of the file, of the plain stream
+        if any(step.startswith("age:") for step in backup.pipeline) and not identity:
+            raise BackupError("{} is encrypted with age".format(backup.file),
+                              "give the file that holds the key with --raw-identity")
+        argvs = [coder.back for coder in reversed(filters_of(backup.pipeline, identity))]
+        self.source = host.open_raw_send(folder, backup.file)
+        self.buffers = [bytearray(PIPE_SIZE) for _ in range(RING if argvs else 0)]
+        self.all_read = False  # whether the file was read to its end
+        self.pipeline: Optional[Pipeline] = None
+        if argvs:
+            try:
+                self.pipeline = Pipeline(argvs)
+            except BaseException:
+                self.source.end()
+                raise
+
+    def wait_readable(self, seconds: float) -> None:
+        if self.pipeline:
+            self.pipeline.wait_readable(seconds if self.all_read else min(seconds, 0.002))
+        else:
+            self.source.wait_readable(seconds)
+
+    def read(self, buffer: bytearray) -> Optional[int]:
+        """How many bytes came into `buffer`: None while there are none, 0 at the end."""
+        if self.pipeline:
+            self.fill(self.pipeline)
+            got = self.pipeline.read(buffer)
+        else:
+            got = self.read_file(buffer)
+        if got:
+            self.digest.update(memoryview(buffer)[:got])
+        return got
+
+    def read_file(self, buffer: bytearray) -> Optional[int]:
+        got = self.source.read(buffer)
+        self.all_read = self.all_read or got == 0
+        if got:
+            self.file_digest.update(memoryview(buffer)[:got])
+        return got
+
+    def fill(self, pipeline: Pipeline) -> None:
+        """Feeds the filters with what they take now."""
+        got: Optional[int] = 1
+        while got and not self.all_read and pipeline.feed.pending < RING - 1:
+            got = self.read_file(self.buffers[0])
+            if got:
+                pipeline.feed.offer(memoryview(self.buffers[0])[:got])
+                self.buffers.append(self.buffers.pop(0))
+        try:
+            pipeline.pump()
+        except BackupError as error:
+            raise self.explained(error) from None
+        if self.all_read and not pipeline.feed.pending:
+            pipeline.feed.close()
+
+    def finish(self, timeout: float) -> None:
+        """BackupError unless file and stream are what the sidecar says."""
+        if self.pipeline:
+            try:
+                self.pipeline.finish(timeout)
+            except BackupError as error:
+                raise self.explained(error) from None
+        self.read_rest()
+        self.source.finish(timeout)
+        self.check_file()
+        if self.digest.hexdigest() != self.backup.stream_sha256:
+            raise BackupError("{} is whole, but the stream inside is not the one that was sent".format(self.backup.file),
+                              "another backup may be good: see verify")
+
+    def read_rest(self) -> None:
+        """Reads what the filters did not take."""
+        buffer = bytearray(PIPE_SIZE)
+        while not self.all_read:
+            if self.read_file(buffer) is None:
+                self.source.wait_readable(0.1)
+
+    def check_file(self) -> None:
+        if self.file_digest.hexdigest() != self.backup.file_sha256:
+            raise BackupError("{} is damaged: its SHA-256 is not the one in its sidecar".format(self.backup.file),
+                              "get it from a copy, or choose another backup")
+
+    def explained(self, error: BackupError) -> BackupError:
+        """Why the filters failed: because of the file, or of a key."""
+        try:
+            self.read_rest()
+            self.check_file()
+        except BackupError as damage:
+            return BackupError(damage.message, damage.hint, error.detail or error.message)
+        encryption = next((step.partition(":")[0] for step in self.backup.pipeline if ":" in step), "")
+        hints = {"gpg": "is the secret key in gpg's key ring of this user?",
+                 "age": "does {} hold the right key?".format(self.identity)}
+        return BackupError("{}, which is whole, cannot be read: {}".format(self.backup.file, error.message),
+                           hints.get(encryption, error.hint), error.detail)
+
+    def end(self) -> None:
+        if self.pipeline:
+            self.pipeline.end()
+        self.source.end()
+
+
+class RawPlace:
+    """A raw folder's host: of the calls of LocalHost those that have a meaning there, by the same names."""
+
+    def __init__(self, host: LocalHost, steps: Sequence[str], identity: str) -> None:
+        self.host, self.steps, self.identity = host, tuple(steps), identity
+        self.source = ""  # what sidecars call the source
+        self.told: Set[Broken] = set()
 
     def look(self, path: str) -> Place:
         """What is at `path`. Its filesystem need not be btrfs: then it is known by where it is mounted."""
         place = self.host.look(path)
-        return place._replace(filesystem=place.filesystem or "mounted at {}".format(place.mount))
-
-    def make_folder(self, path: str) -> None:
-        self.host.make_folder(path)
+        return place._replace(filesystem=place.filesystem or "mounted at {}".format(place.mount), is_top=False)
 
     def list(self, folder: str) -> Listing:
-        return listing_of(self.host.list_raw(folder))
+        """The backups that can be restored, and partials; says once what is wrong with others."""
+        listing = listing_of(self.host.list_raw(folder))
+        for broken in listing.broken:
+            if broken not in self.told:
+                self.told.add(broken)
+                self.host.events.warning("broken", "{} in {} cannot be restored: {}".format(
+                    broken.name, folder, broken.why), name=broken.name, folder=folder)
+        return listing
+
+    def sidecar(self, folder: str, name: str) -> RawBackup:
+        found = [b for b in self.host.list_raw(folder).backups if b.name == name]
+        if not found:
+            raise BackupError("{} has no sidecar in {}".format(name, folder))
+        return found[0]
 
     def delete(self, folder: str, doomed: Sequence[Subvolume], _: bool) -> List[BackupError]:
         return self.host.delete_raw(folder, doomed)
@@ -5007,12 +5184,39 @@ class RawPlace:
     def wait_for_cleaning(self, folder: str) -> None:
         """Files are gone when they are deleted."""
 
+    def idle_partials(self, folder: str) -> Dict[str, float]:
+        return self.host.idle_raw_partials(folder)
+
+    def own_sizes(self, folder: str) -> Dict[int, int]:
+        """Bytes of each stream file."""
+        return {raw_subvolume(b).subvolid: b.file_size for b in self.host.list_raw(folder).backups}
+
     def capabilities(self) -> Capabilities:
         """Protocol 1: whoever restores may have an older btrfs."""
         return Capabilities(False, False, ())
 
     def open_receive(self, folder: str, expected: ExpectedStream, _: bool) -> RawReceiver:
         return RawReceiver(self.host, folder, expected, self.steps, self.source)
+
+    def expected_stream(self, folder: str, snapshot: Subvolume, parent: Optional[Subvolume]) -> ExpectedStream:
+        backup = self.sidecar(folder, snapshot.name)
+        if backup.parent_uuid != (parent.stream_id if parent else None):
+            raise BackupError("{} builds on {}".format(backup.file, backup.parent))
+        return ExpectedStream(backup.name, backup.uuid, backup.parent_uuid, backup.uid, backup.gid, backup.mode, None,
+                              backup.parent, backup.otime)
+
+    def open_send(self, folder: str, name: str, _: Optional[str], __: SendOptions) -> RawSender:
+        return RawSender(self.host, folder, self.sidecar(folder, name), self.identity)
+
+    def measure_send(self, folder: str, name: str, _: Optional[str]) -> KnownSize:
+        return KnownSize(self.sidecar(folder, name).stream_size)
+
+    def __getattr__(self, name: str) -> Any:
+        """What a folder is a folder for: locks, pins, making it."""
+        if name not in ("make_folder", "hold", "read_locks", "change_locks", "read_pins", "change_pins", "events",
+                        "digest_raw"):
+            raise AttributeError(name)
+        return getattr(self.host, name)
 
 
 ########################################################################################################
@@ -5684,7 +5888,7 @@ CALLS = {  # each call of LocalHost, and the groups that it belongs to
     "release": ("send",), "expected_stream": ("send",), "measured": ("send",), "data_since": ("send",),
     "open_send": ("send",), "open_receive": ("receive",), "own_sizes": ("list",),
     "idle_partials": ("list",), "list_raw": ("list",), "delete_raw": ("delete", "receive"), "publish_raw": ("receive",),
-    "digest_raw": ("verify",), "open_raw_send": ("send",), "open_raw_receive": ("receive",),
+    "digest_raw": ("verify",), "idle_raw_partials": ("list",), "open_raw_send": ("send",), "open_raw_receive": ("receive",),
     "facts": ("list",), "health": ("list",), "is_held": ("list",),
     "find_base": (), "look_at_swap_place": (), "swap_in": (), "finish_swap": ()}  # for no key that is restricted
 SENDERS = frozenset(("open_send", "open_raw_send"))
@@ -6680,7 +6884,12 @@ class Hosts:
             except BackupError as error:
                 self.errors[machine] = error
                 raise
-        return self.known[machine]
+        host = self.known[machine]
+        return self.raw_place(host) if endpoint.kind == "raw" else host
+
+    def raw_place(self, host: Any) -> RawPlace:
+        steps = [step for step in (self.task.raw_compress, self.task.raw_encrypt) if step]
+        return RawPlace(host, steps, self.task.raw_identity or "")
 
     def reach(self, endpoint: Endpoint) -> AgentHost:
         connector = SshConnector(endpoint, SshOptions(self.task.ssh_options, self.task.ssh_sudo), self.events)
@@ -6722,8 +6931,13 @@ def destination_key(text: str, pulled: bool = False) -> str:
     if endpoint.kind == "shell":
         return endpoint.text
     path = normal_destination(endpoint.path) if endpoint.login else os.path.realpath(endpoint.path)
-    if pulled and endpoint.kind == "path" and not endpoint.login:
-        return puller_prefix() + path
+    if pulled and not endpoint.login:
+        return ("raw+" if endpoint.kind == "raw" else "") + puller_prefix() + path
+    return folder_key(endpoint, path)
+
+
+def folder_key(endpoint: Endpoint, path: str) -> str:
+    """What locks and pins call the folder `path` on the machine of `endpoint`."""
     scheme = {("path", False): "", ("path", True): "ssh://", ("raw", False): "raw://", ("raw", True): "raw+ssh://"}
     return scheme[endpoint.kind, bool(endpoint.login)] + endpoint.machine + path
 
@@ -6879,6 +7093,7 @@ class TaskRun:
         """The destinations given and those that locks name, each once."""
         own = puller_prefix() + "/"
         locked = [text[len(own) - 1:] if text.startswith(own) else text for text in locked]
+        locked = ["raw://" + text[len(own) + 3:] if text.startswith("raw+" + own) else text for text in locked]
         for text in list(self.task.destinations) + list(locked):
             try:
                 parse_endpoint(text)
@@ -6903,7 +7118,7 @@ class TaskRun:
                 return
             destination.host = self.hosts.of(destination.endpoint)
             if destination.endpoint.kind == "raw":
-                destination.host = self.raw_place(destination.host)
+                self.prepare_raw(destination.host)
             place = destination.host.look(destination.endpoint.path)
             if destination.endpoint.kind == "raw":
                 self.check_raw_folder(destination, place)
@@ -6929,12 +7144,11 @@ class TaskRun:
         names = {s.stream_id: s for s in self.snapshots if s.stream_id in (pin.sent if pin else ())}
         return ShellPlace(self.source_text, [s._replace(received_uuid=s.stream_id) for s in names.values()])
 
-    def raw_place(self, host: LocalHost) -> RawPlace:
-        """A raw folder's host, once its filters have shown that they work."""
-        steps = [step for step in (self.task.raw_compress, self.task.raw_encrypt) if step]
+    def prepare_raw(self, place: RawPlace) -> None:
+        """BackupError unless the filters of a raw folder show that they work."""
+        place.source = self.source_text
         if not self.task.no_transfer:
-            prove_filters(steps)
-        return RawPlace(host, steps, self.source_text)
+            prove_filters(place.steps)
 
     def check_raw_folder(self, destination: Destination, place: Place) -> None:
         """Any filesystem will do, but not one that is there only because the right one is not mounted."""
@@ -7494,7 +7708,7 @@ def backup_entries(listing: Listing, folder: str, prefix: Optional[str], source:
 
 def list_endpoint(host: LocalHost, endpoint: Endpoint) -> Tuple[str, Listing]:
     """The folder that an endpoint names, and what it holds."""
-    if endpoint.kind != "path":
+    if endpoint.kind == "shell":
         raise BackupError("{} cannot be listed".format(endpoint.text))
     place = host.look(endpoint.path)
     if place.kind != "folder":
@@ -7502,7 +7716,9 @@ def list_endpoint(host: LocalHost, endpoint: Endpoint) -> Tuple[str, Listing]:
                           "{} is not a folder".format(endpoint.text),
                           "nothing is mounted at {}".format(place.unmounted) if place.unmounted else
                           "is its filesystem mounted?")
-    return place.path, host.list(place.path)
+    listing = host.list(place.path)
+    broken = tuple(Subvolume(b.name, None, readonly=False) for b in listing.broken if not b.is_lost)
+    return place.path, listing._replace(subvolumes=listing.subvolumes + broken)
 
 
 class Survey:
@@ -7762,7 +7978,7 @@ def known_protections(listing: Listing, prefix: str, locks: Locks, pins: Pins) -
 def plan_prune(listing: Listing, prefix: str, policy: Policy, protected: Dict[str, str], now: float) -> List[Verdict]:
     """Verdicts on the backups of `prefix` in a folder."""
     moments = backup_moments(prefix, backups_of(listing, prefix), [])
-    return plan_retention(moments, policy, protected, now)
+    return keep_chains(plan_retention(moments, policy, protected, now), listing)
 
 
 def abandoned_partials(listing: Listing, prefix: str, idle: Dict[str, float], limit: float) -> List[Subvolume]:
@@ -8313,13 +8529,19 @@ def run_crew(requests: Sequence[Request], events: Events, view: Union[LogLines, 
 ########################################################################################################
 
 
+STEP = "restore: a step on the way"  # locks what a chain brings only to build on; no destination's name
+
+
 def restorable(listing: Listing) -> List[Subvolume]:
     """The subvolumes of a folder that can be restored: complete, and so read-only."""
     return [s for s in listing.subvolumes if s.readonly and s.stream_id and partial_of(s.name) is None]
 
 
 def choose_named(listing: Listing, name: str, folder: str) -> Subvolume:
-    found = listing.named(name)
+    found, broken = listing.named(name), next((b for b in listing.broken if b.name == name), None)
+    if broken is not None:
+        raise BackupError("{} in {} cannot be restored: {}".format(name, folder, broken.why),
+                          "choose another; verify tells which are good")
     if found is None:
         newest = sorted((s.name for s in restorable(listing) if prefix_of(s.name) is not None), reverse=True)[:3]
         raise BackupError("no backup {} in {}".format(name, folder),
@@ -8375,6 +8597,7 @@ class RestoreRun:
         self.sending = TaskRun(task, events, clock=clock)  # does the transfer, from the folder of backups
         self.parent: Optional[Subvolume] = None
         self.swap_place: Optional[SwapPlace] = None
+        self.steps: Set[str] = set()  # what a chain has brought or will bring only to build on
 
     # -- what is restored
 
@@ -8383,8 +8606,9 @@ class RestoreRun:
         text, endpoint, name = self.task.source, parse_endpoint(self.task.source), self.task.backup_name
         is_folder = self.task.latest or self.task.before is not None or name is not None
         path = endpoint.path
-        if not is_folder and prefix_of(os.path.basename(path.rstrip("/"))) is not None:
-            path, name = os.path.split(path.rstrip("/"))  # a restricted key may look at the folder alone
+        stem = stream_file_stem(path.rstrip("/")) if endpoint.kind == "raw" else path.rstrip("/")
+        if not is_folder and prefix_of(os.path.basename(stem)) is not None:
+            path, name = os.path.split(stem)  # a restricted key may look at the folder alone
         host = self.sending.hosts.of(endpoint)
         place = host.look(path or ".")
         if place.kind != "folder":
@@ -8402,7 +8626,7 @@ class RestoreRun:
             limit = min(self.clock() + 1, float("inf") if self.task.before is None else self.task.before)
             self.backup = choose_newest(listing, self.task.prefix, limit, text)
         self.listing, self.filesystem = listing, place.filesystem
-        self.key = ("ssh://" + endpoint.machine if endpoint.login else "") + normal_destination(folder)
+        self.key = folder_key(endpoint, normal_destination(folder))
         self.sending.host, self.sending.folder = host, folder
         self.sending.snapshots = [self.backup]
 
@@ -8447,6 +8671,7 @@ class RestoreRun:
         target, sending = self.target, self.sending
         target.listing = Listing() if target.is_new else target.host.list(target.path)
         locks = {} if target.is_new else target.host.read_locks(target.path)
+        self.steps = set(locked_names(locks, STEP))
         sending.locks = {name: entry for name, entry in locks.items() if name in locked_names(locks, target.key)}
         recoveries = tuple(plan_recoveries(sending.locks, target.key, [self.backup], target.listing))
         transfers: Tuple[Transfer, ...] = ()
@@ -8455,7 +8680,7 @@ class RestoreRun:
             if problem is not None:
                 raise BackupError("{}: {}".format(target.text, problem.text), problem.hint)
             self.choose_parent()
-            transfers = (Transfer(self.backup, self.parent),)
+            transfers = self.links() + (Transfer(self.backup, self.parent),)
         target.plan = DestinationPlan(recoveries, transfers)
 
     def is_there(self) -> bool:
@@ -8464,6 +8689,9 @@ class RestoreRun:
         return there is not None and corresponds(self.backup, there)
 
     def choose_parent(self) -> None:
+        if self.listing.chained:
+            self.parent = next((b for b in self.listing.subvolumes if b.stream_id == self.backup.parent_uuid), None)
+            return
         candidates = parents_in_order(self.backup, self.listing)
         if self.task.no_incremental or not candidates:
             return
@@ -8474,6 +8702,30 @@ class RestoreRun:
             # the transfer takes its base from there, and of several with this id the last
             self.target.listing = self.target.listing._replace(
                 subvolumes=self.target.listing.subvolumes + (found[1],))
+
+    def links(self) -> Tuple[Transfer, ...]:
+        """The streams that come before the backup's own, oldest first, as far as the target lacks what they make."""
+        around = os.path.dirname(self.target.path) if self.target.is_new else self.target.path
+        by_id = {b.stream_id: b for b in self.listing.subvolumes if b.stream_id}
+        links: List[Transfer] = []
+        link = self.parent if self.listing.chained else None
+        while link is not None and not self.has_base(link, around):
+            parent = by_id.get(link.parent_uuid or "")
+            links.insert(0, Transfer(link, parent))
+            problem = name_problem(link, self.target.listing or Listing(), set())
+            if problem is not None:
+                raise BackupError("{}, which {} builds on: {}".format(link.name, self.backup.name, problem.text),
+                                  problem.hint)
+            link = parent
+        return tuple(links)
+
+    def has_base(self, link: Subvolume, around: str) -> bool:
+        """Whether the target's filesystem has what a link of the chain makes, received; then it is known from here on."""
+        found = None if self.task.no_incremental else self.target.host.find_base(around, [link.stream_id or ""])
+        if found is None or found[1].received_uuid != link.stream_id or self.target.listing is None:
+            return False
+        self.target.listing = self.target.listing._replace(subvolumes=self.target.listing.subvolumes + (found[1],))
+        return True
 
     # -- doing it
 
@@ -8501,13 +8753,46 @@ class RestoreRun:
         self.sending.recover(target)
         if self.is_there():
             self.events.info("present", "{} is already in {}".format(self.backup.name, target.path))
+            self.clear_steps()
             return
-        for transfer in target.plan.transfers if not target.failed else ():
-            self.sending.transfer(transfer, [target])
+        self.steps |= {t.snapshot.name for t in target.plan.transfers[:-1]}
+        self.sending.change_locks(add=[LockChange(name, STEP) for name in sorted(self.steps)])
+        try:
+            for transfer in target.plan.transfers:
+                if not target.failed:
+                    self.sending.transfer(transfer, [target])
+        finally:
+            self.clear_steps()
         if target.failed:
-            raise BackupError("{} was not restored".format(self.backup.name), "run again when that is mended")
+            raise BackupError("{} was not restored".format(self.backup.name), self.blame(target.plan.transfers)
+                              or "run again when that is mended")
         self.events.info("restored", "restored {} to {}".format(self.backup.name, target.path),
                          snapshot=self.backup.name, folder=target.path)
+
+    def clear_steps(self) -> None:
+        """Deletes what a chain has brought only to build on, and where it failed what is half there."""
+        target = self.target
+        if not self.listing.chained:
+            return
+        for transfer in target.plan.transfers if target.failed else ():
+            self.sending.delete_partial(transfer, target)
+        named = {b.name: b for b in self.listing.subvolumes if b.name in self.steps - {self.backup.name}}
+        left = [s for s in target.host.list(target.path).subvolumes
+                if s.name in named and corresponds(named[s.name], s)]
+        errors = target.host.delete(target.path, sorted(left, key=by_creation, reverse=True), False)
+        for error in errors:
+            self.sending.report(error, target)
+        if not errors:
+            self.sending.change_locks(clear=[LockChange(name, STEP) for name in self.steps])
+
+    def blame(self, transfers: Sequence[Transfer]) -> str:
+        """Which stream file of a chain is damaged, if one is."""
+        place, folder = self.sending.host, self.sending.folder
+        for transfer in transfers if self.listing.chained else ():
+            backup = place.sidecar(folder, transfer.snapshot.name)
+            if place.digest_raw(folder, backup.file).sha256 != backup.file_sha256:
+                return "{} is damaged: choose another backup, or get it from a copy".format(backup.file)
+        return ""
 
     def hold_replaced(self, stack: contextlib.ExitStack, lock_name: str) -> None:
         """Keeps backups of the subvolume that is replaced from running meanwhile."""

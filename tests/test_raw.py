@@ -474,6 +474,170 @@ class Retention(RawTestCase):
         self.assertEqual(sorted(strangers + [taken[2] + ".btrfs", taken[2] + ".btrfs.json"]), self.files())
 
 
+class Restore(RawTestCase):
+    """restore: from the files alone, into a btrfs that has nothing of it."""
+
+    def setUp(self):
+        super().setUp()
+        churn = support.Churn(self.source, seed=21)
+        churn.fill()
+        self.taken = []
+        for day in range(1, 5):
+            self.taken += self.take(day)
+            churn.change()
+
+    def into(self):
+        folder = os.path.join(self.disk().path, "restored")
+        os.mkdir(folder)
+        return folder
+
+    def restore(self, backup, folder, *options, **more):
+        arguments = list(options) + (["--raw-identity", self.keys.identity] if self.keys else []) + [backup, folder]
+        return self.run_program("restore", *arguments, **dict({"env": self.keys.env}, **more))
+
+    def path(self, name):
+        return self.raw + "/" + name
+
+    def assertRestored(self, folder, *expected):
+        self.assertEqual(sorted(expected), names(folder))
+        self.assertEqual([], support.partials(folder))
+        self.assertEqual({}, read_locks(folder))
+        for name in expected:
+            self.assertComplete(os.path.join(folder, name), self.snapshot_path(name))
+
+    def test_each_point_with_each_compressor_and_encryptor(self):
+        for number, compressor in enumerate([None] + sorted(COMPRESSORS)):
+            place, encryption = [ext4, tmpfs][number % 2], [None, "gpg", "age"][number % 3]
+            with self.subTest(place=place.__name__, compressor=compressor, encryption=encryption):
+                self.folder = os.path.join(place(self), "made")
+                options = ["--raw-compress", compressor] if compressor else []
+                if encryption:
+                    options += ["--raw-encrypt", "{}:{}".format(encryption, getattr(self.keys, encryption))]
+                self.send(*options)
+                into = self.into()
+                for name in self.taken[-2:]:
+                    self.restore(self.path(name), into)
+                    self.assertComplete(os.path.join(into, name), self.snapshot_path(name))
+                self.assertRestored(into, *self.taken[-2:])
+
+    def test_each_point_of_three_chains(self):
+        self.send("--raw-full-every", "2")
+        for name in self.taken:
+            into = self.into()
+            self.restore(self.path(name), into)
+            self.assertRestored(into, name)
+
+    def test_by_the_files_name_by_time_and_the_latest(self):
+        self.send("--raw-compress", "zstd")
+        into = self.into()
+        self.restore(self.path(self.taken[1] + ".btrfs.zst"), into)
+        self.restore(self.raw, into, "--before", "2024-01-03")
+        self.assertRestored(into, self.taken[1])
+        self.restore(self.raw, into, "--latest")
+        self.assertRestored(into, self.taken[1], self.taken[3])
+
+    def test_it_goes_on_from_what_is_there(self):
+        self.send()
+        into = self.into()
+        self.restore(self.path(self.taken[1]), into)
+        result = self.restore(self.path(self.taken[3]), into)
+        self.assertNotIn(self.taken[0], result.stderr)
+        self.assertRestored(into, self.taken[1], self.taken[3])
+        into = self.into()
+        self.restore(self.path(self.taken[0]), into)
+        self.restore(self.path(self.taken[2]), into, "-I", status=1)
+        self.assertRestored(into, self.taken[0])
+
+    def test_a_dry_run_names_the_chain(self):
+        self.send()
+        into = self.into()
+        before = support.listing(into)
+        out = self.restore(self.path(self.taken[2]), into, "--dry-run").stdout
+        self.assertUnchanged(before, into)
+        for name in self.taken[:3]:
+            self.assertIn("send " + name, out)
+
+    def test_in_place(self):
+        self.send("--raw-compress", "lz4")
+        place = os.path.join(self.source_disk.path, "home")
+        result = self.run_program("restore", "--latest", "--in-place", place, self.raw)
+        self.assertIn("is now as in " + self.taken[3], result.stderr)
+        self.assertTreesEqual(os.path.join(place, ".btrfs-backup-ng/snapshots", self.taken[3]), place)
+        time.sleep(1)
+        result = self.backup(to=[self.raw])
+        self.assertIn("incrementally from " + self.taken[3], result.stderr)
+
+    def damaged(self, *words, name=None, status=1, **more):
+        into = self.into()
+        result = self.restore(self.path(name or self.taken[3]), into, status=status, **more)
+        for word in words:
+            self.assertIn(word, result.stderr)
+        self.assertRestored(into)
+
+    def file(self, name):
+        return os.path.join(self.folder, self.sidecars()[name]["file"])
+
+    def flip(self, path, at):
+        with open(path, "r+b") as file:
+            file.seek(at)
+            byte = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte[0] ^ 0x10]))
+
+    def test_flipped_bits_are_named_and_nothing_is_left(self):
+        choose = random.Random(3)
+        for options in ([], ["--raw-compress", "zstd"], ["--raw-encrypt", "gpg:" + self.keys.gpg]):
+            self.folder = tmpfs(self)
+            self.send(*options)
+            path = self.file(self.taken[1])
+            size = os.path.getsize(path)
+            for at in [0, size - 1, choose.randrange(size)]:
+                with self.subTest(options=options[:2], at=at, of=size):
+                    self.flip(path, at)
+                    self.damaged("{} is damaged".format(os.path.basename(path)))
+                    self.flip(path, at)
+
+    def test_a_cut_file(self):
+        self.send()
+        os.truncate(self.file(self.taken[1]), 100)
+        self.damaged("cannot be restored", self.taken[1])
+
+    def test_a_missing_file(self):
+        self.send()
+        os.unlink(self.file(self.taken[1]))
+        self.damaged("its parent {} is missing".format(self.taken[1]), name=self.taken[2])
+        self.damaged("is missing", name=self.taken[1])
+
+    def test_a_missing_key(self):
+        other = Keys()
+        self.addCleanup(other.close)
+        self.send("--raw-encrypt", "gpg:" + self.keys.gpg)
+        self.damaged("which is whole, cannot be read", "secret key", env=other.env)
+        self.folder = tmpfs(self)
+        self.send("--raw-encrypt", "age:" + self.keys.age)
+        into = self.into()
+        result = self.run_program("restore", "--raw-identity", other.identity, self.path(self.taken[0]), into, status=1)
+        self.assertIn("which is whole, cannot be read", result.stderr)
+        self.assertIn("hold the right key", result.stderr)
+        self.assertRestored(into)
+        result = self.run_program("restore", self.path(self.taken[0]), into, status=1)
+        self.assertIn("--raw-identity", result.stderr)
+        self.assertRestored(into)
+
+    def test_killed_at_random_the_next_one_converges(self):
+        support.bulk(os.path.join(self.source, "large"), 4)
+        self.taken += self.take(5)
+        self.send()
+        into = self.into()
+        choose = random.Random(9)
+        for _ in range(8):
+            run = self.start("restore", self.path(self.taken[4]), into)
+            time.sleep(choose.uniform(0.1, 0.7))
+            run.kill()
+        self.restore(self.path(self.taken[4]), into)
+        self.assertRestored(into, self.taken[4])
+
+
 class Damage(RawTestCase):
     """What can be seen without reading the files is seen by every run."""
 
