@@ -5115,8 +5115,8 @@ class RawSender:
         self.source.finish(timeout)
         self.check_file()
         if self.digest.hexdigest() != self.backup.stream_sha256:
-            raise BackupError("{} is whole, but the stream inside is not the one that was sent".format(self.backup.file),
-                              "another backup may be good: see verify")
+            raise BackupError("{} is whole, but the stream inside is not the one that was sent".format(
+                self.backup.file), "another backup may be good: see verify")
 
     def read_rest(self) -> None:
         """Reads what the filters did not take."""
@@ -5887,8 +5887,9 @@ CALLS = {  # each call of LocalHost, and the groups that it belongs to
     "change_locks": ("send",), "read_pins": ("list", "send"), "change_pins": ("send",), "hold": ("send",),
     "release": ("send",), "expected_stream": ("send",), "measured": ("send",), "data_since": ("send",),
     "open_send": ("send",), "open_receive": ("receive",), "own_sizes": ("list",),
-    "idle_partials": ("list",), "list_raw": ("list",), "delete_raw": ("delete", "receive"), "publish_raw": ("receive",),
-    "digest_raw": ("verify",), "idle_raw_partials": ("list",), "open_raw_send": ("send",), "open_raw_receive": ("receive",),
+    "idle_partials": ("list",), "list_raw": ("list",), "delete_raw": ("delete", "receive"),
+    "publish_raw": ("receive",), "digest_raw": ("verify",), "idle_raw_partials": ("list",),
+    "open_raw_send": ("send",), "open_raw_receive": ("receive",),
     "facts": ("list",), "health": ("list",), "is_held": ("list",),
     "find_base": (), "look_at_swap_place": (), "swap_in": (), "finish_swap": ()}  # for no key that is restricted
 SENDERS = frozenset(("open_send", "open_raw_send"))
@@ -8720,7 +8721,10 @@ class RestoreRun:
         return tuple(links)
 
     def has_base(self, link: Subvolume, around: str) -> bool:
-        """Whether the target's filesystem has what a link of the chain makes, received; then it is known from here on."""
+        """Whether the target's filesystem has what a link of the chain makes; then the listing has it from here on."""
+        there = self.target.listing.named(link.name) if self.target.listing is not None else None
+        if there is not None and corresponds(link, there):
+            return True
         found = None if self.task.no_incremental else self.target.host.find_base(around, [link.stream_id or ""])
         if found is None or found[1].received_uuid != link.stream_id or self.target.listing is None:
             return False

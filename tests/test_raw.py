@@ -545,8 +545,8 @@ class Restore(RawTestCase):
         self.assertRestored(into, self.taken[1], self.taken[3])
         into = self.into()
         self.restore(self.path(self.taken[0]), into)
-        self.restore(self.path(self.taken[2]), into, "-I", status=1)
-        self.assertRestored(into, self.taken[0])
+        self.restore(self.path(self.taken[2]), into, "-I")
+        self.assertRestored(into, self.taken[0], self.taken[2])
 
     def test_a_dry_run_names_the_chain(self):
         self.send()
