@@ -1,7 +1,9 @@
 """Restricted keys: a client may add backups below one folder, and nothing else, however hostile it is."""
 
 import contextlib
+import json
 import os
+import random
 import shlex
 import struct
 import subprocess
@@ -392,6 +394,111 @@ class Refusals(RestrictedTestCase):
         with self.assertRaises(Refused):
             agent.method("delete", (self.target, [], False))
         self.assertEqual(["this key may not delete: it allows list"], [refusal.message for refusal in said])
+
+
+class TenClients(RestrictedTestCase):
+    """Ten clients at once into one server, one of them killed each second."""
+
+    source_size = "2G"
+    target_size = "3G"
+    clients = 10
+    kills = int(os.environ.get("TORTURE", "6"))
+
+    def setUp(self):
+        super().setUp()
+        self.chance = random.Random(7)
+        self.sources = []
+        for number in range(self.clients):
+            source = support.create(os.path.join(self.source_disk.path, "client%d" % number))
+            for name in range(4):
+                with open(os.path.join(source, "data%d" % name), "wb") as file:
+                    file.write(os.urandom(4 << 20))
+            self.sources.append(source)
+
+    def begin(self, number):
+        return self.start(*self.program_options() + ["-p", "c-", self.sources[number],
+                                                     "{}/{}".format(self.remote_target, number)])
+
+    def memory(self):
+        """MiB that the agents on the server take, each."""
+        sizes = []
+        for pid, argv in self.server.processes().items():
+            if b"agent" in argv:
+                with contextlib.suppress(OSError, ValueError):
+                    with open("/proc/%d/statm" % pid) as statm:
+                        sizes.append(int(statm.read().split()[1]) * 4096 / (1 << 20))
+        return sizes
+
+    def test_all_backups_are_complete_in_the_end(self):
+        running = {number: self.begin(number) for number in range(self.clients)}
+        peaks, kills, deadline = [], 0, time.monotonic() + 240 + 10 * self.kills
+        while running:
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(1)
+            peaks += self.memory()
+            if kills < self.kills:
+                victim = self.chance.choice(sorted(running))
+                running.pop(victim).kill()
+                kills += 1
+                time.sleep(0.1)
+                running[victim] = self.begin(victim)
+            for number, run in list(running.items()):
+                if run.process.poll() is not None:
+                    result = run.finish()
+                    del running[number]
+                    if kills < self.kills or result.status != 0:
+                        running[number] = self.begin(number)
+        for number, source in enumerate(self.sources):
+            folder = os.path.join(self.target, str(number))
+            snapshots = os.path.join(source, ".btrfs-backup-ng", "snapshots")
+            self.assertEqual(support.names(snapshots), support.names(folder))
+            self.assertEqual([], support.partials(folder))
+            for name in support.names(folder):
+                self.assertComplete(os.path.join(folder, name), os.path.join(snapshots, name))
+        self.assertLess(max(peaks), 80, "MiB of one agent")
+        self.assertEqual({}, self.server.left_over())
+
+
+class Fuzz(RestrictedTestCase):
+    """Whatever comes over the channel: no traceback, no hang, no file touched."""
+
+    seconds = float(os.environ.get("TORTURE", "0")) * 60 or 20.0
+    allow = "receive,list,send,delete,verify,snapshot"
+
+    def frames(self, chance):
+        """Some bytes: noise, cut frames, calls of all kinds with arguments of all kinds."""
+        names = sorted(CALLS) + ["", "x", "__init__", "command", "serve"]
+        values = [None, 0, -1, 2 ** 63, 1.5, True, "", "/", "..", "/etc", self.under + "/x/../../y", "a\nb", "\udcff", "x" * 5000,
+                  [], [[]], (), {}, {"a": 1}, frozenset(), Subvolume("../x", "y"), Subvolume("x", None),
+                  ExpectedStream("../x", "y", None, 0, 0, 0), [Subvolume(".x.partial", "y")]]
+        for _ in range(chance.randrange(1, 12)):
+            kind = chance.choice([program.CALL] * 8 + [program.DATA, program.FINISH, program.ABORT, program.RESULT,
+                                                       program.FAILED, program.EVENT, b"?"])
+            payload = bytes(chance.randrange(256) for _ in range(chance.randrange(60)))
+            if kind == program.CALL and chance.random() < 0.9:
+                arguments = tuple(chance.choice(values) for _ in range(chance.randrange(5)))
+                call = (chance.choice(names), arguments, chance.choice(["", "", "gzip", "x"]))
+                payload = json.dumps(program.pack_value(call)).encode()
+            frame = program.FRAME.pack(kind, len(payload)) + payload
+            yield frame if chance.random() < 0.8 else frame[:chance.randrange(len(frame))]
+
+    def test_nothing_gets_through(self):
+        path = os.path.join(self.target_disk.path, "backups", "kept")
+        support.create(path)
+        before = support.tree(self.target_disk.path)
+        chance, begun, rounds = random.Random(11), time.monotonic(), 0
+        argv = [support.PYTHON, support.PROGRAM, "agent", "--under", self.target, "--allow", self.allow]
+        while time.monotonic() - begun < self.seconds:
+            sent = (program.MARKER if chance.random() < 0.9 else b"") + b"".join(self.frames(chance))
+            done = subprocess.run(argv, input=sent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+            rounds += 1
+            self.assertNotIn(b"Traceback", done.stderr, sent)
+            self.assertNotIn(b"internal error", done.stderr + done.stdout, sent)
+            self.assertIn(done.returncode, (0, 1, 143), (done, sent))
+            self.assertEqual([], [name for name in os.listdir(self.target_disk.path) if name not in ("backups", "home")])
+        after = support.tree(self.target_disk.path)
+        self.assertEqual(set(before), {path for path in after if b".partial" not in path and not path.endswith(b".lock")})
+        self.assertGreater(rounds, 10)
 
 
 if __name__ == "__main__":
