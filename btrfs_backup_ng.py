@@ -7087,8 +7087,8 @@ class TaskRun:
 
     def key_of(self, text: str) -> str:
         """The id of a destination in the notes, by the machine that these are kept on."""
-        host = self.lock_place[0] if self.lock_place else self.host
-        return destination_key(text, pulled=not isinstance(host, LocalHost))
+        host = self.lock_place[0] if self.lock_place else getattr(self, "host", None)  # none without a source
+        return destination_key(text, pulled=host is not None and not isinstance(host, LocalHost))
 
     def find_destinations(self, locked: Sequence[str]) -> None:
         """The destinations given and those that locks name, each once."""
