@@ -223,11 +223,11 @@ def stop_all(running, verb, count):
 
     def all_held():
         for pid, argv in running.processes().items():
-            if pid not in held and argv and os.path.basename(argv[0]) == b"btrfs" and verb.encode() in argv[1:3]:
-                if b"--no-data" not in argv:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGSTOP)
-                        held.add(pid)
+            is_transfer = verb.encode() in argv[1:3] and b"--no-data" not in argv
+            if pid not in held and argv and os.path.basename(argv[0]) == b"btrfs" and is_transfer:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+                    held.add(pid)
         return len(held) >= count
     running.wait_for("%d btrfs %s at once" % (count, verb), all_held)
     return held

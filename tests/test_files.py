@@ -241,11 +241,11 @@ class Files(TableTest):
 
     def test_among_other_words(self):
         conf = self.file("conf", "-p home\n/home\n")
-        one = {"source": "/home", "prefix": "home"}
-        self.assertEqual([Task(destinations=("/b",), num_snapshots=3, **one)], tasks_of(["-N3", conf, "/b"]))
+        one = Task(source="/home", prefix="home")
+        self.assertEqual([one._replace(destinations=("/b",), num_snapshots=3)], tasks_of(["-N3", conf, "/b"]))
         self.assertEqual([Task(destinations=("/b",), source="/home", prefix="x")], tasks_of([conf, "-p", "x", "/b"]))
-        self.assertEqual([Task(**one), Task(source="/b")], tasks_of([conf, ":", "/b"]))
-        self.assertEqual([Task(**one), Task(**one)], tasks_of([conf + ":" + conf]))
+        self.assertEqual([one, Task(source="/b")], tasks_of([conf, ":", "/b"]))
+        self.assertEqual([one, one], tasks_of([conf + ":" + conf]))
         self.assertEqual([Task(source=conf)], tasks_of(["--", conf]))
         self.assertEqual([Task(snapshot_folder=conf)], tasks_of(["-f", conf]))
 

@@ -16,7 +16,8 @@ from test_tasks import TasksTestCase
 
 from btrfs_backup_ng import Board, Event, clip, fold, format_progress, live_lines, progress_lines, shown_width
 
-STRANGE = ("/home", "/mnt/backup/" + "long/" * 20, "/日本語/バックアップ", "/e\u0301", "/tab\there", "/\udcff\x1b[2J", "",
+STRANGE = ("/home", "/mnt/backup/" + "long/" * 20,
+           "/日本語/バックアップ", "/e\u0301", "/tab\there", "/\udcff\x1b[2J", "",
            "/a b")
 
 
@@ -44,7 +45,8 @@ class LaidOut(unittest.TestCase):
 
     def event(self, chance, task):
         facts = {"task": task}
-        kind = chance.choice(["snapshot", "sending", "sent", "error", "done", "waiting", "task", "progress", "progress"])
+        kind = chance.choice(["snapshot", "sending", "sent", "error", "done", "waiting", "task",
+                              "progress", "progress"])
         if kind == "task":
             facts.update(state=chance.choice(["done", "failed", "waiting"]), ended=chance.random() < 0.5)
             return Event(kind, "state", "", facts)
