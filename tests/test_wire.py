@@ -1,0 +1,138 @@
+"""Values and frames on the wire: what arrives is what was sent, and nothing else arrives."""
+
+import json
+import os
+import random
+import sys
+import threading
+import unittest
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import btrfs_backup_ng as program
+from btrfs_backup_ng import (
+    BackupError,
+    Busy,
+    Capabilities,
+    Channel,
+    ConnectionLost,
+    Event,
+    Listing,
+    LocalHost,
+    LockChange,
+    Pin,
+    Place,
+    ReceiverFailed,
+    SendOptions,
+    Stalled,
+    Subvolume,
+    UsageError,
+    is_of_type,
+    pack_value,
+    type_hints,
+    unpack_value,
+)
+
+
+class Values(unittest.TestCase):
+    """What travels arrives as it was, and nothing else arrives."""
+
+    GOOD = (None, True, 0, -1, 1 << 60, 1.5, float("inf"), "", "a\udcff\n\"", [], [1, "a", None], (), (1, (2,)), {},
+            {"a": [1], "b": {"c": ()}}, frozenset(), frozenset(["a", "b"]),
+            Subvolume("a", None), Listing((Subvolume("a", "b"),), frozenset(["c"])), Place("/", "folder"),
+            Pin("a", "b", "c"), LockChange("a", "b"), Capabilities(True, False, (6, 2)), SendOptions())
+
+    BAD = ('{"is": "Subvolume", "of": []}', 
+           '{"is": "Subvolume", "of": [1, 2]}', '{"is": "os", "of": []}',
+           '{"is": "a"}',
+           '{"of": []}', "{}", '{"is": [], "of": []}', '{"is": "tuple", "of": {}}', '{"is": "dict", "of": [[1]]}',
+           '{"is": "dict", "of": [[[], 1]]}', '{"is": "set", "of": [[]]}', '{"is": "error", "of": []}',
+           "[" * 100 + "]" * 100,
+           '{"is": "Listing", "of": [[1], []]}', '{"is": "Capabilities", "of": ["a", 1, 2]}')
+
+    def test_there_and_back(self):
+        for value in self.GOOD:
+            with self.subTest(value=value):
+                back = unpack_value(json.loads(json.dumps(pack_value(value))))
+                self.assertEqual((value, type(value)), (back, type(back)))
+
+    def test_errors_keep_their_class_and_hint(self):
+        for kind in (BackupError, UsageError, Busy, ReceiverFailed, Stalled, ConnectionLost, program.Refused):
+            back = unpack_value(json.loads(json.dumps(pack_value(kind("what", "do", "said")))))
+            self.assertEqual((kind, "what", "do", "said"), (type(back), back.message, back.hint, back.detail))
+
+    def test_anything_else_is_refused(self):
+        for text in self.BAD:
+            with self.subTest(text=text):
+                with self.assertRaises(ValueError):
+                    unpack_value(json.loads(text))
+
+    def test_only_what_is_in_the_table_travels(self):
+        for value in (object(), b"bytes", Event("a", "b", "c", {}), 1j):
+            with self.assertRaises(TypeError):
+                pack_value(value)
+
+    def test_every_call_can_be_checked(self):
+        """Its arguments are declared in terms that can be looked at."""
+        for name in program.CALLS:
+            hints = type_hints(getattr(LocalHost, {"release": "hold"}.get(name, name)))
+            self.assertIn("return", hints)
+            for argument, hint in hints.items():
+                if argument != "return":
+                    is_of_type(None, hint)
+
+
+class Frames(unittest.TestCase):
+
+    def pair(self):
+        ours, theirs = os.pipe(), os.pipe()
+        one, other = Channel(ours[0], theirs[1], "one"), Channel(theirs[0], ours[1], "other")
+        self.addCleanup(one.close)
+        self.addCleanup(other.close)
+        return one, other
+
+    def test_noise_before_the_marker(self):
+        chance = random.Random(1)
+        for noise in (b"", b"hello\n", b"btrfs-backup-ng\n", program.MARKER[1:-2], b"\n\n\n", bytes(range(256)) * 500):
+            one, other = self.pair()
+            other.send_raw(noise)
+            other.send_raw(program.MARKER)
+            other.send_value(program.RESULT, chance.random())
+            sender = threading.Thread(target=other.flush, args=(10.0,))
+            sender.start()
+            one.skip_noise(float("inf"))
+            self.assertIsInstance(one.result(5.0), float)
+            sender.join()
+
+    def test_noise_without_end(self):
+        one, other = self.pair()
+        other.send_raw(b"x" * (program.MOST_NOISE * 2))
+
+        def send():
+            try:
+                other.flush(10.0)
+            except BackupError:
+                pass
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        with self.assertRaises(BackupError):
+            one.skip_noise(float("inf"))
+        os.close(one.read_end)
+        sender.join()
+        one.read_end = os.open(os.devnull, os.O_RDONLY)
+
+    def test_a_frame_that_is_too_large(self):
+        one, other = self.pair()
+        other.send_raw(program.FRAME.pack(program.RESULT, program.LARGEST_FRAME + 1))
+        other.flush(1.0)
+        with self.assertRaises(ConnectionLost):
+            one.result(1.0)
+
+    def test_nobody_answers(self):
+        one, _ = self.pair()
+        with self.assertRaises(Stalled):
+            one.result(0.3)
+
+
+if __name__ == "__main__":
+    unittest.main()
