@@ -6250,8 +6250,11 @@ def serve_agent(restriction: Optional[Restriction] = None) -> None:
     os.dup2(2, 1)
     os.close(null)
     interrupt_on_hangup(read_end)
-    with contextlib.suppress(ConnectionLost):
-        Agent(Channel(read_end, write_end, "the other side"), restriction).serve()
+    try:
+        with contextlib.suppress(ConnectionLost):
+            Agent(Channel(read_end, write_end, "the other side"), restriction).serve()
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the thread's may come during the interpreter's end
 
 
 ########################################################################################################
