@@ -6830,11 +6830,18 @@ class AgentHost:
         return RemoteMeasuring(self, (folder, name, parent))
 
 
-class SshConnector:
-    """Makes connections to one machine; they share one authentication."""
+Share = Callable[[Sequence[str]], str]
 
-    def __init__(self, endpoint: Endpoint, options: SshOptions, events: Events) -> None:
-        self.endpoint, self.options, self.events = endpoint, options, events
+
+class SshConnector:
+    """Makes connections to one machine; they share one authentication.
+
+    share: gives the control path of a connection that others keep, for the ssh command of its first one; '' where
+    there is none.
+    """
+
+    def __init__(self, endpoint: Endpoint, options: SshOptions, events: Events, share: Optional[Share] = None) -> None:
+        self.endpoint, self.options, self.events, self.share = endpoint, options, events, share
         self.folder = ""  # of the control socket
         self.settings: Optional[Dict[str, str]] = None
 
@@ -6851,6 +6858,10 @@ class SshConnector:
             if outcome.status != 0:
                 raise no_agent_error(self.endpoint.machine, outcome.status, outcome.error, "")
             self.settings = parse_ssh_settings(outcome.out)
+        if self.share is not None and self.settings.get("controlpath", "none") == "none":
+            shared = self.share(ssh_argv(self.endpoint, self.options, open_settings(self.settings, "", True)))
+            if shared:
+                return ssh_argv(self.endpoint, self.options, open_settings(self.settings, shared, False))
         return ssh_argv(self.endpoint, self.options, open_settings(self.settings, self.control_path(), is_first))
 
     def control_path(self) -> str:
@@ -6871,8 +6882,8 @@ class SshConnector:
 class Hosts:
     """The hosts of a run by machine: each is reached once."""
 
-    def __init__(self, task: Task, events: Events) -> None:
-        self.task, self.events = task, events
+    def __init__(self, task: Task, events: Events, share: Optional[Share] = None) -> None:
+        self.task, self.events, self.share = task, events, share
         self.known: Dict[str, Any] = {}
         self.errors: Dict[str, BackupError] = {}
         self.stack = contextlib.ExitStack()
@@ -6896,7 +6907,8 @@ class Hosts:
         return RawPlace(host, steps, self.task.raw_identity or "")
 
     def reach(self, endpoint: Endpoint) -> AgentHost:
-        connector = SshConnector(endpoint, SshOptions(self.task.ssh_options, self.task.ssh_sudo), self.events)
+        connector = SshConnector(endpoint, SshOptions(self.task.ssh_options, self.task.ssh_sudo), self.events,
+                                 self.share)
         self.stack.callback(connector.end)
         host = AgentHost(endpoint.machine, connector, self.events, self.task.compress)
         self.stack.callback(host.end)
@@ -6973,6 +6985,8 @@ class Gate:
     def snapshot_taken(self) -> None:
         """Waits until transfers may begin."""
 
+    share: Optional[Share] = None  # as SshConnector takes it
+
 
 def describe_transfer(transfer: Transfer) -> str:
     if transfer.parent is None:
@@ -6986,7 +7000,7 @@ class TaskRun:
     def __init__(self, task: Task, events: Events, gate: Optional[Gate] = None,
                  clock: Callable[[], float] = time.time) -> None:
         self.task, self.events, self.gate, self.clock = task, events, gate or Gate(), clock
-        self.hosts = Hosts(task, events)
+        self.hosts = Hosts(task, events, self.gate.share)
         self.prefix = task.prefix or ""  # known once the source is
         self.failed = False
         self.counts: "collections.Counter[Tuple[str, str]]" = collections.Counter()
@@ -8110,7 +8124,8 @@ STOP_GRACE = 60.0  # seconds a task gets to end its transfers
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CREW_SIGNALS = STOP_SIGNALS + (signal.SIGQUIT,)  # a crew does not leave its children and terminal behind
 LEAVE_SIZE = 5  # bytes
-TURN, GO = b"turn\n", b"go  \n"
+TURN, GO, UNSHARED = b"turn\n", b"go  \n", b"s-  \n"  # and s012, the number of a shared connection
+MASTER_TASKS = 3  # on one connection: sshd's MaxSessions is 10 by default, and a task may have three at once
 SUMMARY_ERRORS = 5  # of one task
 
 
@@ -8184,17 +8199,28 @@ class ChildEvents:
                 data = data[os.write(self.fd, data):]
 
 
+def master_path(folder: str, number: int) -> str:
+    return os.path.join(folder, str(number))
+
+
 class ChildGate(Gate):
     """Asks the parent, and hears from it on stdin."""
 
-    def __init__(self, events: Events, on_loss: Callable[[], None]) -> None:
-        self.events, self.on_loss = events, on_loss
+    def __init__(self, events: Events, folder: str, on_loss: Callable[[], None]) -> None:
+        """folder: of the sockets of shared connections; '' where there are none."""
+        import queue
+        self.events, self.folder, self.on_loss = events, folder, on_loss
         self.leaves = {TURN: threading.Event(), GO: threading.Event()}
+        self.answers: "queue.Queue[bytes]" = queue.Queue()
+        self.asking = threading.Lock()
         threading.Thread(target=self.listen, daemon=True).start()
 
     def listen(self) -> None:
         for leave in iter(lambda: os.read(0, LEAVE_SIZE), b""):
-            self.leaves[leave].set()
+            if leave in self.leaves:
+                self.leaves[leave].set()
+            else:
+                self.answers.put(leave)
         self.on_loss()
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -8205,6 +8231,14 @@ class ChildGate(Gate):
     def snapshot_taken(self) -> None:
         self.events.emit("ready", "control")
         self.leaves[GO].wait()
+
+    def share(self, argv: Sequence[str]) -> str:
+        if not self.folder:
+            return ""
+        with self.asking:
+            self.events.emit("share", "control", argv=list(argv))
+            answer = self.answers.get()
+        return master_path(self.folder, int(answer[1:4])) if answer != UNSHARED else ""
 
 
 def close_lost_screen(terminal: int, token: int) -> None:
@@ -8314,6 +8348,92 @@ def live_as_child(act: Callable[[], int]) -> None:
         os._exit(status)
 
 
+def ignore_interrupts() -> None:
+    """For what may ask at our terminal: Ctrl-C there is for us, as the tasks end first, and need it for that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Master:
+    """A connection over ssh that tasks share, so that a person is asked once.
+
+    It lives as long as its `cat` there, whose stdin is ours: killed we leave none behind.
+    """
+
+    def __init__(self, folder: str, number: int, argv: Sequence[str]) -> None:
+        self.number, self.argv, self.path = number, argv, master_path(folder, number)
+        self.users: List[TaskProcess] = []
+        self.waiting: List[TaskProcess] = []
+        more = ["-o", "ControlMaster=yes", "-o", "ControlPersist=no", "-o", "ControlPath=" + self.path]
+        read_end, self.write_end = os.pipe()
+        try:
+            self.stage = Stage(list(argv[:1]) + more + list(argv[1:]) + ["cat"], read_end, subprocess.DEVNULL,
+                               prepare=ignore_interrupts if has_terminal() else None)
+        except BackupError:
+            os.close(self.write_end)
+            raise
+        finally:
+            os.close(read_end)
+
+    def answer(self) -> bool:
+        """Tells those that wait, once it is known whether it works; whether it may still be used."""
+        ended = self.stage.has_ended()
+        if ended or os.path.exists(self.path):
+            for process in self.waiting:
+                process.tell(UNSHARED if ended else "s{:03}\n".format(self.number).encode("ascii"))
+            self.waiting = []
+        return not ended
+
+    def end(self) -> None:
+        os.close(self.write_end)
+        self.stage.end()
+
+
+class Masters:
+    """The shared connections of a crew; a context, at whose end they end."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        import tempfile
+        paths = [path for request in requests for path in request.paths]
+        is_remote = len(requests) > 1 and any(parse_endpoint(path).login for path in paths)
+        parent = tempfile.gettempdir()
+        # a socket's path may have 104 bytes
+        self.folder = tempfile.mkdtemp(prefix="bbng-", dir=parent if len(parent) < 60 else "/tmp") if is_remote else ""
+        self.all: List[Master] = []
+        self.numbers = itertools.count()
+
+    def ask(self, process: TaskProcess, argv: Sequence[str]) -> None:
+        """Finds a connection that `argv` may share, or makes it; `look` answers."""
+        for master in self.all:
+            running = [user for user in master.users if user.runs]
+            if master.argv == argv and (process in running or len(running) < MASTER_TASKS):
+                break
+        else:
+            try:
+                master = Master(self.folder, next(self.numbers), argv)
+            except BackupError:
+                process.tell(UNSHARED)
+                return
+            self.all.append(master)
+        master.users.append(process)
+        master.waiting.append(process)
+
+    def look(self) -> None:
+        for master in list(self.all):
+            if not master.answer():
+                self.all.remove(master)
+                master.end()
+
+    def __enter__(self) -> "Masters":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        import shutil
+        for master in self.all:
+            master.end()
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
 class Crew:
     """The tasks of one command at work. `tick` draws what a display shows; `token` is for the children's gates."""
 
@@ -8323,6 +8443,7 @@ class Crew:
         self.progress = any(getattr(reader, "progress", False) for reader in events.readers)
         self.processes = [TaskProcess(name, request) for name, request in zip(task_names(requests), requests)]
         self.owners: Dict[int, TaskProcess] = {}
+        self.masters = Masters(requests)
         self.poll = select.poll()
         self.begun = time.monotonic()
         self.is_open = False  # all that can have taken their snapshots
@@ -8331,7 +8452,7 @@ class Crew:
 
     def run(self) -> List[int]:
         """The exit status of each task, when all have ended."""
-        with self.noted_signals():
+        with self.noted_signals(), self.masters:
             try:
                 for process in self.processes:
                     self.start(process)
@@ -8375,7 +8496,7 @@ class Crew:
     def act(self, task: Task, fd: int, terminal: int) -> int:
         """What the child does."""
         events = Events(ChildEvents(fd, self.progress))
-        gate = ChildGate(events, functools.partial(close_lost_screen, terminal, self.token))
+        gate = ChildGate(events, self.masters.folder, functools.partial(close_lost_screen, terminal, self.token))
         return run_and_report(lambda task, events: run_task(task, events, gate), task, events)
 
     def step(self) -> None:
@@ -8386,6 +8507,7 @@ class Crew:
                 pid, code = os.waitpid(process.pid, os.WNOHANG)
                 if pid:
                     self.conclude(process, -os.WTERMSIG(code) if os.WIFSIGNALED(code) else os.WEXITSTATUS(code))
+        self.masters.look()
         if self.stopped_by:
             self.stop()
         else:
@@ -8462,6 +8584,8 @@ class Crew:
             process.turn = event.facts["key"]
             if any(other.turn == process.turn for other in self.processes if other.has_turn and other.runs):
                 self.emit(process, "waiting", "info", "waiting for another task on the same snapshots")
+        elif event.kind == "share":
+            self.masters.ask(process, event.facts["argv"])
         elif event.kind == "ready":
             process.is_ready = True
             self.show(process, "waiting")

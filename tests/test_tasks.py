@@ -10,6 +10,7 @@ import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import support
+from remote import SshdTestCase, as_program_options, ssh_options
 from support import TestCase, names, partials, read_locks
 from terminal import go_on, stop_all
 
@@ -54,6 +55,8 @@ class TasksTestCase(TestCase):
         return self.run_program(*self.command(*options, tasks=tasks), **more)
 
     def events(self, *kinds):
+        if not os.path.exists(self.log):
+            return []
         with open(self.log) as log:
             found = [json.loads(line) for line in log]
         return [event for event in found if not kinds or event["event"] in kinds]
@@ -84,7 +87,7 @@ class TasksTestCase(TestCase):
 
 class Eight(TasksTestCase):
 
-    count = 8
+    count, mib = 8, 16
 
     def test_one_is_broken_the_others_succeed_at_the_same_time(self):
         tasks = self.tasks()
@@ -133,9 +136,81 @@ class Eight(TasksTestCase):
             self.assertAllBackedUp(source, target)
 
 
+class OverSsh(SshdTestCase, TasksTestCase):
+
+    count, mib = 8, 16
+
+    def setUp(self):
+        super().setUp()
+        self.there = os.path.join(support.scratch_folder(), "there")
+        self.server = self.sshd({self.disks[0].path: self.there + "/sources",
+                                 self.disks[3].path: self.there + "/targets"})
+
+    def remote_tasks(self, push=(), pull=()):
+        tasks = self.tasks()
+        for number in push:
+            tasks[number][-1] = self.server.endpoint(self.there + "/targets/" + NAMES[number])
+        for number in pull:
+            tasks[number][-2] = self.server.endpoint(self.there + "/sources/" + NAMES[number])
+        for number in set(push) | set(pull):
+            tasks[number][:0] = as_program_options(ssh_options())
+        return tasks
+
+    def test_eight_tasks_on_four_filesystems_two_over_ssh_one_broken(self):
+        tasks = self.remote_tasks(push=[1], pull=[2])
+        tasks[3][-1] = os.path.join(self.sources[3], "inside")
+        running = self.start(*self.command(tasks=tasks))
+        held = stop_all(running, "receive", 6)  # the seventh runs on the server
+        running.wait_for("all to be sent", lambda: len(self.events("sending")) == 7)
+        go_on(held)
+        result = running.finish()
+        self.assertEqual(1, result.status, result.stderr)
+        for number in range(8):
+            if number != 3:
+                self.assertAllBackedUp(self.sources[number], self.targets[number])
+        self.assertIn("error: 1 of 8 tasks was not done as asked", result.stderr)
+        self.assertNothingLeft(self.server)
+
+    def test_tasks_share_a_connection(self):
+        before = self.server.accepted()
+        tasks = self.remote_tasks(push=[1, 3], pull=[2])
+        self.run_tasks(tasks=tasks[1:4])
+        self.assertEqual(1, self.server.accepted() - before)
+        for number in (1, 2, 3):
+            self.assertAllBackedUp(self.sources[number], self.targets[number])
+        self.assertNothingLeft(self.server)
+
+    def test_nothing_is_left_anywhere(self):
+        for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+            tasks = self.remote_tasks(push=[1, 3], pull=[2])[1:4]
+            for task in tasks:
+                task.insert(0, "-I")
+            running = self.start(*self.command(tasks=tasks))
+            running.wait_for("transfers", lambda: len(self.events("sending")) >= 3)
+            os.kill(running.pid, number)
+            self.assertEqual(status, running.finish().status)
+            self.wait_until_gone(running)
+            self.assertNothingLeft(self.server)
+            os.unlink(self.log)
+            time.sleep(1)
+        self.run_tasks(tasks=self.remote_tasks(push=[1, 3], pull=[2])[1:4])
+        for number in (1, 2, 3):
+            self.assertAllBackedUp(self.sources[number], self.targets[number])
+
+    def test_a_host_that_lets_nobody_in(self):
+        tasks = self.remote_tasks(push=[1, 3])
+        self.server.authorize("root", identity="other")
+        result = self.run_tasks(tasks=tasks[:4], status=1)
+        self.assertIn("2 of 4 tasks were not done as asked", result.stderr)
+        for number in (0, 2):
+            self.assertAllBackedUp(self.sources[number], self.targets[number])
+        for number in (1, 3):
+            self.assertEqual(1, len(self.snapshots(self.sources[number])))
+
+
 class Stopped(TasksTestCase):
 
-    count, mib = 8, 32
+    count, mib = 8, 16
 
     def converges(self):
         time.sleep(1)
