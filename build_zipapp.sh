@@ -58,7 +58,8 @@ if sys.version_info < (3, 6):
 import gc
 import os
 
-# What importing makes is kept: looking for garbage meanwhile took a tenth of the time to start.
+# What importing makes is kept to the end. Looking there for garbage, meanwhile and at exit, took a
+# fifth of the time that the shortest run takes.
 gc.disable()
 
 DIGEST, SIZE = "@DIGEST@", @SIZE@
@@ -129,6 +130,8 @@ def load():
 load()
 from btrfs_backup_ng import main
 
+if hasattr(gc, "freeze"):  # since 3.7
+    gc.freeze()
 gc.enable()
 raise SystemExit(main())
 '''
