@@ -513,12 +513,6 @@ def parse_absolute(text: str) -> str:
     return text
 
 
-def parse_compress(text: str) -> str:
-    if text not in ("no", "auto", "zstd", "lz4", "gzip"):
-        raise ValueError("is not one of no, auto, zstd, lz4, gzip")
-    return text
-
-
 def parse_prefix(text: str) -> str:
     if "/" in text or "\0" in text or "\n" in text:
         raise ValueError("holds a character that no file name may hold here")
@@ -548,12 +542,6 @@ def parse_moment(text: str) -> float:
 def parse_unit_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9:_.@-]{1,200}", text):
         raise ValueError("is no name of a unit")
-    return text
-
-
-def parse_compressor(text: str) -> str:
-    if text not in ("zstd", "lz4", "gzip", "xz"):
-        raise ValueError("is not one of zstd, lz4, gzip, xz")
     return text
 
 
@@ -627,7 +615,7 @@ OPTION_TABLE = (
         Option(("-I", "--no-incremental"), "no_incremental", "", None, "always send in full"),
         Option(("--stall-timeout",), "stall_timeout", "SECONDS", parse_stall_timeout,
                "give a transfer up when not a byte has moved for so long; default 900"),
-        Option(("--compress",), "compress", "PROGRAM", parse_compress,
+        Option(("--compress",), "compress", "PROGRAM", OneOf("no", "auto", "zstd", "lz4", "gzip"),
                "on the way over ssh: no, auto, zstd, lz4 or gzip; default no"),
         Option(("--skip-fs-checks",), "skip_fs_checks", "", None, "do not check that paths are on btrfs"),
     )),
@@ -636,7 +624,7 @@ OPTION_TABLE = (
         Option(("--ssh-sudo",), "ssh_sudo", "", None, "run by sudo -n on the remote host"),
     )),
     Group("Stream files (raw://)", (
-        Option(("--raw-compress",), "raw_compress", "PROGRAM", parse_compressor,
+        Option(("--raw-compress",), "raw_compress", "PROGRAM", OneOf("zstd", "lz4", "gzip", "xz"),
                "compress stream files with zstd, lz4, gzip or xz"),
         Option(("--raw-encrypt",), "raw_encrypt", "METHOD", parse_encryption,
                "encrypt stream files: gpg:KEY, age:RECIPIENT or age:/FILE with recipients"),
@@ -9557,7 +9545,16 @@ In the snapshot folder, by default .btrfs-backup-ng/snapshots in the source:
 
 At a destination, .NAME.partial is what has arrived of the backup NAME so far."""
 
-TOPICS = (("exit status", STATUS_TEXT), ("files", FILES_TEXT))  # said of all verbs
+PLACES_TEXT = """\
+  /PATH, ./PATH                   on this machine
+  ssh://[USER@]HOST[:PORT]/PATH   on another, by ssh; also [USER@]HOST:/PATH
+  shell://COMMAND                 a destination: gets each stream on its stdin
+  raw:///PATH                     a destination: stream files on any filesystem
+  raw+ssh://[USER@]HOST[:PORT]/PATH
+
+A source is a subvolume. A destination is a folder on btrfs, but for shell:// and raw://."""
+
+TOPICS = (("places", PLACES_TEXT), ("exit status", STATUS_TEXT), ("files", FILES_TEXT))  # said of all verbs
 
 
 def usage_of(name: str) -> str:

@@ -28,6 +28,9 @@ from typing import List, NamedTuple, Tuple
 
 import support
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from btrfs_backup_ng import VERBS, flags_of
+
 README = os.path.join(os.path.dirname(support.HERE), "README.md")
 
 COMMAND = re.compile(r"(# )?(/usr/local/bin/)?btrfs-backup-ng( |$)")
@@ -343,6 +346,20 @@ class Readme(unittest.TestCase):
         skipped = [block for block in blocks if block.said("not run")]
         self.assertGreater(len(run), 25)
         self.assertLess(len(skipped), len(run))
+
+    def test_the_tables_of_options_tell_what_there_is(self):
+        """A row for each option of the classic command, and none for what it does not have."""
+        with open(README, encoding="utf-8") as file:
+            text = file.read()
+        rows = []
+        for cell in re.findall(r"(?m)^\| ((?:`-[^`]*`(?:, )?)+) \|", text):
+            words = [word.partition(" ") for word in re.findall("`([^`]*)`", cell)]
+            rows.append((tuple(flag for flag, _, _ in words), words[-1][2]))
+        for option in (option for group in VERBS[""].groups for option in group.options):
+            self.assertIn((option.flags, option.metavar), rows)
+        known = {flag for verb in VERBS.values() for flag in flags_of(verb.groups)}
+        for flags, _ in rows:
+            self.assertEqual([], sorted(set(flags) - known))
 
     def test_links_lead_somewhere(self):
         with open(README, encoding="utf-8") as file:
