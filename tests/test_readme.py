@@ -33,7 +33,7 @@ from btrfs_backup_ng import VERBS, flags_of
 
 README = os.path.join(os.path.dirname(support.HERE), "README.md")
 
-COMMAND = re.compile(r"(# )?(/usr/local/bin/)?btrfs-backup-ng( |$)")
+COMMAND = re.compile(r"(# )?(/usr/local/bin/)?btrfs-backup-ng( \S|$)")
 PLACEHOLDER = re.compile(r"\b(SOURCE|DEST|DESTINATION|VERB|COMMAND|TIME|FILE)\b|\[options\]")
 MARK = re.compile(r"<!-- (run|not run|first|status|file)(?:: (.*))? -->")
 
@@ -247,11 +247,12 @@ class Machine:
     def start_sshd(self):
         config = "HostKey /etc/ssh/key\nAuthorizedKeysFile /root/.ssh/authorized_keys\nStrictModes no\n" \
                  "PermitRootLogin yes\nUsePAM no\nPort 22\nPort 2222\n"
+        known = HOSTS + tuple("[{}]:2222".format(host) for host in HOSTS)
         self.check("mkdir -p -m 700 /etc/ssh /root/.ssh && cd /etc/ssh && ssh-keygen -q -t ed25519 -N '' -f key && "
                    "ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519 && "
                    "cp /root/.ssh/id_ed25519.pub /root/.ssh/authorized_keys && "
                    "echo '{}' $(cut -d ' ' -f 1,2 key.pub) >/root/.ssh/known_hosts && "
-                   "printf %s {} >sshd_config && {} -f sshd_config".format(",".join(HOSTS + tuple("[{}]:2222".format(host) for host in HOSTS)), shlex.quote(config), SSHD))
+                   "printf %s {} >sshd_config && {} -f sshd_config".format(",".join(known), shlex.quote(config), SSHD))
 
     def here(self, text):
         """`text` of README with the names and devices that are meant here."""
