@@ -8885,8 +8885,8 @@ class RestoreRun:
         if target.failed:
             raise BackupError("{} was not restored".format(self.backup.name), self.blame(target.plan.transfers)
                               or "run again when that is mended")
-        self.events.info("restored", "restored {} to {}".format(self.backup.name, target.path),
-                         snapshot=self.backup.name, folder=target.path)
+        self.events.emit("restored", "info" if self.task.destinations else "debug", "restored {} to {}".format(
+            self.backup.name, target.path), snapshot=self.backup.name, folder=target.path)
 
     def clear_steps(self) -> None:
         """Deletes what a chain has brought only to build on, and where it failed what is half there."""
