@@ -34,23 +34,25 @@ Contents; a section uses only what stands above it:
     16 FILTERS           programs that compress and encrypt a stream, and back
     17 COMMANDS          shell://: a command of the user's takes the stream
     18 STREAM FILES      raw folders: files with streams, and what is known of each
-    19 HOST              the semantic calls that everything above planning goes through
-    20 RAW BACKUPS       raw:// and raw+ssh://: streams through filters into files, and back
-    21 RELAY             one stream from a sender to its receivers
-    22 WIRE              calls, results and streams as frames on a channel
-    23 AGENT             the program on another host, serving calls over a channel
-    24 REMOTE            hosts over ssh; the hosts of a run
-    25 TASK              observe, plan, show or execute
-    26 LIST              which snapshots are where
-    27 PRUNE             retention of a folder of backups by itself
-    28 CREW              the tasks of one command, each in a process of its own
-    29 RESTORE           one backup back, beside a subvolume or in its place
-    30 DOCTOR            what is wrong, and what to do about it
-    31 HELP              help and man page, from the tables
-    32 COMPLETION        what the Tab key offers in bash, zsh and fish
-    33 UNITS             a systemd service and its timer
-    34 COPIES            the program's own copies in the user's cache folder
-    35 COMMAND LINE      help, version, sudo, signals, main
+    19 DIGEST            a tree of files as one digest, and what differs in two of them
+    20 HOST              the semantic calls that everything above planning goes through
+    21 RAW BACKUPS       raw:// and raw+ssh://: streams through filters into files, and back
+    22 RELAY             one stream from a sender to its receivers
+    23 WIRE              calls, results and streams as frames on a channel
+    24 AGENT             the program on another host, serving calls over a channel
+    25 REMOTE            hosts over ssh; the hosts of a run
+    26 TASK              observe, plan, show or execute
+    27 LIST              which snapshots are where
+    28 PRUNE             retention of a folder of backups by itself
+    29 CREW              the tasks of one command, each in a process of its own
+    30 RESTORE           one backup back, beside a subvolume or in its place
+    31 DOCTOR            what is wrong, and what to do about it
+    32 VERIFY            whether backups are what their snapshots are
+    33 HELP              help and man page, from the tables
+    34 COMPLETION        what the Tab key offers in bash, zsh and fish
+    35 UNITS             a systemd service and its timer
+    36 COPIES            the program's own copies in the user's cache folder
+    37 COMMAND LINE      help, version, sudo, signals, main
 
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
@@ -845,6 +847,36 @@ on the machine that the key shall open. See agent --help.""",
         ),
         operands=(("print", ("man", "completion", "systemd", "authorized-keys")), ("completion", SHELLS)),
         needs_root=False),
+    "verify": Verb(
+        "[options] SOURCE DESTINATION ...", "prove that backups are equal to their snapshots", (
+            Group("Which backups", (
+                Option(("--latest",), "latest", "", None, "only the newest at each destination"),
+                Option(("--name",), "backup_name", "NAME", parse_path, "only those of the snapshot of that name"),
+                Option(("-p", "--snapshot-prefix"), "prefix", "P", parse_prefix, "only those of this prefix"),
+            ) + rows("-f")),
+            Group("How", (
+                Option(("--quick",), "quick", "", None, "compare identity and flags only, read no contents"),
+            )),
+            Group("Hosts", rows("--ssh-opt", "--ssh-sudo", "--no-elevate")),
+            Group("Display", rows("-h", "-v", "-q", "-P", "--log-json")),
+        ),
+        about="""\
+Compares every snapshot of SOURCE with its backup at each DESTINATION: first their identity, then all that
+is in them, by a digest computed on the machine where the data lies, on all sides at once. Only digests
+travel. What differs is named, path by path.
+
+Covered are names, types, modes, owners, times of change, extended attributes (and so ACLs and
+capabilities), hard links, and contents; not the top folder's own times, which btrfs receive does not
+restore.
+
+Each backup is "equal", "different" or "not checked". The exit status is 0 if at least one backup was
+compared at each destination and none is different or could not be read. A backup whose snapshot is gone
+from SOURCE cannot be checked and counts neither way.""",
+        examples=(
+            ("verify /home /mnt/backup/home", "compare all backups with the snapshots there are"),
+            ("verify --latest /home /mnt/backup/home ssh://nas/backups/home", "the newest at each destination"),
+            ("verify --quick /home /mnt/backup/home", "identity alone, in no time"),
+        )),
     "restore": Verb(
         "[options] BACKUP [FOLDER]", "bring a backup back, into a folder or in a subvolume's place", (
             Group("Which backup", (
@@ -941,6 +973,7 @@ class Task(NamedTuple):
     under: str = ""
     allow: Tuple[str, ...] = ()
     most_partials: int = 16
+    quick: bool = False
 
     @property
     def snapshot_policy(self) -> Policy:
@@ -1022,6 +1055,18 @@ def check_restore(task: Task) -> None:
     if len({place.machine for place in places}) > 1:
         raise UsageError("FOLDER and the subvolume of --in-place must be on one filesystem, so on one machine",
                          "leave FOLDER out")
+
+
+def check_verify(task: Task) -> None:
+    """UsageError for what no verification can mean."""
+    if not task.source or not task.destinations:
+        raise UsageError("verify takes a source and the destinations whose backups to compare",
+                         "btrfs-backup-ng verify SOURCE DESTINATION ...; see verify --help")
+    if task.latest and task.backup_name is not None:
+        raise UsageError("--latest and --name choose backups each by itself", "give one of them")
+    for text in (task.source,) + task.destinations:
+        if parse_endpoint(text).kind == "shell":
+            raise UsageError("what {} holds cannot be read back".format(printable(text)), "verify it by itself")
 
 
 class Endpoint(NamedTuple):
@@ -4520,7 +4565,326 @@ def digest_file(folder: str, file: str) -> RawFile:
 
 
 ########################################################################################################
-# 19 HOST: the semantic calls that everything above planning goes through
+# 19 DIGEST: a tree of files as one digest, and what differs in two of them
+#
+# A folder's digest covers the name of each entry and all that send and receive are to bring over: type, mode,
+# owner, time of change, extended attributes (ACLs and capabilities are such), target, device, content, and which
+# names are one file. The tree's digest covers those of its folders. Left out: what a snapshot shows of nested
+# subvolumes, the top folder's times, holes (a hole is the zeros it reads as). Contents go by blocks, so that
+# threads share a large file, as hashing does not hold the interpreter, and holes are skipped unread.
+########################################################################################################
+
+DIGEST_BLOCK = 1 << 20
+DIGEST_RUN = 32 * DIGEST_BLOCK  # of a large file, for one thread at a time
+SMALL_FILE = 128 << 10  # bytes; below that another thread costs more than it gains
+MOST_PENDING = 256  # runs handed to threads and not yet used
+MOST_THREADS = 4
+PAGE_OF_DIGESTS = 20000  # folders
+MOST_DIGESTED = 4  # trees whose folders a host remembers
+MOST_DIFFERENCES = 10  # that are named
+TYPE_NAMES = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "symbolic link", stat.S_IFIFO: "fifo",
+              stat.S_IFSOCK: "socket", stat.S_IFCHR: "character device", stat.S_IFBLK: "block device"}
+Aspects = Dict[str, str]  # of one entry: what it is by what that is about
+
+
+class TreeDigest(NamedTuple):
+    """The digest of a tree, and how much it covers: entries, and bytes of file contents."""
+
+    digest: str
+    entries: int
+    size: int
+
+
+def open_quietly(path: bytes) -> int:
+    """Opens a file for reading without a trace in its access time, where that is allowed."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        return os.open(path, flags | os.O_NOATIME)
+    except PermissionError:
+        return os.open(path, flags)
+
+
+@functools.lru_cache(maxsize=None)
+def digest_of_zeros() -> bytes:
+    import hashlib
+    return hashlib.sha256(bytes(DIGEST_BLOCK)).digest()
+
+
+def next_data(fd: int, at: int, end: int) -> int:
+    """Where the first data at or after `at` begins, `end` where there is none."""
+    try:
+        return min(end, os.lseek(fd, at, os.SEEK_DATA))
+    except OSError as error:
+        return end if error.errno == errno.ENXIO else at
+
+
+def digest_run(path: bytes, start: int, end: int, is_sparse: bool, buffer: bytearray) -> bytes:
+    """The digests of the blocks of a file from `start`, a multiple of the block size, to `end`, put together."""
+    import hashlib
+    digests, at, view = [], start, memoryview(buffer)
+    fd = open_quietly(path)
+    try:
+        while at < end:
+            holes = (next_data(fd, at, end) - at) // DIGEST_BLOCK if is_sparse else 0
+            digests.append(digest_of_zeros() * holes)
+            at += holes * DIGEST_BLOCK
+            os.lseek(fd, at, os.SEEK_SET)
+            size = min(DIGEST_BLOCK, end - at)
+            got = os.readv(fd, [view[:size]]) if size else 0
+            while 0 < got < size:
+                more = os.readv(fd, [view[got:size]])
+                got = got + more if more else -1
+            if got < size:
+                raise OSError(errno.EIO, "it became shorter while it was read")
+            if size:
+                digests.append(hashlib.sha256(view[:size]).digest())
+            at += size
+    finally:
+        os.close(fd)
+    return b"".join(digests)
+
+
+class Run:
+    """A run of a file that a thread digests: its result or its error, once it is done."""
+
+    def __init__(self, path: bytes, start: int, end: int, is_sparse: bool) -> None:
+        self.path, self.start, self.end, self.is_sparse = path, start, end, is_sparse
+        self.digests = b""
+        self.error: Optional[BaseException] = None
+        self.done = threading.Event()
+
+    def do(self, buffer: bytearray) -> None:
+        try:
+            self.digests = digest_run(self.path, self.start, self.end, self.is_sparse, buffer)
+        except BaseException as error:  # whatever it is, it is raised where the result is wanted
+            self.error = error
+        self.done.set()
+
+    def result(self) -> bytes:
+        self.done.wait()
+        if self.error is not None:
+            raise self.error
+        return self.digests
+
+
+class RunThreads:
+    """Threads that digest runs of large files; they are made when the first one comes."""
+
+    def __init__(self) -> None:
+        import queue
+        self.queue: Any = queue.Queue(MOST_PENDING)
+        self.threads: List[threading.Thread] = []
+
+    def put(self, run: Run) -> Run:
+        if len(self.threads) < min(MOST_THREADS, os.cpu_count() or 1):
+            self.threads.append(threading.Thread(target=self.work, daemon=True))
+            self.threads[-1].start()
+        self.queue.put(run)
+        return run
+
+    def work(self) -> None:
+        buffer = bytearray(DIGEST_BLOCK)
+        for run in iter(self.queue.get, None):
+            run.do(buffer)
+
+    def end(self) -> None:
+        for _ in self.threads:
+            self.queue.put(None)
+
+
+class DigestedFolder(NamedTuple):
+    """A folder whose entries are known but perhaps not yet all contents."""
+
+    path: bytes
+    names: List[bytes]
+    aspects: List[Aspects]
+    contents: Dict[int, List[Run]]  # by number of the entry
+
+
+class TreeReader:
+    """Reads a tree, folder by folder in the order of names, and remembers the digest of each folder."""
+
+    def __init__(self, top: str, on_progress: Callable[[int], None] = lambda size: None) -> None:
+        self.top, self.on_progress = os.fsencode(top), on_progress
+        self.folders: Dict[bytes, str] = {}  # relative path to digest
+        self.links: Dict[int, bytes] = {}  # inode of a file with several names to the first of them
+        self.contents: Dict[int, str] = {}  # of the same
+        self.entries = self.size = 0
+        self.buffer = bytearray(DIGEST_BLOCK)
+        self.threads = RunThreads()
+        self.pending: "collections.deque[DigestedFolder]" = collections.deque()
+        self.runs = 0
+        self.last_told = time.monotonic()
+
+    def run(self) -> TreeDigest:
+        """The digest of the whole tree; BackupError where not all of it can be read."""
+        import hashlib
+        self.links.clear()
+        left = [b""]
+        try:
+            while left:
+                folder, inner = self.read_folder(left.pop())
+                left += inner[::-1]
+                self.pending.append(folder)
+                self.settle(MOST_PENDING // 2)
+            self.settle(0)
+        finally:
+            self.threads.end()
+        whole = hashlib.sha256()
+        for path in sorted(self.folders):
+            whole.update(path + b"\0" + self.folders[path].encode("ascii") + b"\0")
+        return TreeDigest(whole.hexdigest(), self.entries, self.size)
+
+    def settle(self, most: int) -> None:
+        """Brings folders to their digest until at most `most` runs are under way, and in any case those that can be."""
+        while self.pending and (self.runs > most or not self.pending[0].contents or not most):
+            folder = self.pending.popleft()
+            self.folders[folder.path] = self.digest_folder(folder)
+        self.tell()
+
+    def tell(self) -> None:
+        if time.monotonic() - self.last_told > 0.2:
+            self.last_told = time.monotonic()
+            self.on_progress(self.size)
+
+    def digest_folder(self, folder: DigestedFolder) -> str:
+        import hashlib
+        whole = hashlib.sha256()
+        self.add_contents(folder)
+        for name, aspects in zip(folder.names, folder.aspects):
+            whole.update(name + b"\0")
+            for pair in aspects.items():
+                whole.update(os.fsencode("\0".join(pair)) + b"\0")
+            whole.update(b"\0")
+        return whole.hexdigest()
+
+    def add_contents(self, folder: DigestedFolder) -> None:
+        """Adds the contents of large files, which threads have digested, to the folder's aspects."""
+        import hashlib
+        for number, runs in folder.contents.items():
+            path = os.path.join(self.top, folder.path, folder.names[number])
+            try:
+                digests = b"".join(run.result() for run in runs)
+            except OSError as error:
+                raise self.unreadable(path, error) from None
+            self.runs -= len(runs)
+            folder.aspects[number]["content"] = hashlib.sha256(digests).hexdigest()
+
+    @staticmethod
+    def unreadable(path: bytes, error: OSError) -> BackupError:
+        hint = "see dmesg: the disk or its data may be damaged" if error.errno == errno.EIO else ""
+        return os_error("cannot read {}".format(os.fsdecode(path)), error, hint)
+
+    def read_folder(self, folder: bytes) -> Tuple[DigestedFolder, List[bytes]]:
+        """What is in a folder, and the paths of the folders in it."""
+        path = os.path.join(self.top, folder) if folder else self.top
+        found, inner = DigestedFolder(folder, [], [], {}), []
+        at = path
+        try:
+            if not folder:
+                self.add_entry(found, b".", path, os.lstat(path))
+            for name in sorted(os.listdir(path)):
+                at = os.path.join(path, name)
+                status = os.lstat(at)
+                if stat.S_ISDIR(status.st_mode):
+                    if status.st_ino in (SUBVOLUME_INODE, STAND_IN_INODE):
+                        continue
+                    inner.append(os.path.join(folder, name))
+                self.add_entry(found, name, at, status)
+        except OSError as error:
+            raise self.unreadable(at, error) from None
+        return found, inner
+
+    def add_entry(self, folder: DigestedFolder, name: bytes, path: bytes, status: os.stat_result) -> None:
+        aspects = aspects_of(path, status, name == b"." and not folder.path)
+        folder.names.append(name)
+        folder.aspects.append(aspects)
+        self.entries += 1
+        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+            first = self.links.setdefault(status.st_ino, os.path.join(folder.path, name))
+            aspects["links"] = os.fsdecode(first)
+            if first != os.path.join(folder.path, name):
+                return  # the same file again
+        if stat.S_ISREG(status.st_mode):
+            aspects["size"] = str(status.st_size)
+            self.add_content(folder, path, status)
+
+    def add_content(self, folder: DigestedFolder, path: bytes, status: os.stat_result) -> None:
+        """Digests a small file at once, and hands a large one to the threads."""
+        size, is_sparse = status.st_size, status.st_blocks * 512 < status.st_size
+        if size <= SMALL_FILE:
+            folder.aspects[-1]["content"] = self.digest_small(path, size)
+            self.size += size
+            return
+        runs = folder.contents.setdefault(len(folder.names) - 1, [])
+        for start in range(0, size, DIGEST_RUN):
+            end = min(start + DIGEST_RUN, size)
+            runs.append(self.threads.put(Run(path, start, end, is_sparse)))
+            self.size += end - start
+            self.runs += 1
+            self.tell()
+
+    def digest_small(self, path: bytes, size: int) -> str:
+        import hashlib
+        return hashlib.sha256(digest_run(path, 0, size, False, self.buffer)).hexdigest()
+
+    def page(self, after: str, most: int) -> List[Tuple[str, str]]:
+        """At most `most` folders in the order of their paths, from the one after `after`, '' for all, with digests."""
+        wanted = sorted(path for path in self.folders if not after or path > os.fsencode(after[1:]))[:most]
+        return [("/" + os.fsdecode(path), self.folders[path]) for path in wanted]
+
+    def describe(self, folder: str) -> Dict[str, Aspects]:
+        """The aspects of each entry of a folder (its path begins with a slash)."""
+        try:
+            found, _ = self.read_folder(os.fsencode(folder[1:]))
+            self.add_contents(found)
+        finally:
+            self.threads.end()
+        return {os.fsdecode(name): aspects for name, aspects in zip(found.names, found.aspects)}
+
+
+def aspects_of(path: bytes, status: os.stat_result, is_top: bool) -> Aspects:
+    """All about an entry but links and content."""
+    import hashlib
+    kind = stat.S_IFMT(status.st_mode)
+    aspects = {"type": TYPE_NAMES.get(kind, oct(kind)), "mode": "{:04o}".format(stat.S_IMODE(status.st_mode)),
+               "owner": "{}:{}".format(status.st_uid, status.st_gid)}
+    if not is_top:
+        aspects["time"] = str(status.st_mtime_ns)
+    if kind == stat.S_IFLNK:
+        aspects["target"] = os.fsdecode(os.readlink(path))
+    if kind in (stat.S_IFCHR, stat.S_IFBLK):
+        aspects["device"] = "{}:{}".format(os.major(status.st_rdev), os.minor(status.st_rdev))
+    for name in sorted(os.listxattr(path, follow_symlinks=False)):
+        value = os.getxattr(path, name, follow_symlinks=False)
+        aspects["attribute " + os.fsdecode(name)] = hashlib.sha256(value).hexdigest()
+    return aspects
+
+
+def differing_aspects(one: Optional[Aspects], other: Optional[Aspects]) -> str:
+    """In words what differs in an entry: `content`, `owner 0:0 instead of 1000:1000`, `missing`."""
+    if one is None or other is None:
+        return "only in the backup" if one is None else "missing"
+    if one["type"] != other["type"]:
+        return "a {} instead of a {}".format(other["type"], one["type"])
+    words: List[str] = []
+    for key in list(one) + [key for key in other if key not in one]:
+        ours, theirs = one.get(key), other.get(key)
+        if ours == theirs or (key == "content" and "size" in words[-1:]):
+            continue
+        if key in ("mode", "owner", "target", "device"):
+            words.append("{} {} instead of {}".format(key, theirs, ours))
+        elif key == "links":
+            words.append("hard links")
+        elif key.startswith("attribute "):
+            words.append(key + (" missing" if theirs is None else " added" if ours is None else ""))
+        else:
+            words.append("time of change" if key == "time" else key)
+    return ", ".join(words)
+
+
+########################################################################################################
+# 20 HOST: the semantic calls that everything above planning goes through
 #
 # A host is a machine that things are done on. Its calls take and return plain values, so that they can
 # travel: look at a place, list a folder, snapshot, delete, rename, state, send, receive. LocalHost does
@@ -4589,6 +4953,8 @@ class LocalHost:
         """confined: `btrfs receive` sees nothing outside of its folder."""
         self.events, self.confined = events, confined
         self.known_capabilities: Optional[Capabilities] = None
+        self.digested: Dict[Tuple[str, int], TreeReader] = {}
+        self.digests_mutex = threading.Lock()
 
     def name(self) -> str:
         return os.uname().nodename
@@ -4831,6 +5197,54 @@ class LocalHost:
         found = read_subvolume(path, path) if path else None
         return found if found is not None and found.subvolid == subvolid else None
 
+    def digest_tree(self, folder: str, name: str, label: str) -> TreeDigest:
+        """The digest of the read-only subvolume `name` in `folder`. label: the location in progress events."""
+        begun = time.monotonic()
+
+        def tell(size: int) -> None:
+            self.events.emit("progress", "progress", "{} at {}".format(name, label), snapshot=name, destination=label,
+                             done=size, expected=None, rate=size / max(0.001, time.monotonic() - begun))
+
+        key, reader = self.digest_key(folder, name), TreeReader(os.path.join(folder, name), tell)
+        try:
+            digest = reader.run()
+        finally:
+            self.events.emit("progress", "progress", destination=label)
+        with self.digests_mutex:
+            self.digested[key] = reader
+            while len(self.digested) > MOST_DIGESTED:
+                del self.digested[next(iter(self.digested))]
+        return digest
+
+    @staticmethod
+    def digest_key(folder: str, name: str) -> Tuple[str, int]:
+        """What a digested tree is remembered by: it cannot change as long as it is the same and read-only."""
+        path = os.path.join(folder, name)
+        found = read_subvolume(path, name)
+        if found is None or not found.readonly:
+            raise BackupError("{} is no read-only subvolume".format(path), "is it still there?")
+        return found.uuid or path, found.generation
+
+    def digested_tree(self, folder: str, name: str) -> TreeReader:
+        """The reader of a tree that was digested, once more where another process of this host did that."""
+        key = self.digest_key(folder, name)
+        if key not in self.digested:
+            self.digest_tree(folder, name, "")
+        return self.digested[key]
+
+    def folder_digests(self, folder: str, name: str, after: str) -> List[Tuple[str, str]]:
+        """A page of the digests of a tree's folders by path, which begins with a slash; `after` is the last one's."""
+        return self.digested_tree(folder, name).page(after, PAGE_OF_DIGESTS)
+
+    def describe_folder(self, folder: str, name: str, inner: str) -> Dict[str, Aspects]:
+        """What each entry of one folder in a tree is."""
+        reader = self.digested_tree(folder, name)
+        if os.fsencode(inner[1:]) not in reader.folders:
+            raise BackupError("{} has no folder {}".format(name, inner))
+        again = TreeReader(os.path.join(folder, name))
+        again.links = dict(reader.links)
+        return again.describe(inner)
+
     def look_at_swap_place(self, path: str) -> SwapPlace:
         try:
             return look_at_swap_place(path)
@@ -4902,7 +5316,7 @@ class LocalHost:
 
 
 ########################################################################################################
-# 20 RAW BACKUPS: raw:// and raw+ssh://: streams through filters into files, and back
+# 21 RAW BACKUPS: raw:// and raw+ssh://: streams through filters into files, and back
 #
 # The filters run here, the file is written where the folder is. A backup needs its whole chain, from the full
 # stream to its own: what a kept one needs is kept, and a chain is as long as --raw-full-every allows. Streams
@@ -5208,7 +5622,7 @@ class RawPlace:
 
 
 ########################################################################################################
-# 21 RELAY: one stream from a sender to its receivers
+# 22 RELAY: one stream from a sender to its receivers
 #
 # The relay moves what can be moved, then naps. Waking for every few KiB costs more than moving them, and
 # memory made anew for each read more than both, so a few buffers go round and it naps only while
@@ -5327,7 +5741,7 @@ class Relay:
 
 
 ########################################################################################################
-# 22 WIRE: calls, results and streams as frames on a channel
+# 23 WIRE: calls, results and streams as frames on a channel
 #
 # A frame is `kind (1 byte) | be32 length | payload`. Calls and results are JSON in which each value says
 # what it is, from a table: nothing is pickled or evaluated. A channel carries one call or one stream at a
@@ -5347,7 +5761,7 @@ GREETING_TIMEOUT = 120.0  # seconds; a password may have to be typed
 POLLRDHUP = 0x2000  # in select since Python 3.7
 WIRE_CLASSES: Dict[str, Any] = {c.__name__: c for c in (
     Subvolume, Listing, Place, Pin, LockChange, Capabilities, SendOptions, SendSize, ExpectedStream, RawBackup, RawFile,
-    RawFolder, SwapPlace, SwapOrder, SwapNotes, HostFacts, Health)}
+    RawFolder, SwapPlace, SwapOrder, SwapNotes, HostFacts, Health, TreeDigest)}
 
 
 class ConnectionLost(ReceiverFailed):
@@ -5859,7 +6273,7 @@ class StreamSink:
 
 
 ########################################################################################################
-# 23 AGENT: the program on another host, serving calls over a channel
+# 24 AGENT: the program on another host, serving calls over a channel
 #
 # What it may do is what CALLS names: calls of LocalHost, with arguments of the types that these declare.
 # Each channel has an agent of its own, which ends, and with it all that it has started, when its channel
@@ -5879,6 +6293,7 @@ CALLS = {  # each call of LocalHost, and the groups that it belongs to
     "publish_raw": ("receive",), "digest_raw": ("verify",), "idle_raw_partials": ("list",),
     "open_raw_send": ("send",), "open_raw_receive": ("receive",),
     "facts": ("list",), "health": ("list",), "is_held": ("list",),
+    "digest_tree": ("verify",), "folder_digests": ("verify",), "describe_folder": ("verify",),
     "find_base": (), "look_at_swap_place": (), "swap_in": (), "finish_swap": ()}  # for no key that is restricted
 SENDERS = frozenset(("open_send", "open_raw_send"))
 RECEIVERS = frozenset(("open_receive", "open_raw_receive"))
@@ -6246,7 +6661,7 @@ def serve_agent(restriction: Optional[Restriction] = None) -> None:
 
 
 ########################################################################################################
-# 24 REMOTE: hosts over ssh; the hosts of a run
+# 25 REMOTE: hosts over ssh; the hosts of a run
 #
 # `ssh HOST python3 -c STAGE_1` reads one line, STAGE_2, which looks for this very source in the cache
 # folder of the user there, by SHA-256, or asks for it; then the agent serves. The user's ssh
@@ -6908,7 +7323,7 @@ class Hosts:
 
 
 ########################################################################################################
-# 25 TASK: observe, plan, show or execute
+# 26 TASK: observe, plan, show or execute
 #
 # The order: locks and pins are read, and where they cannot be the task stops; the snapshot is taken;
 # each destination is reached, listed and rid of what a failed transfer left; what is missing is sent,
@@ -7612,7 +8027,7 @@ def print_result(text: str) -> None:
 
 
 ########################################################################################################
-# 26 LIST: which snapshots are where
+# 27 LIST: which snapshots are where
 #
 # A location is the snapshot folder of a source, or a folder of backups; an entry one subvolume in it. What
 # belongs to what goes by identity, as in a transfer; a name alone only says where a stranger stands in the
@@ -7944,7 +8359,7 @@ def run_list(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 27 PRUNE: retention of a folder of backups by itself
+# 28 PRUNE: retention of a folder of backups by itself
 #
 # No source is looked at: what is kept is decided by names, and by what the folder itself tells of transfers
 # that are not complete. Each prefix is counted by itself. A folder is worked on under the same lock as a
@@ -8098,7 +8513,7 @@ def run_prune(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 28 CREW: the tasks of one command, each in a process of its own
+# 29 CREW: the tasks of one command, each in a process of its own
 #
 # Each task runs in a child of ours: down a pipe comes the leave to go on, up another come its events, a line
 # of JSON each. All take their snapshots first; then they go on, no more at once than allowed. Tasks on one
@@ -8636,7 +9051,7 @@ def run_crew(requests: Sequence[Request], events: Events, view: Union[LogLines, 
 
 
 ########################################################################################################
-# 29 RESTORE: one backup back, beside a subvolume or in its place
+# 30 RESTORE: one backup back, beside a subvolume or in its place
 #
 # choose the backup -> look at the target -> choose the parent -> show, or transfer and swap. The transfer is
 # a task's own, from the folder of backups to the target, and its lock stands in the target's folder: of a
@@ -9020,7 +9435,7 @@ def run_restore(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 30 DOCTOR: what is wrong, and what to do about it
+# 31 DOCTOR: what is wrong, and what to do about it
 #
 # A check is a generator of findings about one place: ok, a problem with its remedy, or not checked. An
 # error in a check is a problem; what a key may not ask, or what could not be looked at because an earlier
@@ -9518,7 +9933,225 @@ def run_doctor(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 31 HELP: help and man page, from the tables
+# 32 VERIFY: whether backups are what their snapshots are
+#
+# survey -> the backups to check -> for each snapshot its digest and those of its backups, at the same time, each
+# computed where the data lies -> where they differ, the folders' digests, and of differing folders the entries. A
+# result is equal, different or not checked, and a check that could not be done is never the first. Never:
+# anything written; success where nothing was compared.
+########################################################################################################
+
+EQUAL, DIFFERENT, SAME_IDENTITY = "equal", "different", "same identity"  # or NOT_CHECKED
+
+
+class Checked(NamedTuple):
+    """What came out for one backup. `differences` are lines; `is_fault`: it was to be checked, and failed."""
+
+    name: str
+    endpoint: str
+    result: str
+    text: str = ""
+    differences: Tuple[str, ...] = ()
+    is_fault: bool = False
+
+
+class Check(NamedTuple):
+    """A backup that is to be compared with its snapshot."""
+
+    snapshot: Entry
+    backup: Entry
+    endpoint: str
+
+
+def plan_checks(source: Location, location: Location, task: Task) -> Tuple[List[Check], List[Checked]]:
+    """The backups of a location to compare, oldest first, and what is known about the others."""
+    snapshots = [entry for entry in source.complete() if task.backup_name in (None, entry.subvolume.name)]
+    checks, others, names = [], [], {entry.subvolume.name for entry in snapshots}
+    for snapshot in snapshots:
+        checks += [Check(snapshot, backup, location.endpoint) for backup in location.entries
+                   if backup.state != "partial" and corresponds(snapshot.subvolume, backup.subvolume)]
+    checks = checks[-1:] if task.latest else checks
+    taken = {check.backup.path for check in checks}
+    for entry in location.entries:
+        name, is_asked = entry.snapshot_name, task.backup_name is not None
+        if entry.path in taken or task.latest or (is_asked and name != task.backup_name):
+            continue
+        if entry.state == "partial":
+            others.append(Checked(entry.subvolume.name, location.endpoint, NOT_CHECKED, "it is partial", (), is_asked))
+        elif name in names and entry.state == "foreign":
+            others.append(Checked(name, location.endpoint, DIFFERENT, "it is another subvolume (received UUID {})".format(
+                entry.subvolume.received_uuid or "none"), (), True))
+        elif entry.state == "complete":
+            others.append(Checked(name, location.endpoint, NOT_CHECKED, "its snapshot is no longer there", (), is_asked))
+    return checks, others
+
+
+class TreeAt(NamedTuple):
+    """A read-only subvolume on a host. `endpoint` is what the user calls the location."""
+
+    host: Any
+    folder: str
+    name: str
+    endpoint: str
+
+    def digest(self) -> TreeDigest:
+        return self.host.digest_tree(self.folder, self.name, self.endpoint)
+
+    def folders(self) -> Iterator[Tuple[str, str]]:
+        """(path, digest) of all its folders in the order of their paths."""
+        page: List[Tuple[str, str]] = self.host.folder_digests(self.folder, self.name, "")
+        while page:
+            yield from page
+            page = self.host.folder_digests(self.folder, self.name, page[-1][0]) if len(page) >= PAGE_OF_DIGESTS else []
+
+    def describe(self, inner: str) -> Dict[str, Aspects]:
+        return self.host.describe_folder(self.folder, self.name, inner)
+
+
+def differing_folders(one: Iterator[Tuple[str, str]], other: Iterator[Tuple[str, str]]) -> Iterator[str]:
+    """The folders that both trees have, with other digests; the trees as (path, digest) in the order of paths.
+
+    What only one has is missing in its own folder, which differs.
+
+    >>> list(differing_folders(iter([("/", "1"), ("/a", "2"), ("/b", "3")]), iter([("/", "4"), ("/b", "5")])))
+    ['/', '/b']
+    """
+    left, right = next(one, None), next(other, None)
+    while left is not None and right is not None:
+        ours, theirs = os.fsencode(left[0]), os.fsencode(right[0])
+        if left[0] == right[0] and left[1] != right[1]:
+            yield left[0]
+        left, right = (next(one, None) if ours <= theirs else left), (next(other, None) if theirs <= ours else right)
+
+
+def describe_differences(folder: str, one: Dict[str, Aspects], other: Dict[str, Aspects]) -> List[str]:
+    """Lines `PATH: what differs` for the entries of one folder; '.' is the tree's top."""
+    lines = []
+    for name in sorted(set(one) | set(other), key=os.fsencode):
+        words = differing_aspects(one.get(name), other.get(name))
+        if words:
+            lines.append("{}: {}".format(os.path.join(folder, name)[1:] or ".", words))
+    return lines
+
+
+class Side:
+    """A call that is at work in a thread: its result or its error."""
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self.act, self.value = act, None  # type: Callable[[], Any], Any
+        self.error: Optional[BaseException] = None
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        try:
+            self.value = self.act()
+        except BaseException as error:  # it is raised where the result is wanted
+            self.error = error
+
+    def result(self) -> Any:
+        self.thread.join()
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class VerifyRun:
+    """One verification, from the listings to the last result."""
+
+    def __init__(self, task: Task, events: Events) -> None:
+        self.task, self.events = task, events
+        self.survey = Survey(task, events)
+        self.results: List[Checked] = []
+
+    def execute(self) -> int:
+        source, *locations = self.survey.locations()
+        if source.error is not None and not source.entries:
+            raise source.error
+        checks: Dict[str, List[Check]] = {}
+        for location in locations:
+            planned, others = plan_checks(source, location, self.task)
+            if location.error is not None:
+                others = [Checked("", location.endpoint, NOT_CHECKED, format_error(location.error), (), True)]
+            elif not planned and not any(other.is_fault for other in others):
+                others.append(Checked("", location.endpoint, NOT_CHECKED, "there is nothing to compare", (), True))
+            for other in others:
+                self.report(other)
+            for check in planned:
+                checks.setdefault(check.snapshot.path, []).append(check)
+        for same in checks.values():
+            self.verify(source.endpoint, same)
+        return self.conclude()
+
+    def tree_at(self, endpoint: str, entry: Entry) -> TreeAt:
+        return TreeAt(self.survey.run.hosts.of(parse_endpoint(endpoint)), *os.path.split(entry.path), endpoint=endpoint)
+
+    def verify(self, source: str, checks: Sequence[Check]) -> None:
+        """Compares the backups of one snapshot with it, all sides at once."""
+        if self.task.quick:
+            for check in checks:
+                self.report(Checked(check.backup.subvolume.name, check.endpoint, SAME_IDENTITY))
+            return
+        original = self.tree_at(source, checks[0].snapshot)
+        copies = [self.tree_at(check.endpoint, check.backup) for check in checks]
+        self.events.debug("verifying", "verifying {}".format(original.name))
+        sides = [Side(tree.digest) for tree in [original] + copies]
+        for copy, side in zip(copies, sides[1:]):
+            self.report(self.compare(original, copy, sides[0], side))
+
+    def compare(self, original: TreeAt, copy: TreeAt, one: Side, other: Side) -> Checked:
+        try:
+            ours, theirs = one.result(), other.result()
+            if ours == theirs:
+                return Checked(copy.name, copy.endpoint, EQUAL, "{} files and folders, {}".format(
+                    ours.entries, format_size(ours.size)))
+            return self.name_differences(original, copy)
+        except BackupError as error:
+            return Checked(copy.name, copy.endpoint, NOT_CHECKED, format_error(error), (), True)
+
+    @staticmethod
+    def name_differences(original: TreeAt, copy: TreeAt) -> Checked:
+        """The first paths that differ, from the digests of folders, then from what is in those."""
+        folders, lines = list(differing_folders(original.folders(), copy.folders())), []  # type: List[str], List[str]
+        left = collections.deque(folders)
+        while left and len(lines) <= MOST_DIFFERENCES:
+            folder = left.popleft()
+            lines += describe_differences(folder, original.describe(folder), copy.describe(folder))
+        shown = lines[:MOST_DIFFERENCES]
+        if left or len(lines) > len(shown):
+            shown.append("and more, in {}".format(plural(len(folders), "folder")))
+        return Checked(copy.name, copy.endpoint, DIFFERENT, lines[0] if lines else "", tuple(shown), True)
+
+    def report(self, checked: Checked) -> None:
+        """Prints a result; what is wrong is an error as well, with the paths that differ."""
+        self.results.append(checked)
+        words = [checked.result] + ([checked.text.split("\n")[0]] if checked.text else [])
+        print_result("{}  {}  {}".format(checked.name or "-", checked.endpoint, ": ".join(map(printable, words))))
+        if checked.is_fault:
+            what = "{} at {}".format(checked.name, checked.endpoint) if checked.name else checked.endpoint
+            self.events.error(BackupError("{}: {}".format(what, ": ".join(words)), "", "\n".join(checked.differences)),
+                              snapshot=checked.name, destination=checked.endpoint, result=checked.result)
+
+    def conclude(self) -> int:
+        counts = collections.Counter(checked.result for checked in self.results)
+        is_good = not any(checked.is_fault for checked in self.results)
+        done = ", ".join("{} {}".format(count, result) for result, count in sorted(counts.items()))
+        self.events.info("done", "{}: {}".format("done" if is_good else "not all backups are proven", done),
+                         counts=dict(counts))
+        return 0 if is_good and counts[EQUAL] + counts[SAME_IDENTITY] else 1
+
+
+def run_verify(task: Task, events: Events) -> int:
+    """Compares backups with their snapshots; 0 where all are equal and there was one at least."""
+    run = VerifyRun(task, events)
+    try:
+        return run.execute()
+    finally:
+        run.survey.end()
+
+
+########################################################################################################
+# 33 HELP: help and man page, from the tables
 #
 # What there is to say about options stands in the tables of OPTIONS, once; here it is only laid out, so
 # that help, manual and completions cannot drift from what is parsed. Texts are paragraphs apart by empty
@@ -9684,7 +10317,7 @@ def format_man() -> str:
 
 
 ########################################################################################################
-# 32 COMPLETION: what the Tab key offers in bash, zsh and fish
+# 34 COMPLETION: what the Tab key offers in bash, zsh and fish
 #
 # Scripts for the shells, from the tables of options. They know the verbs, each verb's options, the words
 # that an option takes, and where a file or a folder is wanted; they never run the program. A value that
@@ -9880,7 +10513,7 @@ def fish_completion() -> str:
 
 
 ########################################################################################################
-# 33 UNITS: a systemd service and its timer
+# 35 UNITS: a systemd service and its timer
 #
 # The service may do what a backup needs and little else: see HARDENING for what is asked and what must
 # not be. It is written as a shell script, to be read before it is given to sh. The arguments are parsed
@@ -10007,7 +10640,7 @@ def format_units(task: Task, requests: Sequence[Request], arguments: Sequence[st
 
 
 ########################################################################################################
-# 34 COPIES: the program's own copies in the user's cache folder
+# 36 COPIES: the program's own copies in the user's cache folder
 #
 # A zipapp, and an agent on a remote host, run from a copy of the source in CACHE/btrfs-backup-ng/SHA-256/,
 # where Python keeps its bytecode. The folder's time says when the copy was last used, by the day. A run
@@ -10067,7 +10700,7 @@ def tend_copies(now: float) -> None:
 
 
 ########################################################################################################
-# 35 COMMAND LINE: help, version, sudo, signals, main
+# 37 COMMAND LINE: help, version, sudo, signals, main
 #
 # The thin shell around a task: everything that touches the process as a whole (its arguments, user,
 # signals, exit status) is here and nowhere else.
@@ -10210,6 +10843,7 @@ RUNS: Dict[str, Tuple[Callable[[Task], None], Callable[[Task, Events], int]]] = 
     "list": (check_list, run_list),
     "prune": (check_prune, run_prune),
     "restore": (check_restore, run_restore),
+    "verify": (check_verify, run_verify),
     "print": (check_print, run_print),
 }
 
