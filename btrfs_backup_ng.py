@@ -7409,6 +7409,7 @@ class TaskRun:
                  clock: Callable[[], float] = time.time) -> None:
         self.task, self.events, self.gate, self.clock = task, events, gate or Gate(), clock
         self.hosts = Hosts(task, events, self.gate.share)
+        self.host: Any = None  # once the source was reached
         self.prefix = task.prefix or ""  # known once the source is
         self.failed = False
         self.counts: "collections.Counter[Tuple[str, str]]" = collections.Counter()
@@ -9360,9 +9361,11 @@ class RestoreRun:
         pin = Pin(self.backup.name, self.backup.stream_id or "", time.strftime("%Y-%m-%dT%H:%M:%S", created) + "Z",
                   self.filesystem)
         stamp = time.strftime(TIME_FORMATS[0], time.localtime(self.clock()))
+        key = self.key if isinstance(host, LocalHost) or "://" in self.key else puller_prefix() + self.key
         notes = host.swap_in(SwapOrder(
             place.path, os.path.join(self.target.path, self.backup.name), self.backup.name, self.task.snapshot_folder,
-            not self.task.destinations, "{}.old-{}".format(os.path.basename(place.path), stamp), self.key, pin))
+            not self.task.destinations, "{}.old-{}".format(os.path.basename(place.path), stamp),
+            key, pin))
         self.say_swapped(place.path, notes)
         for point in place.mounts:
             self.events.warning("mounted", "the old subvolume is still mounted at {}: unmount it there and mount it "
@@ -9949,7 +9952,7 @@ def run_doctor(task: Task, events: Events) -> int:
 EQUAL, DIFFERENT, SAME_IDENTITY = "equal", "different", "same identity"  # or NOT_CHECKED
 
 
-class Checked(NamedTuple):
+class Compared(NamedTuple):
     """What came out for one backup. `differences` are lines; `is_fault`: it was to be checked, and failed."""
 
     name: str
@@ -9968,7 +9971,7 @@ class Check(NamedTuple):
     endpoint: str
 
 
-def plan_checks(source: Location, location: Location, task: Task) -> Tuple[List[Check], List[Checked]]:
+def plan_checks(source: Location, location: Location, task: Task) -> Tuple[List[Check], List[Compared]]:
     """The backups of a location to compare, oldest first, and what is known about the others."""
     snapshots = [entry for entry in source.complete() if task.backup_name in (None, entry.subvolume.name)]
     checks, others, names = [], [], {entry.subvolume.name for entry in snapshots}
@@ -9982,12 +9985,12 @@ def plan_checks(source: Location, location: Location, task: Task) -> Tuple[List[
         if entry.path in taken or task.latest or (is_asked and name != task.backup_name):
             continue
         if entry.state == "partial":
-            others.append(Checked(entry.subvolume.name, location.endpoint, NOT_CHECKED, "it is partial", (), is_asked))
+            others.append(Compared(entry.subvolume.name, location.endpoint, NOT_CHECKED, "it is partial", (), is_asked))
         elif name in names and entry.state == "foreign":
-            others.append(Checked(name, location.endpoint, DIFFERENT, "it is another subvolume (received UUID {})".format(
+            others.append(Compared(name, location.endpoint, DIFFERENT, "it is another subvolume (received UUID {})".format(
                 entry.subvolume.received_uuid or "none"), (), True))
         elif entry.state == "complete":
-            others.append(Checked(name, location.endpoint, NOT_CHECKED, "its snapshot is no longer there", (), is_asked))
+            others.append(Compared(name, location.endpoint, NOT_CHECKED, "its snapshot is no longer there", (), is_asked))
     return checks, others
 
 
@@ -10067,7 +10070,7 @@ class VerifyRun:
     def __init__(self, task: Task, events: Events) -> None:
         self.task, self.events = task, events
         self.survey = Survey(task, events)
-        self.results: List[Checked] = []
+        self.results: List[Compared] = []
 
     def execute(self) -> int:
         source, *locations = self.survey.locations()
@@ -10077,9 +10080,9 @@ class VerifyRun:
         for location in locations:
             planned, others = plan_checks(source, location, self.task)
             if location.error is not None:
-                others = [Checked("", location.endpoint, NOT_CHECKED, format_error(location.error), (), True)]
+                others = [Compared("", location.endpoint, NOT_CHECKED, format_error(location.error), (), True)]
             elif not planned and not any(other.is_fault for other in others):
-                others.append(Checked("", location.endpoint, NOT_CHECKED, "there is nothing to compare", (), True))
+                others.append(Compared("", location.endpoint, NOT_CHECKED, "there is nothing to compare", (), True))
             for other in others:
                 self.report(other)
             for check in planned:
@@ -10095,7 +10098,7 @@ class VerifyRun:
         """Compares the backups of one snapshot with it, all sides at once."""
         if self.task.quick:
             for check in checks:
-                self.report(Checked(check.backup.subvolume.name, check.endpoint, SAME_IDENTITY))
+                self.report(Compared(check.backup.subvolume.name, check.endpoint, SAME_IDENTITY))
             return
         original = self.tree_at(source, checks[0].snapshot)
         copies = [self.tree_at(check.endpoint, check.backup) for check in checks]
@@ -10104,18 +10107,18 @@ class VerifyRun:
         for copy, side in zip(copies, sides[1:]):
             self.report(self.compare(original, copy, sides[0], side))
 
-    def compare(self, original: TreeAt, copy: TreeAt, one: Side, other: Side) -> Checked:
+    def compare(self, original: TreeAt, copy: TreeAt, one: Side, other: Side) -> Compared:
         try:
             ours, theirs = one.result(), other.result()
             if ours == theirs:
-                return Checked(copy.name, copy.endpoint, EQUAL, "{} files and folders, {}".format(
+                return Compared(copy.name, copy.endpoint, EQUAL, "{} files and folders, {}".format(
                     ours.entries, format_size(ours.size)))
             return self.name_differences(original, copy)
         except BackupError as error:
-            return Checked(copy.name, copy.endpoint, NOT_CHECKED, format_error(error), (), True)
+            return Compared(copy.name, copy.endpoint, NOT_CHECKED, format_error(error), (), True)
 
     @staticmethod
-    def name_differences(original: TreeAt, copy: TreeAt) -> Checked:
+    def name_differences(original: TreeAt, copy: TreeAt) -> Compared:
         """The first paths that differ, from the digests of folders, then from what is in those."""
         folders, lines = list(differing_folders(original.folders(), copy.folders())), []  # type: List[str], List[str]
         left = collections.deque(folders)
@@ -10125,21 +10128,21 @@ class VerifyRun:
         shown = lines[:MOST_DIFFERENCES]
         if left or len(lines) > len(shown):
             shown.append("and more, in {}".format(plural(len(folders), "folder")))
-        return Checked(copy.name, copy.endpoint, DIFFERENT, lines[0] if lines else "", tuple(shown), True)
+        return Compared(copy.name, copy.endpoint, DIFFERENT, lines[0] if lines else "", tuple(shown), True)
 
-    def report(self, checked: Checked) -> None:
+    def report(self, compared: Compared) -> None:
         """Prints a result; what is wrong is an error as well, with the paths that differ."""
-        self.results.append(checked)
-        words = [checked.result] + ([checked.text.split("\n")[0]] if checked.text else [])
-        print_result("{}  {}  {}".format(checked.name or "-", checked.endpoint, ": ".join(map(printable, words))))
-        if checked.is_fault:
-            what = "{} at {}".format(checked.name, checked.endpoint) if checked.name else checked.endpoint
-            self.events.error(BackupError("{}: {}".format(what, ": ".join(words)), "", "\n".join(checked.differences)),
-                              snapshot=checked.name, destination=checked.endpoint, result=checked.result)
+        self.results.append(compared)
+        words = [compared.result] + ([compared.text.split("\n")[0]] if compared.text else [])
+        print_result("{}  {}  {}".format(compared.name or "-", compared.endpoint, ": ".join(map(printable, words))))
+        if compared.is_fault:
+            what = "{} at {}".format(compared.name, compared.endpoint) if compared.name else compared.endpoint
+            self.events.error(BackupError("{}: {}".format(what, ": ".join(words)), "", "\n".join(compared.differences)),
+                              snapshot=compared.name, destination=compared.endpoint, result=compared.result)
 
     def conclude(self) -> int:
-        counts = collections.Counter(checked.result for checked in self.results)
-        is_good = not any(checked.is_fault for checked in self.results)
+        counts = collections.Counter(compared.result for compared in self.results)
+        is_good = not any(compared.is_fault for compared in self.results)
         done = ", ".join("{} {}".format(count, result) for result, count in sorted(counts.items()))
         self.events.info("done", "{}: {}".format("done" if is_good else "not all backups are proven", done),
                          counts=dict(counts))

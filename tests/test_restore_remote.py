@@ -1,5 +1,6 @@
 """Restoring from and to another machine, over a real sshd."""
 
+import json
 import os
 import unittest
 
@@ -31,10 +32,16 @@ class Drills(remote.RemoteTestCase):
         self.assertTreesEqual(tree, self.source)
         self.assertEqual(["home"], names(self.source_disk.path))
         self.write("after", "x")
+        known = self.remembered()
         result = self.run_remote("-p", "home", *back_up)
         self.assertIn("incrementally from " + self.name(3), result.stderr)
         newest = names(self.snapshots)[-1]
         self.assertComplete(self.backup_path(newest), self.snapshot_path(newest))
+        self.assertEqual(known, self.remembered())  # the restore called it as backups do
+
+    def remembered(self):
+        with open(os.path.join(self.snapshots, ".destinations.json")) as pins:
+            return set(json.load(pins)["destinations"])
 
     def test_pulled_back(self):
         tree = self.lose_the_source()
