@@ -327,6 +327,18 @@ def incremental(tree: Tree, stage: Stage) -> Pair:
     )
 
 
+def verify(tree: Tree, stage: Stage) -> Pair:
+    """A snapshot and its backup compared, against the digests of the same files by sha256sum."""
+    stage.prepare(tree)
+    stage.clear()
+    snapshots = stage.snapshots(tree, "full")
+    stage.run(pipe_argv(os.path.join(snapshots, BEFORE), None, stage.backups))
+    ours = [INTERPRETER, ZIPAPP, "verify", "-f", snapshots, stage.data(tree), stage.backups]
+    folders = " ".join(shlex.quote(os.path.join(folder, BEFORE)) for folder in (snapshots, stage.backups))
+    theirs = "find {} -type f -print0 | xargs -0 sha256sum".format(folders)
+    return Pair(ours, ["sh", "-c", theirs], lambda: check_arrived(stage, [BEFORE]), lambda: None)
+
+
 def make_many(stage: Stage, subvolume: str, snapshots: str, backups: str, names: List[str]) -> None:
     """Take a snapshot for each name, and send all of them into one `btrfs receive`."""
     run_quietly(["btrfs", "subvolume", "create", subvolume])
@@ -608,6 +620,12 @@ CASES = {
     "incremental-small": Case("7,000 files changed", 1.0, True, in_turns(INCREMENTAL_SMALL)),
     "memory": Case(
         "peak during full-large", 40.0, False, functools.partial(measure_memory, FULL_LARGE)
+    ),
+    "verify-large": Case(
+        "both sides of full-large, sha256sum", 1.1, True, in_turns(functools.partial(verify, LARGE))
+    ),
+    "verify-small": Case(
+        "both sides of full-small, sha256sum", 1.1, True, in_turns(functools.partial(verify, SMALL))
     ),
     "nothing": Case("300 on both sides, btrbk dryrun", 0.5, True, in_turns(nothing_to_do)),
     "ssh-large": Case("1 GiB in 4 files, over ssh", 1.0, True, in_turns(functools.partial(full_over_ssh, LARGE))),
