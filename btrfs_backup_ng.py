@@ -5621,7 +5621,7 @@ class RawPlace:
     def __getattr__(self, name: str) -> Any:
         """What a folder is a folder for: locks, pins, making it."""
         if name not in ("make_folder", "hold", "read_locks", "change_locks", "read_pins", "change_pins", "events",
-                        "digest_raw"):
+                        "digest_raw", "health"):
             raise AttributeError(name)
         return getattr(self.host, name)
 
@@ -9598,7 +9598,8 @@ def check_partials(listing: Listing, prefix: Optional[str], locked: Set[str], id
                and (name in idle or partial_of(name) is None)]
     for name in orphans:
         yield Finding(PROBLEM, "{} is of a broken transfer, and no lock of the source names it".format(name),
-                      "if nothing is writing it: btrfs subvolume delete {}".format(os.path.join(folder, name)))
+                      "if nothing is writing it: {} {}".format("rm" if listing.chained else "btrfs subvolume delete",
+                                                               os.path.join(folder, name)))
     if not orphans:
         yield Finding(OK, "{} under way or to be taken up".format(plural(len(names), "transfer")) if names else "none")
 
@@ -9692,6 +9693,7 @@ class Doctor:
         health = self.ask("space", where, host.health, folder)
         if health is not None:
             self.examine("space", where, check_space, health)
+        if health is not None and not isinstance(host, RawPlace):  # whose filesystem need not be btrfs
             self.examine("quotas", where, check_quotas, health, folder)
             self.examine("devices", where, check_devices, health, folder)
 
@@ -9761,7 +9763,7 @@ class Doctor:
 
     def examine_destination(self, text: str, source_known: bool) -> None:
         endpoint = parse_endpoint(text)
-        if endpoint.kind != "path":
+        if endpoint.kind == "shell":
             self.record("folder", text, Finding(NOT_CHECKED, "it cannot be listed"))
         elif not self.examine_machine(endpoint):
             self.skip(text, "folder", "backups", "parent", "partials", "space", "quotas", "devices", "age")
@@ -9778,10 +9780,12 @@ class Doctor:
     def check_folder(self, destination: Destination) -> Findings:
         destination.host = self.run.hosts.of(destination.endpoint)
         place = destination.host.look(destination.endpoint.path)
-        self.run.check_destination(destination, place)
+        is_raw = destination.endpoint.kind == "raw"
+        (self.run.check_raw_folder if is_raw else self.run.check_destination)(destination, place)
         destination.path, destination.is_new = place.path, place.kind == "missing"
         destination.listing = Listing() if destination.is_new else destination.host.list(place.path)
-        yield Finding(OK, "the first run makes it" if destination.is_new else "on btrfs, writable")
+        yield Finding(OK, "the first run makes it" if destination.is_new else "writable" if is_raw else
+                      "on btrfs, writable")
 
     def examine_backups(self, destination: Destination, listing: Listing) -> None:
         where, host = destination.text, destination.host
@@ -9814,6 +9818,9 @@ class Doctor:
             problems += [Problem(r.snapshot, r.problem, "look at it; --remove-locks removes its lock")
                          for r in plan.recoveries if r.problem]
             problems += [problem for problem in plan.problems if "partial backup" not in problem.text]
+        named = {problem.snapshot for problem in problems}
+        problems += [Problem(b.name, "its {} cannot be restored: {}".format(b.name, b.why), "see verify")
+                     for b in listing.broken if b.name not in named]
         for problem in problems:
             yield Finding(PROBLEM, problem.text, problem.hint)
         if not problems:
@@ -9832,6 +9839,9 @@ class Doctor:
         prefixes = folder_prefixes(listing, self.task.prefix) or [""]
         groups = [[e for e in backup_entries(listing, folder, prefix, None, {}, "") if e.state == "complete"]
                   for prefix in prefixes]
+        for broken in listing.broken:
+            self.record("backups", text, Finding(PROBLEM, "{} cannot be restored: {}".format(broken.name, broken.why),
+                                                 "see verify"))
         self.record("backups", text, Finding(OK, plural(sum(map(len, groups)), "complete backup")))
         idle = self.ask("partials", text, host.idle_partials, folder)
         if idle is not None:
@@ -9849,6 +9859,8 @@ class Doctor:
             host = self.run.hosts.of(endpoint)
             place = host.look(endpoint.path)
             inside = os.path.join(place.path, self.task.snapshot_folder)
+            if endpoint.kind == "raw":
+                return True
             return (place.kind == "folder" and host.look(inside).kind != "folder"
                     and bool(folder_prefixes(host.list(place.path), self.task.prefix)))
         except BackupError:
@@ -9919,7 +9931,8 @@ def check_doctor(task: Task) -> None:
         raise UsageError("--max-age needs a source or a folder of backups", "see doctor --help")
     for text in ((task.source,) if task.source else ()) + task.destinations:
         endpoint = parse_endpoint(text)
-        if text == task.source and endpoint.kind != "path":
+        is_alone = endpoint.kind == "raw" and not task.destinations
+        if text == task.source and endpoint.kind != "path" and not is_alone:
             raise UsageError("{} cannot be a source".format(printable(text)), "name a subvolume, here or on ssh://")
 
 

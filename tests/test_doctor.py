@@ -461,7 +461,8 @@ class Ages(DoctorTestCase):
         self.fine(self.target)
 
     def test_usage(self):
-        for arguments in (("--max-age", "26h"), ("--max-age", "26", self.source), ("shell://cat",), ("raw:///x",)):
+        for arguments in (("--max-age", "26h"), ("--max-age", "26", self.source), ("shell://cat",),
+                          ("raw:///x", self.target)):
             self.run_program("doctor", *arguments, status=2)
 
 

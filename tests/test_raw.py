@@ -698,6 +698,134 @@ class Damage(RawTestCase):
         self.assertRestorable(self.taken[2])
 
 
+class Verbs(RawTestCase):
+    """list, prune and doctor on stream files."""
+
+    def setUp(self):
+        super().setUp()
+        self.taken = self.take(*range(1, 7))
+
+    def verb(self, *arguments, **more):
+        return self.run_program(*arguments, **dict({"env": self.keys.env}, **more))
+
+    def test_list(self):
+        self.send("--raw-full-every", "3")
+        self.take(7)
+        os.unlink(os.path.join(self.folder, self.taken[1] + ".btrfs"))
+        support.delete(self.snapshot_path(self.taken[0]))
+        result = self.verb("list", "-p", "home", "--json", self.source, self.raw)
+        source, raw = json.loads(result.stdout)["locations"]
+        self.assertEqual((self.raw, None), (raw["endpoint"], raw["error"]))
+        states = {snapshot["name"]: snapshot["state"] for snapshot in raw["snapshots"]}
+        self.assertEqual(dict(zip(self.taken, ["complete", None, "partial", "complete", "complete", "complete"])),
+                         dict({self.taken[1]: None}, **states))
+        ids = {s["name"]: s["uuid"] for s in source["snapshots"]}
+        self.assertEqual(ids[self.taken[3]], raw["snapshots"][-3]["received_uuid"])
+        self.assertIn("its parent {} is missing".format(self.taken[1]), result.stderr)
+        table = self.verb("list", self.source, self.raw).stdout
+        self.assertRegex(table, r"{}.* present  \d".format(self.taken[0]))
+        self.assertRegex(table, r"{}.* missing".format(self.taken[1]))
+        self.assertRegex(table, r"{}.* present, parent".format(self.taken[5]))
+        self.assertRegex(self.verb("list", self.raw).stdout, r"{} +present  ".format(self.taken[5]))
+
+    def test_prune_keeps_what_a_kept_one_needs(self):
+        self.send("--raw-full-every", "3")
+        shown = self.verb("prune", "--dry-run", "-n", "2", self.raw).stdout
+        self.assertEqual(self.taken[:3], [line.split()[1].rstrip(":") for line in shown.splitlines()[1:]])
+        self.verb("prune", "-n", "2", self.raw)
+        self.assertEqual([name + ".btrfs" for name in self.taken[3:]], [n for n in self.streams() if n[0] != "."])
+        self.assertRestorable(*self.taken[3:])
+
+    def test_prune_deletes_partials_that_nobody_writes(self):
+        self.send()
+        partial = os.path.join(self.folder, ".home20230101-000000.partial")
+        with open(partial, "w") as file:
+            file.write("cut")
+        self.verb("prune", "--partials-older-than", "1h", self.raw)
+        self.assertTrue(os.path.exists(partial))
+        os.utime(partial, (time.time() - 7200,) * 2)
+        with open(partial) as held:
+            program.fcntl.flock(held, program.fcntl.LOCK_EX)
+            self.verb("prune", "--partials-older-than", "1h", self.raw)
+            self.assertTrue(os.path.exists(partial))
+        self.verb("prune", "--partials-older-than", "1h", self.raw)
+        self.assertFalse(os.path.exists(partial))
+        self.assertRestorable(self.taken[-1])
+
+    def test_doctor(self):
+        self.send()
+        self.verb("doctor", "-p", "home", self.source, self.raw)
+        os.truncate(os.path.join(self.folder, self.taken[4] + ".btrfs"), 10)
+        for arguments in (["-p", "home", self.source, self.raw], [self.raw]):
+            result = self.verb("doctor", *arguments, status=1)
+            self.assertIn("its parent {} is broken".format(self.taken[4]), result.stdout)
+
+    def test_doctor_on_ext4_and_on_a_command(self):
+        self.folder = ext4(self)
+        self.send()
+        self.transfer(to=["shell://cat >/dev/null"])
+        self.verb("doctor", "-p", "home", self.source, self.raw, "shell://cat >/dev/null")
+
+
+class Restricted(remote.RemoteTestCase, RawTestCase):
+    """A key that may only add stream files."""
+
+    def setUp(self):
+        super().setUp()
+        self.allow("receive,list")
+
+    def allow(self, groups):
+        self.server.authorize("root", 'command="{} {} agent --under {} --allow {}"'.format(
+            support.PYTHON, support.PROGRAM, self.target_there.replace(" ", "\\ "), groups))
+
+    @property
+    def raw(self):
+        return self.server.endpoint(self.target_there + "/raw").replace("ssh://", "raw+ssh://")
+
+    def send(self, *options, **more):
+        return super().send(*self.program_options() + list(options), **more)
+
+    def test_it_may_add_but_not_delete(self):
+        taken = self.take(1, 2, 3)
+        self.send("-I")
+        self.assertSound(taken)
+        self.assertErrorSays(self.send("-I", "-n", "1", status=1), "may not delete")
+        self.assertSound(taken)
+
+    def test_what_was_broken_off_is_cleared(self):
+        taken = self.take(1)
+        with open(os.path.join(self.folder, ".{}.partial".format(taken[0])), "w") as file:
+            file.write("cut")
+        support.write_locks(self.snapshots, {taken[0]: {"locks": [self.raw], "parent_locks": []}})
+        self.send()
+        self.assertSound(taken)
+
+    def test_nothing_outside_can_be_read_or_written(self):
+        secret = os.path.join(self.target_disk.path, "secret")
+        with open(secret, "w") as file:
+            file.write("secret")
+        guard = program.Guard(program.Restriction(self.target_disk.path, ("receive", "send", "list", "verify")))
+        for call, arguments in (("open_raw_send", {"folder": self.folder, "file": "../secret"}),
+                                ("digest_raw", {"folder": self.folder, "file": "../secret"}),
+                                ("open_raw_send", {"folder": "/etc", "file": "passwd"}),
+                                ("open_raw_receive", {"folder": "/etc", "name": "x", "packed": True}),
+                                ("open_raw_receive", {"folder": self.folder, "name": "../x", "packed": True})):
+            with self.subTest(call=call, arguments=arguments), self.assertRaises(program.BackupError):
+                guard.checked(call, dict(arguments))
+        host = program.LocalHost(program.Events())
+        for file in ("secret", "x/y.btrfs", "..", "passwd"):
+            with self.subTest(file=file), self.assertRaises(program.BackupError):
+                host.open_raw_send(self.target_disk.path, file)
+        backup = Pure.BACKUP._replace(parent_uuid=None)
+        for bad in (backup._replace(file="../x.btrfs"), backup._replace(name="../x", file="../x.btrfs"),
+                    backup._replace(file="other.btrfs")):
+            with self.subTest(bad=bad.file), self.assertRaises(program.BackupError):
+                host.publish_raw(self.folder, bad)
+        errors = host.delete_raw(self.folder, [program.Subvolume(".x/../../secret.partial", None, readonly=False)])
+        self.assertEqual(1, len(errors))
+        self.assertTrue(os.path.exists(secret))
+
+
 class Killed(RawTestCase):
 
     def assertNothingHalf(self):
