@@ -1,18 +1,22 @@
 """Runs the test suite: a line per test with its time, then the failures, the slowest, the sum.
 
-    python3 tests/run.py [-f] [--slowest N] [--limit SECONDS] [--list] [PATTERN ...]
+    python3 tests/run.py [-f] [--jobs N] [--slowest N] [--limit SECONDS] [--list] [PATTERN ...]
 
 A pattern is a part of a test's full name, or has the shell's wildcards. The status is non-zero
 when a test failed or none ran. With CI set in the environment a skipped test is a failure, so
-that nothing goes untested in silence.
+that nothing goes untested in silence. Without a pattern, as many processes as there are processors share
+the classes of tests between them; most tests wait for other processes most of their time.
 """
 
 import argparse
 import contextlib
 import fnmatch
+import json
 import os
 import signal
+import subprocess
 import sys
+import threading
 import time
 import unittest
 import warnings
@@ -176,6 +180,80 @@ def run_tests(tests: List[Any], options: argparse.Namespace) -> Report:
     return report
 
 
+# Several processes: the parent hands out classes of tests, a line each, and gets the tests' lines back, and
+# after each class a line with its figures, which begins with MARK.
+
+MARK = "\x1e"
+
+
+def class_of(test: Any) -> str:
+    return test.id().rsplit(".", 1)[0]
+
+
+def figures_of(report: Report) -> str:
+    return MARK + json.dumps([report.counts, report.problems, report.times])
+
+
+def add_figures(report: Report, line: str) -> None:
+    counts, problems, times = json.loads(line[len(MARK):])
+    for kind, count in counts.items():
+        report.counts[kind] += count
+        report.testsRun += count
+    report.problems += [Problem(*problem) for problem in problems]
+    report.times += [(seconds, name) for seconds, name in times]
+
+
+def work(options: argparse.Namespace) -> int:
+    """Runs the classes of tests that stdin names, as they come."""
+    tests = choose_tests([])
+    for line in sys.stdin:
+        chosen = [test for test in tests if class_of(test) == line.rstrip("\n")]
+        report = run_tests(chosen, options)
+        say(figures_of(report))
+        if report.shouldStop:
+            return 1
+    return 0
+
+
+def serve(worker: "subprocess.Popen[str]", classes: List[str], report: Report) -> None:
+    """Hands classes to one worker until there are no more; its lines go to our stdout."""
+    while classes and not report.shouldStop:
+        name = classes.pop(0)
+        worker.stdin.write(name + "\n")  # type: ignore[union-attr]
+        worker.stdin.flush()  # type: ignore[union-attr]
+        for line in worker.stdout:  # type: ignore[union-attr]
+            if line.startswith(MARK):
+                add_figures(report, line)
+                break
+            say(line.rstrip("\n"))
+        else:
+            report.problems.append(Problem(name, "the process that ran it ended\n"))
+            report.counts["FAIL"] += 1
+            return
+    worker.stdin.close()  # type: ignore[union-attr]
+    worker.wait()
+
+
+def run_shared(tests: List[Any], options: argparse.Namespace) -> Report:
+    """The report of tests that several processes run."""
+    report = Report(skips_allowed=not os.environ.get("CI"))
+    classes = list(dict.fromkeys(map(class_of, tests)))
+    argv = [sys.executable] + ["-W" + option for option in sys.warnoptions] + [
+        os.path.abspath(__file__), "--worker", "--limit", str(options.limit)]
+    workers = [subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True,
+                                encoding="utf-8", errors="backslashreplace") for _ in range(options.jobs)]
+    with signals_end_gently(report):
+        threads = [threading.Thread(target=serve, args=(worker, classes, report)) for worker in workers]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            time.sleep(0.2)
+            if report.shouldStop:
+                for worker in workers:
+                    worker.terminate()
+    return report
+
+
 def format_counts(report: Report) -> str:
     text = "{} passed, {} failed".format(report.counts["ok"], report.counts["FAIL"])
     skipped = report.counts["skip"]
@@ -212,7 +290,12 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=int, default=limit, metavar="SECONDS", help="for one test; default: 600"
     )
-    return parser.parse_args(argv)
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes; default: one, or all for the whole suite")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if not options.jobs:
+        options.jobs = 1 if options.patterns or options.failfast else os.cpu_count() or 1
+    return options
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -220,11 +303,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     # Run by root, the suite must not leave root's files in a user's clone.
     sys.dont_write_bytecode = True
     sys.path[:0] = [REPOSITORY]
+    if options.worker:
+        return work(options)
     tests = choose_tests(options.patterns)
     if options.list:
         say("\n".join(test.id() for test in tests))
         return 0
-    report = run_tests(tests, options)
+    report = run_shared(tests, options) if options.jobs > 1 else run_tests(tests, options)
     print_summary(report, options.slowest)
     return 0 if is_success(report) else 1
 
