@@ -333,9 +333,28 @@ class OneAtATime(TransferTestCase):
         self.pull("-S", "--wait", "1", status=75)
         self.assertLess(time.monotonic() - started, 10)
 
+    def test_one_that_waits_and_is_killed(self):
+        """Its agent there waits for nothing but the lock: it has to notice that nobody wants it any more."""
+        running = self.held_pull()
+        waiting = self.start_pull("--wait", "600")
+        self.assertTrue(wait_until(lambda: "wait" in waiting.result().stderr))
+        os.kill(waiting.pid, signal.SIGKILL)
+        os.kill(self.receive, signal.SIGCONT)
+        self.assertEqual(0, running.finish().status)
+        self.assertNothingLeft(self.server)
+
+    def test_one_that_waits_and_is_killed_while_the_other_goes_on(self):
+        self.held_pull()
+        before = set(self.server.processes())
+        waiting = self.start_pull("--wait", "600")
+        self.assertTrue(wait_until(lambda: "wait" in waiting.result().stderr))
+        self.assertTrue(set(self.server.processes()) - before)
+        os.kill(waiting.pid, signal.SIGKILL)
+        self.assertTrue(wait_until(lambda: not set(self.server.processes()) - before))
+
     def test_free_again_once_the_holder_is_killed(self):
         running = self.held_pull()
-        running.kill()
+        os.kill(running.pid, signal.SIGKILL)
         self.assertNothingLeft(self.server)
         self.pull("-S")
         self.assertBackedUp([self.name(1)])
@@ -513,6 +532,17 @@ class AsAUserWithSudo(TransferTestCase):
     def test_pull(self):
         self.check_full_and_incremental(self.pull)
         self.assertNothingLeft(self.server)
+
+    def test_with_the_sudoers_line_of_the_readme(self):
+        """That user may do nothing else as root."""
+        with open(os.path.join(support.HERE, "..", "README.md"), encoding="utf-8") as readme:
+            line, = [line.strip() for line in readme if line.strip().startswith("backup ALL=")]
+        with open("/etc/sudoers.d/" + self.account.name) as sudoers:
+            defaults = next(line for line in sudoers if line.startswith("Defaults"))
+        self.account.sudoers(defaults + line.replace("backup", self.account.name, 1) + "\n")
+        with self.assertRaises(RuntimeError):
+            self.server.ssh("sudo -n id", user=self.account.name)
+        self.check_full_and_incremental(self.push)
 
 
 class LoginShells(TransferTestCase):
@@ -751,11 +781,11 @@ class BadInput(remote.RemoteTestCase):
         self.take(1, 2)
         self.push("-S", "-q")
 
-    def assertFails(self, words, to=None, options=None, extra=(), server=None, run=None):
+    def assertFails(self, words, to=None, options=None, extra=(), server=None, run=None, env=None):
         """The run fails with one error that holds the words; what is common stays on both sides."""
         before = support.listing(self.target_disk.path)
         started = time.monotonic()
-        result = (run or self.push)("-S", "-N", "1", "-n", "1", *extra, to=to, options=options, status=1)
+        result = (run or self.push)("-S", "-N", "1", "-n", "1", *extra, to=to, options=options, status=1, env=env)
         self.assertLess(time.monotonic() - started, 20)
         self.assertErrorSays(result, *words)
         self.assertEqual("", result.stdout)
@@ -771,6 +801,13 @@ class BadInput(remote.RemoteTestCase):
 
     def machine(self, port=None):
         return "127.0.0.1:%d" % (port or self.server.port)
+
+    def someone_to_ask(self, answer):
+        """An environment in which ssh finds a program that asks the user. It must not be used."""
+        asked = os.path.join(self.server.folder, "asked")
+        script = remote.write_file(os.path.join(self.server.folder, "askpass"),
+                                   "#!/bin/sh\ntouch '%s'\necho '%s'\n" % (asked, answer), 0o755)
+        return {"SSH_ASKPASS": script, "DISPLAY": ":0"}
 
     def test_unknown_host(self):
         self.assertFails(["no-such-host.invalid"], to=["ssh://root@no-such-host.invalid/backups"])
@@ -793,7 +830,8 @@ class BadInput(remote.RemoteTestCase):
         """Nobody is there to say yes, and host keys are never taken on trust."""
         hosts = os.path.join(self.server.folder, "no_known_hosts")
         log_in = "ssh -p %d root@127.0.0.1" % self.server.port
-        self.assertFailsBothWays([self.machine(), "host key", log_in], options=ssh_options(hosts=hosts))
+        self.assertFailsBothWays([self.machine(), "host key", log_in], options=ssh_options(hosts=hosts),
+                                 env=self.someone_to_ask("yes"))
         self.assertFalse(os.path.exists(hosts))
 
     def test_password_needed_without_a_terminal(self):
@@ -806,7 +844,9 @@ class BadInput(remote.RemoteTestCase):
         remote.write_file(config, text)
         self.server.configure = lambda port: None
         self.server.start()
-        self.assertFailsBothWays([self.machine(), "denied"], options=ssh_options(identity="stranger"))
+        self.assertFailsBothWays([self.machine(), "denied"], options=ssh_options(identity="stranger"),
+                                 env=self.someone_to_ask("a password"))
+        self.assertFalse(os.path.exists(os.path.join(self.server.folder, "asked")))
 
     def test_no_right_to_sudo(self):
         account = self.user()
