@@ -10,6 +10,10 @@ filesystems are synced. The status is 1 when a target is missed.
 The filesystems are loop devices, with their images in memory if /dev/shm has the room. Needs
 root, btrfs-progs, and btrfs_backup_ng.pyz beside this folder.
 
+Where btrbk, or the release of btrfs-backup-ng that PyPI has, can do the same, they are measured too.
+The latter is installed with pip into a venv of its own in the scratch folder, or taken from the venv
+that BTRFS_BACKUP_NG_RELEASE names; without network its cases have no ratio.
+
 The cases over ssh go to an sshd of our own on the loopback, those with a delay through a proxy that
 holds everything back for so long each way.
 
@@ -55,6 +59,7 @@ BEFORE = PREFIX + "20200101-000000"
 AFTER = PREFIX + "20200102-000000"
 
 MANY = 300
+VERY_MANY = 2000
 
 # The system's own interpreter where it has one, as btrbk is run by the system's own Perl.
 SYSTEM_PYTHON = "/usr/bin/python3"
@@ -285,6 +290,7 @@ def change_small(folder: str, scale: float, chance: random.Random) -> None:
 
 LARGE = Tree("large", fill_large, change_large)
 SMALL = Tree("small", fill_small, change_small)
+TINY = Tree("tiny", lambda _folder, _scale, _chance: None, lambda _folder, _scale, _chance: None)
 
 
 # ---- cases ---------------------------------------------------------------------------------
@@ -352,9 +358,9 @@ def make_many(stage: Stage, subvolume: str, snapshots: str, backups: str, names:
     stage.run(["sh", "-c", "{{ {}; }} | {}".format("; ".join(script), receive)])
 
 
-def check_nothing_to_do(stage: Stage, btrbk_argv: Sequence[str], backups: str) -> None:
-    if len(os.listdir(backups)) != MANY:
-        raise BenchError("expected {} backups in {}".format(MANY, backups))
+def check_nothing_to_do(count: int, btrbk_argv: Sequence[str], backups: str) -> None:
+    if len(os.listdir(backups)) != count:
+        raise BenchError("expected {} backups in {}".format(count, backups))
     if not btrbk_argv:
         return
     said = run_quietly(btrbk_argv)
@@ -362,7 +368,7 @@ def check_nothing_to_do(stage: Stage, btrbk_argv: Sequence[str], backups: str) -
         raise BenchError("btrbk finds something to do:\n" + said)
 
 
-def nothing_to_do(stage: Stage) -> Pair:
+def nothing_to_do(count: int, stage: Stage) -> Pair:
     """A pair of folders for each program, as each wants names of its own."""
     folders = {
         name: (
@@ -372,17 +378,17 @@ def nothing_to_do(stage: Stage) -> Pair:
         )
         for name in ("many", "many-btrbk")
     }
-    days = ["202{}{:02}{:02}".format(i // 252, i // 21 % 12 + 1, i % 21 + 1) for i in range(MANY)]
+    days = ["202{}{:02}{:02}".format(i // 252, i // 21 % 12 + 1, i % 21 + 1) for i in range(count)]
     make_many(stage, *folders["many"], names=[PREFIX + day + "-000000" for day in days])
     subvolume, snapshots, backups = folders["many-btrbk"]
     make_many(stage, *folders["many-btrbk"], names=["many-btrbk." + day + "T0000" for day in days])
     btrbk_argv = btrbk_dry_run_argv(stage, subvolume, snapshots, backups)
-    check_nothing_to_do(stage, btrbk_argv, backups)
+    check_nothing_to_do(count, btrbk_argv, backups)
     subvolume, snapshots, backups = folders["many"]
     return Pair(
         ours_argv(snapshots, subvolume, backups),
         btrbk_argv,
-        lambda: check_nothing_to_do(stage, [], backups),
+        lambda: check_nothing_to_do(count, [], backups),
         lambda: None,
     )
 
@@ -407,6 +413,128 @@ def btrbk_argv(stage: Stage, subvolume: str, snapshots: str, backups: str) -> Li
             )
         )
     return ["btrbk", "-c", config]
+
+
+def fan_out(tree: Tree, stage: Stage) -> Pair:
+    """Two destinations on a filesystem each, against one pipe after the other."""
+    stage.prepare(tree)
+    stage.clear()
+    second = stage.closing.enter_context(btrfs_on_loop(stage.scratch, "second", IMAGE_SIZE, "noatime,nodiscard"))
+    snapshots = stage.snapshots(tree, "full")
+    snapshot = os.path.join(snapshots, BEFORE)
+    scripts = [pipe_argv(snapshot, None, folder)[-1] for folder in (stage.backups, second)]
+
+    def check() -> None:
+        check_arrived(stage, [BEFORE])
+        if not os.path.isdir(os.path.join(second, BEFORE)):
+            raise BenchError("nothing has arrived at the second destination")
+
+    def reset() -> None:
+        run_quietly(["btrfs", "subvolume", "delete", "-c", os.path.join(second, BEFORE)])
+        run_quietly(["btrfs", "filesystem", "sync", second])
+        stage.clear(snapshots=snapshots)
+
+    return Pair(ours_argv(snapshots, stage.data(tree), stage.backups) + [second],
+                ["sh", "-c", " && ".join(scripts)], check, reset)
+
+
+def start_up(theirs: Sequence[str], stage: Stage) -> Pair:
+    """The shortest run that does anything: looks at its source and finds nothing to do."""
+    stage.prepare(TINY)
+    argv = ours_argv(stage.snapshots(TINY, "full"), stage.data(TINY), stage.backups)[:-1] + ["-T"]
+    return Pair(argv, theirs if shutil.which(theirs[0]) else [], lambda: None, lambda: None)
+
+
+# Against the release of btrfs-backup-ng that PyPI has.
+
+RELEASE_CONFIG = """\
+[global]
+snapshot_dir = "{folder}"
+timestamp_format = "%Y%m%d-%H%M%S"
+incremental = true
+[[volumes]]
+path = "{subvolume}"
+snapshot_prefix = "{prefix}"
+[[volumes.targets]]
+path = "{destination}"
+"""
+
+
+@functools.lru_cache(maxsize=None)
+def release_program() -> str:
+    """The released program, or '' where it cannot be installed."""
+    venv = os.environ.get("BTRFS_BACKUP_NG_RELEASE") or os.path.join(tempfile.gettempdir(), "bench-release-venv")
+    program = os.path.join(venv, "bin", "btrfs-backup-ng")
+    if not os.path.exists(program):
+        try:
+            run_quietly([sys.executable, "-m", "venv", venv])
+            run_quietly([os.path.join(venv, "bin", "pip"), "install", "--quiet", "btrfs-backup-ng"])
+        except ScratchError as error:
+            print("bench: no release of btrfs-backup-ng: {}".format(str(error).splitlines()[0]), file=sys.stderr)
+            return ""
+    return program
+
+
+def release_argv(stage: Stage, subvolume: str, snapshots: str, destination: str) -> List[str]:
+    """Its command for the same transfer; it wants its snapshots in a folder that is called like the source."""
+    program = release_program()
+    if not program:
+        return []
+    folder = stage.folder(stage.scratch, "release")
+    link = os.path.join(folder, os.path.basename(subvolume))
+    if not os.path.islink(link):
+        os.symlink(snapshots, link)
+    config = os.path.join(stage.scratch, "release.toml")
+    with open(config, "w", encoding="utf-8") as stream:
+        stream.write(RELEASE_CONFIG.format(folder=folder, subvolume=subvolume, prefix=PREFIX, destination=destination))
+    return [program, "-c", config, "transfer", "--no-progress"]
+
+
+def clear_folder(folder: str) -> None:
+    """Delete the subvolumes in a folder and all notes that a program has left there."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if os.path.isdir(path) and os.stat(path).st_ino == 256:
+            run_quietly(["btrfs", "subvolume", "delete", path])
+        elif os.path.isdir(path):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+
+
+def full_against_release(tree: Tree, stage: Stage) -> Pair:
+    stage.prepare(tree)
+    stage.clear()
+    snapshots, theirs = stage.snapshots(tree, "full"), stage.folder(stage.destination, "release")
+
+    def check() -> None:
+        if not any(os.path.isdir(os.path.join(folder, BEFORE)) for folder in (stage.backups, theirs)):
+            raise BenchError("nothing has arrived")
+
+    def reset() -> None:
+        clear_folder(theirs)
+        stage.clear(snapshots=snapshots)
+        for name in set(os.listdir(snapshots)) - {BEFORE}:
+            shutil.rmtree(os.path.join(snapshots, name))
+
+    return Pair(ours_argv(snapshots, stage.data(tree), stage.backups),
+                release_argv(stage, stage.data(tree), snapshots, theirs), check, reset)
+
+
+def nothing_against_release(stage: Stage) -> Pair:
+    """Both look at the same folders, where nothing is missing."""
+    subvolume, snapshots = os.path.join(stage.source, "many"), stage.folder(stage.source, "snapshots", "many")
+    backups = stage.folder(stage.destination, "many")
+    days = ["202{}{:02}{:02}".format(i // 252, i // 21 % 12 + 1, i % 21 + 1) for i in range(MANY)]
+    make_many(stage, subvolume, snapshots, backups, [PREFIX + day + "-000000" for day in days])
+
+    def check() -> None:
+        found = [name for name in os.listdir(backups) if name.startswith(PREFIX)]
+        if len(found) != MANY:
+            raise BenchError("expected {} backups, found {}".format(MANY, len(found)))
+
+    return Pair(ours_argv(snapshots, subvolume, backups), release_argv(stage, subvolume, snapshots, backups),
+                check, lambda: None)
 
 
 # Over ssh. The other machine is this one, behind an sshd of our own, with the default cipher.
@@ -627,7 +755,30 @@ CASES = {
     "verify-small": Case(
         "both sides of full-small, sha256sum", 1.1, True, in_turns(functools.partial(verify, SMALL))
     ),
-    "nothing": Case("300 on both sides, btrbk dryrun", 0.5, True, in_turns(nothing_to_do)),
+    "fan-out": Case("1 GiB to 2 disks, 2 pipes", 0.8, True, in_turns(functools.partial(fan_out, LARGE))),
+    "nothing": Case(
+        "300 on both sides, btrbk dryrun", 0.5, True, in_turns(functools.partial(nothing_to_do, MANY))
+    ),
+    "nothing-2000": Case(
+        "2,000 on both sides, btrbk dryrun", 0.5, True, in_turns(functools.partial(nothing_to_do, VERY_MANY)), 3
+    ),
+    "memory-2000": Case(
+        "peak with 2,000 on both sides", 60.0, False,
+        functools.partial(measure_memory, functools.partial(nothing_to_do, VERY_MANY)), 1
+    ),
+    "start-up": Case(
+        "shortest run, btrbk --version", 1.0, True, in_turns(functools.partial(start_up, ["btrbk", "--version"]))
+    ),
+    "start-python": Case(
+        "shortest run, python3 -c pass", 6.0, True,
+        in_turns(functools.partial(start_up, [INTERPRETER, "-c", "pass"]))
+    ),
+    "release-full": Case(
+        "1 GiB in 4 files, release of PyPI", 1.0, True, in_turns(functools.partial(full_against_release, LARGE))
+    ),
+    "release-nothing": Case(
+        "300 on both sides, release of PyPI", 0.5, True, in_turns(nothing_against_release)
+    ),
     "ssh-large": Case("1 GiB in 4 files, over ssh", 1.0, True, in_turns(functools.partial(full_over_ssh, LARGE))),
     "ssh-one": Case(
         "1 small, 50 ms each way, btrbk", 0.33, True, in_turns(functools.partial(pending_over_delay, 1))
