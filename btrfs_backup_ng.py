@@ -683,6 +683,8 @@ AGENT_OPTIONS = (
     Option(("--most-partials",), "most_partials", "N", parse_count,
            "receive nothing into a folder that holds so many broken transfers; default 16"),
 )
+RAW_IDENTITY = Option(("--raw-identity",), "raw_identity", "FILE", parse_path,
+                      "the key that stream files (raw://) were encrypted for with age")
 VERBS = {
     "": Verb(
         "[options] SOURCE [DESTINATION ...] [: [options] SOURCE [DESTINATION ...]] ...",
@@ -856,6 +858,9 @@ on the machine that the key shall open. See agent --help.""",
             ) + rows("-f")),
             Group("How", (
                 Option(("--quick",), "quick", "", None, "compare identity and flags only, read no contents"),
+                Option(("--raw-files",), "raw_files", "", None,
+                       "of stream files (raw://) compare the files alone, where they lie, not the streams inside"),
+                RAW_IDENTITY,
             )),
             Group("Hosts", rows("--ssh-opt", "--ssh-sudo", "--no-elevate")),
             Group("Display", rows("-h", "-v", "-q", "-P", "--log-json")),
@@ -869,6 +874,9 @@ Covered are names, types, modes, owners, times of change, extended attributes (a
 capabilities), hard links, and contents; not the top folder's own times, which btrfs receive does not
 restore.
 
+Of stream files (raw://, where no SOURCE is needed) the digests of the file and of the stream inside are
+compared with the sidecar's; the filters run here, so the files travel unless they hold plain streams.
+
 Each backup is "equal", "different" or "not checked". The exit status is 0 if at least one backup was
 compared at each destination and none is different or could not be read. A backup whose snapshot is gone
 from SOURCE cannot be checked and counts neither way.""",
@@ -876,6 +884,7 @@ from SOURCE cannot be checked and counts neither way.""",
             ("verify /home /mnt/backup/home", "compare all backups with the snapshots there are"),
             ("verify --latest /home /mnt/backup/home ssh://nas/backups/home", "the newest at each destination"),
             ("verify --quick /home /mnt/backup/home", "identity alone, in no time"),
+            ("verify --raw-identity key.txt raw:///mnt/nas/home", "all stream files of a folder, by their sidecars"),
         )),
     "restore": Verb(
         "[options] BACKUP [FOLDER]", "bring a backup back, into a folder or in a subvolume's place", (
@@ -891,10 +900,8 @@ from SOURCE cannot be checked and counts neither way.""",
                 Option(("--in-place",), "in_place", "SUBVOLUME", parse_path,
                        "put a writable snapshot of it in the place of SUBVOLUME, which stays beside it"),
             ) + rows("-f")),
-            Group("Transfer", rows("-I", "--stall-timeout", "--ssh-opt", "--ssh-sudo", "--compress") + (
-                Option(("--raw-identity",), "raw_identity", "FILE", parse_path,
-                       "the key that stream files (raw://) were encrypted for with age"),
-            )),
+            Group("Transfer", rows("-I", "--stall-timeout", "--ssh-opt", "--ssh-sudo", "--compress")
+                  + (RAW_IDENTITY,)),
             Group("Display", rows("-h", "-v", "-q", "-d", "-P", "--log-json", "--dry-run")),
             Group("Runs", rows("--wait", "--no-elevate")),
         ),
@@ -955,6 +962,7 @@ class Task(NamedTuple):
     raw_encrypt: Optional[str] = None
     raw_full_every: int = 0
     raw_identity: Optional[str] = None
+    raw_files: bool = False
     remove_locks: bool = False
     locked_destinations: bool = False
     wait: float = 0.0
@@ -1059,7 +1067,10 @@ def check_restore(task: Task) -> None:
 
 def check_verify(task: Task) -> None:
     """UsageError for what no verification can mean."""
-    if not task.source or not task.destinations:
+    is_raw = bool(task.source) and parse_endpoint(task.source).kind == "raw"  # its sidecars tell what it should be
+    if is_raw and any(parse_endpoint(text).kind != "raw" for text in task.destinations):
+        raise UsageError("{} cannot be a source".format(printable(task.source)), "name a subvolume, here or on ssh://")
+    if not task.source or not (task.destinations or is_raw):
         raise UsageError("verify takes a source and the destinations whose backups to compare",
                          "btrfs-backup-ng verify SOURCE DESTINATION ...; see verify --help")
     if task.latest and task.backup_name is not None:
@@ -4167,6 +4178,10 @@ SIDECAR_SUFFIX = ".json"
 LARGEST_SIDECAR = 1 << 20
 
 
+class Damaged(BackupError):
+    """A stream file is not what its sidecar says."""
+
+
 class RawBackup(NamedTuple):
     """A sidecar: what a stream file holds. Sizes in bytes, digests SHA-256 as hex, otime in ns.
 
@@ -5450,6 +5465,13 @@ class KnownSize:
         """Nothing was begun."""
 
 
+def check_digest(backup: RawBackup, sha256: str) -> None:
+    """Damaged unless that is the digest of the backup's file."""
+    if sha256 != backup.file_sha256:
+        raise Damaged("{} is damaged: its SHA-256 is not the one in its sidecar".format(backup.file),
+                      "get it from a copy, or choose another backup")
+
+
 class RawSender:
     """The stream inside of a stream file, as `btrfs send` would give it; its end is good if both digests are."""
 
@@ -5522,7 +5544,7 @@ class RawSender:
         self.source.finish(timeout)
         self.check_file()
         if self.digest.hexdigest() != self.backup.stream_sha256:
-            raise BackupError("{} is whole, but the stream inside is not the one that was sent".format(
+            raise Damaged("{} is whole, but the stream inside is not the one that was sent".format(
                 self.backup.file), "another backup may be good: see verify")
 
     def read_rest(self) -> None:
@@ -5533,9 +5555,7 @@ class RawSender:
                 self.source.wait_readable(0.1)
 
     def check_file(self) -> None:
-        if self.file_digest.hexdigest() != self.backup.file_sha256:
-            raise BackupError("{} is damaged: its SHA-256 is not the one in its sidecar".format(self.backup.file),
-                              "get it from a copy, or choose another backup")
+        check_digest(self.backup, self.file_digest.hexdigest())
 
     def explained(self, error: BackupError) -> BackupError:
         """Why the filters failed: because of the file, or of a key."""
@@ -5543,7 +5563,7 @@ class RawSender:
             self.read_rest()
             self.check_file()
         except BackupError as damage:
-            return BackupError(damage.message, damage.hint, error.detail or error.message)
+            return type(damage)(damage.message, damage.hint, error.detail or error.message)
         encryption = next((step.partition(":")[0] for step in self.backup.pipeline if ":" in step), "")
         hints = {"gpg": "is the secret key in gpg's key ring of this user?",
                  "age": "does {} hold the right key?".format(self.identity)}
@@ -10086,11 +10106,18 @@ class VerifyRun:
         self.results: List[Compared] = []
 
     def execute(self) -> int:
+        if parse_endpoint(self.task.source).kind == "raw":
+            for location in self.survey.locations():
+                self.verify_stream_files(location)
+            return self.conclude()
         source, *locations = self.survey.locations()
         if source.error is not None and not source.entries:
             raise source.error
         checks: Dict[str, List[Check]] = {}
         for location in locations:
+            if parse_endpoint(location.endpoint).kind == "raw":
+                self.verify_stream_files(location)
+                continue
             planned, others = plan_checks(source, location, self.task)
             if location.error is not None:
                 others = [Compared("", location.endpoint, NOT_CHECKED, format_error(location.error), (), True)]
@@ -10142,6 +10169,78 @@ class VerifyRun:
         if left or len(lines) > len(shown):
             shown.append("and more, in {}".format(plural(len(folders), "folder")))
         return Compared(copy.name, copy.endpoint, DIFFERENT, lines[0] if lines else "", tuple(shown), True)
+
+    # -- stream files
+
+    def verify_stream_files(self, location: Location) -> None:
+        """Checks the backups of a raw folder by their sidecars, parents before their children."""
+        if location.error is not None:
+            self.report(Compared("", location.endpoint, NOT_CHECKED, format_error(location.error), (), True))
+            return
+        before = len(self.results)
+        bad: Dict[Optional[str], str] = {}  # stream ids
+        wrong = {broken.name: broken.why for broken in location.listing.broken}
+        for name in sorted(set(wrong) - {entry.subvolume.name for entry in location.entries}):
+            if self.task.backup_name in (None, name) and not self.task.latest:
+                self.report(Compared(name, location.endpoint, DIFFERENT, wrong[name], (), True))
+        lengths = chain_lengths(location.listing)
+        for entry in sorted(self.asked_entries(location), key=lambda e: lengths.get(e.subvolume.stream_id, 0)):
+            compared = self.verify_stream_file(location.endpoint, entry, wrong)
+            parent = bad.get(entry.subvolume.parent_uuid)
+            if compared.result == EQUAL and parent:
+                compared = compared._replace(result=DIFFERENT, is_fault=True,
+                                             text="it is whole, but {} that it builds on is not".format(parent))
+            if compared.is_fault:
+                bad[entry.subvolume.stream_id] = entry.subvolume.name
+            self.report(compared)
+        if len(self.results) == before:
+            self.report(Compared("", location.endpoint, NOT_CHECKED, "there is nothing to compare", (), True))
+
+    def asked_entries(self, location: Location) -> List[Entry]:
+        entries = [entry for entry in location.entries if self.task.backup_name in (None, entry.snapshot_name)]
+        whole = [entry for entry in entries if entry.state == "complete"]
+        return whole[-1:] if self.task.latest else entries
+
+    def verify_stream_file(self, endpoint: str, entry: Entry, wrong: Dict[str, str]) -> Compared:
+        name = entry.subvolume.name
+        if name in wrong:
+            return Compared(name, endpoint, DIFFERENT, wrong[name], (), True)
+        if entry.state == "partial":
+            return Compared(name, endpoint, NOT_CHECKED, "it is partial", (), self.task.backup_name is not None)
+        if entry.state == "foreign":
+            return Compared(name, endpoint, DIFFERENT, "it is another subvolume (stream id {})".format(
+                entry.subvolume.stream_id), (), True)
+        if self.task.quick:
+            return Compared(name, endpoint, SAME_IDENTITY)
+        try:
+            return Compared(name, endpoint, EQUAL, self.check_stream_file(endpoint, entry))
+        except Damaged as damage:
+            return Compared(name, endpoint, DIFFERENT, format_error(damage), (), True)
+        except BackupError as error:
+            return Compared(name, endpoint, NOT_CHECKED, format_error(error), (), True)
+
+    def check_stream_file(self, endpoint: str, entry: Entry) -> str:
+        """What was compared; Damaged where it differs."""
+        place, folder = self.survey.run.hosts.of(parse_endpoint(endpoint)), os.path.dirname(entry.path)
+        backup = place.sidecar(folder, entry.subvolume.name)
+        if self.task.raw_files or not backup.pipeline:
+            check_digest(backup, place.digest_raw(folder, backup.file).sha256)
+            return "the file, {}".format(format_size(backup.file_size))
+        sender, buffer, last = place.open_send(folder, backup.name, None, SendOptions()), bytearray(PIPE_SIZE), 0.0
+        try:
+            got: Optional[int] = None
+            while got != 0:
+                got = sender.read(buffer)
+                now = time.monotonic()
+                last = now if got or not last else last
+                if got is None:
+                    sender.wait_readable(IDLE_NAP)
+                    if now - last > self.task.stall_timeout:
+                        raise Stalled("reading {} stalled".format(backup.file))
+            sender.finish(self.task.stall_timeout)
+        finally:
+            sender.end()
+        return "the file and the stream inside, {}".format(format_size(backup.stream_size))
 
     def report(self, compared: Compared) -> None:
         """Prints a result; what is wrong is an error as well, with the paths that differ."""

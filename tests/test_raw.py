@@ -1,5 +1,6 @@
 """raw:// destinations: stream files with sidecars, on any filesystem, compressed and encrypted."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 import unittest
+from typing import Any, Dict, List, Optional
 
 import remote
 import support
@@ -20,6 +22,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import btrfs_backup_ng as program
 
 COMPRESSORS = {"zstd": ".zst", "lz4": ".lz4", "gzip": ".gz", "xz": ".xz"}
+NONE_AND_EACH: List[Optional[str]] = [None, *sorted(COMPRESSORS)]
 PARTS = {".zst": ["zstd", "-dcq"], ".lz4": ["lz4", "-dcq"], ".gz": ["gzip", "-dc"], ".xz": ["xz", "-dcq"]}
 
 
@@ -55,7 +58,9 @@ def ext4(test, size="256M"):
     command("mkfs.ext4", "-q", "-F", image)
     loop = command("losetup", "-f", "--show", image).strip()
     command("mount", loop, folder)
-    test.addCleanup(lambda: (support.unmount(folder), command("losetup", "-d", loop), os.unlink(image)))
+    test.addCleanup(os.unlink, image)
+    test.addCleanup(command, "losetup", "-d", loop)
+    test.addCleanup(support.unmount, folder)
     return folder
 
 
@@ -69,7 +74,7 @@ def tmpfs(test):
 
 class RawTestCase(support.BackupTestCase):
 
-    keys = None
+    keys: Any
 
     @classmethod
     def setUpClass(cls):
@@ -133,7 +138,8 @@ class RawTestCase(support.BackupTestCase):
 
     def lengths(self):
         """How many streams each backup takes."""
-        sidecars, lengths = self.sidecars(), {}
+        sidecars = self.sidecars()
+        lengths: Dict[str, int] = {}
         for name in sorted(sidecars):
             lengths[name] = 1 + lengths.get(sidecars[name]["parent"], 0)
         return list(lengths.values())
@@ -325,7 +331,7 @@ class FailClosed(RawTestCase):
         folder = os.path.join(support.scratch_folder(), "few-{}".format(next(support.Disk.numbers)))
         os.mkdir(folder)
         for name in ("btrfs", "zstd"):
-            os.symlink(shutil.which(name), os.path.join(folder, name))
+            os.symlink(shutil.which(name) or "", os.path.join(folder, name))
         for name in ("age", "gpg"):
             if any(os.path.exists(os.path.join(place, name)) for place in ("/usr/sbin", "/sbin", "/usr/local/sbin")):
                 self.skipTest(name + " is among the system's programs")
@@ -492,7 +498,7 @@ class Restore(RawTestCase):
         return folder
 
     def restore(self, backup, folder, *options, **more):
-        arguments = list(options) + (["--raw-identity", self.keys.identity] if self.keys else []) + [backup, folder]
+        arguments = list(options) + ["--raw-identity", self.keys.identity, backup, folder]
         return self.run_program("restore", *arguments, **dict({"env": self.keys.env}, **more))
 
     def path(self, name):
@@ -506,7 +512,7 @@ class Restore(RawTestCase):
             self.assertComplete(os.path.join(folder, name), self.snapshot_path(name))
 
     def test_each_point_with_each_compressor_and_encryptor(self):
-        for number, compressor in enumerate([None] + sorted(COMPRESSORS)):
+        for number, compressor in enumerate(NONE_AND_EACH):
             place, encryption = [ext4, tmpfs][number % 2], [None, "gpg", "age"][number % 3]
             with self.subTest(place=place.__name__, compressor=compressor, encryption=encryption):
                 self.folder = os.path.join(place(self), "made")
@@ -745,7 +751,7 @@ class Verbs(RawTestCase):
         self.assertTrue(os.path.exists(partial))
         os.utime(partial, (time.time() - 7200,) * 2)
         with open(partial) as held:
-            program.fcntl.flock(held, program.fcntl.LOCK_EX)
+            fcntl.flock(held, fcntl.LOCK_EX)
             self.verb("prune", "--partials-older-than", "1h", self.raw)
             self.assertTrue(os.path.exists(partial))
         self.verb("prune", "--partials-older-than", "1h", self.raw)
@@ -765,6 +771,105 @@ class Verbs(RawTestCase):
         self.send()
         self.transfer(to=["shell://cat >/dev/null"])
         self.verb("doctor", "-p", "home", self.source, self.raw, "shell://cat >/dev/null")
+
+
+class Verify(RawTestCase):
+    """verify: by the sidecars alone, with or without the source."""
+
+    def setUp(self):
+        super().setUp()
+        self.taken = self.take(1, 2, 3)
+
+    def verify(self, *arguments, status=0, **more):
+        result = self.run_program("verify", *arguments, status=status, **dict({"env": self.keys.env}, **more))
+        return [line.split("  ") for line in result.stdout.splitlines()]
+
+    def results(self, *arguments, **more):
+        return {line[0]: line[2].split(":")[0] for line in self.verify(*arguments, **more)}
+
+    def texts(self, *arguments, **more):
+        return {line[0]: line[2] for line in self.verify(*arguments, **more)}
+
+    def flip(self, name, at):
+        path = os.path.join(self.folder, self.sidecars()[name]["file"])
+        with open(path, "r+b") as file:
+            file.seek(at)
+            byte = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte[0] ^ 1]))
+
+    def test_all_is_well(self):
+        for options in ([], ["--raw-compress", "zstd"], ["--raw-encrypt", "age:" + self.keys.age],
+                        ["--raw-compress", "xz", "--raw-encrypt", "gpg:" + self.keys.gpg]):
+            with self.subTest(options=options):
+                self.folder = tmpfs(self)
+                self.send(*options)
+                key = ["--raw-identity", self.keys.identity] if "age" in str(options) else []
+                self.assertEqual(dict.fromkeys(self.taken, "equal"), self.results(*key + [self.raw]))
+                self.assertEqual(dict.fromkeys(self.taken, "equal"), self.results(*key + [self.source, self.raw]))
+                self.assertEqual(dict.fromkeys(self.taken, "equal"), self.results("--raw-files", self.raw))
+                self.assertEqual(dict.fromkeys(self.taken, "same identity"), self.results("--quick", self.raw))
+                self.assertEqual({self.taken[2]: "equal"}, self.results("--latest", *key + [self.raw]))
+                self.assertEqual({self.taken[0]: "equal"}, self.results("--name", self.taken[0], *key + [self.raw]))
+
+    def test_beside_a_folder_on_btrfs(self):
+        self.send()
+        self.transfer()
+        lines = self.verify(self.source, self.target, self.raw)
+        self.assertEqual(sorted((name, to, "equal") for name in self.taken for to in (self.target, self.raw)),
+                         sorted((line[0], line[1], line[2].split(":")[0]) for line in lines))
+
+    def test_a_flipped_bit_anywhere(self):
+        self.send("--raw-compress", "gzip")
+        size = self.sidecars()[self.taken[1]]["file_size"]
+        choose = random.Random(4)
+        for at in [0, 9, size - 1] + [choose.randrange(size) for _ in range(4)]:
+            with self.subTest(at=at, of=size):
+                self.flip(self.taken[1], at)
+                texts = self.texts(self.raw, status=1)
+                self.assertEqual(["equal", "different", "different"], [texts[n].split(":")[0] for n in self.taken])
+                self.assertIn(self.taken[1] + ".btrfs.gz is damaged", texts[self.taken[1]])
+                self.assertIn("builds on", texts[self.taken[2]])
+                self.flip(self.taken[1], at)
+
+    def test_a_stream_that_is_another_inside(self):
+        """A file that is whole by its digest, and yet not what was sent."""
+        self.send("--raw-compress", "gzip")
+        path = os.path.join(self.folder, self.taken[0] + ".btrfs.gz")
+        held = program.read_sidecar(self.folder, os.path.basename(path) + ".json")
+        with open(path, "wb") as file:
+            file.write(subprocess.run(["gzip"], input=b"another", stdout=subprocess.PIPE, check=True).stdout)
+        made = program.digest_file(self.folder, os.path.basename(path))
+        program.write_durably(self.folder, os.path.basename(path) + ".json", program.format_sidecar(
+            held._replace(file_size=made.size, file_sha256=made.sha256)))
+        self.assertIn("the stream inside is not the one", self.texts(self.raw, status=1)[self.taken[0]])
+        self.assertEqual("equal", self.results("--raw-files", self.raw)[self.taken[0]])
+
+    def test_what_is_missing_or_cut(self):
+        self.send()
+        os.unlink(os.path.join(self.folder, self.taken[0] + ".btrfs"))
+        os.truncate(os.path.join(self.folder, self.taken[2] + ".btrfs"), 50)
+        texts = self.texts(self.raw, status=1)
+        self.assertIn("is missing", texts[self.taken[0]])
+        self.assertIn("its parent {} is missing".format(self.taken[0]), texts[self.taken[1]])
+        self.assertIn("has 50 bytes instead of", texts[self.taken[2]])
+        self.assertEqual({"different"}, {text.split(":")[0] for text in texts.values()})
+
+    def test_a_missing_key_is_no_proof(self):
+        other = Keys()
+        self.addCleanup(other.close)
+        self.send("--raw-encrypt", "gpg:" + self.keys.gpg)
+        texts = self.texts(self.raw, status=1, env=other.env)
+        self.assertEqual({"not checked"}, {text.split(":")[0] for text in texts.values()})
+        self.assertIn("which is whole, cannot be read", texts[self.taken[0]])
+        self.results("--raw-files", self.raw, env=other.env)
+        self.flip(self.taken[0], 700)
+        texts = self.texts(self.raw, status=1, env=other.env)
+        self.assertIn("is damaged", texts[self.taken[0]])
+
+    def test_nothing_is_no_success(self):
+        self.assertEqual({"-": "not checked"}, self.results(self.raw, status=1))
+        self.verify(self.raw, self.target, status=2)
 
 
 class Restricted(remote.RemoteTestCase, RawTestCase):
@@ -813,9 +918,9 @@ class Restricted(remote.RemoteTestCase, RawTestCase):
             with self.subTest(call=call, arguments=arguments), self.assertRaises(program.BackupError):
                 guard.checked(call, dict(arguments))
         host = program.LocalHost(program.Events())
-        for file in ("secret", "x/y.btrfs", "..", "passwd"):
-            with self.subTest(file=file), self.assertRaises(program.BackupError):
-                host.open_raw_send(self.target_disk.path, file)
+        for name in ("secret", "x/y.btrfs", "..", "passwd"):
+            with self.subTest(file=name), self.assertRaises(program.BackupError):
+                host.open_raw_send(self.target_disk.path, name)
         backup = Pure.BACKUP._replace(parent_uuid=None)
         for bad in (backup._replace(file="../x.btrfs"), backup._replace(name="../x", file="../x.btrfs"),
                     backup._replace(file="other.btrfs")):
@@ -925,7 +1030,7 @@ class OverSsh(remote.RemoteTestCase, RawTestCase):
     def test_each_compressor_and_encryptor(self):
         support.bulk(os.path.join(self.source, "large"), 2)
         taken = []
-        for day, compressor in enumerate([None] + sorted(COMPRESSORS), 1):
+        for day, compressor in enumerate(NONE_AND_EACH, 1):
             taken += self.take(day)
             encryption = [None, "gpg", "age"][day % 3]
             options = ["--raw-compress", compressor] if compressor else []
@@ -943,6 +1048,19 @@ class OverSsh(remote.RemoteTestCase, RawTestCase):
         self.send("--compress", "gzip")
         self.assertSound(taken)
         self.assertRestorable(*taken)
+
+    def test_verify_and_restore_from_there(self):
+        taken = self.take(1, 2, 3)
+        self.send("--raw-compress", "zstd", "--raw-encrypt", "age:" + self.keys.age)
+        options = self.program_options() + ["--raw-identity", self.keys.identity]
+        for more in ([], ["--raw-files"]):
+            out = self.run_program("verify", *options + more + [self.raw]).stdout
+            self.assertEqual(3, out.count("  equal: "), out)
+        into = os.path.join(self.target_disk.path, "restored")
+        self.run_program("restore", *options + [self.raw + "/" + taken[2], into])
+        self.assertComplete(os.path.join(into, taken[2]), self.snapshot_path(taken[2]))
+        self.assertEqual([taken[2]], names(into))
+        self.assertNothingLeft(self.server)
 
     def test_retention_there(self):
         taken = self.take(*range(1, 8))

@@ -46,7 +46,8 @@ class ShellTestCase(support.BackupTestCase):
 
     def is_incremental(self, name):
         with open(self.path(name), "rb") as stream:
-            return program.parse_first_command(stream.read(4096)).number == program.SNAPSHOT
+            first = program.parse_first_command(stream.read(4096))
+        return first is not None and first.number == program.SNAPSHOT
 
 
 class Streams(ShellTestCase):
