@@ -2905,8 +2905,9 @@ class Capabilities(NamedTuple):
     progs: Tuple[int, ...]
 
 
-def read_capabilities() -> Capabilities:
-    progs = parse_version(check(["btrfs", "--version"], "btrfs --version"))
+def read_capabilities(version: str) -> Capabilities:
+    """version: what `btrfs --version` says."""
+    progs = parse_version(version)
     try:
         with open("/sys/fs/btrfs/features/send_stream_version", encoding="ascii") as feature:
             protocol = int(feature.read())
@@ -4988,7 +4989,7 @@ class LocalHost:
 
     def capabilities(self) -> Capabilities:
         if self.known_capabilities is None:
-            self.known_capabilities = read_capabilities()
+            self.known_capabilities = read_capabilities(self.command(["btrfs", "--version"], "btrfs --version"))
         return self.known_capabilities
 
     def look(self, path: str) -> Place:
@@ -5093,7 +5094,7 @@ class LocalHost:
             except BackupError as error:
                 errors.append(error)
         if doomed:
-            sync_filesystem(folder)
+            self.command(["btrfs", "filesystem", "sync", folder], "cannot sync {}".format(folder))
         return errors
 
     def idle_partials(self, folder: str) -> Dict[str, float]:
@@ -8952,8 +8953,11 @@ class Crew:
                 process.signal(signal.SIGCONT)  # a stopped process takes no other signal
                 self.show(process, "stopping")
         elif now > self.deadline:
-            for process in self.processes:
+            for process in [process for process in self.processes if process.runs]:
+                self.emit(process, "killed", "warning", "it did not end within {}, and was killed".format(
+                    format_duration(STOP_GRACE)))
                 process.signal(signal.SIGKILL)
+            self.deadline += STOP_GRACE
         self.deadline = self.deadline or now + STOP_GRACE
 
     def give_leave(self) -> None:

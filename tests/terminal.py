@@ -33,6 +33,7 @@ class Screen:
         self.scrolled = []  # lines that have left the screen at its top
         self.wraps = True
         self.wrapped = 0  # how often a line was continued on the next
+        self.dropped = 0  # characters beyond the right edge while it does not wrap
         self.cursor_shown = True
         self.other = None  # the main screen while the alternate one is shown
         self.was_alternate = False
@@ -119,6 +120,7 @@ class Screen:
             width = 0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
             if self.column + width > self.columns:
                 if not self.wraps:
+                    self.dropped += 1
                     return
                 self.wrapped += 1
                 self.put("\r")

@@ -227,7 +227,7 @@ class View(LiveTestCase):
                 self.assertEqual(0, result.status)
                 self.assertSane(running)
                 self.assertTrue(running.screen.was_alternate)
-                self.assertEqual(0, running.screen.wrapped)
+                self.assertEqual((0, 0), (running.screen.wrapped, running.screen.dropped))
                 self.assertEqual(4, result.stderr.count("done: 1 backup sent"), result.stderr)
                 self.assertNotIn("─", result.stderr)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import unittest
+from typing import List
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import support
@@ -21,7 +22,7 @@ NAMES = ("home", "opt", "srv", "www", "mail", "db", "pics", "music")
 
 def flatten(tasks):
     """Tasks as one command line."""
-    words = []
+    words: List[str] = []
     for task in tasks:
         words += ([":"] if words else []) + list(task)
     return words
@@ -41,7 +42,11 @@ class TasksTestCase(TestCase):
         self.targets = [os.path.join(self.disks[2 + number % 2].path, name)
                         for number, name in enumerate(NAMES[:self.count])]
         self.log = os.path.join(support.scratch_folder(), "log-%d.json" % id(self))
-        self.addCleanup(lambda: os.path.exists(self.log) and os.unlink(self.log))
+        self.addCleanup(self.forget_log)
+
+    def forget_log(self):
+        if os.path.exists(self.log):
+            os.unlink(self.log)
 
     def tasks(self, *options):
         """One for each source, to its target, with its own prefix."""
@@ -181,17 +186,19 @@ class OverSsh(SshdTestCase, TasksTestCase):
         self.assertNothingLeft(self.server)
 
     def test_nothing_is_left_anywhere(self):
-        for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        for signal_number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)):
             tasks = self.remote_tasks(push=[1, 3], pull=[2])[1:4]
             for task in tasks:
                 task.insert(0, "-I")
             running = self.start(*self.command(tasks=tasks))
             running.wait_for("transfers", lambda: len(self.events("sending")) >= 3)
-            os.kill(running.pid, number)
-            self.assertEqual(status, running.finish().status)
+            os.kill(running.pid, signal_number)
+            result = running.finish(30)
+            self.assertEqual(status, result.status, result.stderr)
+            self.assertNotIn("was killed", result.stderr)
             self.wait_until_gone(running)
             self.assertNothingLeft(self.server)
-            os.unlink(self.log)
+            self.forget_log()
             time.sleep(1)
         self.run_tasks(tasks=self.remote_tasks(push=[1, 3], pull=[2])[1:4])
         for number in (1, 2, 3):
@@ -258,7 +265,7 @@ class Stopped(TasksTestCase):
 
     def test_killed_the_children_end_by_themselves(self):
         running = self.start(*self.command())
-        go_on(stop_all(running, "receive", 8))
+        stop_all(running, "receive", 8)  # so that only who is ended ends
         os.kill(running.pid, signal.SIGKILL)
         running.process.wait()
         self.wait_until_gone(running)
@@ -276,7 +283,7 @@ class Stopped(TasksTestCase):
             self.assertIn(result.status, (0, 128 + number, -number), result.stderr)
             self.assertNotIn("Traceback", result.stderr)
             self.assertGone(running)
-            os.unlink(self.log)
+            self.forget_log()
         self.converges()
 
 
