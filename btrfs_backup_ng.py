@@ -6740,13 +6740,13 @@ def keep(path, source):
 
 def fetch():
     os.write(1, marker + b"need\n")
-    packed = b""
-    while len(packed) < PACKED:
-        more = os.read(0, PACKED - len(packed))
+    unpacker, source = zlib.decompressobj(), b""
+    while not unpacker.eof:
+        more = os.read(0, 65536)
         if not more:
             raise SystemExit(1)
-        packed += more
-    return zlib.decompress(packed)
+        source += unpacker.decompress(more)
+    return source
 
 def home():
     cache = os.environ.get("XDG_CACHE_HOME", "")
@@ -6799,10 +6799,9 @@ class NoPython(BackupError):
     """The host has no Python that can run the agent."""
 
 
-def stage_2(packed: bytes) -> bytes:
+def stage_2() -> bytes:
     """The line that STAGE_1 executes."""
-    names = "DIGEST = {!r}\nPACKED = {}\n".format(source_digest(), len(packed))
-    return "exec({!r})\n".format(names + STAGE_2).encode("ascii")
+    return "exec({!r})\n".format("DIGEST = {!r}\n".format(source_digest()) + STAGE_2).encode("ascii")
 
 
 def has_terminal() -> bool:
@@ -6930,14 +6929,13 @@ class Connection:
     def begin(self) -> Greeting:
         """Sends what is needed to get an agent's greeting."""
         import zlib
-        packed = zlib.compress(own_source(), 6)
         noise, deadline = b"", time.monotonic() + GREETING_TIMEOUT
         try:
-            self.channel.send_raw(stage_2(packed))
+            self.channel.send_raw(stage_2())
             self.channel.flush(GREETING_TIMEOUT)
             noise = self.channel.skip_noise(deadline)
             if self.wants_source(deadline):
-                self.channel.send_raw(packed)
+                self.channel.send_raw(zlib.compress(own_source(), 6))
                 self.channel.flush(GREETING_TIMEOUT)
                 noise += self.channel.skip_noise(deadline)
             greeting = self.channel.result(GREETING_TIMEOUT)
