@@ -10020,12 +10020,14 @@ def plan_checks(source: Location, location: Location, task: Task) -> Tuple[List[
         if entry.path in taken or task.latest or (is_asked and name != task.backup_name):
             continue
         if entry.state == "partial":
-            others.append(Compared(entry.subvolume.name, location.endpoint, NOT_CHECKED, "it is partial", (), is_asked))
+            others.append(Compared(entry.subvolume.name, location.endpoint, NOT_CHECKED, "it is partial",
+                                   (), is_asked))
         elif name in names and entry.state == "foreign":
-            others.append(Compared(name, location.endpoint, DIFFERENT, "it is another subvolume (received UUID {})".format(
-                entry.subvolume.received_uuid or "none"), (), True))
+            text = "it is another subvolume (received UUID {})".format(entry.subvolume.received_uuid or "none")
+            others.append(Compared(name, location.endpoint, DIFFERENT, text, (), True))
         elif entry.state == "complete":
-            others.append(Compared(name, location.endpoint, NOT_CHECKED, "its snapshot is no longer there", (), is_asked))
+            others.append(Compared(name, location.endpoint, NOT_CHECKED, "its snapshot is no longer there",
+                                   (), is_asked))
     return checks, others
 
 

@@ -9,6 +9,8 @@ import unittest
 import uuid
 
 import support
+from support import bulk, create, names, partials, snapshot, subvolume
+
 from btrfs_backup_ng import (
     Listing,
     Mount,
@@ -20,7 +22,6 @@ from btrfs_backup_ng import (
     parse_mountinfo,
     reachable_path,
 )
-from support import bulk, create, names, partials, snapshot, subvolume
 
 ROUNDS = int(os.environ.get("TORTURE", "0")) or 8
 
@@ -78,8 +79,8 @@ class Choosing(unittest.TestCase):
     def test_mounts(self):
         mounts = parse_mountinfo(self.MOUNTS)
         self.assertEqual(Mount("/mnt/two words", "/home", "btrfs", "/dev/b"), mounts[1])
-        self.assertEqual("/dev/c", mount_around("/mnt/top/x", mounts).device)
-        self.assertEqual("/dev/a", mount_around("/mnt/topless", mounts).device)
+        self.assertEqual(mounts[3], mount_around("/mnt/top/x", mounts))
+        self.assertEqual(mounts[0], mount_around("/mnt/topless", mounts))
         self.assertEqual("/mnt/two words/s/x", reachable_path("home/s/x", mounts[1]))
         self.assertEqual("/mnt/two words", reachable_path("home", mounts[1]))
         self.assertIsNone(reachable_path("homely/x", mounts[1]))
@@ -390,8 +391,6 @@ class InPlace(RestoreTestCase):
     def test_a_snapshot_folder_outside(self):
         self.snapshots = os.path.join(self.source_disk.path, "snapshots")
         self.take(1, 2)
-        for name in (self.name(1), self.name(2)):
-            os.makedirs(self.snapshots, exist_ok=True)
         self.transfer("-f", self.snapshots)
         support.delete(self.snapshot_path(self.name(2)))
         self.restore(self.target, "--latest", "--in-place", self.source, "-f", self.snapshots)
@@ -453,7 +452,7 @@ class InPlace(RestoreTestCase):
         support.delete(self.snapshot_path(self.name(1)))
         support.delete(self.source)
         self.restore(self.target, "--latest", "--in-place", self.source)
-        for number in range(2):
+        for _ in range(2):
             self.backup("-N", "1", to=[])
             time.sleep(1)
         self.assertIn(self.name(1), names(self.snapshots))
@@ -595,7 +594,7 @@ class KilledAtEachStep(RestoreTestCase):
         self.addCleanup(shutil.rmtree, self.programs)
         self.script = os.path.join(self.programs, "btrfs")
         with open(self.script, "w") as script:
-            script.write(KILLING_BTRFS.replace("{real}", shutil.which("btrfs")))
+            script.write(KILLING_BTRFS.replace("{real}", shutil.which("btrfs") or ""))
         os.chmod(self.script, 0o755)
 
     def killed_at(self, number, *arguments):

@@ -9,6 +9,8 @@ import uuid
 
 import remote
 import support
+from support import bulk, create, names, snapshot, subvolume
+
 from btrfs_backup_ng import (
     DIGEST_BLOCK,
     DIGEST_RUN,
@@ -17,7 +19,6 @@ from btrfs_backup_ng import (
     differing_aspects,
     differing_folders,
 )
-from support import bulk, create, names, snapshot, subvolume
 
 
 class Pure(unittest.TestCase):
@@ -319,7 +320,7 @@ class Results(VerifyTestCase):
         result = self.verify(status=1)
         self.assertErrorSays(result, "nothing to compare")
         self.assertErrorSays(self.verify("--quick", status=1), "nothing to compare")
-        for arguments in ((), (self.source,), (self.source, "shell://cat"), (self.source, self.target, "--before", "x")):
+        for arguments in ((), (self.source,), (self.source, "shell://cat"), (self.source, self.target, "--json")):
             self.run_program("verify", *arguments, status=2)
 
     def test_what_only_has_the_name(self):
