@@ -41,18 +41,19 @@ Contents; a section uses only what stands above it:
     23 WIRE              calls, results and streams as frames on a channel
     24 AGENT             the program on another host, serving calls over a channel
     25 REMOTE            hosts over ssh; the hosts of a run
-    26 TASK              observe, plan, show or execute
-    27 LIST              which snapshots are where
-    28 PRUNE             retention of a folder of backups by itself
-    29 CREW              the tasks of one command, each in a process of its own
-    30 RESTORE           one backup back, beside a subvolume or in its place
-    31 DOCTOR            what is wrong, and what to do about it
-    32 VERIFY            whether backups are what their snapshots are
-    33 HELP              help and man page, from the tables
-    34 COMPLETION        what the Tab key offers in bash, zsh and fish
-    35 UNITS             a systemd service and its timer
-    36 COPIES            the program's own copies in the user's cache folder
-    37 COMMAND LINE      help, version, sudo, signals, main
+    26 DELIVERY          one snapshot to its destinations, through as many relays as it takes
+    27 TASK              observe, plan, show or execute
+    28 LIST              which snapshots are where
+    29 PRUNE             retention of a folder of backups by itself
+    30 CREW              the tasks of one command, each in a process of its own
+    31 RESTORE           one backup back, beside a subvolume or in its place
+    32 DOCTOR            what is wrong, and what to do about it
+    33 VERIFY            whether backups are what their snapshots are
+    34 HELP              help and man page, from the tables
+    35 COMPLETION        what the Tab key offers in bash, zsh and fish
+    36 UNITS             a systemd service and its timer
+    37 COPIES            the program's own copies in the user's cache folder
+    38 COMMAND LINE      help, version, sudo, signals, main
 
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
@@ -128,13 +129,18 @@ __version__ = "0.7.0"
 
 
 class BackupError(Exception):
-    """Something was not done as asked. `status` is the exit status it leads to (SPEC: 1)."""
+    """Something was not done as asked. `status` is the exit status it leads to (SPEC: 1).
+
+    transient: it may go well when tried again, as what breaks a connection or kills a process does not last.
+    """
 
     status = 1
+    transient = False
 
-    def __init__(self, message: str, hint: str = "", detail: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", detail: str = "", transient: bool = False) -> None:
         super().__init__(message)
         self.message, self.hint, self.detail = message, hint, detail
+        self.transient = transient or self.transient
 
 
 class UsageError(BackupError):
@@ -155,6 +161,14 @@ class Stalled(BackupError):
 
 class ReceiverFailed(BackupError):
     """The receiving side failed: sending it the next snapshot would fail as well."""
+
+
+class StreamDiffers(BackupError):
+    """The stream is not the one that a partial was received from: it cannot be taken up."""
+
+
+class NoPieces(ReceiverFailed):
+    """The destination cannot go on from a partial, only receive in one piece."""
 
 
 class AmbiguousParent(ReceiverFailed):
@@ -282,15 +296,36 @@ def snapshot_name(prefix: str, now: float) -> str:
     return prefix + time.strftime(TIME_FORMATS[0], time.localtime(now))
 
 
-def partial_name(name: str) -> str:
-    """The name that a backup bears until it is complete."""
-    return ".{}.partial".format(name)
+def partial_name(name: str, piece: int = 1) -> str:
+    """The name that a backup bears until it is complete; a later piece is a snapshot of the one before."""
+    return ".{}.partial".format(name) if piece == 1 else ".{}.{}.partial".format(name, piece)
+
+
+def record_name(name: str) -> str:
+    """The file that says how far the partial of a snapshot has come."""
+    return partial_name(name) + ".json"
+
+
+def snapshot_of_record(name: str) -> Optional[str]:
+    """The snapshot's name that a record's file name is made from, or None where it is none."""
+    return partial_of(name[:-5]) if name.endswith(".partial.json") else None
+
+
+def partial_lock_name(name: str) -> str:
+    """The file that whoever writes a snapshot's partials holds a lock on."""
+    return partial_name(name) + ".lock"
 
 
 def partial_of(name: str) -> Optional[str]:
     """The snapshot's name that a partial's name is made from, or None where it is no partial's name."""
     match = PARTIAL_NAME.fullmatch(name)
     return match.group("name") if match else None
+
+
+def piece_of(name: str) -> int:
+    """Which piece a partial's name says it is, from 1 on."""
+    match = PARTIAL_NAME.fullmatch(name)
+    return int(match.group("piece") or 1) if match else 1
 
 
 ########################################################################################################
@@ -467,6 +502,14 @@ def parse_age(text: str) -> float:
     return float(match.group(1)) * AGE_UNITS[match.group(2)]
 
 
+def parse_rate(text: str) -> float:
+    """Bytes a second; K, M and G are powers of 1024."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)([KMG]?)", text)
+    if match is None or float(match.group(1)) == 0:
+        raise ValueError("is not a rate above 0 such as 500K, 20M or 1G")
+    return float(match.group(1)) * 1024 ** " KMG".index(match.group(2) or " ")
+
+
 def parse_stall_timeout(text: str) -> float:
     if parse_seconds(text) == 0:
         raise ValueError("is not a number of seconds above 0")
@@ -615,6 +658,11 @@ OPTION_TABLE = (
     Group("Transfer", (
         Option(("-T", "--no-transfer"), "no_transfer", "", None, "transfer nothing"),
         Option(("-I", "--no-incremental"), "no_incremental", "", None, "always send in full"),
+        Option(("--retries",), "retries", "N", parse_count,
+               "how often a transfer that breaks is taken up again in this run, after growing pauses; default 5"),
+        Option(("--no-resume",), "no_resume", "", None, "never take up what has arrived, always start over"),
+        Option(("--limit",), "limit", "RATE", parse_rate,
+               "at most so many bytes a second to each destination: 500K, 20M, 1G"),
         Option(("--stall-timeout",), "stall_timeout", "SECONDS", parse_stall_timeout,
                "give a transfer up when not a byte has moved for so long; default 900"),
         Option(("--compress",), "compress", "PROGRAM", OneOf("no", "auto", "zstd", "lz4", "gzip"),
@@ -900,8 +948,8 @@ from SOURCE cannot be checked and counts neither way.""",
                 Option(("--in-place",), "in_place", "SUBVOLUME", parse_path,
                        "put a writable snapshot of it in the place of SUBVOLUME, which stays beside it"),
             ) + rows("-f")),
-            Group("Transfer", rows("-I", "--stall-timeout", "--ssh-opt", "--ssh-sudo", "--compress")
-                  + (RAW_IDENTITY,)),
+            Group("Transfer", rows("-I", "--retries", "--no-resume", "--limit", "--stall-timeout", "--ssh-opt",
+                                   "--ssh-sudo", "--compress") + (RAW_IDENTITY,)),
             Group("Display", rows("-h", "-v", "-q", "-d", "-P", "--log-json", "--dry-run")),
             Group("Runs", rows("--wait", "--no-elevate")),
         ),
@@ -953,6 +1001,9 @@ class Task(NamedTuple):
     prefix: Optional[str] = None
     no_transfer: bool = False
     no_incremental: bool = False
+    retries: int = 5
+    no_resume: bool = False
+    limit: float = 0.0
     stall_timeout: float = 900.0
     compress: str = "no"
     ssh_options: Tuple[str, ...] = ()
@@ -1435,8 +1486,56 @@ class Broken(NamedTuple):
     is_lost: bool = False
 
 
+class Mark(NamedTuple):
+    """A place in a stream: bytes before it, and the SHA-256 of those after the mark before."""
+
+    offset: int
+    sha256: str
+
+
+class ResumePoint(NamedTuple):
+    """How far a partial backup has come: the stream goes on at `offset` if its beginning fits the marks.
+
+    file_data: bytes of file contents so far, for progress. complete: nothing but the final name is missing.
+    """
+
+    marks: Tuple[Mark, ...] = ()
+    file_data: int = 0
+    complete: bool = False
+
+    @property
+    def offset(self) -> int:
+        return self.marks[-1].offset if self.marks else 0
+
+
+BEGINNING = ResumePoint()
+
+
+class Record(NamedTuple):
+    """What vouches for the partial backup of snapshot `name`, in a file beside it.
+
+    stream_id, parent_id, compressed: what was being sent; base: the UUID of the parent's backup.
+    version, ctransid: what the stream's header and first command say, for going on.
+    piece: the name of the partial, which bears the received UUID `private`; '' where there is none.
+    finished: the name of a piece that lacks nothing but its name, as of the boot with the id `boot`.
+    """
+
+    name: str
+    stream_id: str
+    parent_id: Optional[str] = None
+    base: Optional[str] = None
+    compressed: bool = False
+    version: int = 1
+    ctransid: int = 0
+    piece: str = ""
+    private: Optional[str] = None
+    point: ResumePoint = BEGINNING
+    finished: str = ""
+    boot: str = ""
+
+
 class Listing(NamedTuple):
-    """What a folder holds: its subvolumes, and the names of everything else.
+    """What a folder holds: its subvolumes, the names of everything else, records of partials.
 
     chained: each needs the one that its parent UUID names, as stream files do.
     """
@@ -1445,9 +1544,20 @@ class Listing(NamedTuple):
     others: FrozenSet[str] = frozenset()
     chained: bool = False
     broken: Tuple[Broken, ...] = ()
+    records: Tuple[Record, ...] = ()
 
     def named(self, name: str) -> Optional[Subvolume]:
         return next((s for s in self.subvolumes if s.name == name), None)
+
+    def record_of(self, name: str) -> Optional[Record]:
+        return next((record for record in self.records if record.name == name), None)
+
+
+def vouched_pieces(record: Record, subvolumes: Sequence[Subvolume]) -> List[Subvolume]:
+    """The partials among `subvolumes` that a record vouches for."""
+    known = {(record.piece, record.private), (record.finished, record.stream_id)}
+    return [s for s in subvolumes if s.is_received and partial_of(s.name) == record.name
+            and (s.name, s.received_uuid) in known]
 
 
 def by_creation(subvolume: Subvolume) -> Tuple[int, int, str]:
@@ -1553,12 +1663,14 @@ class Transfer(NamedTuple):
 class Recovery(NamedTuple):
     """What is done about a lock: `delete` these half-received subvolumes, then clear the lock.
 
-    Where `problem` says something, the lock stays, and with it the snapshot is not sent.
+    Where there is something to `take_up`, that and the lock stay until the transfer goes on from it. Where `problem`
+    says something, the lock stays, and with it the snapshot is not sent.
     """
 
     snapshot: str
     delete: Tuple[Subvolume, ...] = ()
     problem: str = ""
+    take_up: Optional[Record] = None
 
 
 class Problem(NamedTuple):
@@ -1590,28 +1702,57 @@ def own_locks(locks: Locks, prefix: str) -> Locks:
     return {name: entry for name, entry in locks.items() if name_time(prefix, name)}
 
 
-def plan_recovery(name: str, snapshot: Optional[Subvolume], listing: Listing) -> Recovery:
+def plan_recovery(name: str, snapshot: Optional[Subvolume], listing: Listing,
+                  usable: Sequence[Record] = ()) -> Recovery:
     """What to do about the lock of snapshot `name` (None: it is gone) at a destination that holds `listing`.
 
-    A partial under its own name goes. Under the final name only what is provably half-received goes:
-    writable and without a received UUID, as release 0.6.6 left it.
+    A partial under its own name goes, unless one of the `usable` records vouches for it. Under the final name only what
+    is provably half-received goes: writable and without a received UUID, as release 0.6.6 left it.
     """
-    delete = [s for s in listing.subvolumes if partial_of(s.name) == name]
+    pieces = [s for s in listing.subvolumes if partial_of(s.name) == name]
     final = listing.named(name)
     if final is not None and not final.readonly:
         if final.received_uuid is not None:
-            return Recovery(name, tuple(delete), "{} is writable but has a received UUID, so it is not provably "
+            return Recovery(name, tuple(pieces), "{} is writable but has a received UUID, so it is not provably "
                                                  "a broken transfer".format(name))
-        delete.append(final)
-    elif final is not None and snapshot is not None and not corresponds(snapshot, final):
-        return Recovery(name, tuple(delete), "{} is another subvolume (received UUID {}, expected {})".format(
+        return Recovery(name, tuple(pieces) + (final,))
+    if final is not None and snapshot is not None and not corresponds(snapshot, final):
+        return Recovery(name, tuple(pieces), "{} is another subvolume (received UUID {}, expected {})".format(
             name, final.received_uuid, snapshot.stream_id))
-    return Recovery(name, tuple(delete))
+    record = listing.record_of(name)
+    kept = vouched_pieces(record, pieces) if record in usable and final is None and record is not None else []
+    return Recovery(name, tuple(s for s in pieces if s not in kept), "", record if kept else None)
 
 
-def plan_recoveries(locks: Locks, destination: str, snapshots: Sequence[Subvolume], listing: Listing) -> List[Recovery]:
+def usable_records(snapshots: Sequence[Subvolume], listing: Listing, incremental: bool) -> List[Record]:
+    """The records in a folder whose transfers can go on: snapshot and parent are what they were, on both sides."""
     known = {s.name: s for s in snapshots}
-    return [plan_recovery(name, known.get(name), listing) for name in sorted(locked_names(locks, destination))]
+    parents, index = parent_ids(snapshots, listing), backup_index(listing)
+    usable = []
+    for record in listing.records:
+        snapshot = known.get(record.name)
+        parent_is_there = record.parent_id is None or (
+            incremental and record.parent_id in parents and index[record.parent_id].uuid == record.base)
+        if snapshot is not None and snapshot.stream_id == record.stream_id and parent_is_there:
+            usable.append(record)
+    return usable
+
+
+def plan_recoveries(locks: Locks, destination: str, snapshots: Sequence[Subvolume], listing: Listing,
+                    usable: Sequence[Record] = ()) -> List[Recovery]:
+    known = {s.name: s for s in snapshots}
+    return [plan_recovery(name, known.get(name), listing, usable)
+            for name in sorted(locked_names(locks, destination))]
+
+
+def without_taking_up(recovery: Recovery, listing: Listing) -> Recovery:
+    """The same for a snapshot that will not be sent: all of its partial goes."""
+    return recovery._replace(take_up=None, delete=recovery.delete + tuple(
+        s for s in listing.subvolumes if partial_of(s.name) == recovery.snapshot and s not in recovery.delete))
+
+
+def parent_of_record(record: Record, snapshots: Sequence[Subvolume]) -> Optional[Subvolume]:
+    return next((s for s in snapshots if record.parent_id is not None and s.stream_id == record.parent_id), None)
 
 
 def choose_parent(snapshot: Subvolume, ordered: Sequence[Subvolume], common: Set[str]) -> Optional[Subvolume]:
@@ -1694,6 +1835,8 @@ def plan_transfers(snapshots: Sequence[Subvolume], listing: Listing, prefix: str
     times.update({s.name: snapshot_moment(prefix, s) for s in missing})
     verdicts = {v.name: v for v in plan_retention(times, policy, {}, now)}
     cleared = {s.name for r in recoveries for s in r.delete}
+    going_on = {r.snapshot: r.take_up for r in recoveries if r.take_up is not None}
+    cleared |= {s.name for s in listing.subvolumes if partial_of(s.name) in going_on}
     blocked = {r.snapshot for r in recoveries if r.problem}
     parents, lengths = parent_ids(snapshots, listing), chain_lengths(listing)
     transfers, skipped, problems = [], [], []
@@ -1706,12 +1849,17 @@ def plan_transfers(snapshots: Sequence[Subvolume], listing: Listing, prefix: str
             skipped.append(verdicts[snapshot.name])
         elif snapshot.name not in blocked and problem:
             problems.append(problem)
+        elif snapshot.name in going_on:
+            transfers.append(Transfer(snapshot, parent_of_record(going_on[snapshot.name], snapshots)))
+            parents.add(snapshot.stream_id or "")
         elif snapshot.name not in blocked:
             parent = choose_parent(snapshot, snapshots, parents) if incremental else None
             parent = within_chain(parent, lengths, longest)
             transfers.append(Transfer(snapshot, parent))
             parents.add(snapshot.stream_id or "")
             lengths[snapshot.stream_id] = 1 + (lengths.get(parent.stream_id, 0) if parent else 0)
+    sent = {transfer.snapshot.name for transfer in transfers}
+    recoveries = [r if r.take_up is None or r.snapshot in sent else without_taking_up(r, listing) for r in recoveries]
     return DestinationPlan(tuple(recoveries), tuple(transfers), tuple(skipped), tuple(problems))
 
 
@@ -1787,16 +1935,21 @@ STREAM_HEADER = struct.Struct("<13sI")
 COMMAND_HEADER = struct.Struct("<IHI")
 COMMAND_START = struct.Struct("<IH")
 ATTRIBUTE = struct.Struct("<HH")
-SUBVOL, SNAPSHOT, SET_XATTR, WRITE, CLONE, CHMOD, CHOWN, END, UPDATE_EXTENT, ENCODED_WRITE = (
-    1, 2, 13, 15, 16, 18, 19, 21, 22, 25)
+SUBVOL, SNAPSHOT, SET_XATTR, WRITE, CLONE, CHMOD, CHOWN, UTIMES, END, UPDATE_EXTENT, ENCODED_WRITE = (
+    1, 2, 13, 15, 16, 18, 19, 20, 21, 22, 25)
 LINK = 10
-A_UUID, A_MODE, A_UID, A_GID, A_PATH, A_PATH_TO, A_PATH_LINK, A_CLONE_UUID, A_CLONE_PATH, A_UNENCODED_FILE_LEN = (
-    1, 5, 6, 7, 15, 16, 17, 20, 22, 27)
+(A_UUID, A_CTRANSID, A_MODE, A_UID, A_GID, A_PATH, A_PATH_TO, A_PATH_LINK, A_CLONE_UUID, A_CLONE_CTRANSID, A_CLONE_PATH,
+ A_UNENCODED_FILE_LEN) = 1, 2, 5, 6, 7, 15, 16, 17, 20, 21, 22, 27
 LARGEST_PATHS = 4 + 4096  # of a command's payload, with its first attribute, a path
 LARGEST_CHECKED = 256 << 10  # of a command that is no write
 LARGEST_FIRST_COMMAND = 64 * 1024
+LARGEST_COMMAND = 4 << 20  # bytes; the kernel's are below 200 KiB
 Chunk = Union[bytes, memoryview]
+CommandSpan = Tuple[int, int, int]  # start, end and number of a command
+Block = Tuple[Chunk, List[CommandSpan]]  # whole commands, and the wanted ones of them
 SEND_WRITE_SIZE = 48 * 1024  # data bytes in one WRITE of protocol 1 (Linux, BTRFS_SEND_READ_SIZE)
+# `btrfs receive` before 6.2 keeps these in mind until the file's next chown, which drops them
+CAPABILITY = b"security.capability"
 WRITE_OVERHEAD = 30  # bytes of a WRITE of protocol 1 that are neither path nor data
 
 
@@ -1853,6 +2006,9 @@ class FirstCommand(NamedTuple):
     def uuid(self, kind: int) -> Optional[str]:
         return next((format_uuid(data) for found, data in self.attributes if found == kind), None)
 
+    def number_of(self, kind: int) -> int:
+        return next((int.from_bytes(data, "little") for found, data in self.attributes if found == kind), 0)
+
     @property
     def name(self) -> str:
         return os.fsdecode(next((data for kind, data in self.attributes if kind == A_PATH), b""))
@@ -1879,7 +2035,7 @@ def parse_first_command(start: bytes) -> Optional[FirstCommand]:
 class ExpectedStream(NamedTuple):
     """What was planned: the names and ids of a stream, and owner and mode of its top folder.
 
-    `base` is the UUID of the backup that the parent is at the destination.
+    `base` is the UUID of the backup that the parent is at the destination, `compressed` how it is sent.
     """
 
     name: str
@@ -1891,6 +2047,7 @@ class ExpectedStream(NamedTuple):
     base: Optional[str] = None
     parent_name: Optional[str] = None
     otime: int = 0  # ns, when the snapshot was taken
+    compressed: bool = False
 
 
 def check_first_command(first: FirstCommand, expected: ExpectedStream) -> None:
@@ -1902,39 +2059,66 @@ def check_first_command(first: FirstCommand, expected: ExpectedStream) -> None:
 
 
 class CommandReader:
-    """Follows the commands of a stream through chunks of any size.
+    """Cuts a stream that comes in chunks of any size into blocks of whole commands.
 
-    `wanted` commands are seen whole; `file_data` counts bytes of file contents, before compression.
+    `file_data` counts bytes of file contents, before compression.
     """
 
     def __init__(self, wanted: Iterable[int], skip: int = 0) -> None:
         self.wanted = frozenset(wanted)
-        self.skip, self.carry, self.file_data = skip, b"", 0
+        self.skip, self.carry, self.file_data = skip, bytearray(), 0
 
-    def feed(self, chunk: Chunk) -> Tuple[Chunk, List[Tuple[int, int, int]]]:
-        """The bytes that may go on now, and (start, end, command) of each wanted command in them."""
-        data = self.carry + bytes(chunk) if self.carry else chunk
-        at, size, spans, wanted, start_of = self.skip, len(data), [], self.wanted, COMMAND_START.unpack_from
+    def feed(self, chunk: Chunk) -> List[Block]:
+        """The commands that are whole now, and where the wanted ones of them are."""
+        view, blocks = memoryview(chunk), []  # type: memoryview, List[Block]
+        if self.skip and len(view):
+            passed, view = view[:self.skip], view[self.skip:]
+            self.skip -= len(passed)
+            blocks.append((passed, []))
+        while self.carry and len(view):
+            missing = self.missing()
+            self.carry += view[:missing]
+            view = view[missing:]
+            if not self.missing():
+                block, self.carry = bytes(self.carry), bytearray()
+                blocks.append((block, self.scan(block)[1]))
+        if len(view):
+            whole, spans = self.scan(view)
+            if whole:
+                blocks.append((view[:whole], spans))
+            self.carry += view[whole:]
+            self.missing()
+        return blocks
+
+    def missing(self) -> int:
+        """How many bytes the carried command lacks, as far as is known."""
+        if len(self.carry) < COMMAND_HEADER.size:
+            return COMMAND_HEADER.size - len(self.carry)
+        length = COMMAND_START.unpack_from(self.carry)[0]
+        if length > LARGEST_COMMAND:
+            raise BackupError("the stream is damaged: it holds a command of {} bytes".format(length))
+        return COMMAND_HEADER.size + length - len(self.carry)
+
+    def scan(self, data: Chunk) -> Tuple[int, List[CommandSpan]]:
+        """The length of the whole commands at the start of `data`, and the wanted ones among them."""
+        at, size, wanted, start_of = 0, len(data), self.wanted, COMMAND_START.unpack_from
+        spans: List[CommandSpan] = []
         while at + 10 <= size:
             length, command = start_of(data, at)
             after = at + 10 + length
+            if after > size:
+                break
             if command in wanted:
-                if after > size:
-                    break
                 spans.append((at, after, command))
             elif command in (WRITE, ENCODED_WRITE):
                 self.file_data += contents_length(data, at, length, command)
             at = after
-        if at >= size:
-            self.skip, self.carry = at - size, b""
-            return data, spans
-        self.skip, self.carry = 0, bytes(data[at:])
-        return data[:at], spans
+        return at, spans
 
 
 def contents_length(data: Chunk, at: int, length: int, command: int) -> int:
-    """About the bytes of file that the write at `at` stands for; its own length where those are not in sight."""
-    if at + 14 > len(data):
+    """About the bytes of file that the write at `at` stands for."""
+    if length < 4:
         return length
     path_length = ATTRIBUTE.unpack_from(data, at + 10)[1]
     if command == WRITE:
@@ -1975,15 +2159,50 @@ class PathCheck:
                 raise BackupError("the stream holds a path that leads up: {}".format(printable(os.fsdecode(data))))
 
 
-class IncomingStream:
-    """A stream on its way into `btrfs receive`: checked, renamed, private until its end."""
+def new_hash() -> Any:
+    import hashlib
+    return hashlib.sha256()
 
-    def __init__(self, expected: ExpectedStream, sole_parent: bool = True, trusted: bool = True) -> None:
-        self.expected = expected
-        self.opening: Optional[bytes] = b""
-        self.reader = CommandReader((SUBVOL, SNAPSHOT, SET_XATTR, CHMOD, CHOWN, END)
+
+class PrefixCheck:
+    """Compares the beginning of a stream with marks; StreamDiffers where it does not fit."""
+
+    def __init__(self, marks: Sequence[Mark]) -> None:
+        self.marks, self.at, self.hash = list(marks), 0, new_hash()
+
+    @property
+    def left(self) -> int:
+        """Bytes up to the next mark; 0 when all of them fitted."""
+        return self.marks[0].offset - self.at if self.marks else 0
+
+    def feed(self, chunk: Chunk) -> None:
+        """Takes no more than `left` bytes."""
+        self.hash.update(chunk)
+        self.at += len(chunk)
+        if self.marks and self.at == self.marks[0].offset:
+            if self.hash.hexdigest() != self.marks.pop(0).sha256:
+                raise StreamDiffers("the stream is no longer the same as what has arrived of it")
+            self.hash = new_hash()
+
+
+class IncomingStream:
+    """A stream on its way into `btrfs receive`: checked, renamed, private until its end.
+
+    Only whole commands pass, the end is kept back until it is asked for, and `offset` and hash are those of
+    what has passed as the sender wrote it: so that a cut after any chunk is a place to go on from.
+    """
+
+    def __init__(self, expected: ExpectedStream, sole_parent: bool = True, trusted: bool = True,
+                 resume: ResumePoint = BEGINNING) -> None:
+        self.expected, self.resume = expected, resume
+        self.opening: Optional[bytes] = None if resume.offset else b""
+        self.reader = CommandReader((SUBVOL, SNAPSHOT, SET_XATTR, CHMOD, CHOWN, UTIMES, END)
                                     + (() if sole_parent else (CLONE,)))
         self.path_check = None if trusted else PathCheck()
+        self.reader.file_data = resume.file_data
+        self.offset, self.hash = resume.offset, new_hash()
+        self.held: Optional[ResumePoint] = None
+        self.version = self.ctransid = 0
         self.ended = False
         self.private = (make_command(CHOWN, ((A_PATH, b""), (A_UID, bytes(8)), (A_GID, bytes(8))))
                         + make_command(CHMOD, ((A_PATH, b""), (A_MODE, struct.pack("<Q", 0o700)))))
@@ -1991,22 +2210,45 @@ class IncomingStream:
                                             (A_GID, struct.pack("<Q", expected.gid))))
                        + make_command(CHMOD, ((A_PATH, b""), (A_MODE, struct.pack("<Q", expected.mode)))))
 
+    @property
+    def closing(self) -> bytes:
+        """What makes the backup complete."""
+        return self.public + make_command(END, ())
+
+    @property
+    def point(self) -> ResumePoint:
+        """Where the stream can go on when it is cut now."""
+        return self.held or self.point_at(self.offset)
+
+    def point_at(self, offset: int) -> ResumePoint:
+        if offset == self.resume.offset:
+            return self.resume
+        return ResumePoint(self.resume.marks + (Mark(offset, self.hash.hexdigest()),), self.reader.file_data)
+
     def edit(self, chunk: Chunk) -> List[Chunk]:
         """What `btrfs receive` gets for `chunk`."""
-        if self.opening is not None:
-            self.opening += bytes(chunk)
-            first = parse_first_command(self.opening)
-            if first is None:
-                return []
-            check_first_command(first, self.expected)
-            head = self.opening[:STREAM_HEADER.size] + self.renamed(first) + self.private
-            chunk, self.opening = self.opening[first.end:], None
-            return [head] + self.edit(chunk)
         if self.ended and chunk:
             raise BackupError("the stream goes on after its end")
+        if self.opening is None:
+            return self.edit_rest(chunk)
+        self.opening += bytes(chunk)
+        first = parse_first_command(self.opening)
+        if first is None:
+            return []
+        check_first_command(first, self.expected)
+        self.version = STREAM_HEADER.unpack_from(self.opening)[1]
+        self.ctransid = first.number_of(A_CTRANSID)
+        self.hash.update(self.opening[:first.end])
+        self.offset = first.end
+        head = self.opening[:STREAM_HEADER.size] + self.renamed(first) + self.private
+        chunk, self.opening = self.opening[first.end:], None
+        return [head] + self.edit_rest(chunk)
+
+    def edit_rest(self, chunk: Chunk) -> List[Chunk]:
+        """The same, beyond the first command."""
         if self.path_check is not None:
             self.path_check.feed(chunk)
-        return self.edit_commands(*self.reader.feed(chunk))
+        return self.edit_blocks(self.reader.feed(chunk))
 
     def renamed(self, first: FirstCommand) -> bytes:
         changed = {A_PATH: os.fsencode(partial_name(self.expected.name))}
@@ -2014,32 +2256,61 @@ class IncomingStream:
             changed[A_CLONE_UUID] = parse_uuid(self.expected.base)
         return make_command(first.number, ((kind, changed.get(kind, data)) for kind, data in first.attributes))
 
+    def reopening(self, piece: str, onto: str) -> bytes:
+        """What begins a further piece: a snapshot of the piece with the received UUID `onto`.
+
+        It bears the stream's own UUID, by which clones within the stream find their source.
+        """
+        ctransid = struct.pack("<Q", self.ctransid)
+        return STREAM_HEADER.pack(STREAM_MAGIC, self.version) + make_command(SNAPSHOT, (
+            (A_PATH, os.fsencode(piece)), (A_UUID, parse_uuid(self.expected.uuid)), (A_CTRANSID, ctransid),
+            (A_CLONE_UUID, parse_uuid(onto)), (A_CLONE_CTRANSID, ctransid))) + self.private
+
     def check_clone(self, payload: bytes) -> None:
         sources = [format_uuid(data) for kind, data in parse_attributes(payload) if kind == A_CLONE_UUID]
         if self.expected.parent_uuid in sources:
             raise AmbiguousParent("the parent {} is not the only subvolume there that it could be taken for".format(
                 self.expected.parent_uuid), "delete what is no backup, or send in full with -I")
 
-    def edit_commands(self, data: Chunk, spans: Sequence[Tuple[int, int, int]]) -> List[Chunk]:
+    def edit_blocks(self, blocks: Sequence[Block]) -> List[Chunk]:
         pieces: List[Chunk] = []
-        passed, view = 0, memoryview(data)
+        for data, spans in blocks:
+            if self.ended:
+                raise BackupError("the stream goes on after its end")
+            pieces += self.edit_commands(memoryview(data), spans)
+        if self.ended and self.reader.carry:
+            raise BackupError("the stream goes on after its end")
+        return [piece for piece in pieces if len(piece)]
+
+    def edit_commands(self, view: memoryview, spans: Sequence[CommandSpan]) -> List[Chunk]:
+        pieces: List[Chunk] = []
+        passed, hashed, size = 0, 0, len(view)
         for start, end, command in spans:
             if command == END:
-                pieces += [view[passed:start], self.public, view[start:]]
-                self.ended, passed = True, len(data)
-                if end < len(data) or self.reader.carry:
+                if end < size:
                     raise BackupError("the stream goes on after its end")
-            elif command == CLONE:
+                self.ended, size = True, start
+                break
+            if command == CLONE:
                 self.check_clone(bytes(view[start + COMMAND_HEADER.size:end]))
-            elif command in (SUBVOL, SNAPSHOT):
+                continue
+            if command in (SUBVOL, SNAPSHOT):
                 raise BackupError("the stream holds a second subvolume")
-            elif ATTRIBUTE.unpack_from(data, start + 10) == (A_PATH, 0):  # the top folder
+            if command in (UTIMES, CHOWN):
+                self.held = None
+            elif command == SET_XATTR and self.held is None and CAPABILITY in bytes(view[start:end]):
+                self.hash.update(view[hashed:start])
+                self.held, hashed = self.point_at(self.offset + start), start
+            if command != UTIMES and end - start >= 14 and ATTRIBUTE.unpack_from(view, start + 10) == (A_PATH, 0):
+                # the top folder
                 kept = end if command == SET_XATTR else start
                 # an ACL opens the folder as chmod does
                 pieces += [view[passed:kept], self.private if command == SET_XATTR else b""]
                 passed = end
-        pieces.append(view[passed:])
-        return [piece for piece in pieces if len(piece)]
+        pieces.append(view[passed:size])
+        self.hash.update(view[hashed:size])
+        self.offset += size
+        return pieces
 
 
 class WatchedStream:
@@ -2066,10 +2337,12 @@ class WatchedStream:
         return held
 
     def follow(self, chunk: Chunk) -> None:
-        data, spans = self.reader.feed(chunk)
-        if (self.ended and len(chunk)) or any(end < len(data) or self.reader.carry for _, end, _ in spans):
+        over = self.ended and len(chunk) > 0
+        for data, spans in self.reader.feed(chunk):
+            over = over or self.ended or any(end < len(data) for _, end, _ in spans)
+            self.ended = self.ended or bool(spans)
+        if over or (self.ended and self.reader.carry):
             raise BackupError("the stream goes on after its end")
-        self.ended = self.ended or bool(spans)
 
 
 class SizeMeter:
@@ -2085,8 +2358,11 @@ class SizeMeter:
         self.ended = False
 
     def feed(self, chunk: bytes) -> None:
-        data, spans = self.reader.feed(chunk)
-        self.stream_size += len(data)
+        for data, spans in self.reader.feed(chunk):
+            self.stream_size += len(data)
+            self.count(data, spans)
+
+    def count(self, data: Chunk, spans: Sequence[CommandSpan]) -> None:
         for start, end, command in spans:
             if command == END:
                 self.ended = True
@@ -2576,6 +2852,7 @@ class LiveView:
 # Every stderr is drained, its tail kept. Never: a child left running when we are done with it.
 ########################################################################################################
 
+ENDING_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # sent by somebody, not by a fault
 PACKAGES = {"btrfs": "btrfs-progs (btrfsprogs on openSUSE)", "ssh": "openssh-client (openssh-clients on Fedora)",
             "xz": "xz-utils (xz on Fedora and openSUSE)", "gpg": "gnupg (gnupg2 on Fedora, gpg2 on openSUSE)"}
 ENDING_GRACE = 5.0  # seconds between asking a process to end and killing it
@@ -2658,7 +2935,10 @@ def program_error(doing: str, words: str, status: int) -> BackupError:
         cause = "killed by {}".format(signal.Signals(-status).name)
     else:
         cause = re.sub(r"^ERROR:\s*", "", lines[-1]) if lines else "exit status {}".format(status)
-    return BackupError("{}: {}".format(doing, cause), hint_for(words), "\n".join(lines) if len(lines) > 1 else "")
+    # a send may find its tree busy while the filesystem is balanced
+    transient = -status in ENDING_SIGNALS or "temporarily unavailable" in cause
+    return BackupError("{}: {}".format(doing, cause), hint_for(words), "\n".join(lines) if len(lines) > 1 else "",
+                       transient)
 
 
 def hint_for(words: str) -> str:
@@ -2696,6 +2976,56 @@ def end_group(process: "subprocess.Popen") -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+class HeldSignals:
+    """Keeps signals that ask to stop until they do no harm: a stream is torn where one falls between two steps."""
+
+    def __init__(self) -> None:
+        self.handlers: Dict[int, Any] = {}
+        self.caught: Optional[int] = None
+
+    def __enter__(self) -> "HeldSignals":
+        self.hold()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        handlers = dict(self.handlers)
+        self.let_go()
+        if self.caught is not None:
+            handlers[self.caught](self.caught, None)
+
+    def hold(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            handler = signal.getsignal(number)
+            if callable(handler) and threading.current_thread() is threading.main_thread():
+                self.handlers[number] = handler
+                signal.signal(number, self.note)
+
+    def let_go(self) -> None:
+        for number, handler in self.handlers.items():
+            if signal.getsignal(number) == self.note:  # else they are ignored by now
+                signal.signal(number, handler)
+        self.handlers.clear()
+
+    def note(self, number: int, _frame: Any) -> None:
+        self.caught = number
+
+    def look(self) -> None:
+        """Lets the signal in that has come."""
+        if self.caught is not None:
+            number, self.caught = self.caught, None
+            self.handlers[number](number, None)
+
+    @contextlib.contextmanager
+    def let_in(self) -> Iterator[None]:
+        """Where one waits, they come through."""
+        self.look()
+        self.let_go()
+        try:
+            yield
+        finally:
+            self.hold()
 
 
 class Stage:
@@ -2764,6 +3094,7 @@ def make_pipe() -> Tuple[int, int]:
 
 GET_SUBVOL_INFO = 0x81F8943C
 FS_INFO = 0x8400941F
+SET_RECEIVED_SUBVOL = 0xC0C89425
 TREE_SEARCH, TREE_SEARCH_SIZE, TREE_SEARCH_BUFFER = 0xD0009411, 4096, 104
 TREE_SEARCH_KEY = struct.Struct("<QQQQQQQIII")
 TREE_SEARCH_ITEM = struct.Struct("<QQQII")
@@ -2929,6 +3260,19 @@ def send_argv(path: str, parent: Optional[str], options: SendOptions) -> List[st
     return argv + (["-p", parent] if parent else []) + [path]
 
 
+def set_received_uuid(path: str, uuid: str) -> None:
+    """Stamps a writable subvolume, as `btrfs receive` does at its end (BTRFS_IOC_SET_RECEIVED_SUBVOL)."""
+    fd = open_folder(path)
+    try:
+        fcntl.ioctl(fd, SET_RECEIVED_SUBVOL, bytearray(parse_uuid(uuid).ljust(200, b"\0")))
+    finally:
+        os.close(fd)
+
+
+def make_readonly(path: str) -> None:
+    check(["btrfs", "property", "set", "-ts", path, "ro", "true"], "cannot make {} read-only".format(path))
+
+
 def receive_argv(folder: str, debug: bool, confined: bool) -> List[str]:
     """confined: by chroot to the folder, so that no clone source outside of it can be opened."""
     return ["btrfs", "receive"] + ["-vv"] * debug + ["--chroot"] * confined + [folder]
@@ -3015,6 +3359,7 @@ def parse_find_new(text: str) -> int:
 
 LOCK_FILE = ".outstanding_transfers"
 PIN_FILE = ".destinations.json"
+LARGEST_RECORD = 1 << 20  # bytes
 
 Pins = Dict[str, Dict[str, Pin]]  # {destination: {prefix: pin}}
 
@@ -3100,17 +3445,75 @@ def read_state_file(folder: str, name: str, parse: Callable[[str], Any]) -> Any:
         raise BackupError("{} is damaged or not ours, so nothing was changed".format(path), hint) from None
 
 
-def replace_state_file(folder: str, name: str, text: str) -> None:
-    path, aside = os.path.join(folder, name), os.path.join(folder, name + ".new")
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[Any]:
+    """A file that takes the place of the one at `path` when all is written."""
+    aside = path + ".new"
     try:
-        with open(aside, "w", encoding="utf-8", errors="surrogateescape") as state:
-            state.write(text + "\n")
-            state.flush()
-            os.fsync(state.fileno())
+        with open(aside, "w", encoding="utf-8", errors="surrogateescape") as file:
+            yield file
         os.rename(aside, path)
-        sync_folder(folder)
     except OSError as error:
         raise os_error("cannot write {}".format(path), error) from None
+
+
+def replace_state_file(folder: str, name: str, text: str) -> None:
+    """Replaces a file for good: after any crash it is the old or the new one."""
+    with replacing(os.path.join(folder, name)) as state:
+        state.write(text + "\n")
+        state.flush()
+        os.fsync(state.fileno())
+    try:
+        sync_folder(folder)
+    except OSError as error:
+        raise os_error("cannot write to {}".format(folder), error) from None
+
+
+def boot_id() -> str:
+    """What tells this boot of the machine from others."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def parse_record(text: str) -> Record:
+    """The record that `text` holds; an error of any kind for what is none."""
+    import json
+    fields = json.loads(text)
+    point = fields.pop("point")
+    marks = tuple(Mark(int(offset), str(sha256)) for offset, sha256 in point["marks"])
+    record = Record(**fields)._replace(point=ResumePoint(marks, int(point["file_data"])))
+    for uuid in (record.stream_id, record.private, record.parent_id, record.base):
+        if uuid is not None and len(parse_uuid(uuid)) != 16:
+            raise ValueError("not a UUID")
+    if list(marks) != sorted(set(marks)) or not all(type(n) is int for n in (record.version, record.ctransid)):
+        raise ValueError("not marks")
+    return record
+
+
+def format_record(record: Record) -> str:
+    import json
+    point = {"marks": [list(mark) for mark in record.point.marks], "file_data": record.point.file_data}
+    return json.dumps(dict(record._asdict(), point=point), indent=1, sort_keys=True)
+
+
+def read_record(folder: str, name: str) -> Optional[Record]:
+    """The record of snapshot `name`'s partial; None where there is none, or one that cannot be read as such."""
+    try:
+        fd = os.open(os.path.join(folder, record_name(name)), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        with open(fd, encoding="utf-8", errors="surrogateescape") as file:
+            record = parse_record(file.read(LARGEST_RECORD))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return record if record.name == name else None
+
+
+def remove_record(folder: str, name: str) -> None:
+    for path in (record_name(name), record_name(name) + ".new"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, path))
 
 
 def sync_folder(folder: str) -> None:
@@ -3567,6 +3970,14 @@ def pins_after_restore(pins: Pins, order: SwapOrder, stream_id: str) -> Pins:
 ########################################################################################################
 
 
+CHECKPOINT_DISTANCE = 256 << 20  # bytes of stream between checkpoints
+CUT_PATIENCE = 5.0  # seconds for a `btrfs receive` that is cut to take what it got
+SUSPEND_TIMEOUT = 120.0  # seconds to make a last checkpoint durable
+HOLDER_IDLE = 10.0  # seconds without a byte after which a writer of the same stream counts as abandoned
+HOLDER_PATIENCE = 90.0  # seconds for it to end
+SKIP_PATIENCE = 900.0  # seconds without a byte
+
+
 def socket_pair() -> Tuple[Any, Any]:
     """A pair for the output of `btrfs send`, which makes a pipe as small as its own 64 or 256 KiB."""
     import socket
@@ -3593,11 +4004,31 @@ class LocalSender:
         os.set_blocking(self.read_end, False)
         self.poll = select.poll()
         self.poll.register(self.read_end, select.POLLIN)
+        self.start = 0  # offset in the stream of the first byte that read() gives
+
+    def skip(self, resume: ResumePoint, on_progress: Callable[[int], None]) -> None:
+        """Reads up to where a partial goes on; StreamDiffers where that is not what it was received from."""
+        check, buffer = PrefixCheck(resume.marks), memoryview(bytearray(PIPE_SIZE))
+        last_moved = time.monotonic()
+        while check.left:
+            got = self.read(buffer[:min(PIPE_SIZE, check.left)])
+            if got:
+                check.feed(buffer[:got])
+                last_moved = time.monotonic()
+                on_progress(check.at)
+            elif got == 0:
+                self.finish(ENDING_GRACE)
+                raise StreamDiffers("the stream is shorter than what has arrived of it")
+            elif time.monotonic() - last_moved > SKIP_PATIENCE:
+                raise Stalled("btrfs send stalled: not a byte came for {}".format(format_duration(SKIP_PATIENCE)))
+            else:
+                self.wait_readable(0.1)
+        self.start = check.at
 
     def wait_readable(self, seconds: float) -> None:
         self.poll.poll(1000 * seconds)
 
-    def read(self, buffer: bytearray) -> Optional[int]:
+    def read(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
         """How many bytes came into `buffer`: None while there are none, 0 at the end."""
         try:
             return os.readv(self.read_end, [buffer])
@@ -3670,30 +4101,261 @@ def receiver_error(error: BackupError, expected: ExpectedStream) -> ReceiverFail
     if in_the_way and expected.base is not None and expected.base == expected.parent_uuid:
         return AmbiguousParent("the parent {} has empty folders where subvolumes were nested".format(expected.base),
                                "send in full with -I", error.detail)
-    return ReceiverFailed(error.message, error.hint, error.detail)
+    return ReceiverFailed(error.message, error.hint, error.detail, error.transient)
+
+
+class Background:
+    """Something that is done in a thread."""
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self.act, self.outcome, self.error = act, None, None  # type: Callable[[], Any], Any, Optional[BaseException]
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        try:
+            self.outcome = self.act()
+        except BaseException as error:
+            self.error = error
+
+    @property
+    def is_over(self) -> bool:
+        return not self.thread.is_alive()
+
+    def result(self) -> Any:
+        """Waits for what came out; raises what was raised."""
+        self.thread.join()
+        if self.error is not None:
+            raise self.error
+        return self.outcome
+
+    def outlast(self, seconds: float) -> None:
+        """Waits for the end even where a signal asks to stop meanwhile, which is raised afterwards."""
+        deadline, interruption = time.monotonic() + seconds, None  # type: float, Optional[Interrupted]
+        while not self.is_over and time.monotonic() < deadline:
+            try:
+                self.thread.join(max(0.0, deadline - time.monotonic()))
+            except Interrupted as signalled:
+                interruption = signalled
+        if interruption is not None:
+            raise interruption
+
+
+class PartialLock:
+    """The kernel's word that one process alone writes the partials of a snapshot in a folder.
+
+    The file holds the stream's id, and its mtime tells when something last came. A writer that is at work on
+    the same stream, but gets nothing any more, waits at the end of a dead connection: it is asked to end.
+    """
+
+    def __init__(self, folder: str, name: str, stream_id: str) -> None:
+        self.path, self.name, self.stream_id = os.path.join(folder, partial_lock_name(name)), name, stream_id
+        self.touched = 0.0
+        try:
+            self.fd = self.acquire()
+        except OSError as error:
+            raise os_error("cannot write {}".format(self.path), error) from None
+
+    def acquire(self) -> int:
+        deadline, asked = time.monotonic() + HOLDER_PATIENCE, 0
+        while True:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.lexists(self.path) and os.path.samestat(os.fstat(fd), os.lstat(self.path)):
+                    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells others our process id
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, self.stream_id.encode(), 0)
+                    taken, fd = fd, -1
+                    return taken
+            except BlockingIOError:
+                asked = self.ask_holder(fd, asked, deadline)
+                time.sleep(0.05)
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+
+    def ask_holder(self, fd: int, asked: int, deadline: float) -> int:
+        """Asks the process that holds the lock to end, where that is right; returns its id."""
+        idle = time.time() - os.fstat(fd).st_mtime
+        pid = lock_holder(fd)
+        if os.pread(fd, 100, 0).decode("ascii", "replace") not in ("", self.stream_id) or time.monotonic() > deadline:
+            raise ReceiverFailed("another run is writing {}".format(partial_name(self.name)), "wait for it")
+        if idle < HOLDER_IDLE or pid is None or pid == asked:
+            return asked
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGCONT)
+        return pid
+
+    def touch(self) -> None:
+        """Notes that something came."""
+        now = time.monotonic()
+        if now - self.touched > 2:
+            self.touched = now
+            os.utime(self.fd)
+
+    def release(self) -> None:
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+            os.close(self.fd)
+            self.fd = -1
+
+
+def remove_idle_lock(folder: str, name: str) -> None:
+    """Removes the lock file of a snapshot's partials that a crash left behind."""
+    path = os.path.join(folder, partial_lock_name(name))
+    with contextlib.suppress(FileNotFoundError, BlockingIOError):
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(path)
+        finally:
+            os.close(fd)
+
+
+def lock_holder(fd: int) -> Optional[int]:
+    """The id of the process that has a POSIX lock on a file; None where there is none that we can see."""
+    asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    kind, _, _, _, pid = struct.unpack("hhqqi", fcntl.fcntl(fd, fcntl.F_GETLK, asked)[:struct.calcsize("hhqqi")])
+    return pid if kind != fcntl.F_UNLCK and pid > 1 else None
+
+
+class Partial:
+    """The partial backup of one snapshot: its pieces, the record that vouches for one, and the lock on both."""
+
+    def __init__(self, folder: str, expected: ExpectedStream) -> None:
+        self.folder, self.expected, self.name = folder, expected, expected.name
+        self.lock = PartialLock(folder, self.name, expected.uuid)
+        self.record = Record(self.name, expected.uuid, expected.parent_uuid, expected.base, expected.compressed)
+        self.checkpoint: Optional[Subvolume] = None  # the piece that the record vouches for
+        self.finished: Optional[Subvolume] = None  # one that lacks nothing but its name
+        self.last_piece = 0
+
+    @property
+    def resume(self) -> Optional[ResumePoint]:
+        """Where the stream goes on; None where it begins."""
+        if self.finished is not None:
+            return self.record.point._replace(complete=True)
+        return self.record.point if self.checkpoint is not None else None
+
+    def open(self, take_up: bool) -> None:
+        """Finds what can be taken up, and deletes what cannot."""
+        found = read_subvolume(os.path.join(self.folder, self.name), self.name)
+        if found is not None and found.is_received and found.received_uuid == self.expected.uuid:
+            self.finished = found
+        elif os.path.lexists(os.path.join(self.folder, self.name)):
+            raise ReceiverFailed("{} exists at {}".format(self.name, self.folder))
+        pieces = [read_subvolume(os.path.join(self.folder, name), name) for name in os.listdir(self.folder)
+                  if partial_of(name) == self.name]
+        record = read_record(self.folder, self.name) if take_up else None
+        if record is not None and self.agrees(record):
+            for piece in vouched_pieces(record, [piece for piece in pieces if piece is not None]):
+                if piece.name == record.piece:
+                    self.checkpoint, self.record = piece, record
+                elif self.finished is None and record.boot == boot_id() and record.boot:
+                    self.finished, self.record = piece, record
+        for doomed in pieces:
+            if doomed is not None and doomed not in (self.checkpoint, self.finished):
+                self.delete(doomed)
+        if self.checkpoint is None and self.finished is None:
+            remove_record(self.folder, self.name)
+        else:
+            self.last_piece = max(piece_of(p.name) for p in (self.checkpoint, self.finished) if p is not None)
+
+    def agrees(self, record: Record) -> bool:
+        """Whether a record is of the stream that is expected."""
+        mine = self.record
+        return ((record.stream_id, record.parent_id, record.base, record.compressed)
+                == (mine.stream_id, mine.parent_id, mine.base, mine.compressed))
+
+    def delete(self, piece: Subvolume) -> None:
+        path = os.path.join(self.folder, piece.name)
+        check(["btrfs", "subvolume", "delete", path], "cannot delete {}".format(path))
+
+    def next_piece(self) -> str:
+        self.last_piece += 1
+        return partial_name(self.name, self.last_piece)
+
+    def look_at(self, piece: str) -> Subvolume:
+        """A piece as `btrfs receive` left it, on the parent that it must have."""
+        found = read_subvolume(os.path.join(self.folder, piece), piece)
+        if found is None:
+            raise ReceiverFailed("btrfs receive left no {}".format(piece))
+        base = self.checkpoint.uuid if self.checkpoint is not None else self.expected.base
+        if found.parent_uuid != base:
+            raise ReceiverFailed("{} was received on another parent (UUID {}) than planned (UUID {})".format(
+                piece, found.parent_uuid, base), "-I sends in full")
+        return found
+
+    def keep(self, piece: str, stream: IncomingStream, point: ResumePoint) -> None:
+        """Makes a piece that was cut at `point` one to go on from, also after a power failure."""
+        path, before, private = os.path.join(self.folder, piece), self.checkpoint, format_uuid(os.urandom(16))
+        if self.look_at(piece).readonly or private is None:
+            raise ReceiverFailed("{} is not as it was left".format(piece))
+        try:
+            set_received_uuid(path, private)
+        except OSError as error:
+            raise os_error("cannot keep {}".format(path), error) from None
+        make_readonly(path)
+        sync_filesystem(self.folder)
+        self.record = self.record._replace(piece=piece, private=private, point=point, version=stream.version,
+                                           ctransid=stream.ctransid)
+        replace_state_file(self.folder, record_name(self.name), format_record(self.record))
+        self.checkpoint = read_subvolume(path, piece)
+        if before is not None:
+            self.delete(before)
+
+    def note_finished(self, piece: str) -> Subvolume:
+        """Notes that a piece has all but its name, which holds until the next boot; then makes it durable."""
+        found = self.look_at(piece)
+        if not found.readonly or found.received_uuid != self.expected.uuid:
+            raise ReceiverFailed("btrfs receive left {} incomplete though it reported success".format(piece))
+        record = self.record._replace(finished=piece, boot=boot_id())
+        with replacing(os.path.join(self.folder, record_name(self.name))) as file:
+            file.write(format_record(record))
+        sync_filesystem(self.folder)
+        return found
+
+    def give_name(self, backup: Subvolume) -> Subvolume:
+        """The backup under its final name, and nothing beside it."""
+        path = os.path.join(self.folder, self.name)
+        try:
+            if backup.name != self.name:
+                if os.path.lexists(path):
+                    raise ReceiverFailed("{} has appeared meanwhile".format(path))
+                os.rename(os.path.join(self.folder, backup.name), path)
+            sync_folder(self.folder)
+            if self.checkpoint is not None:
+                self.delete(self.checkpoint)
+            remove_record(self.folder, self.name)
+        except OSError as error:
+            raise os_error("cannot rename {}".format(backup.name), error) from None
+        return backup._replace(name=self.name)
 
 
 class LocalReceiver:
-    """`btrfs receive` and its pipe: takes a stream, leaves a complete backup or a partial one."""
+    """`btrfs receive` and its pipe: takes a stream, leaves a complete backup or a partial to go on from."""
 
     program = "btrfs receive"
 
-    def __init__(self, folder: str, expected: ExpectedStream, sole_parent: bool, argv: Sequence[str],
+    def __init__(self, argv: Sequence[str], stream: IncomingStream, partial: Partial, in_pieces: bool,
                  confinement: Optional[Confinement] = None) -> None:
-        self.folder, self.expected, self.confinement = folder, expected, confinement
-        self.stream = IncomingStream(expected, sole_parent, confinement is None)
-        self.queue: "collections.deque[memoryview]" = collections.deque()  # an empty piece ends a chunk
+        self.argv, self.stream, self.partial, self.in_pieces = argv, stream, partial, in_pieces
+        self.confinement = confinement
+        self.resume = partial.resume
+        # an empty piece ends a chunk, a place in the stream asks for a checkpoint there
+        self.queue: "collections.deque[Union[memoryview, ResumePoint]]" = collections.deque()
         self.pending = 0  # chunks not wholly written
-        read_end, write_end = make_pipe()
-        self.write_end = write_end  # -1 once closed
-        try:
-            self.stage = Stage(argv, read_end, subprocess.DEVNULL, prepare=confinement.enter if confinement else None)
-        except BackupError:
-            os.close(write_end)
-            raise
-        finally:
-            os.close(read_end)
-        os.set_blocking(write_end, False)
+        self.stage: Optional[Stage] = None  # started with the first byte
+        self.write_end = -1  # while there is a pipe
+        self.piece = ""
+        self.last_cut = stream.offset
+        self.work: Optional[Background] = None  # a checkpoint
+        self.completing: Optional[Background] = None
+        self.received = threading.Event()  # while completing: `btrfs receive` has ended
+        self.failed = self.is_over = False
 
     @property
     def file_data(self) -> int:
@@ -3703,87 +4365,220 @@ class LocalReceiver:
     def count_file_data(self) -> None:
         """Nothing: it is counted anyway."""
 
+    # -- the stream
+
     def offer(self, chunk: memoryview) -> None:
         """Takes a chunk, whose memory must not change before `pending` has gone down."""
-        self.queue.extend(memoryview(piece) for piece in self.stream.edit(chunk))
+        try:
+            self.queue.extend(memoryview(piece) for piece in self.stream.edit(chunk))
+        except BackupError:
+            self.failed = True
+            raise
+        stream = self.stream
+        is_far = stream.offset - self.last_cut >= CHECKPOINT_DISTANCE
+        if self.in_pieces and is_far and stream.held is None and not stream.ended:
+            self.queue.append(stream.point)
+            self.last_cut = stream.offset
         self.queue.append(memoryview(b""))
         self.pending += 1
 
     def pump(self) -> int:
         """Writes what the pipe has room for; returns how many bytes that were."""
+        if self.completing is not None or not self.end_work():
+            return 0
         moved = 0
         try:
-            while self.queue:
-                piece = self.queue[0]
-                written = os.write(self.write_end, piece) if len(piece) else 0
-                moved += written
-                if written < len(piece):
-                    self.queue[0] = piece[written:]
-                else:
-                    self.queue.popleft()
-                    self.pending -= not len(piece)
+            while self.queue and self.work is None:
+                moved += self.write_some(self.queue.popleft())
         except BlockingIOError:
             pass
         except BrokenPipeError:
             raise self.failure() from None
+        if moved:
+            self.partial.lock.touch()
         return moved
+
+    def write_some(self, piece: Union[memoryview, ResumePoint]) -> int:
+        """Writes what goes of the piece that was taken from the queue; BlockingIOError where nothing does."""
+        if isinstance(piece, ResumePoint):
+            self.work = Background(functools.partial(self.cut, piece, float("inf")))
+            return 0
+        if not len(piece):
+            self.pending -= 1
+            return 0
+        if self.stage is None:
+            self.queue.appendleft(piece)
+            self.begin_piece()
+            return 0
+        written = 0
+        try:
+            written = os.write(self.write_end, piece)
+        finally:
+            if written < len(piece):
+                self.queue.appendleft(piece[written:])
+        return written
+
+    def begin_piece(self) -> None:
+        self.piece, checkpoint = self.partial.next_piece(), self.partial.checkpoint
+        if checkpoint is not None and checkpoint.received_uuid is not None:
+            self.queue.appendleft(memoryview(self.stream.reopening(self.piece, checkpoint.received_uuid)))
+        read_end, self.write_end = make_pipe()
+        try:
+            self.stage = Stage(self.argv, read_end, subprocess.DEVNULL,
+                               prepare=self.confinement.enter if self.confinement else None)
+        except BackupError:
+            self.failed = True
+            raise
+        finally:
+            os.close(read_end)
+        os.set_blocking(self.write_end, False)
+
+    def end_work(self) -> bool:
+        """Whether what is done beside is over, and went well."""
+        if self.work is None or not self.work.is_over:
+            return self.work is None
+        work, self.work = self.work, None
+        try:
+            work.result()
+        except BaseException:
+            self.failed = True
+            raise
+        return True
 
     def failure(self) -> BackupError:
         """Why `btrfs receive` ended early."""
+        self.failed = True
         try:
-            self.stage.wait(ENDING_GRACE)
+            if self.stage is not None:
+                self.stage.wait(ENDING_GRACE)
         except BackupError as error:
-            return receiver_error(error, self.expected)
+            return self.explained(error)
         return ReceiverFailed("btrfs receive ended before the stream did")
 
+    def explained(self, error: BackupError) -> BackupError:
+        """The same as the receiver's error: NoPieces where `btrfs receive` did not find the last piece."""
+        is_lost = any(sign in error.message + error.detail
+                      for sign in ("cannot find parent", "remount this btrfs", "reachable from inside"))
+        if is_lost and self.partial.checkpoint is not None:
+            return NoPieces(error.message, error.hint, error.detail)
+        return receiver_error(error, self.partial.expected)
+
     def check_alive(self) -> None:
-        if self.stage.has_ended():
+        if self.work is None and self.completing is None and self.stage is not None and self.stage.has_ended():
             raise self.failure()
+
+    # -- checkpoints
+
+    def cut(self, point: ResumePoint, patience: float) -> None:
+        """Ends `btrfs receive` where it is, and keeps what it has made."""
+        stage = self.stage
+        if stage is None:
+            return
+        self.close_write_end()
+        try:
+            stage.wait(patience)
+            raise ReceiverFailed("btrfs receive took a cut stream for a whole one")
+        except BackupError as error:
+            if "unexpected EOF in stream" not in error.message + error.detail:
+                raise self.explained(error) from None
+        stage.end()
+        self.partial.keep(self.piece, self.stream, point)
+        self.stage, self.piece = None, ""
+
+    def suspend(self) -> None:
+        """Keeps for later what has arrived, as far as that goes without much waiting."""
+        if self.failed or not self.in_pieces:
+            return
+        if self.completing is not None:
+            self.wait_for(self.completing)
+        elif self.work is not None:
+            self.wait_for(self.work)
+            if not self.work.is_over or self.work.error is not None:
+                return
+            self.work = None
+        if self.completing is None and (self.stage is not None or self.queue):
+            self.work = Background(self.flush_and_cut)
+            self.wait_for(self.work)
+
+    def wait_for(self, work: Background) -> None:
+        """Waits long for a sync, but not for a `btrfs receive` that does not end."""
+        work.outlast(CUT_PATIENCE)
+        if self.stage is None or self.stage.has_ended():
+            work.outlast(SUSPEND_TIMEOUT)
+
+    def flush_and_cut(self) -> None:
+        self.queue = collections.deque(piece for piece in self.queue if not isinstance(piece, ResumePoint))
+        while self.queue:
+            try:
+                self.write_some(self.queue.popleft())
+            except BlockingIOError:
+                poll = select.poll()
+                poll.register(self.write_end, select.POLLOUT)
+                if not poll.poll(1000 * CUT_PATIENCE):
+                    return
+        self.cut(self.stream.point, CUT_PATIENCE)
+
+    # -- the end
+
+    def close_pipe(self) -> None:
+        """Nothing more will come: what is left to do can be done while others are waited for."""
+        if self.completing is None and (self.stream.ended or self.partial.finished is not None):
+            if self.stage is None and self.partial.finished is None:
+                self.begin_piece()
+            self.completing = Background(self.complete)
+
+    def complete(self) -> Subvolume:
+        """The backup, durable, but for its name."""
+        finished, stage = self.partial.finished, self.stage
+        if finished is not None or stage is None:
+            self.received.set()
+            sync_filesystem(self.partial.folder)
+            return finished  # type: ignore[return-value]
+        try:
+            os.set_blocking(self.write_end, True)
+            for piece in list(self.queue) + [self.stream.closing]:
+                while not isinstance(piece, ResumePoint) and len(piece):
+                    piece = memoryview(piece)[os.write(self.write_end, piece):]
+            self.close_write_end()
+            stage.wait(float("inf"))
+        except BrokenPipeError:
+            raise self.failure() from None
+        except BackupError as error:
+            raise self.explained(error) from None
+        finally:
+            self.received.set()
+        return self.partial.note_finished(self.piece)
 
     def finish(self, timeout: float) -> Subvolume:
         """The complete backup under its final name."""
-        if not self.stream.ended:
+        if not self.stream.ended and self.partial.finished is None:
             raise BackupError("the stream ended before its end command")
         self.close_pipe()
-        try:
-            self.stage.wait(timeout)
-        except BackupError as error:
-            raise receiver_error(error, self.expected) from None
-        backup = self.check_result()
-        sync_filesystem(self.folder)
-        return self.give_name(backup)
+        if self.completing is None or not self.received.wait(None if timeout == float("inf") else timeout):
+            self.failed = True
+            raise Stalled("btrfs receive stalled: it did not end within {}".format(format_duration(timeout)))
+        backup = self.partial.give_name(self.completing.result())
+        self.is_over = True
+        return backup
 
-    def check_result(self) -> Subvolume:
-        name = partial_name(self.expected.name)
-        found = read_subvolume(os.path.join(self.folder, name), name)
-        if found is None or not found.readonly or found.received_uuid != self.expected.uuid:
-            raise ReceiverFailed("btrfs receive left {} incomplete though it reported success".format(name))
-        if found.parent_uuid != self.expected.base:
-            raise ReceiverFailed("{} was received on another parent (UUID {}) than planned (UUID {})".format(
-                name, found.parent_uuid, self.expected.base), "-I sends in full")
-        return found
-
-    def give_name(self, backup: Subvolume) -> Subvolume:
-        path = os.path.join(self.folder, self.expected.name)
-        if os.path.lexists(path):
-            raise ReceiverFailed("{} has appeared meanwhile".format(path))
-        try:
-            os.rename(os.path.join(self.folder, backup.name), path)
-            sync_folder(self.folder)
-        except OSError as error:
-            raise os_error("cannot rename {}".format(backup.name), error) from None
-        return backup._replace(name=self.expected.name)
-
-    def close_pipe(self) -> None:
+    def close_write_end(self) -> None:
         if self.write_end >= 0:
             os.close(self.write_end)
             self.write_end = -1
 
     def end(self) -> None:
-        self.close_pipe()
-        self.stage.end()
-        if self.confinement is not None:
-            self.confinement.end()
+        """Ends everything; what has arrived stays as a checkpoint where that is possible."""
+        try:
+            if not self.is_over:
+                self.is_over = True
+                self.suspend()
+        finally:
+            self.close_write_end()
+            if self.stage is not None:
+                self.stage.end()
+            self.partial.lock.release()
+            if self.confinement is not None:
+                self.confinement.end()
 
 
 Receiver = Any  # a LocalReceiver, or what has its methods
@@ -3971,7 +4766,7 @@ class Pipeline:
             self.finish(ENDING_GRACE)
             raise BackupError("{} ended before its input did".format(self.stages[0].program)) from None
 
-    def read(self, buffer: bytearray) -> Optional[int]:
+    def read(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
         """How many bytes came into `buffer`: None while there are none, 0 at the end."""
         try:
             return os.readv(self.read_end, [buffer])
@@ -3988,7 +4783,7 @@ class Pipeline:
 
     def finish(self, timeout: float) -> None:
         """Waits for all; raises what the first that failed says, but for the SIGPIPE that another's failure brings."""
-        errors = []
+        errors: List[Tuple[bool, int, BackupError]] = []
         for stage in self.stages:
             try:
                 stage.wait(timeout)
@@ -4057,6 +4852,8 @@ class ShellReceiver:
     """A command that takes one stream."""
 
     program = "the command"
+
+    resume: Optional[ResumePoint] = None  # nobody knows what a command has kept
 
     def __init__(self, command: str, expected: ExpectedStream, source: str) -> None:
         self.stream = WatchedStream(expected)
@@ -4160,7 +4957,7 @@ class ShellPlace:
     def delete(self, _: str, doomed: Sequence[Subvolume], __: bool) -> List[BackupError]:
         return [BackupError("{} cannot be deleted at a command".format(s.name)) for s in doomed]
 
-    def open_receive(self, command: str, expected: ExpectedStream, _: bool) -> ShellReceiver:
+    def open_receive(self, command: str, expected: ExpectedStream, _: bool, __: str) -> ShellReceiver:
         return ShellReceiver(command, expected, self.source)
 
 
@@ -4539,7 +5336,7 @@ class FileSource:
     def wait_readable(self, seconds: float) -> None:
         """A file can always be read."""
 
-    def read(self, buffer: bytearray) -> Optional[int]:
+    def read(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
         try:
             return os.readv(self.fd, [buffer])
         except OSError as error:
@@ -4967,8 +5764,24 @@ def find_mount(folder: str) -> str:
     return folder
 
 
+class SkipReport:
+    """Tells every few seconds how far the skipping of a stream's beginning has come."""
+
+    def __init__(self, events: Events, name: str, offset: int) -> None:
+        self.events, self.name, self.offset, self.told = events, name, offset, time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        if time.monotonic() - self.told > 5:
+            self.told = time.monotonic()
+            self.events.debug("skipping", "reading {} again: {} of {} that have arrived".format(
+                self.name, format_size(done), format_size(self.offset)), snapshot=self.name)
+
+
 class LocalHost:
     """This machine. Paths are real paths; names are names in a folder."""
+
+    machine = ""
+    skips = True  # open_send can begin in the middle
 
     def __init__(self, events: Events, confined: bool = False) -> None:
         """confined: `btrfs receive` sees nothing outside of its folder."""
@@ -5027,7 +5840,9 @@ class LocalHost:
                     subvolumes.append(subvolume)
         except OSError as error:
             raise os_error("cannot list {}".format(folder), error) from None
-        return Listing(tuple(subvolumes), frozenset(others))
+        ours = sorted(name for name in map(snapshot_of_record, others) if name)
+        found = (read_record(folder, name) for name in ours)
+        return Listing(tuple(subvolumes), frozenset(others), records=tuple(r for r in found if r is not None))
 
     def facts(self) -> HostFacts:
         return read_facts()
@@ -5081,7 +5896,7 @@ class LocalHost:
 
     def delete(self, folder: str, doomed: Sequence[Subvolume], convert_rw: bool) -> List[BackupError]:
         """Deletes subvolumes of `folder` that still are what they were planned as; an error for each not gone."""
-        errors = []
+        errors: List[BackupError] = []
         for subvolume in doomed:
             path = os.path.join(folder, subvolume.name)
             try:
@@ -5093,6 +5908,7 @@ class LocalHost:
                 self.command(["btrfs", "subvolume", "delete", path], "cannot delete {}".format(path))
             except BackupError as error:
                 errors.append(error)
+        errors += self.forget_partials(folder, [partial_of(s.name) or "" for s in doomed if partial_of(s.name)])
         if doomed:
             self.command(["btrfs", "filesystem", "sync", folder], "cannot sync {}".format(folder))
         return errors
@@ -5107,6 +5923,16 @@ class LocalHost:
         names = [name for name in os.listdir(folder) if partial_of(name) is not None]
         changed = {name: subvolume_changed(os.path.join(folder, name)) for name in names}
         return {name: time.time() - moment for name, moment in changed.items() if moment is not None}
+
+    def forget_partials(self, folder: str, names: Sequence[str]) -> List[BackupError]:
+        """Removes the records of those snapshots that have no partial left."""
+        try:
+            for name in set(names) - {partial_of(left) for left in os.listdir(folder)} if names else ():
+                remove_record(folder, name)
+                remove_idle_lock(folder, name)
+        except OSError as error:
+            return [os_error("cannot delete records in {}".format(folder), error)]
+        return []
 
     def make_writable(self, path: str) -> None:
         argv = ["btrfs", "property", "set", "-ts", path, "ro", "false"]
@@ -5158,10 +5984,19 @@ class LocalHost:
                               top.st_uid, top.st_gid, stat.S_IMODE(top.st_mode), None,
                               parent.name if parent else None, snapshot.otime)
 
-    def open_send(self, folder: str, name: str, parent: Optional[str], options: SendOptions) -> LocalSender:
+    def open_send(self, folder: str, name: str, parent: Optional[str], options: SendOptions,
+                  resume: Optional[ResumePoint] = None) -> LocalSender:
+        """A sender, whose stream begins where a partial goes on; StreamDiffers where that does not fit."""
         argv = send_argv(os.path.join(folder, name), os.path.join(folder, parent) if parent else None, options)
         self.events.debug("command", "starting {}".format(" ".join(argv)))
-        return LocalSender(argv)
+        sender = LocalSender(argv)
+        if resume is not None:
+            try:
+                sender.skip(resume, SkipReport(self.events, name, resume.offset))
+            except BaseException:
+                sender.end()
+                raise
+        return sender
 
     def measure_send(self, folder: str, name: str, parent: Optional[str]) -> Measuring:
         return Measuring(send_argv(os.path.join(folder, name), os.path.join(folder, parent) if parent else None,
@@ -5181,14 +6016,38 @@ class LocalHost:
         return parse_find_new(self.command(["btrfs", "subvolume", "find-new", path, str(generation)],
                                            "cannot look for changes in {}".format(path)))
 
-    def open_receive(self, folder: str, expected: ExpectedStream, debug: bool) -> LocalReceiver:
-        if os.path.lexists(os.path.join(folder, expected.name)):
-            raise ReceiverFailed("{} exists at {}".format(expected.name, folder))
-        confinement = Confinement(os.path.realpath(folder)) if self.confined else None
-        argv = receive_argv(confinement.path if confinement else folder, debug, self.confined)
-        self.events.debug("command", "starting {}".format(" ".join(argv)))
-        sole = expected.base is None or is_sole_received(folder, expected.parent_uuid or "", expected.base)
-        return LocalReceiver(folder, expected, sole, argv, confinement)
+    def open_receive(self, folder: str, expected: ExpectedStream, debug: bool, begin: str) -> LocalReceiver:
+        """A receiver. begin: "take up" what there is; "anew"; "in one piece", without checkpoints."""
+        partial = Partial(folder, expected)
+        try:
+            partial.open(take_up=begin == "take up")
+            sole = expected.base is None or is_sole_received(folder, expected.parent_uuid or "", expected.base)
+            stream = IncomingStream(expected, sole, not self.confined, partial.resume or BEGINNING)
+            stream.version, stream.ctransid = partial.record.version, partial.record.ctransid
+            confinement = Confinement(os.path.realpath(folder)) if self.confined else None
+            argv = receive_argv(confinement.path if confinement else folder, debug, self.confined)
+            self.events.debug("command", "starting {}".format(" ".join(argv)))
+            return LocalReceiver(argv, stream, partial, begin != "in one piece", confinement)
+        except OSError as error:
+            partial.lock.release()
+            raise os_error("cannot receive in {}".format(folder), error) from None
+        except BaseException:
+            partial.lock.release()
+            raise
+
+    def settle_partials(self, folder: str, names: Dict[str, str]) -> List[str]:
+        """Has writers of partials that wait at the end of a dead connection end; the names that are being written.
+
+        names: the stream id of each snapshot.
+        """
+        busy = []
+        for name, stream_id in names.items():
+            if os.path.lexists(os.path.join(folder, partial_lock_name(name))):
+                try:
+                    PartialLock(folder, name, stream_id).release()
+                except BackupError:
+                    busy.append(name)
+        return busy
 
     def find_base(self, folder: str, ids: Sequence[str]) -> Optional[Tuple[str, Subvolume]]:
         """The first of `ids` that a read-only subvolume on the filesystem of `folder` has, and that subvolume.
@@ -5350,6 +6209,7 @@ class RawReceiver:
     """Takes a stream into a stream file."""
 
     program = "the stream file"
+    resume: Optional[ResumePoint] = None  # stream files are written in one go
 
     def __init__(self, host: LocalHost, folder: str, expected: ExpectedStream, steps: Sequence[str],
                  source: str) -> None:
@@ -5623,7 +6483,7 @@ class RawPlace:
         """Protocol 1: whoever restores may have an older btrfs."""
         return Capabilities(False, False, ())
 
-    def open_receive(self, folder: str, expected: ExpectedStream, _: bool) -> RawReceiver:
+    def open_receive(self, folder: str, expected: ExpectedStream, _: bool, __: str) -> RawReceiver:
         return RawReceiver(self.host, folder, expected, self.steps, self.source)
 
     def expected_stream(self, folder: str, snapshot: Subvolume, parent: Optional[Subvolume]) -> ExpectedStream:
@@ -5656,114 +6516,375 @@ class RawPlace:
 # dropped, the others go on. Never: a lane finished before the sender exited 0.
 ########################################################################################################
 
-BUFFERS = 4  # of PIPE_SIZE: how far the fastest lane may be ahead of the slowest
+READ_SIZE = PIPE_SIZE
+LANE_CHUNKS = 4  # of READ_SIZE at most: what a lane holds that it has not written yet
+SMALL_WINDOW, WINDOW, HISTORY = 8 << 20, 32 << 20, 16 << 20  # bytes
 LITTLE = 64 << 10  # bytes: after less than this at once a nap lets more come together
-NAP, FULL_NAP = 0.002, 0.0005  # seconds, in which the ends neither run dry nor full
+NAP, FULL_NAP, LONGEST_NAP = 0.002, 0.0005, 0.016  # seconds, in which the ends neither run dry nor full
 IDLE_NAP = 0.1  # seconds
 PROGRESS_INTERVAL = 0.2  # seconds
+SLOW_PATIENCE = 5.0  # seconds that others wait for a lane which has less than a quarter of their speed
+FINISH_PATIENCE = 1.0  # seconds that a lane which has everything waits for others, as all can finish at once
+LEAVING_TIMEOUT = 150.0  # seconds for the checkpoint of a lane that has left
+
+
+class Figures(NamedTuple):
+    """What went to one receiver: bytes, bytes of these that had been sent before, how often it was taken up."""
+
+    sent: int = 0
+    again: int = 0
+    taken_up: int = 0
+
+    def plus(self, other: "Figures") -> "Figures":
+        return Figures(self.sent + other.sent, self.again + other.again, self.taken_up + other.taken_up)
 
 
 class Relayed(NamedTuple):
-    """How a relay ended: bytes and seconds, and per lane its backup or its error."""
+    """How a relay ended: bytes and seconds, and per lane its backup or its error, and its figures.
+
+    postponed: lanes that a stream of their own has to serve, and why. source_error: the sender's, if it failed.
+    """
 
     size: int
     seconds: float
     backups: Dict[str, Subvolume]
     errors: Dict[str, BackupError]
+    postponed: Dict[str, str]
+    figures: Dict[str, Figures]
+    source_error: Optional[BackupError] = None
+
+
+class Manner(NamedTuple):
+    """How a relay treats its lanes.
+
+    limit: bytes a second for each. reopen: what opens a lane's receiver again, after how many seconds, when it
+    broke with an error; None gives it up. on_lane: told offset in the stream and bytes of file contents of each.
+    """
+
+    limit: float = 0.0
+    reopen: Optional[Callable[[str, BackupError, int], Optional[Tuple[float, Callable[[], Receiver]]]]] = None
+    on_lane: Callable[[str, int, int], None] = lambda key, position, file_data: None
+
+
+PLAIN = Manner()
+
+
+class Window:
+    """The last bytes of a stream, in memory that goes round."""
+
+    def __init__(self, begun: int, size: int) -> None:
+        self.begun = self.end = begun  # offsets in the stream
+        self.memory = bytearray(size)
+
+    @property
+    def start(self) -> int:
+        return max(self.begun, self.end - len(self.memory))
+
+    def room(self, needed: int) -> Optional[memoryview]:
+        """Where the next bytes can be read to; None where that would cost bytes from offset `needed` on."""
+        at = (self.end - self.begun) % len(self.memory)
+        size = min(READ_SIZE, len(self.memory) - at)
+        return memoryview(self.memory)[at:at + size] if self.end + size - len(self.memory) <= needed else None
+
+    def view(self, offset: int, most: int) -> memoryview:
+        """Bytes from `offset` on, as they lie in one piece."""
+        at = (offset - self.begun) % len(self.memory)
+        return memoryview(self.memory)[at:at + min(most, self.end - offset, len(self.memory) - at)]
+
+    def renew(self) -> None:
+        """Leaves the memory to whom still reads from it, and goes on in a copy."""
+        self.memory = bytearray(self.memory)
+
+
+class Pace:
+    """Lets at most `limit` bytes a second pass, of which those of a tenth of a second may come at once."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self.left, self.last = limit, 0.0, time.monotonic()
+
+    def allowed(self) -> int:
+        """How many bytes may pass now."""
+        if not self.limit:
+            return READ_SIZE
+        now = time.monotonic()
+        self.left = min(self.left + (now - self.last) * self.limit, max(self.limit / 10, 4096.0))
+        self.last = now
+        return min(READ_SIZE, int(self.left))
+
+
+class Lane:
+    """One receiver's way through a relay. `position`: offset in the stream of what it gets next."""
+
+    def __init__(self, receiver: Receiver, start: int, limit: float) -> None:
+        self.receiver: Optional[Receiver] = receiver
+        self.reopening: Optional[Background] = None  # while there is no receiver
+        self.check: Optional[PrefixCheck] = None  # of what is skipped
+        self.pace = Pace(limit)
+        self.figures = Figures()
+        self.waited = 0.0  # seconds that others waited for it, less what they did not
+        self.position = self.begun = start
+        resume = getattr(receiver, "resume", None)
+        if resume is not None and resume.offset != start:
+            self.check = PrefixCheck(resume.marks)
+        if resume is not None and resume.offset:
+            self.figures = Figures(taken_up=1)
+
+    def give(self, chunk: memoryview) -> None:
+        """Takes the next bytes of the stream."""
+        if self.check is None:
+            self.receiver.offer(chunk)  # type: ignore[union-attr]
+            self.figures = self.figures._replace(sent=self.figures.sent + len(chunk))
+            self.pace.left -= len(chunk)
+        else:
+            self.check.feed(chunk)
+            self.check = self.check if self.check.left else None
+        self.position += len(chunk)
+
+    def share(self) -> int:
+        """How many bytes it may be given now."""
+        if self.check is not None:
+            return min(READ_SIZE, self.check.left)
+        return self.pace.allowed() if self.receiver.pending < LANE_CHUNKS else 0  # type: ignore[union-attr]
+
+    def is_drained(self, end: int) -> bool:
+        return self.receiver is not None and self.position == end and not (self.check or self.receiver.pending)
 
 
 class Relay:
     """Moves one stream from a sender to the receivers in `lanes` (destination id to receiver)."""
 
     def __init__(self, sender: Any, lanes: Dict[str, Receiver], stall_timeout: float,
-                 on_progress: Callable[[int, int], None]) -> None:
-        self.sender, self.lanes, self.stall_timeout, self.on_progress = sender, dict(lanes), stall_timeout, on_progress
-        self.errors: Dict[str, BackupError] = {}
-        self.size = 0
-        self.begun = self.last_moved = self.last_look = time.monotonic()
+                 on_progress: Callable[[int, int], None], manner: Manner = PLAIN) -> None:
+        self.sender, self.stall_timeout, self.on_progress, self.manner = sender, stall_timeout, on_progress, manner
+        start = getattr(sender, "start", 0)
+        self.lanes = {key: Lane(receiver, start, manner.limit) for key, receiver in lanes.items()}
+        self.history = HISTORY if manner.reopen else LANE_CHUNKS * READ_SIZE
+        self.window = Window(start, WINDOW if manner.reopen else SMALL_WINDOW)
+        self.result = Relayed(0, 0.0, {}, {}, {}, {})
+        self.signals = HeldSignals()
+        self.leaving: List[Background] = []
+        self.stopped = threading.Event()
+        self.ended = False  # the sender, and well
+        self.naps = 0
+        self.begun = self.last_moved = self.last_look = self.last_undrained = time.monotonic()
 
     def run(self) -> Relayed:
-        """The relay from first byte to named backups. BackupError where the sender failed; lanes end in any case."""
-        everyone = list(self.lanes.values())
+        """The relay from first byte to named backups. All lanes have ended then; an error of the sender is theirs."""
         try:
-            self.move_all()
-            if self.lanes:
-                self.sender.finish(self.stall_timeout)
-            backups = self.finish_lanes()
+            with self.signals:
+                self.move_all()
+        except BackupError as error:
+            self.result = self.result._replace(source_error=error)
+            for key in list(self.lanes):
+                self.leave(key, error)
         finally:
-            for receiver in everyone:
-                receiver.end()
-            self.sender.end()
-        return Relayed(self.size, time.monotonic() - self.begun, backups, self.errors)
+            self.stopped.set()
+            self.leaving += [Background(functools.partial(self.end_lane, lane)) for lane in self.lanes.values()]
+            self.leaving.append(Background(self.sender.end))
+            outlast_all(self.leaving, LEAVING_TIMEOUT)
+        return self.result._replace(size=self.window.end - self.window.begun, seconds=time.monotonic() - self.begun)
 
     def move_all(self) -> None:
-        buffers = [bytearray(PIPE_SIZE) for _ in range(BUFFERS)]
-        got, next_buffer = None, 0  # type: Optional[int], int
-        while self.lanes and (got != 0 or self.waiting()):
-            full = got == 0 or self.waiting() >= BUFFERS
-            if not full:
-                got = self.sender.read(buffers[next_buffer])
-            if got and not full:
-                self.spread(memoryview(buffers[next_buffer])[:got])
-                next_buffer = (next_buffer + 1) % BUFFERS
-            moved = self.each_lane(lambda receiver: receiver.pump())
+        while self.lanes:
+            self.signals.look()
+            got = self.read_more()
+            moved = 0
+            for key in list(self.lanes):
+                moved += self.try_lane(key, self.serve)
             now = time.monotonic()
-            if moved or (got and not full):
-                self.last_moved = now
+            if moved or got:
+                self.last_moved, self.naps = now, 0
+            if self.ended:
+                self.finish_drained(now)
             self.look_around(now)
-            if full:
-                time.sleep(FULL_NAP)
-            elif got is not None and got < LITTLE:
-                time.sleep(NAP)
-            elif got is None:
-                self.sender.wait_readable(NAP if self.waiting() else IDLE_NAP)
+            if self.lanes:
+                self.nap(got, moved)
 
-    def waiting(self) -> int:
-        """Chunks that the slowest lane still has to take."""
-        return max((receiver.pending for receiver in self.lanes.values()), default=0)
+    def read_more(self) -> Optional[int]:
+        """Bytes read from the sender: None while there are none, 0 where there is no room or no more to come."""
+        needed = min(lane.position for lane in self.lanes.values()) - self.history
+        room = None if self.ended else self.window.room(needed)
+        if room is None:
+            return 0
+        got = self.sender.read(room)
+        if got == 0:
+            with self.signals.let_in():
+                self.sender.finish(self.stall_timeout)
+            self.ended = True
+        self.window.end += got or 0
+        return got
 
-    def spread(self, chunk: memoryview) -> None:
-        self.size += len(chunk)
-        self.each_lane(lambda receiver: receiver.offer(chunk))
+    def nap(self, got: Optional[int], moved: int) -> None:
+        if got is None:
+            self.sender.wait_readable(NAP if any(lane.receiver and lane.receiver.pending
+                                                 for lane in self.lanes.values()) else IDLE_NAP)
+        elif got == 0:
+            self.naps += 1
+            time.sleep(min(LONGEST_NAP, FULL_NAP * 2 ** min(self.naps // 4, 5)))
+        elif got < LITTLE:
+            time.sleep(NAP)
 
-    def each_lane(self, act: Callable[[Receiver], Optional[int]]) -> int:
-        """Does something with each lane; one that fails is dropped."""
-        total = 0
-        for key, receiver in list(self.lanes.items()):
-            try:
-                total += act(receiver) or 0
-            except BackupError as error:
-                self.drop(key, error)
-        return total
+    def serve(self, key: str) -> int:
+        """Gives a lane what it may have; how many bytes moved."""
+        lane = self.lanes[key]
+        if lane.receiver is None:
+            self.look_at_reopening(key)
+            return 0
+        checked = 0
+        while lane.position < self.window.end:
+            size = lane.share()
+            if size <= 0:
+                break
+            view = self.window.view(lane.position, size)
+            checked += len(view) if lane.check else 0
+            lane.give(view)
+        if self.ended and lane.check and lane.position == self.window.end:
+            raise StreamDiffers("the stream is shorter than what has arrived of it")
+        return checked + (lane.receiver.pump() or 0)
 
-    def drop(self, key: str, error: BackupError) -> None:
-        self.errors[key] = error
-        self.lanes.pop(key).end()
+    def try_lane(self, key: str, act: Callable[[str], Optional[int]]) -> int:
+        """Does something with a lane; one that fails is opened again, or dropped."""
+        try:
+            return act(key) or 0 if key in self.lanes else 0
+        except BackupError as error:
+            self.fail(key, error)
+            return 0
+
+    # -- lanes that come and go
+
+    def fail(self, key: str, error: BackupError) -> None:
+        lane = self.lanes[key]
+        self.window.renew()  # what the receiver holds of it may still be on its way
+        again = None
+        if self.manner.reopen is not None and error.transient:
+            again = self.manner.reopen(key, error, lane.position)
+        if again is None:
+            self.leave(key, error)
+            return
+        pause, reopen = again
+        receiver, lane.receiver = lane.receiver, None
+
+        def open_again() -> Optional[Receiver]:
+            if receiver is not None:
+                receiver.end()
+            return None if self.stopped.wait(pause) else reopen()
+
+        lane.reopening = Background(open_again)
+
+    def look_at_reopening(self, key: str) -> None:
+        """Puts the receiver that was opened again to work, where the window still holds what it needs."""
+        lane = self.lanes[key]
+        if lane.reopening is None or not lane.reopening.is_over:
+            return
+        lane.receiver, lane.reopening = lane.reopening.result(), None
+        resume = getattr(lane.receiver, "resume", None) or BEGINNING
+        if resume.complete:
+            lane.position = self.window.end
+            self.finish_lane(key)
+        elif max(self.window.start, lane.begun) <= resume.offset <= lane.position:
+            again = lane.figures.again + lane.position - resume.offset
+            lane.figures = lane.figures._replace(again=again, taken_up=lane.figures.taken_up + (resume.offset > 0))
+            lane.position, lane.check = resume.offset, None
+        else:
+            self.postpone(key, "it goes on further back than is in memory")
+
+    def leave(self, key: str, error: Optional[BackupError]) -> None:
+        """Lets a lane go, with its checkpoint; in the background, for the others go on."""
+        lane = self.lanes.pop(key)
+        self.result.figures[key] = lane.figures
+        if error is not None:
+            self.result.errors[key] = error
+        self.leaving.append(Background(functools.partial(self.end_lane, lane)))
+
+    def postpone(self, key: str, reason: str) -> None:
+        self.window.renew()
+        self.result.postponed[key] = reason
+        self.leave(key, None)
+
+    def end_lane(self, lane: Lane) -> None:
+        if lane.reopening is not None:
+            with contextlib.suppress(BackupError):
+                lane.receiver = lane.reopening.result()
+        if lane.receiver is not None:
+            lane.receiver.end()
+
+    # -- looking after them
 
     def look_around(self, now: float) -> None:
-        if now - self.last_look < PROGRESS_INTERVAL:
+        passed = now - self.last_look
+        if passed < PROGRESS_INTERVAL:
             return
         self.last_look = now
-        self.each_lane(lambda receiver: receiver.check_alive())
-        self.on_progress(self.size, max((r.file_data for r in self.lanes.values()), default=0))
-        if now - self.last_moved > self.stall_timeout:
-            stalled = "stalled: not a byte moved for {}".format(format_duration(self.stall_timeout))
-            slow = [key for key, receiver in self.lanes.items() if receiver.pending]
-            if not slow:
-                raise Stalled("btrfs send " + stalled)
-            for key in slow:
-                self.drop(key, ReceiverFailed("{} {}".format(self.lanes[key].program, stalled)))
+        for key in list(self.lanes):
+            self.try_lane(key, self.look_at)
+        if self.lanes:
+            self.drop_slow(passed)
+        working = [lane for lane in self.lanes.values() if lane.receiver is not None]
+        self.on_progress(max((lane.position for lane in working), default=0),
+                         max((getattr(lane.receiver, "file_data", 0) for lane in working), default=0))
+        if now - self.last_moved > self.stall_timeout and len(working) == len(self.lanes):
+            self.give_up_stalled()
 
-    def finish_lanes(self) -> Dict[str, Subvolume]:
-        backups = {}
-        for receiver in self.lanes.values():
-            receiver.close_pipe()  # each can end while the first is waited for
-        for key, receiver in list(self.lanes.items()):
-            try:
-                backups[key] = receiver.finish(self.stall_timeout)
-            except BackupError as error:
-                self.drop(key, error)
-        return backups
+    def look_at(self, key: str) -> None:
+        lane = self.lanes[key]
+        if lane.receiver is not None:
+            lane.receiver.check_alive()
+            self.manner.on_lane(key, lane.position, getattr(lane.receiver, "file_data", 0))
+
+    def drop_slow(self, passed: float) -> None:
+        """Lets a lane go that the others have to wait for, most of the time and for long enough."""
+        slowest = min(self.lanes, key=lambda key: self.lanes[key].position)
+        lane = self.lanes[slowest]
+        is_full = not self.ended and self.window.room(lane.position - self.history) is None
+        others = [other for other in self.lanes.values() if other is not lane]
+        if is_full and any(other.is_drained(self.window.end) for other in others):
+            lane.waited += passed
+        else:
+            lane.waited = max(0.0, lane.waited - 3 * passed)
+        if lane.waited > SLOW_PATIENCE:
+            self.postpone(slowest, "the others had to wait for it")
+
+    def give_up_stalled(self) -> None:
+        stalled = "stalled: not a byte moved for {}".format(format_duration(self.stall_timeout))
+        slow = [key for key, lane in self.lanes.items() if lane.receiver.pending]  # type: ignore[union-attr]
+        if not slow:
+            raise Stalled("btrfs send " + stalled)
+        for key in slow:
+            program = self.lanes[key].receiver.program  # type: ignore[union-attr]
+            self.leave(key, ReceiverFailed("{} {}".format(program, stalled)))
+
+    def finish_drained(self, now: float) -> None:
+        """Finishes the lanes that have everything: at best all at once, for each takes its time to be durable."""
+        drained = [key for key, lane in self.lanes.items() if lane.is_drained(self.window.end)]
+        if len(drained) < len(self.lanes) and now - self.last_undrained < FINISH_PATIENCE:
+            return
+        for key in drained:
+            self.try_lane(key, self.close_lane)
+        for key in drained:
+            self.try_lane(key, self.finish_lane)
+        self.last_undrained = time.monotonic()
+
+    def close_lane(self, key: str) -> None:
+        self.lanes[key].receiver.close_pipe()  # type: ignore[union-attr]
+
+    def finish_lane(self, key: str) -> None:
+        lane = self.lanes[key]
+        if lane.receiver is not None:
+            with self.signals.let_in():
+                self.result.backups[key] = lane.receiver.finish(self.stall_timeout)
+            self.leave(key, None)
+
+
+def outlast_all(works: Sequence[Background], seconds: float) -> None:
+    """Waits for all of them, even where a signal asks to stop meanwhile, which is raised afterwards."""
+    deadline, interruption = time.monotonic() + seconds, None  # type: float, Optional[Interrupted]
+    for work in works:
+        try:
+            work.outlast(max(0.0, deadline - time.monotonic()))
+        except Interrupted as signalled:
+            interruption = signalled
+    if interruption is not None:
+        raise interruption
 
 
 ########################################################################################################
@@ -5787,11 +6908,14 @@ GREETING_TIMEOUT = 120.0  # seconds; a password may have to be typed
 POLLRDHUP = 0x2000  # in select since Python 3.7
 WIRE_CLASSES: Dict[str, Any] = {c.__name__: c for c in (
     Subvolume, Listing, Place, Pin, LockChange, Capabilities, SendOptions, SendSize, ExpectedStream, RawBackup, RawFile,
-    RawFolder, SwapPlace, SwapOrder, SwapNotes, HostFacts, Health, TreeDigest)}
+    RawFolder, SwapPlace, SwapOrder, SwapNotes, HostFacts, Health, TreeDigest, Mark,
+    ResumePoint, Record)}
 
 
 class ConnectionLost(ReceiverFailed):
     """The connection to a host broke; another one may work."""
+
+    transient = True
 
 
 def error_classes() -> Dict[str, Any]:
@@ -5813,7 +6937,7 @@ def pack_value(value: Any) -> Any:
     if isinstance(value, dict):
         return {"is": "dict", "of": [[pack_value(key), pack_value(item)] for key, item in value.items()]}
     if isinstance(value, BackupError):
-        return {"is": "error", "of": [type(value).__name__, value.message, value.hint, value.detail]}
+        return {"is": "error", "of": [type(value).__name__, value.message, value.hint, value.detail, value.transient]}
     if isinstance(value, (set, frozenset)):
         return {"is": "set", "of": [pack_value(item) for item in sorted(value)]}
     name = type(value).__name__
@@ -5843,8 +6967,8 @@ def unpack_class(name: str, items: List[Any]) -> Any:
     if name == "dict":
         return dict(items)
     if name == "error":
-        kind, message, hint, detail = map(str, items)
-        return error_classes().get(kind, BackupError)(message, hint, detail)
+        kind, message, hint, detail = map(str, items[:4])
+        return error_classes().get(kind, BackupError)(message, hint, detail, items[4:] == [True])
     if name in ("tuple", "set"):
         return tuple(items) if name == "tuple" else frozenset(items)
     value = WIRE_CLASSES[name](*items)
@@ -6143,6 +7267,7 @@ class StreamSource:
         self.channel = channel
         self.unpacked = Filter(COMPRESSIONS[compression] + ["-d"]) if compression else None
         self.raw = bytearray(PIPE_SIZE) if compression else bytearray()
+        self.start = 0  # offset in the stream of the first byte that comes
         self.is_over = False  # the last frame of the stream was seen
 
     def wait_readable(self, seconds: float) -> None:
@@ -6208,6 +7333,7 @@ class StreamSink:
         self.packed = Filter(COMPRESSIONS[compression]) if compression else None
         self.marks: "collections.deque[int]" = collections.deque()  # where each offered chunk ends in what was queued
         self.finished = False  # the last frame was queued
+        self.resume: Optional[ResumePoint] = None  # where the stream goes on; None where it begins
         self.reader: Optional[CommandReader] = None  # set to learn how much file contents has passed
 
     @property
@@ -6217,7 +7343,8 @@ class StreamSink:
 
     def count_file_data(self) -> None:
         """Asks for `file_data`, which costs a little."""
-        self.reader = CommandReader((), STREAM_HEADER.size)
+        self.reader = CommandReader((), 0 if self.resume else STREAM_HEADER.size)
+        self.reader.file_data = self.resume.file_data if self.resume else 0
 
     def follow(self, chunk: memoryview) -> None:
         if self.reader:
@@ -6320,6 +7447,7 @@ CALLS = {  # each call of LocalHost, and the groups that it belongs to
     "open_raw_send": ("send",), "open_raw_receive": ("receive",),
     "facts": ("list",), "health": ("list",), "is_held": ("list",),
     "digest_tree": ("verify",), "folder_digests": ("verify",), "describe_folder": ("verify",),
+    "settle_partials": ("receive",), "forget_partials": ("receive", "delete"),
     "find_base": (), "look_at_swap_place": (), "swap_in": (), "finish_swap": ()}  # for no key that is restricted
 SENDERS = frozenset(("open_send", "open_raw_send"))
 RECEIVERS = frozenset(("open_receive", "open_raw_receive"))
@@ -6339,7 +7467,7 @@ class Restriction(NamedTuple):
 
 
 PATH_ARGUMENTS = frozenset(("path", "folder", "source", "beside"))
-NAME_ARGUMENTS = frozenset(("name", "parent", "file"))
+NAME_ARGUMENTS = frozenset(("name", "names", "parent", "file"))
 
 
 def names_in(key: str, value: Any) -> Iterator[str]:
@@ -6349,7 +7477,7 @@ def names_in(key: str, value: Any) -> Iterator[str]:
     elif hasattr(value, "_fields"):
         for field, inner in zip(value._fields, value):
             yield from names_in(field, inner)
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple, dict)):
         for inner in value:
             yield from names_in(key, inner)
 
@@ -6457,7 +7585,7 @@ class Guard:
 
     def check_deletion(self, doomed: Sequence[Subvolume]) -> None:
         for subvolume in doomed:
-            if "delete" not in self.restriction.allow and (partial_of(subvolume.name) is None or subvolume.is_received):
+            if "delete" not in self.restriction.allow and partial_of(subvolume.name) is None:
                 raise Refused("this key may not delete {}".format(subvolume.name), "see --allow in its authorized_keys")
 
     def check_receive(self, folder: str, expected: ExpectedStream) -> None:
@@ -6466,7 +7594,8 @@ class Guard:
         listing = LocalHost(Events()).list(folder)
         if expected.base is not None and not any(s.uuid == expected.base and s.readonly for s in listing.subvolumes):
             raise Refused("the parent is not in {}".format(folder))
-        if sum(partial_of(s.name) is not None for s in listing.subvolumes) >= self.restriction.most_partials:
+        others = sum(partial_of(s.name) not in (None, expected.name) for s in listing.subvolumes)
+        if others >= self.restriction.most_partials:
             raise Refused("{} holds too many broken transfers".format(folder), "run prune there")
 
     def check_raw_receive(self, folder: str, name: str) -> None:
@@ -6596,7 +7725,8 @@ class Agent:
         if not isinstance(error, BackupError):
             error = BackupError("the call failed: {}: {}".format(type(error).__name__, error))
         if self.guard is not None:
-            error = type(error)(*map(self.guard.in_words, (error.message, error.hint, error.detail)))
+            in_words, transient = self.guard.in_words, error.transient
+            error = type(error)(in_words(error.message), in_words(error.hint), in_words(error.detail), transient)
         self.channel.send_value(FAILED, error)
 
     def parse_call(self, payload: bytes) -> Tuple[str, Tuple[Any, ...], str]:
@@ -6638,7 +7768,9 @@ class Agent:
         source = StreamSource(self.channel, compression)
         try:
             receiver = self.method(name, arguments)()
-            self.channel.send_value(RESULT, None)
+            resume = getattr(receiver, "resume", None)
+            self.channel.send_value(RESULT, resume)
+            source.start = resume.offset if resume else 0
             relayed = Relay(source, {"": receiver}, float("inf"), lambda size, data: None).run()
             if relayed.errors:
                 raise relayed.errors[""]
@@ -6946,6 +8078,10 @@ class Connection:
         self.channel.send_raw(MARKER)
         return greeting
 
+    def is_alive(self) -> bool:
+        """Whether nothing shows that it has ended."""
+        return not self.stage.has_ended() and not poll_fds([(self.channel.read_end, 0)], 0)
+
     def wants_source(self, deadline: float) -> bool:
         """Whether what follows the marker is no greeting but a line of STAGE_2."""
         line = b""
@@ -6981,7 +8117,7 @@ class Connection:
 
 
 class RemoteReceiver(StreamSink):
-    """A receiver of another host. Its opening is not waited for: what is wrong with it shows soon enough."""
+    """A receiver of another host. Its opening is not waited for, unless there may be something to take up."""
 
     def __init__(self, host: "AgentHost", connection: Connection, compression: str, gives: Any = Subvolume) -> None:
         """gives: the class of what it makes of the stream."""
@@ -7000,15 +8136,21 @@ class RemoteReceiver(StreamSink):
         value = self.channel.value(payload)
         if kind == RESULT and not self.is_open:
             self.is_open = True
+            self.resume = value if isinstance(value, ResumePoint) else None
             return None
         self.is_over = True
         if kind == FAILED and isinstance(value, ReceiverFailed):
             raise value
         if kind == FAILED and isinstance(value, BackupError):
-            raise ReceiverFailed(value.message, value.hint, value.detail)
+            raise ReceiverFailed(value.message, value.hint, value.detail, value.transient)
         if kind != RESULT:
             raise ConnectionLost("{} answered out of turn".format(self.channel.peer))
         return value
+
+    def await_opening(self) -> None:
+        """Waits until `resume` is known."""
+        while not self.is_open:
+            self.take_answer(*self.channel.await_frame(float("inf")))
 
     def finish(self, timeout: float) -> Any:
         self.flush(timeout)
@@ -7087,6 +8229,8 @@ class RemoteMeasuring:
 class AgentHost:
     """A host that an agent does the calls of: the same calls as LocalHost's, by the same names."""
 
+    skips = True
+
     def __init__(self, machine: str, connect: Callable[[bool], Connection], events: Events,
                  compress: str = "no") -> None:
         """connect: makes a connection; its argument says whether it is the first."""
@@ -7104,8 +8248,11 @@ class AgentHost:
     def borrow(self) -> Connection:
         """An idle connection, or a new one."""
         with self.mutex:
-            if self.idle:
-                return self.idle.pop()
+            while self.idle:
+                connection = self.idle.pop()
+                if connection.is_alive():
+                    return connection
+                self.remove(connection)
             connection = self.connect(not self.all)
             connection.channel.on_event, connection.channel.on_error = self.pass_on, self.locate
             self.all.append(connection)
@@ -7120,9 +8267,12 @@ class AgentHost:
             if not connection.is_broken:
                 self.idle.append(connection)
                 return
-            self.all.remove(connection)
-            if self.holder is connection:
-                self.holder = None
+            self.remove(connection)
+
+    def remove(self, connection: Connection) -> None:
+        self.all.remove(connection)
+        if self.holder is connection:
+            self.holder = None
         connection.end()
 
     def pass_on(self, event: Any) -> None:
@@ -7224,14 +8374,24 @@ class AgentHost:
 
     # -- streams
 
-    def open_receive(self, folder: str, expected: ExpectedStream, debug: bool) -> RemoteReceiver:
+    def open_receive(self, folder: str, expected: ExpectedStream, debug: bool, begin: str) -> RemoteReceiver:
         compression = self.compression()
         connection = self.borrow()
-        connection.channel.send_value(CALL, ("open_receive", (folder, expected, debug), compression))
-        return RemoteReceiver(self, connection, compression)
+        connection.channel.send_value(CALL, ("open_receive", (folder, expected, debug, begin), compression))
+        receiver = RemoteReceiver(self, connection, compression)
+        if begin == "take up":
+            try:
+                receiver.await_opening()
+            except BaseException:
+                receiver.end()
+                raise
+        return receiver
 
-    def open_send(self, folder: str, name: str, parent: Optional[str], options: SendOptions) -> RemoteSender:
-        return self.open_sender("open_send", (folder, name, parent, options), self.compression())
+    def open_send(self, folder: str, name: str, parent: Optional[str], options: SendOptions,
+                  resume: Optional[ResumePoint] = None) -> RemoteSender:
+        sender = self.open_sender("open_send", (folder, name, parent, options, resume), self.compression())
+        sender.start = resume.offset if resume else 0
+        return sender
 
     def open_sender(self, call: str, arguments: Tuple[Any, ...], compression: str) -> RemoteSender:
         connection = self.borrow()
@@ -7347,7 +8507,247 @@ class Hosts:
 
 
 ########################################################################################################
-# 26 TASK: observe, plan, show or execute
+# 26 DELIVERY: one snapshot to its destinations, through as many relays as it takes
+#
+# Receivers say how far their partials have come; those that go on at the same place, or from the start,
+# share one send. What breaks for a reason that does not last is taken up after a pause, from the window of a
+# relay that still runs or by a further send, which skips what has arrived after it was proven to be the same.
+# A lane that was too slow for the others, or goes on elsewhere, gets a send of its own. Never: a stream that
+# goes on from a partial which it does not fit; then the transfer starts over, and says so.
+########################################################################################################
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between a break and the next try; twice as long each time
+TAKE_UP, ANEW, IN_ONE_PIECE = "take up", "anew", "in one piece"
+
+
+class Target(NamedTuple):
+    """Where a snapshot goes: a folder of a host. base: UUID of its parent's backup there; begin: see open_receive."""
+
+    key: str
+    text: str
+    host: Any
+    folder: str
+    base: Optional[str]
+    begin: str
+
+
+class Shipment(NamedTuple):
+    """What is sent, and from where."""
+
+    host: Any
+    folder: str
+    snapshot: Subvolume
+    parent: Optional[Subvolume]
+    options: SendOptions
+
+    @property
+    def parent_name(self) -> Optional[str]:
+        return self.parent.name if self.parent else None
+
+
+class Terms(NamedTuple):
+    """How hard it is tried. limit: bytes a second for each destination, 0 for none."""
+
+    stall_timeout: float
+    retries: int
+    resume: bool
+    limit: float
+
+
+class Delivered(NamedTuple):
+    """What became of one destination's part; the error is the source's own where `at_source`."""
+
+    backup: Optional[Subvolume]
+    error: Optional[BackupError]
+    figures: Figures
+    seconds: float
+    at_source: bool = False
+
+
+class Tries:
+    """How often one destination may still be tried again, and how soon."""
+
+    def __init__(self, retries: int) -> None:
+        self.retries = self.left = retries
+        self.pause, self.furthest = FIRST_PAUSE, 0
+
+    def next_pause(self, position: int) -> Optional[float]:
+        """Seconds to wait after a break at an offset of the stream; None where it is given up."""
+        if self.left <= 0:
+            return None
+        self.left -= 1
+        self.pause = FIRST_PAUSE if position > self.furthest else min(2 * self.pause, LONGEST_PAUSE)
+        self.furthest = max(self.furthest, position)
+        return self.pause
+
+
+class Delivery:
+    """One snapshot on its way to some destinations."""
+
+    def __init__(self, shipment: Shipment, targets: Sequence[Target], terms: Terms, events: Events) -> None:
+        self.shipment, self.terms, self.events = shipment, terms, events
+        self.targets = {target.key: target for target in targets}
+        self.tries = {target.key: Tries(terms.retries) for target in targets}
+        self.figures = {target.key: Figures() for target in targets}
+        self.done: Dict[str, Delivered] = {}
+        self.pause = 0.0  # before the next round
+        self.begun = time.monotonic()
+
+    def run(self) -> Dict[str, Delivered]:
+        shipment = self.shipment
+        expected = shipment.host.expected_stream(shipment.folder, shipment.snapshot, shipment.parent)
+        self.expected = expected._replace(compressed=shipment.options.compressed)
+        with ProgressOf(self.shipment, self.targets, self.events) as self.progress:
+            while len(self.done) < len(self.targets):
+                time.sleep(self.pause)
+                self.pause = 0.0
+                self.go_round([key for key in self.targets if key not in self.done])
+        return self.done
+
+    def go_round(self, keys: Sequence[str]) -> None:
+        """One send to as many of the destinations as can share it."""
+        with contextlib.ExitStack() as stack:
+            opened: Dict[str, Any] = {}
+            for key in keys:
+                try:
+                    opened[key] = self.open(self.targets[key])
+                    stack.callback(opened[key].end)
+                    if opened[key].resume is not None and opened[key].resume.complete:
+                        self.book(key, opened.pop(key).finish(self.terms.stall_timeout))
+                except BackupError as error:
+                    opened.pop(key, None)
+                    self.fail(key, error, 0)
+            if opened:
+                self.send(*self.sharing(opened))
+
+    def open(self, target: Target) -> Any:
+        receiver = target.host.open_receive(target.folder, self.expected._replace(base=target.base),
+                                            self.shipment.options.debug, target.begin)
+        resume = receiver.resume
+        if resume is not None:
+            self.events.info("taking-up", "taking up {} to {} at {}".format(
+                self.expected.name, target.text, format_size(resume.offset)),
+                snapshot=self.expected.name, destination=target.key, offset=resume.offset)
+        if self.progress.is_wanted and self.shipment.options.compressed:
+            receiver.count_file_data()
+        return receiver
+
+    def sharing(self, opened: Dict[str, Any]) -> Tuple[Dict[str, Any], Optional[ResumePoint]]:
+        """Receivers that one send can serve, and where that begins; None is its start."""
+        points = {key: receiver.resume for key, receiver in opened.items()}
+        distinct = {point.marks if point else () for point in points.values()}
+        host = self.shipment.host
+        if () in distinct or not getattr(host, "skips", False) or (len(distinct) > 1 and not host.machine):
+            return opened, None
+        marks = next(iter(distinct))
+        return ({key: receiver for key, receiver in opened.items() if points[key].marks == marks},
+                next(point for point in points.values() if point.marks == marks))
+
+    def send(self, lanes: Dict[str, Any], resume: Optional[ResumePoint]) -> None:
+        shipment = self.shipment
+        try:
+            sender = shipment.host.open_send(shipment.folder, shipment.snapshot.name, shipment.parent_name,
+                                             shipment.options, *([resume] if resume else []))
+        except BackupError as error:
+            for key in lanes:
+                self.fail(key, error, resume.offset if resume else 0, at_source=True)
+            return
+        relayed = Relay(sender, lanes, self.terms.stall_timeout, lambda size, file_data: None,
+                        Manner(self.terms.limit, self.reopen, self.progress.tell)).run()
+        for key in lanes:
+            self.figures[key] = self.figures[key].plus(relayed.figures[key])
+        for key, backup in relayed.backups.items():
+            self.book(key, backup)
+        for key, reason in relayed.postponed.items():
+            self.targets[key] = self.later(self.targets[key])
+            self.events.info("by-itself", "sending {} to {} by itself: {}".format(
+                self.expected.name, self.targets[key].text, reason), destination=key)
+        for key, broken in relayed.errors.items():
+            self.fail(key, broken, relayed.figures[key].sent, at_source=broken is relayed.source_error)
+
+    def book(self, key: str, backup: Optional[Subvolume], error: Optional[BackupError] = None,
+             at_source: bool = False) -> None:
+        self.done[key] = Delivered(backup, error, self.figures[key], time.monotonic() - self.begun, at_source)
+
+    # -- what breaks
+
+    def later(self, target: Target) -> Target:
+        """The target for a further try."""
+        return target if target.begin == IN_ONE_PIECE else target._replace(begin=TAKE_UP if self.terms.resume else ANEW)
+
+    def fail(self, key: str, error: BackupError, position: int, at_source: bool = False) -> None:
+        """Plans another try, or gives up."""
+        if isinstance(error, (StreamDiffers, NoPieces)) and self.targets[key].begin != IN_ONE_PIECE:
+            begin = ANEW if isinstance(error, StreamDiffers) else IN_ONE_PIECE
+            self.targets[key] = self.targets[key]._replace(begin=begin)
+            self.events.warning("starting-over", "sending {} to {} starts over: {}".format(
+                self.expected.name, self.targets[key].text, error.message), destination=key)
+            return
+        pause = self.pause_after(key, error, position)
+        if pause is None:
+            self.book(key, None, error, at_source)
+        else:
+            self.pause = max(self.pause, pause)
+            self.targets[key] = self.later(self.targets[key])
+
+    def pause_after(self, key: str, error: BackupError, position: int) -> Optional[float]:
+        """Seconds to wait before the next try, which is announced; None where there will be none."""
+        tries = self.tries[key]
+        pause = tries.next_pause(position) if error.transient else None
+        if pause is not None:
+            self.events.warning("broken", "sending {} to {} broke off: {}; trying again in {} ({} of {})".format(
+                self.expected.name, self.targets[key].text, error.message, format_duration(pause),
+                tries.retries - tries.left, tries.retries), snapshot=self.expected.name, destination=key)
+        return pause
+
+    def reopen(self, key: str, error: BackupError, position: int) -> Optional[Tuple[float, Callable[[], Any]]]:
+        """What a relay that still runs does about a lane that broke."""
+        pause = self.pause_after(key, error, position)
+        if pause is None:
+            return None
+        self.targets[key] = self.later(self.targets[key])
+        return pause, functools.partial(self.open, self.targets[key])
+
+
+class ProgressOf:
+    """Tells the progress of one delivery as events; measures beside it what is to come."""
+
+    def __init__(self, shipment: Shipment, targets: Dict[str, Target], events: Events) -> None:
+        self.shipment, self.events = shipment, events
+        self.texts = {key: target.text for key, target in targets.items()}
+        self.is_wanted = any(getattr(reader, "progress", False) for reader in events.readers)
+        self.measuring: Any = None
+        self.recent: Dict[str, "collections.deque[Tuple[float, int]]"] = {
+            key: collections.deque(maxlen=25) for key in targets}
+
+    def __enter__(self) -> "ProgressOf":
+        if self.is_wanted:
+            self.measuring = self.shipment.host.measure_send(
+                self.shipment.folder, self.shipment.snapshot.name, self.shipment.parent_name)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.measuring is not None:
+            self.measuring.end()
+            self.events.emit("progress", "progress")
+
+    def tell(self, key: str, position: int, file_data: int) -> None:
+        """position: bytes of stream so far; file_data: bytes of file contents so far."""
+        if self.measuring is None:
+            return
+        meter = self.measuring.meter
+        done, expected = ((file_data, meter.file_data) if self.shipment.options.compressed
+                          else (position, meter.stream_size))
+        now, recent = time.monotonic(), self.recent[key]
+        recent.append((now, done))
+        elapsed = now - recent[0][0]
+        self.events.emit("progress", "progress", snapshot=self.shipment.snapshot.name, destination=self.texts[key],
+                         done=done, expected=expected if meter.ended else None,
+                         rate=max(0.0, (done - recent[0][1]) / elapsed) if elapsed > 0 else 0.0)
+
+
+########################################################################################################
+# 27 TASK: observe, plan, show or execute
 #
 # The order: locks and pins are read, and where they cannot be the task stops; the snapshot is taken;
 # each destination is reached, listed and rid of what a failed transfer left; what is missing is sent,
@@ -7393,6 +8793,7 @@ class Destination:
         self.path, self.filesystem = self.endpoint.path, None  # type: str, Optional[str]
         self.host: Any = None  # once it was reached
         self.listing: Optional[Listing] = None
+        self.busy: FrozenSet[str] = frozenset()  # snapshots whose partials another run is writing
         self.plan = DestinationPlan()
         self.is_new = False
         self.failed = False  # something was not done as asked: nothing is deleted here
@@ -7401,6 +8802,10 @@ class Destination:
     @property
     def is_open(self) -> bool:
         return self.listing is not None and not self.closed
+
+    def record_of(self, snapshot: str) -> Optional[Record]:
+        """What the transfer of a snapshot goes on from."""
+        return next((r.take_up for r in self.plan.recoveries if r.snapshot == snapshot), None)
 
 
 class Gate:
@@ -7503,6 +8908,8 @@ class TaskRun:
             unlock |= locked if self.task.locked_destinations else set()
         retry = self.task.locked_destinations and not self.task.no_transfer
         self.find_destinations(sorted(locked - unlock) if retry else [])
+        for text in self.task.forget if not self.task.dry_run else ():
+            self.clear_forgotten(text)
         for key in sorted(unlock):
             changes = locks_of(self.locks, key, self.prefix)
             if changes:
@@ -7515,6 +8922,28 @@ class TaskRun:
             self.note("forgotten", "forgot", "forget", key, destination=key)
         if forget and not self.task.dry_run:
             self.host.change_pins(self.folder, self.prefix, dict.fromkeys(forget))
+
+    def clear_forgotten(self, text: str) -> None:
+        """Deletes what broken transfers left at a destination that is given up, if it can be reached."""
+        destination = Destination(text, self.key_of(text))
+        names = locked_names(self.locks, destination.key)
+        if not names or destination.endpoint.kind != "path":
+            return
+        try:
+            destination.host = self.hosts.of(destination.endpoint)
+            place = destination.host.look(destination.endpoint.path)
+            if place.kind != "folder":
+                return
+            busy = destination.host.settle_partials(place.path, dict.fromkeys(names, ""))
+            left = [s for s in destination.host.list(place.path).subvolumes
+                    if partial_of(s.name) in set(names) - set(busy)]
+            for error in destination.host.delete(place.path, left, False):
+                self.report(error, destination)
+            if left:
+                self.events.info("recovered", "deleted {} at {}: it is given up".format(
+                    ", ".join(s.name for s in left), text), destination=destination.key)
+        except BackupError as error:
+            self.events.debug("forgotten", "nothing was deleted at {}: {}".format(text, error.message))
 
     def note(self, kind: str, done: str, planned: str, what: str, **facts: Any) -> None:
         """Tells a change of state; a dry run makes a line of its plan of it."""
@@ -7577,6 +9006,7 @@ class TaskRun:
                 return
             if destination.is_new:
                 destination.host.make_folder(place.path)
+            self.settle(destination)
             destination.listing = destination.host.list(place.path)
         except BackupError as error:
             self.report(error, destination)
@@ -7617,6 +9047,13 @@ class TaskRun:
         if place.readonly:
             raise BackupError("destination {} is mounted read-only".format(text), "mount it writable")
 
+    def settle(self, destination: Destination) -> None:
+        """Ends what still waits for the rest of a transfer that a former run has lost, so that it can be taken up."""
+        known = {s.name: s.stream_id or "" for s in self.snapshots}
+        names = {name: known.get(name, "") for name in locked_names(self.locks, destination.key)}
+        if names and not self.task.dry_run and destination.endpoint.kind == "path":
+            destination.busy = frozenset(destination.host.settle_partials(destination.path, names))
+
     def check_destination(self, destination: Destination, place: Place) -> None:
         text, pin = destination.text, self.pins.get(destination.key)
         same = place.filesystem == self.filesystem
@@ -7655,13 +9092,26 @@ class TaskRun:
     def plan_destination(self, destination: Destination) -> None:
         if self.task.no_transfer or destination.listing is None:
             return
-        recoveries = plan_recoveries(self.locks, destination.key, self.snapshots, destination.listing)
+        recoveries = [Recovery(r.snapshot, (), "another run is writing {}".format(partial_name(r.snapshot)))
+                      if r.snapshot in destination.busy else r
+                      for r in plan_recoveries(self.locks, destination.key, self.snapshots, destination.listing,
+                                               self.usable_records(destination))]
         destination.plan = plan_transfers(
             self.snapshots, destination.listing, self.prefix, self.task.backup_policy, self.clock(), recoveries,
             not self.task.no_incremental, self.longest_chain(destination))
 
     def longest_chain(self, destination: Destination) -> int:
         return self.task.raw_full_every if destination.endpoint.kind == "raw" else 0
+
+    def usable_records(self, destination: Destination) -> List[Record]:
+        """The records at a destination that transfers can go on from."""
+        if self.task.no_resume or destination.listing is None or not destination.listing.records:
+            return []
+        records = usable_records(self.snapshots, destination.listing, not self.task.no_incremental)
+        return [r for r in records if not r.compressed or self.can_be_compressed(destination)]
+
+    def can_be_compressed(self, destination: Destination) -> bool:
+        return (self.host.capabilities().sends_compressed and destination.host.capabilities().receives_compressed)
 
     # -- snapshot
 
@@ -7733,12 +9183,14 @@ class TaskRun:
             for subvolume in recovery.delete if not errors else ():
                 self.events.info("recovered", "deleted {} at {}: its transfer was broken off".format(
                     subvolume.name, destination.text), destination=destination.key, name=subvolume.name)
+            if recovery.take_up is None and destination.listing and destination.listing.record_of(recovery.snapshot):
+                errors += destination.host.forget_partials(destination.path, [recovery.snapshot])
             for error in errors:
                 self.report(error, destination)
             if recovery.problem:
                 self.report(BackupError("{}: {}".format(destination.text, recovery.problem),
                                         "look at it; --remove-locks removes its lock"), destination)
-            elif not errors:
+            elif not errors and recovery.take_up is None:
                 self.change_locks(clear=[LockChange(recovery.snapshot, destination.key)])
         for problem in destination.plan.problems:
             self.report(BackupError("{}: {}".format(destination.text, problem.text), problem.hint), destination)
@@ -7755,16 +9207,20 @@ class TaskRun:
     def transfer_all(self) -> None:
         """Sends snapshot by snapshot; destinations that lack one on the same parent share its stream."""
         for snapshot in self.snapshots:
-            groups: Dict[Optional[str], List[Destination]] = {}
+            groups: Dict[Tuple[Optional[str], bool], List[Destination]] = {}
             parents: Dict[Optional[str], Optional[Subvolume]] = {}
-            for destination in self.destinations:
-                if destination.is_open and any(t.snapshot.name == snapshot.name for t in destination.plan.transfers):
-                    parent = self.parent_now(snapshot, destination)
-                    key = parent.name if parent else None
-                    parents[key] = parent
-                    groups.setdefault(key, []).append(destination)
-            for key, destinations in groups.items():
-                self.transfer(Transfer(snapshot, parents[key]), destinations)
+            lacking = [d for d in self.destinations
+                       if d.is_open and any(t.snapshot.name == snapshot.name for t in d.plan.transfers)]
+            compressed = self.task.compress == "no" and all(
+                self.can_be_compressed(d) for d in lacking if d.record_of(snapshot.name) is None)
+            for destination in lacking:
+                record = destination.record_of(snapshot.name)
+                parent = parent_of_record(record, self.snapshots) if record else self.parent_now(snapshot, destination)
+                parents[parent.name if parent else None] = parent
+                key = parent.name if parent else None, record.compressed if record else compressed
+                groups.setdefault(key, []).append(destination)
+            for (parent_name, is_compressed), destinations in groups.items():
+                self.transfer(Transfer(snapshot, parents[parent_name]), destinations, is_compressed)
 
     def parent_now(self, snapshot: Subvolume, destination: Destination) -> Optional[Subvolume]:
         """The parent by what the destination really holds by now: a failed transfer brought none."""
@@ -7773,8 +9229,12 @@ class TaskRun:
         parent = choose_parent(snapshot, self.snapshots, parent_ids(self.snapshots, destination.listing))
         return within_chain(parent, chain_lengths(destination.listing), self.longest_chain(destination))
 
-    def transfer(self, transfer: Transfer, destinations: List[Destination]) -> None:
-        """Sends one snapshot to some destinations, under locks."""
+    def transfer(self, transfer: Transfer, destinations: List[Destination], compressed: Optional[bool] = None) -> None:
+        """Sends one snapshot to some destinations, under locks; compressed data where all can do that, unless told."""
+        records = [record for record in (d.record_of(transfer.snapshot.name) for d in destinations) if record]
+        if compressed is None:
+            compressed = records[0].compressed if records else (
+                self.task.compress == "no" and all(map(self.can_be_compressed, destinations)))
         name, parent = transfer.snapshot.name, transfer.parent.name if transfer.parent else None
         changes = [LockChange(name, d.key, parent) for d in destinations]
         self.change_locks(add=changes)
@@ -7782,42 +9242,19 @@ class TaskRun:
             self.events.info("sending", "sending {} to {}{}".format(
                 name, destination.text, ", incrementally from {}".format(parent) if parent else " in full"),
                 snapshot=name, destination=destination.key, parent=parent)
+        shipment = Shipment(self.host, self.folder, transfer.snapshot, transfer.parent,
+                            SendOptions(compressed, False, self.task.btrfs_debug))
+        terms = Terms(self.task.stall_timeout, self.task.retries, not self.task.no_resume, self.task.limit)
+        targets = [Target(d.key, d.text, d.host, d.path, self.base_of(transfer.parent, d),
+                          TAKE_UP if d.record_of(name) else ANEW) for d in destinations]
         try:
-            relayed = self.relay(transfer, destinations)
+            delivered = Delivery(shipment, targets, terms, self.events).run()
         except BackupError as error:
             for destination in destinations:
                 self.report(error, destination, "sending {} to {}: ".format(name, destination.text))
             return
         for destination in destinations:
-            self.conclude(transfer, destination, relayed)
-
-    def relay(self, transfer: Transfer, destinations: List[Destination]) -> Relayed:
-        name, parent = transfer.snapshot.name, transfer.parent.name if transfer.parent else None
-        compressed = self.task.compress == "no" and self.host.capabilities().sends_compressed and all(
-            d.host.capabilities().receives_compressed for d in destinations)
-        options = SendOptions(compressed, False, self.task.btrfs_debug)
-        expected = self.host.expected_stream(self.folder, transfer.snapshot, transfer.parent)
-        lanes: Dict[str, Any] = {}
-        refused: Dict[str, BackupError] = {}
-        with contextlib.ExitStack() as stack:
-            for destination in destinations:
-                try:
-                    base = self.base_of(transfer.parent, destination)
-                    lanes[destination.key] = destination.host.open_receive(
-                        destination.path, expected._replace(base=base), self.task.btrfs_debug)
-                    stack.callback(lanes[destination.key].end)
-                except BackupError as error:
-                    refused[destination.key] = error
-            if not lanes:
-                return Relayed(0, 0.0, {}, refused)
-            sender = self.host.open_send(self.folder, name, parent, options)
-            progress = stack.enter_context(ProgressOf(self, transfer, destinations, options))
-            if progress.wanted and options.compressed:
-                for lane in lanes.values():
-                    lane.count_file_data()
-            relayed = Relay(sender, lanes, self.task.stall_timeout, progress.tell).run()
-        relayed.errors.update(refused)
-        return relayed
+            self.conclude(transfer, destination, delivered[destination.key])
 
     def delete_partial(self, transfer: Transfer, destination: Destination) -> None:
         """Deletes what a given up transfer left, under its lock."""
@@ -7835,10 +9272,10 @@ class TaskRun:
             return None
         return backup_index(destination.listing)[parent.stream_id or ""].uuid
 
-    def conclude(self, transfer: Transfer, destination: Destination, relayed: Relayed) -> None:
+    def conclude(self, transfer: Transfer, destination: Destination, delivered: Delivered) -> None:
         """Books the end of a transfer at one destination: a backup, or an error."""
         name, parent = transfer.snapshot.name, transfer.parent.name if transfer.parent else None
-        backup, error = relayed.backups.get(destination.key), relayed.errors.get(destination.key)
+        backup, error = delivered.backup, delivered.error
         if isinstance(error, AmbiguousParent) and transfer.parent is not None:
             self.events.warning("ambiguous", "sending {} to {} in full: {}".format(
                 name, destination.text, error.message))
@@ -7846,7 +9283,7 @@ class TaskRun:
             self.transfer(Transfer(transfer.snapshot, None), [destination])
             return
         if error is not None or backup is None or destination.listing is None:
-            destination.closed = True
+            destination.closed = not delivered.at_source
             self.report(error or BackupError("not completed"), destination,
                         "sending {} to {}: ".format(name, destination.text))
             return
@@ -7855,11 +9292,17 @@ class TaskRun:
             self.remember([destination])
         self.change_locks(clear=[LockChange(name, destination.key, parent)])
         self.counts["backup", "sent"] += 1
-        seconds = max(relayed.seconds, 0.001)
-        self.events.info("sent", "sent {} to {}: {} in {}, {}/s".format(
-            name, destination.text, format_size(relayed.size), format_duration(relayed.seconds),
-            format_size(relayed.size / seconds)),
-            snapshot=name, destination=destination.key, bytes=relayed.size, seconds=round(relayed.seconds, 3))
+        self.tell_sent(name, destination, delivered)
+
+    def tell_sent(self, name: str, destination: Destination, delivered: Delivered) -> None:
+        sent, again, taken_up = delivered.figures
+        text = "sent {} to {}: {} in {}, {}/s".format(
+            name, destination.text, format_size(sent), format_duration(delivered.seconds),
+            format_size(sent / max(delivered.seconds, 0.001)))
+        if taken_up or again:
+            text += "; taken up {}, {} sent again".format(plural(taken_up, "time"), format_size(again))
+        self.events.info("sent", text, snapshot=name, destination=destination.key, bytes=sent,
+                         seconds=round(delivered.seconds, 3), taken_up=taken_up, again=again)
 
     # -- what stays
 
@@ -7970,7 +9413,9 @@ class TaskRun:
             self.report(BackupError("{}: {}".format(destination.text, problem.text), problem.hint), destination)
         lines += ["  do not send {}: {}".format(v.name, v.reason) for v in destination.plan.skipped]
         for transfer in destination.plan.transfers:
-            lines.append("  {}, {}".format(describe_transfer(transfer), self.describe_size(transfer)))
+            record = destination.record_of(transfer.snapshot.name)
+            line = "  {}, {}".format(describe_transfer(transfer), self.describe_size(transfer))
+            lines.append(line + ", taken up at {}".format(format_size(record.point.offset)) if record else line)
         if not destination.failed:
             for verdict in self.destination_verdicts(destination, after[destination.key]):
                 lines += self.describe_verdict(verdict)
@@ -7984,42 +9429,6 @@ class TaskRun:
             size = self.host.measured(self.folder, transfer.snapshot.name, parent.name if parent and taken else None)
             return "at most {}".format(format_size(size.stream_size))
         return "about {}".format(format_size(self.host.data_since(self.source, parent.generation + 1 if parent else 0)))
-
-
-class ProgressOf:
-    """Tells the progress of one transfer as events; measures beside it what is to come."""
-
-    def __init__(self, run: TaskRun, transfer: Transfer, destinations: Sequence[Destination],
-                 options: SendOptions) -> None:
-        self.run, self.transfer, self.options = run, transfer, options
-        self.wanted = any(getattr(reader, "progress", False) for reader in run.events.readers)
-        self.destination = ", ".join(d.text for d in destinations)
-        self.measuring: Optional[Measuring] = None
-        self.recent: "collections.deque[Tuple[float, int]]" = collections.deque(maxlen=25)
-
-    def __enter__(self) -> "ProgressOf":
-        if self.wanted:
-            parent = self.transfer.parent.name if self.transfer.parent else None
-            self.measuring = self.run.host.measure_send(self.run.folder, self.transfer.snapshot.name, parent)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.measuring is not None:
-            self.measuring.end()
-            self.run.events.emit("progress", "progress", destination=self.destination)
-
-    def tell(self, size: int, file_data: int) -> None:
-        """size: bytes of stream so far; file_data: bytes of file contents so far."""
-        if self.measuring is None:
-            return
-        meter = self.measuring.meter
-        done, expected = (file_data, meter.file_data) if self.options.compressed else (size, meter.stream_size)
-        now = time.monotonic()
-        self.recent.append((now, done))
-        elapsed = now - self.recent[0][0]
-        self.run.events.emit("progress", "progress", snapshot=self.transfer.snapshot.name, destination=self.destination,
-                             done=done, expected=expected if meter.ended else None,
-                             rate=(done - self.recent[0][1]) / elapsed if elapsed > 0 else 0.0)
 
 
 def run_task(task: Task, events: Events, gate: Optional[Gate] = None) -> int:
@@ -8052,7 +9461,7 @@ def print_result(text: str) -> None:
 
 
 ########################################################################################################
-# 27 LIST: which snapshots are where
+# 28 LIST: which snapshots are where
 #
 # A location is the snapshot folder of a source, or a folder of backups; an entry one subvolume in it. What
 # belongs to what goes by identity, as in a transfer; a name alone only says where a stranger stands in the
@@ -8384,7 +9793,7 @@ def run_list(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 28 PRUNE: retention of a folder of backups by itself
+# 29 PRUNE: retention of a folder of backups by itself
 #
 # No source is looked at: what is kept is decided by names, and by what the folder itself tells of transfers
 # that are not complete. Each prefix is counted by itself. A folder is worked on under the same lock as a
@@ -8538,7 +9947,7 @@ def run_prune(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 29 CREW: the tasks of one command, each in a process of its own
+# 30 CREW: the tasks of one command, each in a process of its own
 #
 # Each task runs in a child of ours: down a pipe comes the leave to go on, up another come its events, a line
 # of JSON each. All take their snapshots first; then they go on, no more at once than allowed. Tasks on one
@@ -9079,7 +10488,7 @@ def run_crew(requests: Sequence[Request], events: Events, view: Union[LogLines, 
 
 
 ########################################################################################################
-# 30 RESTORE: one backup back, beside a subvolume or in its place
+# 31 RESTORE: one backup back, beside a subvolume or in its place
 #
 # choose the backup -> look at the target -> choose the parent -> show, or transfer and swap. The transfer is
 # a task's own, from the folder of backups to the target, and its lock stands in the target's folder: of a
@@ -9240,7 +10649,19 @@ class RestoreRun:
                 raise BackupError("{}: {}".format(target.text, problem.text), problem.hint)
             self.choose_parent()
             transfers = self.links() + (Transfer(self.backup, self.parent),)
+            recoveries = tuple(plan_recoveries(sending.locks, target.key, [self.backup], target.listing,
+                                               self.usable_records()))
         target.plan = DestinationPlan(recoveries, transfers)
+
+    def usable_records(self) -> List[Record]:
+        """What the transfer can go on from: it was on the same parent."""
+        record = self.target.listing.record_of(self.backup.name) if self.target.listing else None
+        is_known = self.parent is None or self.parent.stream_id in backup_index(self.target.listing or Listing())
+        if record is None or self.task.no_resume or not is_known:
+            return []
+        wanted = (self.backup.stream_id, self.parent.stream_id if self.parent else None,
+                  self.sending.base_of(self.parent, self.target))
+        return [record] if (record.stream_id, record.parent_id, record.base) == wanted else []
 
     def is_there(self) -> bool:
         """Whether the target holds the backup already, under its name."""
@@ -9465,7 +10886,7 @@ def run_restore(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 31 DOCTOR: what is wrong, and what to do about it
+# 32 DOCTOR: what is wrong, and what to do about it
 #
 # A check is a generator of findings about one place: ok, a problem with its remedy, or not checked. An
 # error in a check is a problem; what a key may not ask, or what could not be looked at because an earlier
@@ -9976,7 +11397,7 @@ def run_doctor(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 32 VERIFY: whether backups are what their snapshots are
+# 33 VERIFY: whether backups are what their snapshots are
 #
 # survey -> the backups to check -> for each snapshot its digest and those of its backups, at the same time, each
 # computed where the data lies -> where they differ, the folders' digests, and of differing folders the entries. A
@@ -10275,7 +11696,7 @@ def run_verify(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 33 HELP: help and man page, from the tables
+# 34 HELP: help and man page, from the tables
 #
 # What there is to say about options stands in the tables of OPTIONS, once; here it is only laid out, so
 # that help, manual and completions cannot drift from what is parsed. Texts are paragraphs apart by empty
@@ -10441,7 +11862,7 @@ def format_man() -> str:
 
 
 ########################################################################################################
-# 34 COMPLETION: what the Tab key offers in bash, zsh and fish
+# 35 COMPLETION: what the Tab key offers in bash, zsh and fish
 #
 # Scripts for the shells, from the tables of options. They know the verbs, each verb's options, the words
 # that an option takes, and where a file or a folder is wanted; they never run the program. A value that
@@ -10637,7 +12058,7 @@ def fish_completion() -> str:
 
 
 ########################################################################################################
-# 35 UNITS: a systemd service and its timer
+# 36 UNITS: a systemd service and its timer
 #
 # The service may do what a backup needs and little else: see HARDENING for what is asked and what must
 # not be. It is written as a shell script, to be read before it is given to sh. The arguments are parsed
@@ -10764,7 +12185,7 @@ def format_units(task: Task, requests: Sequence[Request], arguments: Sequence[st
 
 
 ########################################################################################################
-# 36 COPIES: the program's own copies in the user's cache folder
+# 37 COPIES: the program's own copies in the user's cache folder
 #
 # A zipapp, and an agent on a remote host, run from a copy of the source in CACHE/btrfs-backup-ng/SHA-256/,
 # where Python keeps its bytecode. The folder's time says when the copy was last used, by the day. A run
@@ -10824,7 +12245,7 @@ def tend_copies(now: float) -> None:
 
 
 ########################################################################################################
-# 37 COMMAND LINE: help, version, sudo, signals, main
+# 38 COMMAND LINE: help, version, sudo, signals, main
 #
 # The thin shell around a task: everything that touches the process as a whole (its arguments, user,
 # signals, exit status) is here and nowhere else.

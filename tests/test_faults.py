@@ -158,7 +158,7 @@ class Interrupted(FaultTestCase):
 class ChildKilled(FaultTestCase):
 
     def kill_child(self, verb):
-        name, run = self.start_large_transfer()
+        name, run = self.start_large_transfer("--retries", "0")
         receiver = self.stop_half_way(run)
         os.kill(run.find(verb), signal.SIGKILL)
         if verb == "send":

@@ -35,6 +35,7 @@ SAMPLES = {
     "LEVEL": "error",
     "FILE": "/log",
     "N": "3",
+    "RATE": "20M",
     "DEST": "/b",
     "DIR": "/folder",
     "P": "home",

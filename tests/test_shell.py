@@ -216,7 +216,8 @@ class Failures(ShellTestCase):
         support.bulk(os.path.join(self.source, "large"), 64)
         self.take(1)
         final = os.path.join(self.folder, "final")
-        run = self.start("-S", "-p", "home", self.source, "shell://cat > {0}.new && mv {0}.new {0}".format(final))
+        run = self.start("-S", "--retries", "0", "-p", "home", self.source,
+                         "shell://cat > {0}.new && mv {0}.new {0}".format(final))
         pid = run.hold("send")
         os.kill(pid, signal.SIGKILL)
         self.assertEqual(1, run.finish().status)

@@ -294,10 +294,10 @@ class Reader(unittest.TestCase):
         """(what came out, spans in it, what was held back)"""
         reader, out, spans = CommandReader(self.WANTED, len(HEADER)), b"", []
         for piece in pieces:
-            data, found = reader.feed(piece)
-            spans += [(len(out) + start, len(out) + end, command) for start, end, command in found]
-            out += bytes(data)
-        return out, spans, reader.carry
+            for data, found in reader.feed(piece):
+                spans += [(len(out) + start, len(out) + end, command) for start, end, command in found]
+                out += bytes(data)
+        return out, spans, bytes(reader.carry)
 
     def spans_of(self, commands):
         at, found = len(HEADER), []
@@ -325,10 +325,15 @@ class Reader(unittest.TestCase):
             self.assertEqual(data[:cut], out + held)
             self.assertEqual(HEADER, out)
 
-    def test_what_is_not_wanted_passes_at_once(self):
+    def test_what_is_not_wanted_waits_as_well(self):
         data = HEADER + encode((WRITE, [(PATH, b"x"), (FILE_OFFSET, bytes(8)), (DATA, bytes(1000))]))
-        for cut in range(len(HEADER) + 10, len(data)):
-            self.assertEqual((data[:cut], [], b""), self.read([data[:cut]]))
+        for cut in range(len(HEADER), len(data)):
+            self.assertEqual((HEADER, [], data[len(HEADER):cut]), self.read([data[:cut]]))
+
+    def test_a_command_beyond_all_bounds(self):
+        endless = HEADER + struct.pack("<IHI", 1 << 30, WRITE, 0)
+        self.assertRaises(BackupError, self.read, [endless])
+        self.assertRaises(BackupError, self.read, pieces_of(endless, 1) + [bytes(100)])
 
     def test_bytes_of_file_contents(self):
         sizes = (1, 10, 4096, 48 * 1024)
@@ -364,7 +369,7 @@ class Incoming(unittest.TestCase):
             self.assertNotIn(0, [len(part) for part in parts])
             out += b"".join(parts)
             buffer[:] = bytes(len(buffer))  # the relay uses it again
-        return out, incoming.ended
+        return out + (incoming.closing if incoming.ended else b""), incoming.ended
 
     def opening(self, expected=EXPECTED):
         return stream([], first_command("." + expected.name + ".partial")) + self.PRIVATE
@@ -536,7 +541,7 @@ class RealStreams(support.TestCase):
             size = self.chance.choice([10, 1000, 100000])
             out += [bytes(piece) for piece in incoming.edit(data[at:at + size])]
             at += size
-        return b"".join(out)
+        return b"".join(out) + incoming.closing
 
     def receive(self, data, folder, status=0):
         received = subprocess.run(["btrfs", "receive", folder], input=data, stdout=subprocess.DEVNULL,

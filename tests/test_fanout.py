@@ -1,0 +1,171 @@
+"""One read for several destinations: they share a send, and none has to wait for another without bound.
+
+TORTURE in the environment makes the comparison with sequential pipes larger.
+"""
+
+import os
+import signal
+import statistics
+import time
+import unittest
+
+import support
+from support import bulk, names
+
+TORTURE = int(os.environ.get("TORTURE", 0))
+
+
+class FanOut(support.BackupTestCase):
+
+    source_size = "4G" if TORTURE else "1G"
+    target_size = "4G" if TORTURE else "1G"
+
+    def setUp(self):
+        super().setUp()
+        self.targets = [self.target]
+
+    def more_targets(self, *sizes):
+        for size in sizes:
+            self.targets.append(os.path.join(self.disk(size).path, "backups"))
+            os.mkdir(self.targets[-1])
+
+    def send_all(self, *options, **more):
+        return self.transfer(*options, to=self.targets, **more)
+
+    def start_all(self, *options):
+        return self.start("-S", "-p", "home", *(list(options) + [self.source] + self.targets))
+
+    def sends(self, result):
+        """How many times `btrfs send` was started, as a run with -v debug tells."""
+        return sum("starting btrfs send " in line for line in result.stderr.splitlines())
+
+    def assertAllBackedUp(self):
+        for target in self.targets:
+            self.assertBackedUp(names(self.snapshots), target)
+            self.assertEqual([], [name for name in os.listdir(target) if name.startswith(".")])
+        self.assertEqual({}, support.read_locks(self.snapshots))
+
+    def hold_receive_into(self, run, target):
+        """Stop the `btrfs receive` that works in one target; its pid."""
+
+        def found():
+            for pid, argv in run.processes().items():
+                if argv[1:2] == [b"receive"] and os.fsencode(target) in argv:
+                    return pid
+            return None
+
+        pid = run.wait_for("btrfs receive", found)
+        os.kill(pid, signal.SIGSTOP)
+        return pid
+
+    def test_one_send_serves_all(self):
+        self.more_targets("1G", "1G")
+        churn = support.Churn(self.source)
+        churn.fill()
+        self.take(1, 2)
+        self.assertEqual(2, self.sends(self.send_all("-v", "debug")))
+        self.assertAllBackedUp()
+        churn.change()
+        self.take(3)
+        self.assertEqual(1, self.sends(self.send_all("-v", "debug")))
+        self.assertAllBackedUp()
+
+    def test_a_new_one_gets_what_it_lacks(self):
+        """What the others have is sent to it alone, what all lack to all at once."""
+        self.take(1)
+        self.send_all()
+        self.more_targets("1G")
+        self.take(2)
+        self.assertEqual(2, self.sends(self.send_all("-v", "debug")))
+        self.assertAllBackedUp()
+
+    def test_after_an_interruption_they_go_on_together(self):
+        self.more_targets("1G")
+        bulk(os.path.join(self.source, "large"), 192)
+        self.take(1)
+        run = self.start_all("--limit", "60M")
+        run.wait_for("some data", lambda: self.target_disk.used() > 50 << 20)
+        os.kill(run.pid, signal.SIGTERM)
+        self.assertEqual(143, run.finish(30).status)
+        result = self.send_all("-v", "debug")
+        self.assertEqual(2, result.stderr.count("taking up"))
+        self.assertEqual(1, self.sends(result))
+        self.assertAllBackedUp()
+
+    def test_a_slow_one_is_served_by_itself(self):
+        """It crawls: the other ends in its own time, and then the slow one goes on where it was."""
+        self.more_targets("1G")
+        bulk(os.path.join(self.source, "large"), 192)
+        self.take(1)
+        run = self.start_all()
+        slow = self.hold_receive_into(run, self.target)
+        started = time.monotonic()
+        run.wait_for("the other backup", lambda: names(self.targets[1]), timeout=40)
+        self.assertLess(time.monotonic() - started, 25)
+        self.assertEqual([], names(self.target))
+        with_its_own = run.wait_for("its own send", lambda: run.find("receive") not in (None, slow), timeout=60)
+        self.assertTrue(with_its_own)
+        result = run.finish(60)
+        self.assertEqual(0, result.status, result.stderr)
+        self.assertIn("by itself", result.stderr)
+        self.assertAllBackedUp()
+
+    def test_a_full_one_does_not_stop_the_other(self):
+        self.target_disk.unmount()
+        self.more_targets("160M")
+        self.targets.remove(self.target)
+        self.more_targets("1G")
+        bulk(os.path.join(self.source, "large"), 200)
+        self.take(1)
+        result = self.send_all(status=1)
+        self.assertErrorSays(result, "No space left", self.targets[0])
+        self.assertEqual([], names(self.targets[0]))
+        self.assertBackedUp(names(self.snapshots), self.targets[1])
+
+    def test_one_that_is_killed_comes_again(self):
+        self.more_targets("1G")
+        bulk(os.path.join(self.source, "large"), 192)
+        self.take(1)
+        run = self.start_all()
+        os.kill(self.hold_receive_into(run, self.target), signal.SIGKILL)
+        result = run.finish(60)
+        self.assertEqual(0, result.status, result.stderr)
+        self.assertEqual(1, result.stderr.count("trying again"))
+        self.assertAllBackedUp()
+
+    def sequential(self):
+        """The seconds of plain pipes, one after another."""
+        path = self.snapshot_path(self.name(1))
+        started = time.monotonic()
+        for target in self.targets:
+            support.send_receive(path, target)
+            support.command("btrfs", "filesystem", "sync", target)
+        return time.monotonic() - started
+
+    def clear(self):
+        for target in self.targets:
+            for name in names(target):
+                support.delete(os.path.join(target, name))
+            support.command("btrfs", "subvolume", "sync", target)
+
+    @unittest.skipUnless(TORTURE, "takes long, and wants a quiet machine: TORTURE=1")
+    def test_time_against_pipes_one_after_another(self):
+        for count, most in ((2, 0.75), (3, 0.6)):
+            self.more_targets("4G")
+            bulk(os.path.join(self.source, "large"), 1024)
+            if not names(self.snapshots):
+                self.take(1)
+            ratios = []
+            for _ in range(5):
+                theirs = self.sequential()
+                self.clear()
+                started = time.monotonic()
+                self.send_all()
+                ratios.append((time.monotonic() - started) / theirs)
+                self.clear()
+            print("{} destinations: {}".format(count, ", ".join("{:.2f}".format(ratio) for ratio in ratios)))
+            self.assertLessEqual(statistics.median(ratios), most)
+
+
+if __name__ == "__main__":
+    unittest.main()
