@@ -4957,7 +4957,7 @@ class ShellPlace:
     def delete(self, _: str, doomed: Sequence[Subvolume], __: bool) -> List[BackupError]:
         return [BackupError("{} cannot be deleted at a command".format(s.name)) for s in doomed]
 
-    def open_receive(self, command: str, expected: ExpectedStream, _: bool, __: str) -> ShellReceiver:
+    def open_receive(self, command: str, expected: ExpectedStream, _: bool, __: str = "") -> ShellReceiver:
         return ShellReceiver(command, expected, self.source)
 
 
@@ -6016,7 +6016,7 @@ class LocalHost:
         return parse_find_new(self.command(["btrfs", "subvolume", "find-new", path, str(generation)],
                                            "cannot look for changes in {}".format(path)))
 
-    def open_receive(self, folder: str, expected: ExpectedStream, debug: bool, begin: str) -> LocalReceiver:
+    def open_receive(self, folder: str, expected: ExpectedStream, debug: bool, begin: str = "anew") -> LocalReceiver:
         """A receiver. begin: "take up" what there is; "anew"; "in one piece", without checkpoints."""
         partial = Partial(folder, expected)
         try:
@@ -6483,7 +6483,7 @@ class RawPlace:
         """Protocol 1: whoever restores may have an older btrfs."""
         return Capabilities(False, False, ())
 
-    def open_receive(self, folder: str, expected: ExpectedStream, _: bool, __: str) -> RawReceiver:
+    def open_receive(self, folder: str, expected: ExpectedStream, _: bool, __: str = "") -> RawReceiver:
         return RawReceiver(self.host, folder, expected, self.steps, self.source)
 
     def expected_stream(self, folder: str, snapshot: Subvolume, parent: Optional[Subvolume]) -> ExpectedStream:
@@ -8374,7 +8374,7 @@ class AgentHost:
 
     # -- streams
 
-    def open_receive(self, folder: str, expected: ExpectedStream, debug: bool, begin: str) -> RemoteReceiver:
+    def open_receive(self, folder: str, expected: ExpectedStream, debug: bool, begin: str = "anew") -> RemoteReceiver:
         compression = self.compression()
         connection = self.borrow()
         connection.channel.send_value(CALL, ("open_receive", (folder, expected, debug, begin), compression))
