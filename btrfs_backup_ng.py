@@ -4227,7 +4227,7 @@ class Partial:
 
     def __init__(self, folder: str, expected: ExpectedStream) -> None:
         self.folder, self.expected, self.name = folder, expected, expected.name
-        self.lock = PartialLock(folder, self.name, expected.uuid)
+        self.lock: Optional[PartialLock] = None
         self.record = Record(self.name, expected.uuid, expected.parent_uuid, expected.base, expected.compressed)
         self.checkpoint: Optional[Subvolume] = None  # the piece that the record vouches for
         self.finished: Optional[Subvolume] = None  # one that lacks nothing but its name
@@ -4240,13 +4240,24 @@ class Partial:
             return self.record.point._replace(complete=True)
         return self.record.point if self.checkpoint is not None else None
 
+    def take_lock(self) -> None:
+        if self.lock is None:
+            self.lock = PartialLock(self.folder, self.name, self.expected.uuid)
+
+    def release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+
     def open(self, take_up: bool) -> None:
-        """Finds what can be taken up, and deletes what cannot."""
+        """Finds what can be taken up, and deletes what cannot. Where there is nothing nothing is touched."""
         found = read_subvolume(os.path.join(self.folder, self.name), self.name)
         if found is not None and found.is_received and found.received_uuid == self.expected.uuid:
             self.finished = found
         elif os.path.lexists(os.path.join(self.folder, self.name)):
             raise ReceiverFailed("{} exists at {}".format(self.name, self.folder))
+        traces = (record_name(self.name), partial_lock_name(self.name))
+        if any(name in traces or partial_of(name) == self.name for name in os.listdir(self.folder)):
+            self.take_lock()
         pieces = [read_subvolume(os.path.join(self.folder, name), name) for name in os.listdir(self.folder)
                   if partial_of(name) == self.name]
         record = read_record(self.folder, self.name) if take_up else None
@@ -4275,6 +4286,7 @@ class Partial:
         check(["btrfs", "subvolume", "delete", path], "cannot delete {}".format(path))
 
     def next_piece(self) -> str:
+        self.take_lock()
         self.last_piece += 1
         return partial_name(self.name, self.last_piece)
 
@@ -4394,7 +4406,7 @@ class LocalReceiver:
             pass
         except BrokenPipeError:
             raise self.failure() from None
-        if moved:
+        if moved and self.partial.lock is not None:
             self.partial.lock.touch()
         return moved
 
@@ -4576,7 +4588,7 @@ class LocalReceiver:
             self.close_write_end()
             if self.stage is not None:
                 self.stage.end()
-            self.partial.lock.release()
+            self.partial.release()
             if self.confinement is not None:
                 self.confinement.end()
 
@@ -6029,10 +6041,10 @@ class LocalHost:
             self.events.debug("command", "starting {}".format(" ".join(argv)))
             return LocalReceiver(argv, stream, partial, begin != "in one piece", confinement)
         except OSError as error:
-            partial.lock.release()
+            partial.release()
             raise os_error("cannot receive in {}".format(folder), error) from None
         except BaseException:
-            partial.lock.release()
+            partial.release()
             raise
 
     def settle_partials(self, folder: str, names: Dict[str, str]) -> List[str]:
