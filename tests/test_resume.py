@@ -162,8 +162,11 @@ class Pieces(support.TestCase):
     def test_two_writers_of_one_partial(self):
         one, = self.snapshots(1)
         expected = self.expected(one, None, False)
+        stream = subprocess.run(send_argv(one, None, SendOptions()), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                check=True).stdout
         receiver = self.host.open_receive(self.target, expected, False, ANEW)
         self.addCleanup(receiver.end)
+        self.feed(receiver, stream[:boundaries(stream)[5]])
         with self.assertRaises(BackupError) as caught:
             self.host.open_receive(self.target, expected._replace(uuid=subvolume(self.top).uuid), False, TAKE_UP)
         self.assertIn("another run", str(caught.exception))
