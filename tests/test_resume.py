@@ -24,7 +24,6 @@ from btrfs_backup_ng import (
     Events,
     LocalHost,
     SendOptions,
-    read_capabilities,
     read_subvolume,
     send_argv,
 )
@@ -128,7 +127,7 @@ class Pieces(support.TestCase):
         self.check(cuts=TORTURE or 12)
 
     def test_cuts_in_compressed_data(self):
-        able = read_capabilities()
+        able = self.host.capabilities()
         if able.sends_compressed and able.receives_compressed:
             self.source_disk.remount("compress-force=zstd")
             with open(os.path.join(self.top, "compressible"), "wb") as file:
