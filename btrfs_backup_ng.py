@@ -41,19 +41,20 @@ Contents; a section uses only what stands above it:
     23 WIRE              calls, results and streams as frames on a channel
     24 AGENT             the program on another host, serving calls over a channel
     25 REMOTE            hosts over ssh; the hosts of a run
-    26 DELIVERY          one snapshot to its destinations, through as many relays as it takes
-    27 TASK              observe, plan, show or execute
-    28 LIST              which snapshots are where
-    29 PRUNE             retention of a folder of backups by itself
-    30 CREW              the tasks of one command, each in a process of its own
-    31 RESTORE           one backup back, beside a subvolume or in its place
-    32 DOCTOR            what is wrong, and what to do about it
-    33 VERIFY            whether backups are what their snapshots are
-    34 HELP              help and man page, from the tables
-    35 COMPLETION        what the Tab key offers in bash, zsh and fish
-    36 UNITS             a systemd service and its timer
-    37 COPIES            the program's own copies in the user's cache folder
-    38 COMMAND LINE      help, version, sudo, signals, main
+    26 PLAIN COMMANDS    hosts without Python; the hosts of a run
+    27 DELIVERY          one snapshot to its destinations, through as many relays as it takes
+    28 TASK              observe, plan, show or execute
+    29 LIST              which snapshots are where
+    30 PRUNE             retention of a folder of backups by itself
+    31 CREW              the tasks of one command, each in a process of its own
+    32 RESTORE           one backup back, beside a subvolume or in its place
+    33 DOCTOR            what is wrong, and what to do about it
+    34 VERIFY            whether backups are what their snapshots are
+    35 HELP              help and man page, from the tables
+    36 COMPLETION        what the Tab key offers in bash, zsh and fish
+    37 UNITS             a systemd service and its timer
+    38 COPIES            the program's own copies in the user's cache folder
+    39 COMMAND LINE      help, version, sudo, signals, main
 
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
@@ -3415,6 +3416,21 @@ def locks_of(locks: Locks, destination: str, prefix: str) -> List[LockChange]:
             + [LockChange("", destination, name) for name in locked_names(own, destination, "parent_locks")])
 
 
+def format_locks(locks: Locks) -> str:
+    import json
+    return json.dumps(locks, indent=1, sort_keys=True)
+
+
+def changed_pins(pins: Pins, prefix: str, changes: Dict[str, Optional[Pin]]) -> Pins:
+    """Pins with those of `prefix` set by destination; None forgets."""
+    after = {destination: dict(entry) for destination, entry in pins.items()}
+    for destination, pin in changes.items():
+        after.setdefault(destination, {}).pop(prefix, None)
+        if pin is not None:
+            after[destination][prefix] = pin
+    return {destination: entry for destination, entry in after.items() if entry}
+
+
 def parse_pins(text: str) -> Pins:
     import json
     document = json.loads(text)
@@ -3434,13 +3450,19 @@ def read_state_file(folder: str, name: str, parse: Callable[[str], Any]) -> Any:
     path = os.path.join(folder, name)
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as state:
-            return parse(state.read())
+            return parse_state(path, state.read(), parse)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise os_error("cannot read {}".format(path), error) from None
+
+
+def parse_state(path: str, text: str, parse: Callable[[str], Any]) -> Any:
+    """What `parse` makes of the content of the state file at `path`."""
+    try:
+        return parse(text)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        hint = ("mend it, or move it away if no transfer is unfinished" if name == LOCK_FILE else
+        hint = ("mend it, or move it away if no transfer is unfinished" if os.path.basename(path) == LOCK_FILE else
                 "mend it, or move it away: then snapshots that absent destinations need are no longer protected")
         raise BackupError("{} is damaged or not ours, so nothing was changed".format(path), hint) from None
 
@@ -4043,15 +4065,6 @@ class LocalSender:
         self.stage.end()
 
 
-def read_mount_points() -> List[str]:
-    """The mount points of this process, in the order of /proc/self/mountinfo; none where there is no /proc."""
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
-            return [re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), line.split(" ")[4]) for line in mounts]
-    except OSError:
-        return []
-
-
 class Confinement:
     """A view of one folder's filesystem, for a `btrfs receive` whose stream is not trusted.
 
@@ -4065,8 +4078,8 @@ class Confinement:
     def __init__(self, folder: str) -> None:
         import ctypes
         import tempfile
-        above = [point for point in read_mount_points() if (folder + "/").startswith(point.rstrip("/") + "/")]
-        self.mount_point = max(reversed(above), key=len) if above else "/"
+        mount = mount_around(folder, read_mounts())
+        self.mount_point = mount.point if mount is not None else "/"
         self.flags = self.BIND | self.REMOUNT | self.NO_LINKS | (os.statvfs(folder).f_flag & self.KEPT_FLAGS)
         self.private = tempfile.mkdtemp(prefix="btrfs-backup-ng-")
         self.path = os.path.join(self.private, os.path.relpath(folder, self.mount_point))
@@ -5960,12 +5973,11 @@ class LocalHost:
 
     def change_locks(self, folder: str, add: Sequence[LockChange], clear: Sequence[LockChange]) -> Locks:
         """Sets and clears locks in the file as it stands now; what comes out is durable."""
-        import json
         with folder_mutex(folder):
             before = self.read_locks(folder)
             after = clear_locks(add_locks(before, add), clear) if add or clear else before
             if after != before:
-                replace_state_file(folder, LOCK_FILE, json.dumps(after, indent=1, sort_keys=True))
+                replace_state_file(folder, LOCK_FILE, format_locks(after))
         return after
 
     def read_pins(self, folder: str) -> Pins:
@@ -5975,12 +5987,7 @@ class LocalHost:
         """Sets the pins of `prefix` by destination; None forgets."""
         with folder_mutex(folder):
             before = self.read_pins(folder)
-            after = {destination: dict(entry) for destination, entry in before.items()}
-            for destination, pin in pins.items():
-                after.setdefault(destination, {}).pop(prefix, None)
-                if pin is not None:
-                    after[destination][prefix] = pin
-            after = {destination: entry for destination, entry in after.items() if entry}
+            after = changed_pins(before, prefix, pins)
             if after != before:
                 replace_state_file(folder, PIN_FILE, format_pins(after))
 
@@ -7521,7 +7528,7 @@ class Guard:
         Refused unless it is below the folder, as far as it exists, by plain folders alone. What is missing is
         made or, at its last step, left as it is.
         """
-        fd, at, mounts = open_folder(self.under), self.under, frozenset(read_mount_points())
+        fd, at, mounts = open_folder(self.under), self.under, frozenset(mount.point for mount in read_mounts())
         parts = self.parts_below(path)
         try:
             for part in parts:
@@ -8039,6 +8046,8 @@ def no_agent_error(machine: str, status: Optional[int], words: str, noise: str) 
     if "SyntaxError" in words:
         return BackupError("{}: a part of what was sent to it is missing".format(machine),
                            "does a start file of its login shell read its input, as in .bashrc?")
+    if re.search(r"file\(\) takes at most|invalid syntax|Missing parentheses", words):
+        return NoPython("{} has only an old Python".format(machine), "install Python 3.6 or later there")
     if status == 127 or re.search(r"python3[^\n]*(not found|No such file)|[Uu]nknown command[^\n]*python3", words):
         return NoPython("{} has no python3".format(machine), "install Python 3.6 or later there")
     said = (words or noise).strip()
@@ -8478,6 +8487,397 @@ class SshConnector:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+########################################################################################################
+# 26 PLAIN COMMANDS: hosts without Python; the hosts of a run
+#
+# Where the agent cannot run, plain commands over ssh do the main job, with what busybox has: listing,
+# snapshots, transfers, deletion, locks and pins. Each is `sh -c` with a script that comes through any login
+# shell. The stream is checked and edited here, and the backup gets its name only when it was seen complete
+# and durable there. Nothing is resumed, verified or measured, and no lock keeps other machines' runs away.
+########################################################################################################
+
+
+class PlainSender(LocalSender):
+    """`btrfs send` by a plain command over ssh, whose output begins after the marker."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        super().__init__(argv)
+        self.head: Optional[bytes] = b"\n"  # while the marker is sought
+
+    def read(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
+        while self.head is not None:
+            got = super().read(buffer)
+            if not got:
+                return got
+            self.head += bytes(buffer[:got])
+            if len(self.head) > MOST_NOISE + len(buffer):
+                raise BackupError("the login shell there prints without end")
+            noise, found, rest = self.head.partition(MARKER)
+            if found:
+                self.head = None
+                if rest:
+                    buffer[:len(rest)] = rest
+                    return len(rest)
+        return super().read(buffer)
+
+
+class PlainReceiver:
+    """`btrfs receive` by a plain command over ssh. The stream is checked and edited here; it cannot be taken up."""
+
+    program, resume = "btrfs receive", None
+
+    def __init__(self, host: "ShellHost", folder: str, stream: IncomingStream, argv: Sequence[str]) -> None:
+        self.host, self.folder, self.stream = host, folder, stream
+        read_end, write_end = make_pipe()
+        try:
+            self.stage = Stage(argv, read_end, subprocess.DEVNULL)
+        except BackupError:
+            os.close(write_end)
+            raise
+        finally:
+            os.close(read_end)
+        self.stage.program = "btrfs receive"
+        self.feed = Feed(write_end)
+        self.is_closed = False  # the end of the stream was queued
+
+    @property
+    def pending(self) -> int:
+        return self.feed.pending
+
+    @property
+    def file_data(self) -> int:
+        return self.stream.reader.file_data
+
+    def count_file_data(self) -> None:
+        """Nothing: it is counted anyway."""
+
+    def offer(self, chunk: memoryview) -> None:
+        """Takes a chunk, whose memory must not change before `pending` has gone down."""
+        for piece in self.stream.edit(chunk):
+            self.feed.offer(piece)
+
+    def pump(self) -> int:
+        try:
+            return self.feed.pump()
+        except BrokenPipeError:
+            raise self.failure() from None
+
+    def failure(self) -> BackupError:
+        """Why `btrfs receive`, or the way to it, ended early."""
+        try:
+            self.stage.wait(ENDING_GRACE)
+        except BackupError as error:
+            return receiver_error(self.host.explained(error), self.stream.expected)
+        return ReceiverFailed("btrfs receive ended before the stream did")
+
+    def check_alive(self) -> None:
+        if self.stage.has_ended():
+            raise self.failure()
+
+    def close_pipe(self) -> None:
+        if self.stream.ended and not self.is_closed:
+            self.is_closed = True
+            self.feed.offer(self.stream.closing)
+            self.pump()
+
+    def finish(self, timeout: float) -> Subvolume:
+        """The complete backup under its final name."""
+        if not self.stream.ended:
+            raise BackupError("the stream ended before its end command")
+        self.close_pipe()
+        deadline = time.monotonic() + timeout
+        while self.feed.pending:
+            poll_fds([(self.feed.write_end, select.POLLOUT)], CHANNEL_NAP)
+            if self.pump():
+                deadline = time.monotonic() + timeout
+            elif time.monotonic() > deadline:
+                raise Stalled("btrfs receive stalled: it took nothing for {}".format(format_duration(timeout)))
+        self.feed.close()
+        try:
+            self.stage.wait(timeout)
+        except BackupError as error:
+            raise receiver_error(self.host.explained(error), self.stream.expected) from None
+        return self.host.complete(self.folder, self.stream.expected)
+
+    def end(self) -> None:
+        self.feed.close()
+        self.stage.end()
+
+
+def shell_command(script: str, arguments: Sequence[str]) -> str:
+    """The one word for ssh that runs `script` in sh there, with `arguments` as $a0, $a1 and so on.
+
+    It must come through any login shell: so the script has no single quote, no `!` and no newline, and the
+    arguments are spelled in octal, but for plain letters.
+    """
+    spelled = []
+    for number, argument in enumerate(arguments):
+        octal = "".join(chr(byte) if re.match(rb"[A-Za-z0-9/._-]", bytes([byte])) else "\\0{:03o}".format(byte)
+                        for byte in os.fsencode(argument))
+        spelled.append('a{0}=$(printf %b "{1}x"); a{0}="${{a{0}%x}}"; '.format(number, octal))
+    return "sh -c '" + "".join(spelled) + script + "'"
+
+
+PLAIN_MARK = 'printf "\\nbtrfs-backup-ng wire 1\\n"; '
+PLAIN_LOOK = (
+    'k=missing; if [ -e "$a0" ] || [ -L "$a0" ]; then k=other; fi; if [ -d "$a0" ]; then k=folder; fi; '
+    'g="$a0"; until [ -d "$g" ]; do g=$(dirname "$g"); done; r="${a0#"$g"}"; g=$(cd -P "$g" && pwd -P) || exit 1; '
+    't="$g"; until [ "$(stat -c %i "$t")" = 256 ] || [ "$t" = / ]; do t=$(dirname "$t"); done; '
+    'w=no; if [ -w "$g" ]; then w=yes; fi; '
+    'printf "kind: %s\\nground: %s\\nrest: %s\\ntop: %s\\nwritable: %s\\n" "$k" "$g" "$r" "$t" "$w"; '
+    'if [ "$(stat -f -c %t "$g")" = 9123683e ]; then btrfs subvolume show "$t"; echo "--- devices"; '
+    'for f in /sys/fs/btrfs/*/devices/*; do echo "$f $(cat "$f/dm/name" 2>&1)"; done; '
+    'echo "--- mounts"; cat /proc/self/mountinfo; fi')
+PLAIN_LIST = (
+    'cd "$a0" || exit 1; g=$(pwd -P); t="$g"; '
+    'until [ "$(stat -c %i "$t")" = 256 ] || [ "$t" = / ]; do t=$(dirname "$t"); done; '
+    'i=$(btrfs inspect-internal rootid "$t") || exit 1; p=; '
+    'if [ "$i" -gt 5 ]; then p=$(btrfs inspect-internal subvolid-resolve "$i" "$t") || exit 1; fi; '
+    'printf "own: %s\\nrest: %s\\n" "$p" "${g#"$t"}"; '
+    'btrfs subvolume list -o -c -u -q -R "$g" || exit 1; echo "--- readonly"; '
+    'btrfs subvolume list -o -r "$g" || exit 1; echo "--- names"; ls -A')
+
+
+def parse_plain_look(text: str) -> Place:
+    """A place from the output of PLAIN_LOOK."""
+    here, _, below = text.partition("--- devices\n")
+    devices, _, mounts = below.partition("--- mounts\n")
+    facts = dict(re.findall(r"^(kind|ground|rest|top|writable): (.*)$", here, re.MULTILINE))
+    path = (facts["ground"].rstrip("/") + facts["rest"]).rstrip("/") or "/"
+    if facts["kind"] == "other" or not below:
+        return Place(path, facts["kind"])
+    mount = mount_around(facts["ground"], parse_mountinfo(mounts))
+    names = {os.path.basename(mount.device)} if mount else set()
+    found = re.findall(r"^/sys/fs/btrfs/([^/]+)/devices/(\S+) ?(.*)$", devices, re.MULTILINE)
+    filesystem = next((uuid for uuid, name, mapped in found if names & {name, mapped}), mount.device if mount else None)
+    return Place(path, facts["kind"], filesystem, parse_subvolume_show(here, os.path.basename(facts["top"])),
+                 facts["kind"] == "folder" and facts["top"] == facts["ground"], facts["writable"] == "no")
+
+
+def parse_plain_list(text: str) -> Listing:
+    """A listing from the output of PLAIN_LIST."""
+    head, readonly, names = re.split(r"^--- (?:readonly|names)\n", text, flags=re.MULTILINE)
+    facts = dict(re.findall(r"^(own|rest): (.*)$", head, re.MULTILINE))
+    prefix = "/".join(part for part in (facts["own"], facts["rest"].strip("/")) if part)
+    prefix = prefix + "/" if prefix else ""
+    sealed = {found.group(1) for found in re.finditer(r"^ID ([0-9]+) ", readonly, re.MULTILINE)}
+    subvolumes = []
+    for row in re.finditer(r"^ID ([0-9]+) gen ([0-9]+) cgen ([0-9]+) top level [0-9]+ parent_uuid (\S+) +"
+                           r"received_uuid (\S+) +uuid (\S+) path (.*)$", head, re.MULTILINE):
+        name = row.group(7)[len(prefix):]
+        if row.group(7).startswith(prefix) and "/" not in name:
+            parent, received, uuid = (None if found == "-" else found for found in row.group(4, 5, 6))
+            subvolumes.append(Subvolume(name, uuid, parent, received, row.group(1) in sealed, 0, int(row.group(3)),
+                                        int(row.group(1)), int(row.group(2))))
+    taken = {s.name for s in subvolumes}
+    return Listing(tuple(subvolumes), frozenset(name for name in names.splitlines() if name not in taken))
+
+
+class ShellHost:
+    """A host without Python: what plain commands can do of a host's calls."""
+
+    def __init__(self, connector: SshConnector, events: Events) -> None:
+        self.connector, self.events, self.machine = connector, events, connector.endpoint.machine
+        self.mutex = threading.Lock()
+        self.master = Stage(self.argv("exec cat > /dev/null", (), is_first=True), subprocess.PIPE, subprocess.DEVNULL)
+        try:
+            facts = self.run("uname -n; btrfs --version || exit 1; "
+                             "cat /sys/fs/btrfs/features/send_stream_version 2>&1; exit 0", (), "cannot begin")
+        except BaseException:
+            self.end()
+            raise
+        self.nodename, version, *protocol = facts.splitlines()
+        self.progs = parse_version(version)
+        self.protocol = int(protocol[0]) if protocol and protocol[0].isdigit() else 1
+
+    # -- commands
+
+    def argv(self, script: str, arguments: Sequence[str], is_first: bool = False) -> List[str]:
+        sudo = "sudo -n " if self.connector.options.sudo else ""
+        return self.connector.argv(is_first) + [sudo + shell_command(script, arguments)]
+
+    def run(self, script: str, arguments: Sequence[str], doing: str, data: bytes = b"") -> str:
+        """What a script prints there; BackupError 'DOING: its last words' where it fails."""
+        begun = time.monotonic()
+        process = start(self.argv(PLAIN_MARK + script, arguments), subprocess.PIPE, subprocess.PIPE)
+        try:
+            out, words = process.communicate(data)
+        except BaseException:
+            end_process(process)
+            raise
+        self.events.debug("command", "{}: ran a script ({:.3f} s): {}".format(
+            self.machine, time.monotonic() - begun, script))
+        if process.returncode != 0:
+            raise self.explained(program_error(doing, os.fsdecode(words).strip(), process.returncode))
+        return os.fsdecode((b"\n" + out).partition(MARKER)[2])
+
+    def explained(self, error: BackupError) -> BackupError:
+        """The same error, with what ssh's own words mean."""
+        words = error.message + "\n" + error.detail
+        if "Connection to" in words and "closed" in words or "client_loop" in words:
+            return ConnectionLost("the connection to {} was lost".format(self.machine), "", error.detail)
+        if re.search(r"btrfs: *(command )?not found", words):
+            return BackupError("{}: the program btrfs is not installed there".format(self.machine),
+                               "install the package {}".format(PACKAGES["btrfs"]))
+        return error
+
+    def end(self) -> None:
+        self.master.process.stdin.close()  # type: ignore[union-attr]
+        self.master.end()
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in CALLS:
+            raise AttributeError(name)
+        raise BackupError("{} has no Python that could do that: {}".format(self.machine, name.replace("_", " ")),
+                          "install Python 3.6 or later there")
+
+    # -- the calls of a host, as far as they go
+
+    def name(self) -> str:
+        return self.nodename
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(self.protocol >= 2 and self.progs >= (5, 19), self.progs >= (6, 2), self.progs)
+
+    def look(self, path: str) -> Place:
+        return parse_plain_look(self.run(PLAIN_LOOK, (path,), "cannot look at {}".format(path)))
+
+    def list(self, folder: str) -> Listing:
+        return parse_plain_list(self.run(PLAIN_LIST, (folder,), "cannot list {}".format(folder)))
+
+    def nested_subvolumes(self, path: str, beside: str) -> List[str]:
+        raise BackupError("{} has no Python".format(self.machine))
+
+    def make_folder(self, path: str) -> None:
+        self.run('mkdir -p -m 700 "$a0"', (path,), "cannot make the folder {}".format(path))
+
+    def snapshot(self, source: str, folder: str, name: str) -> Subvolume:
+        path = os.path.join(folder, name)
+        text = self.run('btrfs subvolume snapshot -r "$a0" "$a1" >&2 && btrfs subvolume show "$a1"', (source, path),
+                        "cannot take a snapshot of {}".format(source))
+        return parse_subvolume_show(text, name)
+
+    def delete(self, folder: str, doomed: Sequence[Subvolume], convert_rw: bool) -> List[BackupError]:
+        """Deletes subvolumes of `folder` that still are what they were planned as; an error for each not gone."""
+        errors = []
+        writable = 'btrfs property set -f -ts "$a0" ro false && ' if convert_rw else ""
+        for subvolume in doomed:
+            path = os.path.join(folder, subvolume.name)
+            try:
+                if self.subvolume(path, subvolume.name).uuid != subvolume.uuid:
+                    raise BackupError("not deleted: {} is no longer what it was".format(path), "run again")
+                self.run(writable + 'btrfs subvolume delete "$a0"', (path,), "cannot delete {}".format(path))
+            except BackupError as error:
+                errors.append(error)
+        if doomed:
+            self.run('btrfs filesystem sync "$a0"', (folder,), "cannot sync {}".format(folder))
+        return errors
+
+    def subvolume(self, path: str, name: str) -> Subvolume:
+        return parse_subvolume_show(self.run('btrfs subvolume show "$a0"', (path,), "cannot look at {}".format(path)),
+                                    name)
+
+    def wait_for_cleaning(self, folder: str) -> None:
+        self.run('btrfs subvolume sync "$a0"', (folder,), "cannot wait for deleted subvolumes of {}".format(folder))
+
+    @contextlib.contextmanager
+    def hold(self, folder: str, prefix: str, wait: float) -> Iterator[None]:
+        """Nothing is held: a lock of the kernel's would end with the command that takes it."""
+        yield
+
+    def read_state(self, folder: str, name: str, parse: Callable[[str], Any]) -> Any:
+        path = os.path.join(folder, name)
+        text = self.run('if [ -e "$a0" ]; then cat "$a0"; fi', (path,), "cannot read {}".format(path))
+        return parse_state(path, text, parse) if text else {}
+
+    def replace_state(self, folder: str, name: str, text: str) -> None:
+        path = os.path.join(folder, name)
+        self.run('cat > "$a0.new" && sync && mv "$a0.new" "$a0" && sync', (path,), "cannot write {}".format(path),
+                 text.encode("utf-8", "surrogateescape") + b"\n")
+
+    def read_locks(self, folder: str) -> Locks:
+        return self.read_state(folder, LOCK_FILE, parse_locks)
+
+    def change_locks(self, folder: str, add: Sequence[LockChange], clear: Sequence[LockChange]) -> Locks:
+        before = self.read_locks(folder)
+        after = clear_locks(add_locks(before, add), clear)
+        if after != before:
+            self.replace_state(folder, LOCK_FILE, format_locks(after))
+        return after
+
+    def read_pins(self, folder: str) -> Pins:
+        return self.read_state(folder, PIN_FILE, parse_pins)
+
+    def change_pins(self, folder: str, prefix: str, pins: Dict[str, Optional[Pin]]) -> None:
+        before = self.read_pins(folder)
+        after = changed_pins(before, prefix, pins)
+        if after != before:
+            self.replace_state(folder, PIN_FILE, format_pins(after))
+
+    # -- streams
+
+    def expected_stream(self, folder: str, snapshot: Subvolume, parent: Optional[Subvolume]) -> ExpectedStream:
+        path = os.path.join(folder, snapshot.name)
+        uid, gid, mode = self.run('stat -c "%u %g %a" "$a0"', (path,), "cannot look at {}".format(path)).split()
+        return ExpectedStream(snapshot.name, snapshot.stream_id or "", parent.stream_id if parent else None,
+                              int(uid), int(gid), int(mode, 8))
+
+    def open_send(self, folder: str, name: str, parent: Optional[str], options: SendOptions) -> PlainSender:
+        """`btrfs send` there, its stream here."""
+        flags = ("-vv " if options.debug else "") + ("--proto 2 --compressed-data " if options.compressed else "")
+        onto, arguments = "", [os.path.join(folder, name)]
+        if parent is not None:
+            onto = '-p "$a1" '
+            arguments.append(os.path.join(folder, parent))
+        return PlainSender(self.argv(PLAIN_MARK + "exec btrfs send " + flags + onto + '"$a0"', arguments))
+
+    def open_receive(self, folder: str, expected: ExpectedStream, debug: bool, begin: str) -> PlainReceiver:
+        """`btrfs receive` there, fed from here; it always begins anew."""
+        listing = self.list(folder)
+        if listing.named(expected.name) is not None or expected.name in listing.others:
+            raise ReceiverFailed("{} exists at {}".format(expected.name, folder))
+        left = [s for s in listing.subvolumes if partial_of(s.name) == expected.name]
+        for error in self.delete(folder, left, False) if left else ():
+            raise error
+        stream = IncomingStream(expected, expected.base is None or self.is_sole(folder, expected))
+        flags = "-vv " if debug else ""
+        return PlainReceiver(self, folder, stream, self.argv('exec btrfs receive ' + flags + '"$a0"', (folder,)))
+
+    def is_sole(self, folder: str, expected: ExpectedStream) -> bool:
+        """Whether the base is the only subvolume on the filesystem with its received UUID."""
+        rows = self.run('btrfs subvolume list -u -R "$a0"', (folder,), "cannot list {}".format(folder))
+        return len(re.findall(r" received_uuid {} ".format(expected.parent_uuid), rows)) <= 1
+
+    def complete(self, folder: str, expected: ExpectedStream) -> Subvolume:
+        """The backup of a receive that has ended well, seen complete, durable and named."""
+        partial = partial_name(expected.name)
+        found = self.subvolume(os.path.join(folder, partial), partial)
+        if not found.readonly or found.received_uuid != expected.uuid:
+            raise ReceiverFailed("btrfs receive left {} incomplete though it reported success".format(partial))
+        if found.parent_uuid != expected.base:
+            raise ReceiverFailed("{} was received on another parent (UUID {}) than planned (UUID {})".format(
+                partial, found.parent_uuid, expected.base), "-I sends in full")
+        self.run('btrfs filesystem sync "$a0" || exit 1; '
+                 'if [ -e "$a2" ]; then echo "it has appeared meanwhile" >&2; exit 1; fi; '
+                 'mv "$a1" "$a2" && btrfs filesystem sync "$a0"',
+                 (folder, os.path.join(folder, partial), os.path.join(folder, expected.name)),
+                 "cannot rename {}".format(partial))
+        return found._replace(name=expected.name)
+
+    def measure_send(self, folder: str, name: str, parent: Optional[str]) -> Any:
+        """A measuring that never ends: what is to come stays unknown."""
+        return NotMeasured()
+
+
+class NotMeasured:
+    """Stands where a size cannot be known."""
+
+    meter = SendSize()
+
+    def end(self) -> None:
+        """Nothing is under way."""
+
+
 class Hosts:
     """The hosts of a run by machine: each is reached once."""
 
@@ -8505,11 +8905,16 @@ class Hosts:
         steps = [step for step in (self.task.raw_compress, self.task.raw_encrypt) if step]
         return RawPlace(host, steps, self.task.raw_identity or "")
 
-    def reach(self, endpoint: Endpoint) -> AgentHost:
+    def reach(self, endpoint: Endpoint) -> Any:
         connector = SshConnector(endpoint, SshOptions(self.task.ssh_options, self.task.ssh_sudo), self.events,
                                  self.share)
         self.stack.callback(connector.end)
-        host = AgentHost(endpoint.machine, connector, self.events, self.task.compress)
+        try:
+            host: Any = AgentHost(endpoint.machine, connector, self.events, self.task.compress)
+        except NoPython as error:
+            host = ShellHost(connector, self.events)
+            self.events.warning("plain", "{}: plain commands do the main job there; nothing is resumed, verified or "
+                                "measured, and another machine's run is not kept away".format(error.message))
         self.stack.callback(host.end)
         return host
 
@@ -8519,7 +8924,7 @@ class Hosts:
 
 
 ########################################################################################################
-# 26 DELIVERY: one snapshot to its destinations, through as many relays as it takes
+# 27 DELIVERY: one snapshot to its destinations, through as many relays as it takes
 #
 # Receivers say how far their partials have come; those that go on at the same place, or from the start,
 # share one send. What breaks for a reason that does not last is taken up after a pause, from the window of a
@@ -8759,7 +9164,7 @@ class ProgressOf:
 
 
 ########################################################################################################
-# 27 TASK: observe, plan, show or execute
+# 28 TASK: observe, plan, show or execute
 #
 # The order: locks and pins are read, and where they cannot be the task stops; the snapshot is taken;
 # each destination is reached, listed and rid of what a failed transfer left; what is missing is sent,
@@ -9438,8 +9843,8 @@ class TaskRun:
         parent = transfer.parent
         if transfer.snapshot not in self.snapshots[-1:] or self.task.no_snapshot:
             taken = parent is None or parent.uuid != "not taken yet"
-            size = self.host.measured(self.folder, transfer.snapshot.name, parent.name if parent and taken else None)
-            return "at most {}".format(format_size(size.stream_size))
+            return "at most {}".format(format_size(self.host.measured(
+                self.folder, transfer.snapshot.name, parent.name if parent and taken else None).stream_size))
         return "about {}".format(format_size(self.host.data_since(self.source, parent.generation + 1 if parent else 0)))
 
 
@@ -9473,7 +9878,7 @@ def print_result(text: str) -> None:
 
 
 ########################################################################################################
-# 28 LIST: which snapshots are where
+# 29 LIST: which snapshots are where
 #
 # A location is the snapshot folder of a source, or a folder of backups; an entry one subvolume in it. What
 # belongs to what goes by identity, as in a transfer; a name alone only says where a stranger stands in the
@@ -9805,7 +10210,7 @@ def run_list(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 29 PRUNE: retention of a folder of backups by itself
+# 30 PRUNE: retention of a folder of backups by itself
 #
 # No source is looked at: what is kept is decided by names, and by what the folder itself tells of transfers
 # that are not complete. Each prefix is counted by itself. A folder is worked on under the same lock as a
@@ -9959,7 +10364,7 @@ def run_prune(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 30 CREW: the tasks of one command, each in a process of its own
+# 31 CREW: the tasks of one command, each in a process of its own
 #
 # Each task runs in a child of ours: down a pipe comes the leave to go on, up another come its events, a line
 # of JSON each. All take their snapshots first; then they go on, no more at once than allowed. Tasks on one
@@ -10500,7 +10905,7 @@ def run_crew(requests: Sequence[Request], events: Events, view: Union[LogLines, 
 
 
 ########################################################################################################
-# 31 RESTORE: one backup back, beside a subvolume or in its place
+# 32 RESTORE: one backup back, beside a subvolume or in its place
 #
 # choose the backup -> look at the target -> choose the parent -> show, or transfer and swap. The transfer is
 # a task's own, from the folder of backups to the target, and its lock stands in the target's folder: of a
@@ -10898,7 +11303,7 @@ def run_restore(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 32 DOCTOR: what is wrong, and what to do about it
+# 33 DOCTOR: what is wrong, and what to do about it
 #
 # A check is a generator of findings about one place: ok, a problem with its remedy, or not checked. An
 # error in a check is a problem; what a key may not ask, or what could not be looked at because an earlier
@@ -11409,7 +11814,7 @@ def run_doctor(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 33 VERIFY: whether backups are what their snapshots are
+# 34 VERIFY: whether backups are what their snapshots are
 #
 # survey -> the backups to check -> for each snapshot its digest and those of its backups, at the same time, each
 # computed where the data lies -> where they differ, the folders' digests, and of differing folders the entries. A
@@ -11708,7 +12113,7 @@ def run_verify(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 34 HELP: help and man page, from the tables
+# 35 HELP: help and man page, from the tables
 #
 # What there is to say about options stands in the tables of OPTIONS, once; here it is only laid out, so
 # that help, manual and completions cannot drift from what is parsed. Texts are paragraphs apart by empty
@@ -11874,7 +12279,7 @@ def format_man() -> str:
 
 
 ########################################################################################################
-# 35 COMPLETION: what the Tab key offers in bash, zsh and fish
+# 36 COMPLETION: what the Tab key offers in bash, zsh and fish
 #
 # Scripts for the shells, from the tables of options. They know the verbs, each verb's options, the words
 # that an option takes, and where a file or a folder is wanted; they never run the program. A value that
@@ -12070,7 +12475,7 @@ def fish_completion() -> str:
 
 
 ########################################################################################################
-# 36 UNITS: a systemd service and its timer
+# 37 UNITS: a systemd service and its timer
 #
 # The service may do what a backup needs and little else: see HARDENING for what is asked and what must
 # not be. It is written as a shell script, to be read before it is given to sh. The arguments are parsed
@@ -12197,7 +12602,7 @@ def format_units(task: Task, requests: Sequence[Request], arguments: Sequence[st
 
 
 ########################################################################################################
-# 37 COPIES: the program's own copies in the user's cache folder
+# 38 COPIES: the program's own copies in the user's cache folder
 #
 # A zipapp, and an agent on a remote host, run from a copy of the source in CACHE/btrfs-backup-ng/SHA-256/,
 # where Python keeps its bytecode. The folder's time says when the copy was last used, by the day. A run
@@ -12257,7 +12662,7 @@ def tend_copies(now: float) -> None:
 
 
 ########################################################################################################
-# 38 COMMAND LINE: help, version, sudo, signals, main
+# 39 COMMAND LINE: help, version, sudo, signals, main
 #
 # The thin shell around a task: everything that touches the process as a whole (its arguments, user,
 # signals, exit status) is here and nowhere else.
