@@ -11,6 +11,7 @@ The way of the data:
 
     one transfer:        send process ─▶ relay ─┬▶ incoming stream ─▶ receive process ─▶ .NAME.partial
                                                 ├▶ ... one lane for each destination     ─▶ sync ─▶ NAME
+                                                ├▶ channel ─ ssh ─▶ agent ─▶ the same there
                                                 ├▶ shell://: sh -c COMMAND
                                                 └▶ raw://: compress, encrypt ─▶ .NAME.partial ─▶ NAME.btrfs
 
