@@ -8276,6 +8276,7 @@ class AgentHost:
                     return connection
                 self.remove(connection)
             connection = self.connect(not self.all)
+            self.greeting = connection.greeting
             connection.channel.on_event, connection.channel.on_error = self.pass_on, self.locate
             self.all.append(connection)
         if self.holder is None:
@@ -8306,7 +8307,7 @@ class AgentHost:
         """An error of the other host says so, and what an ordinary user can do about it."""
         error.message = "{}: {}".format(self.machine, error.message)
         error.args = (error.message,)
-        if self.all[0].greeting.user and re.search("not permitted|permission denied", error.message.lower()):
+        if self.greeting.user and re.search("not permitted|permission denied", error.message.lower()):
             error.hint = "log in as root, or use --ssh-sudo"
 
     def end(self) -> None:
@@ -8341,7 +8342,7 @@ class AgentHost:
         return functools.partial(self.call, name)
 
     def name(self) -> str:
-        return self.all[0].greeting.nodename
+        return self.greeting.nodename
 
     def capabilities(self) -> Capabilities:
         if self.known_capabilities is None:
@@ -8383,7 +8384,7 @@ class AgentHost:
 
     def compression(self) -> str:
         """The program that streams are compressed with on the way, '' for none."""
-        ours, theirs = find_compressions(), self.all[0].greeting.programs
+        ours, theirs = find_compressions(), self.greeting.programs
         if self.compress == "no":
             return ""
         if self.compress == "auto":

@@ -116,6 +116,20 @@ class OrdinaryUse(RestrictedTestCase):
         result = self.push("-S")
         self.assertBackedUp(support.names(self.snapshots))
 
+    def test_a_broken_transfer_is_taken_up(self):
+        """The connection is cut twice, then everything is killed; what had arrived is not sent again."""
+        proxy = self.proxy(self.server.port)
+        self.set_endpoints(port=proxy.port)
+        size = 48 << 20
+        with open(os.path.join(self.source, "big"), "wb") as file:
+            file.write(os.urandom(size))
+        proxy.cut_after(10 << 20, 12 << 20)
+        result = self.push()
+        self.assertIn("taken up", result.stderr)
+        self.assertLess(proxy.up, 1.3 * size)
+        self.assertBackedUp(support.names(self.snapshots))
+        self.assertNothingLeft(self.server)
+
     def test_another_folder_is_refused(self):
         result = self.push(to=[self.server.endpoint(self.target_there + "/elsewhere")], status=1)
         self.assertEqual(1, len(result.errors), result.stderr)
