@@ -11607,15 +11607,15 @@ class Doctor:
         self.run.pins = {key: entry[own] for key, entry in self.all_pins.items() if own in entry}
         yield Finding(OK, "{} remembered".format(plural(len(self.all_pins), "destination")))
 
-    def examine_remembered(self) -> None:
-        """The ages of the backups at the destinations that the source remembers, without looking there."""
-        newest: Dict[str, List[Entry]] = {}
-        for key, entry in sorted(self.all_pins.items()):
-            for prefix, pin in entry.items():
+    def examine_remembered(self, only: Optional[str] = None) -> None:
+        """The ages of the backups at destinations (or `only` one) that the source remembers, without looking there."""
+        newest: Dict[str, List[Entry]] = {key: [] for key in self.all_pins if only in (None, key)}
+        if only is not None:
+            newest.setdefault(only, [])
+        for key, entries in sorted(newest.items()):
+            for prefix, pin in self.all_pins.get(key, {}).items():
                 if self.task.prefix in (None, prefix):
-                    newest.setdefault(key, []).append(
-                        Entry(Subvolume(pin.name, pin.uuid), "", "complete", name_moment(pin.name)))
-        for key, entries in newest.items():
+                    entries.append(Entry(Subvolume(pin.name, pin.uuid), "", "complete", name_moment(pin.name)))
             self.examine("age", key, check_age, entries, self.task.max_age, self.now)
         if not newest:
             self.record("age", self.task.source, Finding(
@@ -11626,7 +11626,9 @@ class Doctor:
     def examine_destination(self, text: str, source_known: bool) -> None:
         endpoint = parse_endpoint(text)
         if endpoint.kind == "shell":
-            self.record("folder", text, Finding(NOT_CHECKED, "it cannot be listed"))
+            self.record("folder", text, Finding(NOT_CHECKED, "it cannot be listed: its age is what the source knows"))
+            if source_known:
+                self.examine_remembered(self.run.key_of(text))
         elif not self.examine_machine(endpoint):
             self.skip(text, "folder", "backups", "parent", "partials", "space", "quotas", "devices", "age")
         elif not source_known:

@@ -29,11 +29,15 @@ from support import (
 
 from btrfs_backup_ng import (
     Checked,
+    Doctor,
     Entry,
+    Events,
     Finding,
     Health,
     HostFacts,
+    Refused,
     Subvolume,
+    Task,
     check_age,
     check_clock,
     check_devices,
@@ -151,6 +155,17 @@ this machine
         self.assertEqual(["/b: space: only 1 B | free; free some"], lines[1:])
         fine = [checked for checked in self.CHECKS if checked.finding.state == "ok"]
         self.assertEqual("BTRFS-BACKUP OK - the newest is 3 h old", format_status(fine))
+
+
+class WhatMayNotBeAsked(unittest.TestCase):
+
+    def test_it_is_not_checked(self):
+        def refuse():
+            raise Refused("this key may not", "see --allow")
+        doctor = Doctor(Task(), Events())
+        self.assertIsNone(doctor.ask("space", "/b", refuse))
+        self.assertEqual([Checked("space", "/b", Finding("not checked", "this key may not", "see --allow"))],
+                         doctor.checked)
 
 
 class DoctorTestCase(BackupTestCase):
@@ -448,6 +463,17 @@ class Ages(DoctorTestCase):
         found = self.problem("age", self.name(1), arguments=("--max-age", "26h", self.source))
         self.assertEqual(self.target, found["where"])
         self.examine("--max-age", "9999w", self.source)
+
+    def test_a_command_that_takes_the_streams(self):
+        """It cannot be asked; its age is known to the source, and no age is a problem."""
+        self.take(1)
+        command = "shell://cat >/dev/null"
+        self.problem("age", "no complete backup", arguments=("--max-age", "26h", self.source, command))
+        self.transfer(to=[command])
+        found = self.problem("age", self.name(1), arguments=("--max-age", "26h", self.source, command))
+        self.assertEqual(command, found["where"])
+        checks = self.examine("--max-age", "9999w", self.source, command)
+        self.assertEqual("not checked", checks["folder", command][0]["state"])
 
     def test_a_folder_of_backups_by_itself(self):
         self.take(1)

@@ -322,10 +322,8 @@ class Partials(BackupTestCase):
 class OverSsh(remote.RemoteTestCase):
 
     def prune(self, *arguments, status=0):
-        return self.run_remote("prune", *arguments + (self.remote_target,), status=status)
-
-    def run_remote(self, verb, *arguments, **more):
-        return self.run_program(verb, *self.program_options() + list(arguments), **more)
+        return self.run_program("prune", *self.program_options() + list(arguments) + [self.remote_target],
+                                status=status)
 
     def test_on_another_host(self):
         self.take(1, 2, 3)
