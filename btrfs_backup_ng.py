@@ -10052,7 +10052,7 @@ class Survey:
                 entries = source_entries(listing, folder, self.task.prefix, host.read_locks(folder))
             else:
                 entries = backup_entries(listing, folder, self.task.prefix, self.source, self.locks,
-                                         self.run.key_of(text))
+                                         self.run.key_of(text) if self.locks else "")
             return Location(text, False, entries, None, listing)
         except BackupError as error:
             return Location(text, False, (), error)
