@@ -3130,7 +3130,8 @@ def subvolume_changed(path: str) -> Optional[float]:
     try:
         buffer = bytearray(SUBVOL_INFO.size)
         fcntl.ioctl(fd, GET_SUBVOL_INFO, buffer)
-        return float(SUBVOL_INFO.unpack(buffer)[12])
+        seconds, nanoseconds = SUBVOL_INFO.unpack(buffer)[12:14]
+        return float(seconds + nanoseconds / 1e9)
     except OSError:
         return None
     finally:
