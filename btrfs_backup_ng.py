@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Incremental btrfs backups: snapshot, send what is missing, keep what the policy says.
 
-    btrfs-backup-ng [options] SOURCE [DESTINATION ...]
+    btrfs-backup-ng [options] SOURCE [DESTINATION ...] [: [options] SOURCE [DESTINATION ...]] ...
 
 The way of the data:
 
-    arguments ─▶ task:   observe          plan (pure)            execute             report
+    arguments ─▶ tasks, each in a process of its own:
+
+                         observe          plan (pure)            execute             report
                          host.list()  ─▶  snapshots to send  ─▶  transfer, delete ─▶ lines, progress,
                          locks, pins      parents, deletions     under locks         JSON, exit status
 
