@@ -111,4 +111,4 @@ uninstall: ## remove what install has installed
 	rm -f "$(PROGRAM)" $(PRINTED)
 
 clean: ## remove what has been built
-	rm -rf $(ZIPAPP) $(LINT_VENV) __pycache__ tests/__pycache__ bench.json
+	rm -rf $(ZIPAPP) $(LINT_VENV) .venv-release __pycache__ tests/__pycache__ bench.json

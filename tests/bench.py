@@ -11,8 +11,8 @@ The filesystems are loop devices, with their images in memory if /dev/shm has th
 root, btrfs-progs, and btrfs_backup_ng.pyz beside this folder.
 
 Where btrbk, or the release of btrfs-backup-ng that PyPI has, can do the same, they are measured too.
-The latter is installed with pip into a venv of its own in the scratch folder, or taken from the venv
-that BTRFS_BACKUP_NG_RELEASE names; without network its cases have no ratio.
+The latter is installed with pip into a venv of its own, .venv-release, or taken from the venv that
+BTRFS_BACKUP_NG_RELEASE names; without network its cases have no ratio.
 
 The cases over ssh go to an sshd of our own on the loopback, those with a delay through a proxy that
 holds everything back for so long each way.
@@ -40,6 +40,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 import remote
 from scratch import (
     MIB,
+    REPOSITORY,
     ZIPAPP,
     ScratchError,
     btrfs_on_loop,
@@ -463,7 +464,7 @@ path = "{destination}"
 @functools.lru_cache(maxsize=None)
 def release_program() -> str:
     """The released program, or '' where it cannot be installed."""
-    venv = os.environ.get("BTRFS_BACKUP_NG_RELEASE") or os.path.join(tempfile.gettempdir(), "bench-release-venv")
+    venv = os.environ.get("BTRFS_BACKUP_NG_RELEASE") or os.path.join(REPOSITORY, ".venv-release")
     program = os.path.join(venv, "bin", "btrfs-backup-ng")
     if not os.path.exists(program):
         try:
