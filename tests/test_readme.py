@@ -362,6 +362,12 @@ class Readme(unittest.TestCase):
         for flags, _ in rows:
             self.assertEqual([], sorted(set(flags) - known))
 
+    def test_each_option_of_each_verb_is_told_of(self):
+        with open(README, encoding="utf-8") as file:
+            words = set(re.findall(r"(?<![-\w])--?[A-Za-z][-a-z]*", file.read()))
+        for name, verb in VERBS.items():
+            self.assertEqual([], sorted(set(flags_of(verb.groups)) - words), name)
+
     def test_links_lead_somewhere(self):
         with open(README, encoding="utf-8") as file:
             text = file.read()
