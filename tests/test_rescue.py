@@ -143,7 +143,8 @@ class StrippedPython(RescueTestCase):
     """Interpreters without what distributions leave out."""
 
     # The main job needs these; what they import in turn is no part of the matter.
-    NEEDED = {"collections", "collections.abc", "contextlib", "errno", "fcntl", "functools", "itertools", "json",
+    NEEDED = {"collections", "collections.abc", "contextlib", "errno", "fcntl", "functools", "hashlib", "itertools",
+              "json",
               "os", "re", "select", "signal",
               "socket", "stat", "struct", "subprocess", "sys", "threading", "time", "typing"}
 
