@@ -1930,8 +1930,9 @@ def after_transfers(listing: Listing, plan: DestinationPlan) -> Listing:
 # `le16 type | le16 length | data` (btrfs-progs, send.h). The first says which subvolume `btrfs receive`
 # makes, on which parent: it must be what was planned, the name becomes the partial's, the parent's UUID
 # that of the planned backup (a received UUID may have copies; clone sources are found by it alone, so where
-# it has, a stream that clones from its parent is given up). The rest passes as it came, but for owner and
-# mode of the top folder, set last: until END only root may enter, lest a user writes into his own folders.
+# it has, a stream that clones from its parent is given up). The rest passes as it came, but for owner, mode
+# and default ACL of the top folder, set last: until END only root may enter, lest a user writes into his own
+# folders, and nothing that receive makes there first may inherit that ACL.
 ########################################################################################################
 
 STREAM_MAGIC = b"btrfs-stream\0"
@@ -1941,7 +1942,8 @@ COMMAND_START = struct.Struct("<IH")
 ATTRIBUTE = struct.Struct("<HH")
 SUBVOL, SNAPSHOT, SET_XATTR, WRITE, CLONE, CHMOD, CHOWN, UTIMES, END, UPDATE_EXTENT, ENCODED_WRITE = (
     1, 2, 13, 15, 16, 18, 19, 20, 21, 22, 25)
-LINK = 10
+LINK, REMOVE_XATTR, A_XATTR_NAME, A_XATTR_DATA = 10, 14, 13, 14
+DEFAULT_ACL = b"system.posix_acl_default"
 (A_UUID, A_CTRANSID, A_MODE, A_UID, A_GID, A_PATH, A_PATH_TO, A_PATH_LINK, A_CLONE_UUID, A_CLONE_CTRANSID, A_CLONE_PATH,
  A_UNENCODED_FILE_LEN) = 1, 2, 5, 6, 7, 15, 16, 17, 20, 21, 22, 27
 LARGEST_PATHS = 4 + 4096  # of a command's payload, with its first attribute, a path
@@ -2037,9 +2039,10 @@ def parse_first_command(start: bytes) -> Optional[FirstCommand]:
 
 
 class ExpectedStream(NamedTuple):
-    """What was planned: the names and ids of a stream, and owner and mode of its top folder.
+    """What was planned: the names and ids of a stream, and owner, mode and default ACL of its top folder.
 
-    `base` is the UUID of the backup that the parent is at the destination, `compressed` how it is sent.
+    `base` is the UUID of the backup that the parent is at the destination, `compressed` how it is sent. ACLs are
+    the extended attribute as hex, None where there is none.
     """
 
     name: str
@@ -2052,6 +2055,8 @@ class ExpectedStream(NamedTuple):
     parent_name: Optional[str] = None
     otime: int = 0  # ns, when the snapshot was taken
     compressed: bool = False
+    default_acl: Optional[str] = None
+    parent_acl: Optional[str] = None  # the parent's
 
 
 def check_first_command(first: FirstCommand, expected: ExpectedStream) -> None:
@@ -2189,6 +2194,13 @@ class PrefixCheck:
             self.hash = new_hash()
 
 
+def set_default_acl(acl: Optional[str]) -> bytes:
+    """The command that gives the top folder a default ACL; nothing where it has none."""
+    if acl is None:
+        return b""
+    return make_command(SET_XATTR, ((A_PATH, b""), (A_XATTR_NAME, DEFAULT_ACL), (A_XATTR_DATA, bytes.fromhex(acl))))
+
+
 class IncomingStream:
     """A stream on its way into `btrfs receive`: checked, renamed, private until its end.
 
@@ -2200,7 +2212,7 @@ class IncomingStream:
                  resume: ResumePoint = BEGINNING) -> None:
         self.expected, self.resume = expected, resume
         self.opening: Optional[bytes] = None if resume.offset else b""
-        self.reader = CommandReader((SUBVOL, SNAPSHOT, SET_XATTR, CHMOD, CHOWN, UTIMES, END)
+        self.reader = CommandReader((SUBVOL, SNAPSHOT, SET_XATTR, REMOVE_XATTR, CHMOD, CHOWN, UTIMES, END)
                                     + (() if sole_parent else (CLONE,)))
         self.path_check = None if trusted else PathCheck()
         self.reader.file_data = resume.file_data
@@ -2212,7 +2224,8 @@ class IncomingStream:
                         + make_command(CHMOD, ((A_PATH, b""), (A_MODE, struct.pack("<Q", 0o700)))))
         self.public = (make_command(CHOWN, ((A_PATH, b""), (A_UID, struct.pack("<Q", expected.uid)),
                                             (A_GID, struct.pack("<Q", expected.gid))))
-                       + make_command(CHMOD, ((A_PATH, b""), (A_MODE, struct.pack("<Q", expected.mode)))))
+                       + make_command(CHMOD, ((A_PATH, b""), (A_MODE, struct.pack("<Q", expected.mode))))
+                       + set_default_acl(expected.default_acl))
 
     @property
     def closing(self) -> bytes:
@@ -2245,6 +2258,10 @@ class IncomingStream:
         self.hash.update(self.opening[:first.end])
         self.offset = first.end
         head = self.opening[:STREAM_HEADER.size] + self.renamed(first) + self.private
+        if self.expected.parent_acl:
+            # set first, for a backup that some other program made may lack it
+            head += set_default_acl(self.expected.parent_acl) + make_command(
+                REMOVE_XATTR, ((A_PATH, b""), (A_XATTR_NAME, DEFAULT_ACL)))
         chunk, self.opening = self.opening[first.end:], None
         return [head] + self.edit_rest(chunk)
 
@@ -2286,6 +2303,11 @@ class IncomingStream:
             raise BackupError("the stream goes on after its end")
         return [piece for piece in pieces if len(piece)]
 
+    def is_late_acl(self, command: int, whole: bytes) -> bool:
+        """Whether a command of the top folder is about its default ACL, which is seen to by us."""
+        known = self.expected.default_acl if command == SET_XATTR else self.expected.parent_acl
+        return bool(known) and DEFAULT_ACL in whole
+
     def edit_commands(self, view: memoryview, spans: Sequence[CommandSpan]) -> List[Chunk]:
         pieces: List[Chunk] = []
         passed, hashed, size = 0, 0, len(view)
@@ -2307,9 +2329,9 @@ class IncomingStream:
                 self.held, hashed = self.point_at(self.offset + start), start
             if command != UTIMES and end - start >= 14 and ATTRIBUTE.unpack_from(view, start + 10) == (A_PATH, 0):
                 # the top folder
-                kept = end if command == SET_XATTR else start
+                is_late = command in (CHMOD, CHOWN) or self.is_late_acl(command, bytes(view[start:end]))
                 # an ACL opens the folder as chmod does
-                pieces += [view[passed:kept], self.private if command == SET_XATTR else b""]
+                pieces += [view[passed:start if is_late else end], b"" if is_late else self.private]
                 passed = end
         pieces.append(view[passed:size])
         self.hash.update(view[hashed:size])
@@ -3197,6 +3219,14 @@ def read_filesystem_id(path: str) -> Optional[str]:
         raise
     finally:
         os.close(fd)
+
+
+def read_default_acl(path: str) -> Optional[str]:
+    """The default ACL of a folder as hex, None where it has none."""
+    try:
+        return os.getxattr(path, "system.posix_acl_default", follow_symlinks=False).hex()
+    except OSError:
+        return None
 
 
 def parse_version(text: str) -> Tuple[int, ...]:
@@ -6002,10 +6032,12 @@ class LocalHost:
 
     def expected_stream(self, folder: str, snapshot: Subvolume, parent: Optional[Subvolume]) -> ExpectedStream:
         """What the stream of a snapshot must say; read right before it is sent."""
-        top = os.stat(os.path.join(folder, snapshot.name))
+        path = os.path.join(folder, snapshot.name)
+        top = os.stat(path)
         return ExpectedStream(snapshot.name, snapshot.stream_id or "", parent.stream_id if parent else None,
                               top.st_uid, top.st_gid, stat.S_IMODE(top.st_mode), None,
-                              parent.name if parent else None, snapshot.otime)
+                              parent.name if parent else None, snapshot.otime, False, read_default_acl(path),
+                              read_default_acl(os.path.join(folder, parent.name)) if parent else None)
 
     def open_send(self, folder: str, name: str, parent: Optional[str], options: SendOptions,
                   resume: Optional[ResumePoint] = None) -> LocalSender:
@@ -8827,14 +8859,22 @@ class ShellHost:
         return ExpectedStream(snapshot.name, snapshot.stream_id or "", parent.stream_id if parent else None,
                               int(uid), int(gid), int(mode, 8))
 
-    def open_send(self, folder: str, name: str, parent: Optional[str], options: SendOptions) -> PlainSender:
-        """`btrfs send` there, its stream here."""
+    def open_send(self, folder: str, name: str, parent: Optional[str], options: SendOptions,
+                  resume: Optional[ResumePoint] = None) -> PlainSender:
+        """`btrfs send` there, its stream here, from where a partial goes on."""
         flags = ("-vv " if options.debug else "") + ("--proto 2 --compressed-data " if options.compressed else "")
         onto, arguments = "", [os.path.join(folder, name)]
         if parent is not None:
             onto = '-p "$a1" '
             arguments.append(os.path.join(folder, parent))
-        return PlainSender(self.argv(PLAIN_MARK + "exec btrfs send " + flags + onto + '"$a0"', arguments))
+        sender = PlainSender(self.argv(PLAIN_MARK + "exec btrfs send " + flags + onto + '"$a0"', arguments))
+        if resume is not None:
+            try:
+                sender.skip(resume, SkipReport(self.events, name, resume.offset))
+            except BaseException:
+                sender.end()
+                raise
+        return sender
 
     def open_receive(self, folder: str, expected: ExpectedStream, debug: bool, begin: str) -> PlainReceiver:
         """`btrfs receive` there, fed from here; it always begins anew."""

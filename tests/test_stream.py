@@ -25,6 +25,7 @@ from btrfs_backup_ng import (
     make_command,
     parse_attributes,
     parse_first_command,
+    read_default_acl,
     read_capabilities,
     send_argv,
 )
@@ -501,10 +502,14 @@ class RealStreams(support.TestCase):
             file.write(b"compresses well " * (5 << 16))
 
     def dress_top(self, number):
-        """Owner, mode, xattr and ACL of the top folder, other ones each time.
+        """Owner, mode, xattr and ACLs of the top folder, other ones each time.
 
-        No default ACL, for receive lets new files inherit it even where the sent ones have none.
+        A default ACL at first, still then, and gone at last: nothing that is received may inherit it.
         """
+        if number == 0:
+            os.setxattr(self.top, "system.posix_acl_default", self.ACL)
+        elif number == 2:
+            os.removexattr(self.top, "system.posix_acl_default")
         os.chown(self.top, 1000 + number, 2000 + number)
         os.chmod(self.top, (0o3771, 0o755, 0o1707)[number % 3])
         os.setxattr(self.top, "user.note", b"%d" % number)
@@ -531,7 +536,8 @@ class RealStreams(support.TestCase):
     def expected(self, path, parent):
         top, of = os.stat(path), support.subvolume(path)
         return ExpectedStream(os.path.basename(path), of.uuid, parent and support.subvolume(parent).uuid,
-                              top.st_uid, top.st_gid, top.st_mode & 0o7777)
+                              top.st_uid, top.st_gid, top.st_mode & 0o7777, default_acl=read_default_acl(path),
+                              parent_acl=parent and read_default_acl(parent))
 
     def edit(self, data, expected):
         """What receive gets; the stream comes in pieces of any size."""
@@ -574,7 +580,7 @@ class RealStreams(support.TestCase):
             expected = self.expected(path, parent)
             partial = os.path.join(self.target, ".{}.partial".format(expected.name))
             out = self.edit(self.send(path, parent), expected)
-            self.receive(out[:-len(Incoming.PUBLIC + THE_END)], self.target, status=1)
+            self.receive(out[:-len(IncomingStream(expected).closing)], self.target, status=1)
             left = os.stat(partial)
             self.assertEqual((0o40700, 0, 0), (left.st_mode, left.st_uid, left.st_gid))
             support.delete(partial)
