@@ -5975,11 +5975,12 @@ class LocalHost:
     def idle_partials(self, folder: str) -> Dict[str, float]:
         """Partial backups in `folder` by name, each with the seconds since it was last changed.
 
-        Without those that may be in use: of a folder that a `btrfs receive` has open, none.
+        Without those that may be in use: whose lock is held, or all where a `btrfs receive` has the folder open.
         """
         if is_received_into(folder):
             return {}
-        names = [name for name in os.listdir(folder) if partial_of(name) is not None]
+        names = [name for name in os.listdir(folder) if partial_of(name) is not None
+                 and not is_flocked(os.path.join(folder, partial_lock_name(partial_of(name) or "")))]
         changed = {name: subvolume_changed(os.path.join(folder, name)) for name in names}
         return {name: time.time() - moment for name, moment in changed.items() if moment is not None}
 
@@ -10286,9 +10287,10 @@ def known_protections(listing: Listing, prefix: str, locks: Locks, pins: Pins) -
         reasons.update({b.name: "newest in common with {}".format(printable(destination)) for b in backups
                         if prefix in entry and entry[prefix].uuid == b.stream_id})
     reasons.update(lock_reasons(own_locks(locks, prefix)))
-    for unfinished in filter(is_unfinished, listing.subvolumes):
-        reasons.update({b.name: "the unfinished {} builds on it".format(unfinished.name) for b in backups
-                        if b.uuid == unfinished.parent_uuid})
+    building = [(s.name, s.parent_uuid) for s in listing.subvolumes if is_unfinished(s)]
+    building += [(partial_name(record.name), record.base) for record in listing.records]
+    for name, base in building:
+        reasons.update({b.name: "the unfinished {} builds on it".format(name) for b in backups if b.uuid == base})
     return reasons
 
 

@@ -16,6 +16,7 @@ from support import (
     bulk,
     command,
     create,
+    delete,
     listing,
     names,
     partials,
@@ -31,6 +32,7 @@ from btrfs_backup_ng import (
     LocalHost,
     Pin,
     Policy,
+    Record,
     Subvolume,
     UsageError,
     abandoned_partials,
@@ -77,8 +79,8 @@ class Usage(unittest.TestCase):
 
 class Plan(unittest.TestCase):
 
-    def kept(self, subvolumes, policy=None, prefix="home", locks=None, pins=None):
-        there = Listing(tuple(subvolumes))
+    def kept(self, subvolumes, policy=None, prefix="home", locks=None, pins=None, records=()):
+        there = Listing(tuple(subvolumes), records=records)
         protected = known_protections(there, prefix, locks or {}, pins or {})
         verdicts = plan_prune(there, prefix, policy or Policy(1), protected, NOW)
         return [v.name[-9:-7] for v in verdicts if v.keep]
@@ -103,6 +105,8 @@ class Plan(unittest.TestCase):
         self.assertEqual(["02", "05"], self.kept([backup(1), backup(2), backup(5), partial]))
         left = backup(9, uuid="h", received_uuid=None, readonly=False, parent_uuid="b1")  # as 0.6.6 leaves it
         self.assertEqual(["01", "05"], self.kept([backup(1), backup(2), backup(5), left]))
+        record = Record("home20260109-000000", "s9", "s3", "b3")  # its partial is a later piece, on one that is gone
+        self.assertEqual(["03", "05"], self.kept([backup(1), backup(3), backup(5)], records=(record,)))
         work = Subvolume("work", "w", parent_uuid="b2", readonly=False)
         self.assertEqual(["05"], self.kept([backup(1), backup(2), backup(5), work]))
 
@@ -308,6 +312,40 @@ class Partials(BackupTestCase):
         self.transfer()  # and its lock is no obstacle
         self.assertBackedUp([self.name(1)])
         self.assertEqual({}, read_locks(self.snapshots))
+
+    def test_one_that_its_writer_holds_stays(self):
+        """Between two pieces no `btrfs receive` is at work."""
+        path = self.partial(5)
+        with open(path + ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.prune("--partials-older-than", "0s")
+            self.assertEqual(1, len(partials(self.target)))
+        self.prune("--partials-older-than", "0s")
+        self.assertEqual([], [name for name in os.listdir(self.target) if "partial" in name])
+
+    def test_one_to_be_taken_up(self):
+        """What it builds on stays as long as it is there, and it goes with its record."""
+        self.take(1, 2)
+        self.transfer()
+        delete(self.snapshot_path(self.name(2)))
+        bulk(self.source + "/data", 100)
+        self.take(3)
+        run = self.start_backup("-S")
+        run.wait_for("a partial", lambda: partials(self.target))
+        receiver = run.hold("receive")
+        os.kill(run.pid, signal.SIGTERM)
+        os.kill(receiver, signal.SIGCONT)
+        self.assertEqual(143, run.finish().status)
+        self.assertTrue(os.path.exists(self.backup_path(".{}.partial.json".format(self.name(3)))))
+        self.prune("-n", "1")
+        self.assertBackedUpOnly(1, 2)
+        self.assertEqual(1, len(partials(self.target)))
+        self.prune("-n", "1", "--partials-older-than", "0s")
+        self.assertEqual([], [name for name in os.listdir(self.target) if "partial" in name])
+        self.prune("-n", "1")
+        self.assertBackedUpOnly(2)
+        self.transfer()  # in full, as nothing is in common any more
+        self.assertBackedUpOnly(1, 2, 3)
 
     def test_what_one_builds_on_stays(self):
         self.take(1, 2, 3)
