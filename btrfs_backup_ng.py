@@ -12187,7 +12187,8 @@ In the snapshot folder, by default .btrfs-backup-ng/snapshots in the source:
   .destinations.json      of each destination the newest snapshot seen there
   .PREFIX.lock            held by the kernel's flock while a run is at work
 
-At a destination, .NAME.partial is what has arrived of the backup NAME so far."""
+At a destination, .NAME.partial is what has arrived of the backup NAME so far, and .NAME.partial.json says how much
+that is."""
 
 PLACES_TEXT = """\
   /PATH, ./PATH                   on this machine
