@@ -9333,7 +9333,8 @@ class TaskRun:
             self.prefix = self.host.name() + "-"
         place = self.host.look(endpoint.path)
         if place.kind == "missing":
-            raise BackupError("no such source: {}".format(text), "is its filesystem mounted?")
+            raise BackupError("no such source: {}".format(text), "is its filesystem mounted?" if "/" in text else
+                              "nor is there a verb of that name; see --help")
         if place.kind == "other":
             raise BackupError("{} is not a subvolume but a file".format(text), "name the subvolume that holds it")
         if not self.task.skip_fs_checks and place.filesystem is None:
@@ -12828,8 +12829,8 @@ PRINTS: Dict[str, Callable[[Task], str]] = {
 
 def check_print(task: Task) -> None:
     if task.source not in PRINTS:
-        raise UsageError("print: {}".format("{} is nothing to print".format(printable(task.source))
-                                            if task.source else "what?"), "one of " + ", ".join(PRINTS))
+        raise UsageError("print: {} is nothing to print".format(printable(task.source)) if task.source else
+                         "print takes what to print", "one of " + ", ".join(PRINTS))
 
 
 def run_print(task: Task, events: Events) -> int:

@@ -55,7 +55,7 @@ class Arguments(PrintTestCase):
 
     def test_bad_ones_get_one_line(self):
         for arguments, words in (
-            ((), "what?"),
+            ((), "takes what to print"),
             (("poem",), "poem"),
             (("man", "more"), "more"),
             (("completion",), "which shell"),
