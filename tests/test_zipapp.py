@@ -209,7 +209,9 @@ class Running(ZipappTest):
         names = self.names()
         status, version, errors = run(command + ("--version",), **options)
         self.assertEqual((status, errors), (0, ""))
-        self.assertRegex(version, r"\Abtrfs-backup-ng \d+\.\d+")
+        digest = hashlib.sha256(contents(os.path.join(REPOSITORY, PROGRAM))).hexdigest()
+        self.assertRegex(version, r"\Abtrfs-backup-ng \d+\.\d+\.\d+\nsha256 {}\nPython 3\.\d+\.\d+\S*\n"
+                                  r"(btrfs-progs v\S+|the program btrfs is not installed)\n\Z".format(digest))
         status, text, errors = run(command + ("--help",), **options)
         self.assertEqual((status, errors), (0, ""))
         self.assertIn("usage: btrfs-backup-ng", text)
