@@ -457,6 +457,7 @@ class Flow:
 
     def __init__(self, proxy, source, sink, count):
         self.proxy, self.source, self.sink, self.count = proxy, source, sink, count
+        self.moving = proxy.moving
         self.queue: Any = queue.Queue(maxsize=4096)
         for work in (self.read, self.write):
             threading.Thread(target=work, daemon=True).start()
@@ -475,7 +476,7 @@ class Flow:
         while data:
             due, data = self.queue.get()
             time.sleep(max(0.0, due - time.monotonic()))
-            self.proxy.moving.wait()
+            self.moving.wait()
             try:
                 if data:
                     self.proxy.pace(len(data))
@@ -501,6 +502,7 @@ class Proxy:
         self.cuts: Any = collections.deque()  # after how many bytes in all to cut
         self.moving = threading.Event()
         self.moving.set()
+        self.lost = []
         self.lock = threading.Lock()
         self.free_at = 0.0
         self.open = []
@@ -602,11 +604,19 @@ class Proxy:
     def go_on(self):
         self.moving.set()
 
+    def forget(self):
+        """The same for those that are open now; later ones work."""
+        self.lost.append(self.moving)
+        self.moving.clear()
+        self.moving = threading.Event()
+        self.moving.set()
+
     def close(self):
         self.refuse()
         self.cut()
         self.delay = 0.0
-        self.go_on()
+        for moving in self.lost + [self.moving]:
+            moving.set()
 
 
 # Test cases.

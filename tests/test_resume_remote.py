@@ -1,0 +1,220 @@
+"""Transfers over a real sshd that break: cut, silent, killed. They go on where they stopped.
+
+TORTURE in the environment makes them long: 256 MiB, ten cuts, twenty kills.
+"""
+
+import os
+import random
+import re
+import signal
+import time
+import unittest
+
+import remote
+import support
+from remote import wait_until
+from support import MIB, bulk, names, partials
+
+TORTURE = int(os.environ.get("TORTURE", 0))
+LARGE = 256 if TORTURE else 64  # MiB
+CUTS = 10 if TORTURE else 3
+WINDOW = 32 * MIB
+SILENT = ["--ssh-opt", "ServerAliveInterval=1", "--ssh-opt", "ServerAliveCountMax=3"]
+
+
+class ResumeTestCase(remote.RemoteTestCase):
+
+    source_size = "2G"
+    target_size = "2G"
+
+    def setUp(self):
+        super().setUp()
+        self.random = random.Random()
+        self.take(1)
+        self.push("-S")
+        self.between = self.proxy(self.server.port)
+        self.set_endpoints(port=self.between.port)
+        bulk(os.path.join(self.source, "large"), LARGE)
+        self.name2, = self.take(2)
+        self.passed = self.between.up + self.between.down
+
+    def carried(self):
+        """Bytes over the wire since the test began."""
+        return self.between.up + self.between.down - self.passed
+
+    def start_push(self, *options):
+        return self.start(*self.program_options() + list(options) + [
+            "-S", "-p", "home", self.source, self.remote_target])
+
+    def pull_folder(self):
+        """Snapshots of the source there that are pulled: the same ones."""
+        return [self.remote_source, self.target]
+
+    def start_pull(self, *options):
+        return self.start(*self.program_options() + list(options) + ["-S", "-p", "home"] + self.pull_folder())
+
+    def half_way(self, run, mib=20):
+        """Wait until so many MiB have come over the wire."""
+        begun = self.carried()
+        run.wait_for("some of it", lambda: self.carried() - begun > mib * MIB)
+
+    def assertConverged(self):
+        self.assertBackedUp([self.name(1), self.name2])
+        self.assertEqual([], [name for name in os.listdir(self.target) if name.startswith(".")])
+        self.assertEqual({}, support.read_locks(self.snapshots))
+        self.assertNothingLeft(self.server)
+
+    def check(self, result, taken_up=1):
+        self.assertEqual(0, result.status, result.stderr)
+        self.assertGreaterEqual(result.stderr.count("taking up"), taken_up, result.stderr)
+        self.assertLessEqual(self.carried(), 1.05 * LARGE * MIB + CUTS * WINDOW)
+        self.assertConverged()
+
+
+class Cut(ResumeTestCase):
+
+    def cut(self, start, *options):
+        share = LARGE * MIB // (CUTS + 1)
+        self.between.cut_after(*[self.random.randrange(share // 2, share) for _ in range(CUTS)])
+        run = start("--retries", "20", *options)
+        result = run.finish(240)
+        self.assertEqual(0, len(self.between.cuts), result.stderr)
+        self.assertEqual(CUTS, result.stderr.count("trying again"), result.stderr)
+        # ssh tells within a moment, so that what was under way is all that is lost
+        self.assertLessEqual(self.carried(), 1.05 * LARGE * MIB + CUTS * 8 * MIB)
+        self.check(result)
+
+    def test_pushing(self):
+        self.cut(self.start_push)
+
+    def test_pulling(self):
+        self.cut(self.start_pull)
+
+    def test_pushing_compressed(self):
+        self.cut(self.start_push, "--compress", "auto")
+
+    def test_from_there_to_there(self):
+        """Source and destination are the same machine, reached by two connections of one name."""
+        run = self.start(*self.program_options() + ["--retries", "20", "-S", "-p", "home", self.remote_source,
+                                                    self.remote_target])
+        self.half_way(run)
+        self.between.cut()
+        self.check(run.finish(120))
+
+
+class Silent(ResumeTestCase):
+
+    def lose(self, start):
+        run = start(*SILENT)
+        self.half_way(run)
+        self.between.forget()
+        self.check(run.finish(120))
+
+    def test_pushing(self):
+        """The agent there knows nothing of it, and has to be ended first."""
+        self.lose(self.start_push)
+
+    def test_pulling(self):
+        self.lose(self.start_pull)
+
+    def test_the_next_run_ends_what_still_waits(self):
+        run = self.start_push()
+        self.half_way(run)
+        self.between.forget()
+        run.kill()
+        self.assertTrue(partials(self.target))
+        result = self.push("-S", timeout=120)
+        self.assertIn("taking up " + self.name2, result.stderr)
+        self.assertConverged()
+
+
+class Killed(ResumeTestCase):
+
+    def agents(self):
+        return self.server.find("python")
+
+    def test_the_client_is_killed(self):
+        """The agent makes a checkpoint when its channel ends."""
+        run = self.start_push()
+        self.half_way(run)
+        run.kill()
+        self.assertTrue(wait_until(lambda: not self.agents(), 30))
+        result = self.push("-S")
+        self.assertIn("taking up " + self.name2, result.stderr)
+        self.assertLessEqual(self.carried(), 1.05 * LARGE * MIB + 8 * MIB)
+        self.assertConverged()
+
+    def test_the_agent_is_asked_to_end(self):
+        run = self.start_push()
+        self.half_way(run)
+        for pid in self.agents():
+            os.kill(pid, signal.SIGTERM)
+        result = run.finish(60)
+        self.check(result)
+
+    def test_the_agent_is_killed(self):
+        run = self.start_push()
+        self.half_way(run)
+        for pid in self.agents():
+            os.kill(pid, signal.SIGKILL)
+        result = run.finish(60)
+        self.assertEqual(0, result.status, result.stderr)
+        self.assertConverged()
+
+    def test_the_client_of_a_pull_is_interrupted(self):
+        run = self.start_pull()
+        self.half_way(run)
+        run.process.terminate()
+        self.assertEqual(143, run.finish(30).status)
+        result = self.pull("-S")
+        self.assertIn("taking up " + self.name2, result.stderr)
+        self.assertLessEqual(self.carried(), 1.05 * LARGE * MIB + 8 * MIB)
+        self.assertConverged()
+
+    @unittest.skipUnless(TORTURE, "takes long: TORTURE=1")
+    def test_client_and_agent_are_killed_at_once(self):
+        for _ in range(20):
+            run = self.start_push()
+            time.sleep(self.random.uniform(0.5, 4))
+            for pid in self.agents():
+                os.kill(pid, signal.SIGKILL)
+            run.kill()
+        self.push("-S", timeout=240)
+        self.assertConverged()
+
+
+class SeveralDestinations(ResumeTestCase):
+
+    def test_local_ones_do_not_wait_for_a_broken_one(self):
+        near = os.path.join(self.disk("2G").path, "near")
+        os.mkdir(near)
+        run = self.start(*self.program_options() + ["--retries", "20", "-S", "-p", "home", self.source,
+                                                    self.remote_target, near])
+        self.half_way(run)
+        self.between.cut()
+        result = run.finish(120)
+        self.assertEqual(0, result.status, result.stderr)
+        self.assertBackedUp([self.name(1), self.name2], near)
+        self.assertConverged()
+        self.assertTrue(re.search("sent {} to ssh.*taken up 1 time".format(self.name2), result.stderr), result.stderr)
+
+    def test_one_that_stays_away_fails_alone(self):
+        near = os.path.join(self.disk("2G").path, "near")
+        os.mkdir(near)
+        run = self.start(*self.program_options() + ["--retries", "2", "-S", "-p", "home", self.source,
+                                                    self.remote_target, near])
+        self.half_way(run)
+        self.between.refuse()
+        self.between.cut()
+        result = run.finish(120)
+        self.assertEqual(1, result.status, result.stderr)
+        self.assertEqual(1, len(result.errors), result.stderr)
+        self.assertBackedUp([self.name(1), self.name2], near)
+        self.assertNotIn(self.name2, names(self.target))
+        self.between.listen()
+        self.assertIn("taking up", self.push("-S", to=[self.remote_target, near]).stderr)
+        self.assertConverged()
+
+
+if __name__ == "__main__":
+    unittest.main()
