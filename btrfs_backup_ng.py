@@ -8314,6 +8314,7 @@ class AgentHost:
             connection = self.connect(not self.all)
             self.greeting = connection.greeting
             connection.channel.on_event, connection.channel.on_error = self.pass_on, self.locate
+            self.greeting: Greeting = connection.greeting
             self.all.append(connection)
         if self.holder is None:
             self.holder = connection

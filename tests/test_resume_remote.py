@@ -58,6 +58,12 @@ class ResumeTestCase(remote.RemoteTestCase):
         begun = self.carried()
         run.wait_for("some of it", lambda: self.carried() - begun > mib * MIB)
 
+    @staticmethod
+    def kill_program(run):
+        """kill -9 of the program alone; Running.kill() would also end what it has started there."""
+        run.process.kill()
+        run.process.wait()
+
     def assertConverged(self):
         self.assertBackedUp([self.name(1), self.name2])
         self.assertEqual([], [name for name in os.listdir(self.target) if name.startswith(".")])
@@ -121,7 +127,7 @@ class Silent(ResumeTestCase):
         run = self.start_push()
         self.half_way(run)
         self.between.forget()
-        run.kill()
+        self.kill_program(run)
         self.assertTrue(partials(self.target))
         result = self.push("-S", timeout=120)
         self.assertIn("taking up " + self.name2, result.stderr)
@@ -137,7 +143,7 @@ class Killed(ResumeTestCase):
         """The agent makes a checkpoint when its channel ends."""
         run = self.start_push()
         self.half_way(run)
-        run.kill()
+        self.kill_program(run)
         self.assertTrue(wait_until(lambda: not self.agents(), 30))
         result = self.push("-S")
         self.assertIn("taking up " + self.name2, result.stderr)
