@@ -3627,9 +3627,26 @@ def is_flocked(path: str) -> bool:
     return any(pid in ("0", "-1") or has_open(pid, top) for pid in held)  # 0: outside of this container
 
 
+def lock_holder(fd: int) -> Optional[int]:
+    """The id of the process that has a POSIX lock on a file; None where there is none that we can see."""
+    asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    kind, _, _, _, pid = struct.unpack("hhqqi", fcntl.fcntl(fd, fcntl.F_GETLK, asked)[:struct.calcsize("hhqqi")])
+    return pid if kind != fcntl.F_UNLCK and pid > 1 else None
+
+
+def ask_to_end(pid: int) -> None:
+    """The same as the user's request; also for one that was stopped."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGCONT)
+
+
 @contextlib.contextmanager
-def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Holds the one-run-at-a-time lock of `prefix` in `folder`; Busy when it is not free within `wait` seconds."""
+def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None], token: str = "") -> Iterator[None]:
+    """Holds the one-run-at-a-time lock of `prefix` in `folder`; Busy when it is not free within `wait` seconds.
+
+    token: tells the run, so that an agent of its own which waits at the end of a dead connection can be ended.
+    """
     path = os.path.join(folder, run_lock_name(prefix))
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -3640,8 +3657,14 @@ def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None])
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells others our process id
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, token.encode(), 0)
                 break
             except BlockingIOError:
+                pid = lock_holder(fd) if token and os.pread(fd, 100, 0) == token.encode() else None
+                if pid is not None:
+                    ask_to_end(pid)
                 if time.monotonic() >= deadline:
                     raise Busy("another run is at work in {}".format(folder), "wait for it, or use --wait") from None
                 if not waited:
@@ -4230,9 +4253,7 @@ class PartialLock:
             raise ReceiverFailed("another run is writing {}".format(partial_name(self.name)), "wait for it")
         if idle < HOLDER_IDLE or pid is None or pid == asked:
             return asked
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-            os.kill(pid, signal.SIGCONT)
+        ask_to_end(pid)
         return pid
 
     def touch(self) -> None:
@@ -4260,13 +4281,6 @@ def remove_idle_lock(folder: str, name: str) -> None:
             os.unlink(path)
         finally:
             os.close(fd)
-
-
-def lock_holder(fd: int) -> Optional[int]:
-    """The id of the process that has a POSIX lock on a file; None where there is none that we can see."""
-    asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    kind, _, _, _, pid = struct.unpack("hhqqi", fcntl.fcntl(fd, fcntl.F_GETLK, asked)[:struct.calcsize("hhqqi")])
-    return pid if kind != fcntl.F_UNLCK and pid > 1 else None
 
 
 class Partial:
@@ -6026,10 +6040,11 @@ class LocalHost:
             if after != before:
                 replace_state_file(folder, PIN_FILE, format_pins(after))
 
-    def hold(self, folder: str, prefix: str, wait: float) -> "contextlib.AbstractContextManager[None]":
+    def hold(self, folder: str, prefix: str, wait: float,
+             token: str = "") -> "contextlib.AbstractContextManager[None]":
         """A context in which no other run works on `prefix` in `folder`."""
         return run_lock(folder, prefix, wait,
-                        lambda: self.events.info("waiting", "waiting for another run in {}".format(folder)))
+                        lambda: self.events.info("waiting", "waiting for another run in {}".format(folder)), token)
 
     def expected_stream(self, folder: str, snapshot: Subvolume, parent: Optional[Subvolume]) -> ExpectedStream:
         """What the stream of a snapshot must say; read right before it is sent."""
@@ -6726,18 +6741,18 @@ class Relay:
 
     def run(self) -> Relayed:
         """The relay from first byte to named backups. All lanes have ended then; an error of the sender is theirs."""
-        try:
-            with self.signals:
+        with self.signals:
+            try:
                 self.move_all()
-        except BackupError as error:
-            self.result = self.result._replace(source_error=error)
-            for key in list(self.lanes):
-                self.leave(key, error)
-        finally:
-            self.stopped.set()
-            self.leaving += [Background(functools.partial(self.end_lane, lane)) for lane in self.lanes.values()]
-            self.leaving.append(Background(self.sender.end))
-            outlast_all(self.leaving, LEAVING_TIMEOUT)
+            except BackupError as error:
+                self.result = self.result._replace(source_error=error)
+                for key in list(self.lanes):
+                    self.leave(key, error)
+            finally:
+                self.stopped.set()
+                self.leaving += [Background(functools.partial(self.end_lane, lane)) for lane in self.lanes.values()]
+                self.leaving.append(Background(self.sender.end))
+                outlast_all(self.leaving, LEAVING_TIMEOUT)
         return self.result._replace(size=self.window.end - self.window.begun, seconds=time.monotonic() - self.begun)
 
     def move_all(self) -> None:
@@ -7325,6 +7340,7 @@ class StreamSource:
         self.raw = bytearray(PIPE_SIZE) if compression else bytearray()
         self.start = 0  # offset in the stream of the first byte that comes
         self.is_over = False  # the last frame of the stream was seen
+        self.lost: Optional[ConnectionLost] = None  # once all is out of the filter, that is raised
 
     def wait_readable(self, seconds: float) -> None:
         if self.unpacked:
@@ -7336,12 +7352,23 @@ class StreamSource:
         """How many bytes came into `buffer`: None while there are none, 0 at the end."""
         if self.unpacked is None:
             return self.read_channel(buffer)
-        if not self.unpacked.feed.pending and not self.is_over:
-            got = self.read_channel(self.raw)
-            self.unpacked.feed.offer(memoryview(self.raw)[:got or 0])
-            self.unpacked.closing = got == 0
+        if not self.unpacked.feed.pending and not self.is_over and self.lost is None:
+            try:
+                got = self.read_channel(self.raw)
+                self.unpacked.feed.offer(memoryview(self.raw)[:got or 0])
+                self.unpacked.closing = got == 0
+            except ConnectionLost as error:
+                self.lost, self.unpacked.closing = error, True
         self.unpacked.pump()
-        return self.unpacked.read(buffer)
+        try:
+            got = self.unpacked.read(buffer)
+        except BackupError:
+            if self.lost is not None:
+                raise self.lost from None
+            raise
+        if got == 0 and self.lost is not None:
+            raise self.lost
+        return got
 
     def read_channel(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
         self.channel.flush_some()
@@ -7806,11 +7833,11 @@ class Agent:
             log_refusal(refusal)
             raise
 
-    def hold(self, folder: str, prefix: str, wait: float) -> None:
+    def hold(self, folder: str, prefix: str, wait: float, token: str = "") -> None:
         """Holds a run lock until it is released or the channel ends."""
         if (folder, prefix) not in self.held:
             stack = contextlib.ExitStack()
-            stack.enter_context(self.host.hold(folder, prefix, wait))
+            stack.enter_context(self.host.hold(folder, prefix, wait, token))
             self.held[folder, prefix] = stack
 
     def release(self, folder: str, prefix: str, _: float) -> None:
@@ -7849,11 +7876,15 @@ class Agent:
             raise relayed.errors[""]
 
 
+HANGUP_GRACE = 2.0  # seconds
+
+
 def interrupt_on_hangup(fd: int) -> None:
     """Ends this process the gentle way when the other end of `fd` is gone, whatever it is doing then."""
 
     def watch() -> None:
         poll_fds([(fd, POLLRDHUP)], float("inf"))
+        time.sleep(HANGUP_GRACE)  # in which what has arrived can be taken
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -8293,6 +8324,7 @@ class AgentHost:
                  compress: str = "no") -> None:
         """connect: makes a connection; its argument says whether it is the first."""
         self.machine, self.connect, self.events, self.compress = machine, connect, events, compress
+        self.token = os.urandom(16).hex()
         self.mutex = threading.Lock()
         self.idle: List[Connection] = []
         self.all: List[Connection] = []
@@ -8319,7 +8351,7 @@ class AgentHost:
         if self.holder is None:
             self.holder = connection
             for folder, prefix in self.holds:
-                self.ask(connection, "hold", (folder, prefix, ENDING_TIMEOUT), "")
+                self.ask(connection, "hold", (folder, prefix, 3 * ENDING_TIMEOUT, self.token), "")
         return connection
 
     def give_back(self, connection: Connection) -> None:
@@ -8392,7 +8424,7 @@ class AgentHost:
         connection = self.borrow()
         try:
             self.holder = connection
-            self.ask(connection, "hold", (folder, prefix, wait), "")
+            self.ask(connection, "hold", (folder, prefix, wait, self.token), "")
             self.holds.append((folder, prefix))
         except (ConnectionLost, Stalled, Interrupted):
             connection.is_broken = True

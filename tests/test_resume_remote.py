@@ -65,6 +65,7 @@ class ResumeTestCase(remote.RemoteTestCase):
         run.process.wait()
 
     def assertConverged(self):
+        self.between.cut()  # sshd waits long at the end of one that was lost in silence
         self.assertBackedUp([self.name(1), self.name2])
         self.assertEqual([], [name for name in os.listdir(self.target) if name.startswith(".")])
         self.assertEqual({}, support.read_locks(self.snapshots))
@@ -86,8 +87,6 @@ class Cut(ResumeTestCase):
         result = run.finish(240)
         self.assertEqual(0, len(self.between.cuts), result.stderr)
         self.assertEqual(CUTS, result.stderr.count("trying again"), result.stderr)
-        # ssh tells within a moment, so that what was under way is all that is lost
-        self.assertLessEqual(self.carried(), 1.05 * LARGE * MIB + CUTS * 8 * MIB)
         self.check(result)
 
     def test_pushing(self):
@@ -97,7 +96,7 @@ class Cut(ResumeTestCase):
         self.cut(self.start_pull)
 
     def test_pushing_compressed(self):
-        self.cut(self.start_push, "--compress", "auto")
+        self.cut(self.start_push, "--compress", "gzip")  # which does not see that the data repeats itself
 
     def test_from_there_to_there(self):
         """Source and destination are the same machine, reached by two connections of one name."""
@@ -174,7 +173,7 @@ class Killed(ResumeTestCase):
         self.assertEqual(143, run.finish(30).status)
         result = self.pull("-S")
         self.assertIn("taking up " + self.name2, result.stderr)
-        self.assertLessEqual(self.carried(), 1.05 * LARGE * MIB + 8 * MIB)
+        self.assertLessEqual(self.carried(), 1.05 * LARGE * MIB + WINDOW)  # what is under way was sent
         self.assertConverged()
 
     @unittest.skipUnless(TORTURE, "takes long: TORTURE=1")
