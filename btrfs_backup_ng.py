@@ -11626,8 +11626,11 @@ class Doctor:
 
     def check_connection(self, endpoint: Endpoint) -> Findings:
         begun = time.monotonic()
-        self.run.hosts.of(endpoint)
+        host = self.run.hosts.of(endpoint)
         yield Finding(OK, "reached in {}".format(format_duration(time.monotonic() - begun)))
+        if isinstance(host, ShellHost):
+            yield Finding(PROBLEM, "there is no python3 that could be used: plain commands do only the main job",
+                          "install Python 3.6 or later there")
 
     def examine_ground(self, host: Any, folder: str, where: str) -> None:
         """The filesystem below a folder."""

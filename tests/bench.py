@@ -416,26 +416,29 @@ def btrbk_argv(stage: Stage, subvolume: str, snapshots: str, backups: str) -> Li
     return ["btrbk", "-c", config]
 
 
-def fan_out(tree: Tree, stage: Stage) -> Pair:
-    """Two destinations on a filesystem each, against one pipe after the other."""
+def fan_out(tree: Tree, count: int, stage: Stage) -> Pair:
+    """So many destinations, on a filesystem each, against one pipe after the other."""
     stage.prepare(tree)
     stage.clear()
-    second = stage.closing.enter_context(btrfs_on_loop(stage.scratch, "second", IMAGE_SIZE, "noatime,nodiscard"))
+    others = [stage.closing.enter_context(btrfs_on_loop(
+        stage.scratch, "other%d" % number, IMAGE_SIZE, "noatime,nodiscard")) for number in range(1, count)]
     snapshots = stage.snapshots(tree, "full")
     snapshot = os.path.join(snapshots, BEFORE)
-    scripts = [pipe_argv(snapshot, None, folder)[-1] for folder in (stage.backups, second)]
+    scripts = [pipe_argv(snapshot, None, folder)[-1] for folder in [stage.backups] + others]
 
     def check() -> None:
         check_arrived(stage, [BEFORE])
-        if not os.path.isdir(os.path.join(second, BEFORE)):
-            raise BenchError("nothing has arrived at the second destination")
+        for other in others:
+            if not os.path.isdir(os.path.join(other, BEFORE)):
+                raise BenchError("nothing has arrived at " + other)
 
     def reset() -> None:
-        run_quietly(["btrfs", "subvolume", "delete", "-c", os.path.join(second, BEFORE)])
-        run_quietly(["btrfs", "filesystem", "sync", second])
+        for other in others:
+            run_quietly(["btrfs", "subvolume", "delete", "-c", os.path.join(other, BEFORE)])
+            run_quietly(["btrfs", "filesystem", "sync", other])
         stage.clear(snapshots=snapshots)
 
-    return Pair(ours_argv(snapshots, stage.data(tree), stage.backups) + [second],
+    return Pair(ours_argv(snapshots, stage.data(tree), stage.backups) + others,
                 ["sh", "-c", " && ".join(scripts)], check, reset)
 
 
@@ -756,7 +759,8 @@ CASES = {
     "verify-small": Case(
         "both sides of full-small, sha256sum", 1.1, True, in_turns(functools.partial(verify, SMALL))
     ),
-    "fan-out": Case("1 GiB to 2 disks, 2 pipes", 0.8, True, in_turns(functools.partial(fan_out, LARGE))),
+    "fan-out-2": Case("1 GiB to 2 disks, 2 pipes", 0.75, True, in_turns(functools.partial(fan_out, LARGE, 2))),
+    "fan-out-3": Case("1 GiB to 3 disks, 3 pipes", 0.6, True, in_turns(functools.partial(fan_out, LARGE, 3))),
     "nothing": Case(
         "300 on both sides, btrbk dryrun", 0.5, True, in_turns(functools.partial(nothing_to_do, MANY))
     ),
