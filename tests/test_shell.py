@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 import unittest
 
+import remote
 import support
 from support import names, read_locks
 
@@ -263,7 +265,7 @@ class Refused(ShellTestCase):
         self.send(to="shell:// ", status=2)
 
 
-class Examples(ShellTestCase):
+class Examples(remote.SshdTestCase, ShellTestCase):
     """What README shows, with paths of the test's in place of README's."""
 
     def example(self, sign):
@@ -283,6 +285,10 @@ class Examples(ShellTestCase):
 
     def test_to_a_file(self):
         self.check(self.example("cat").replace("/mnt/nas", self.folder))
+
+    def test_over_ssh(self):
+        ssh = " ".join(map(shlex.quote, self.sshd().argv("")[:-1]))
+        self.check(self.example("ssh").replace("ssh nas", ssh).replace("streams/", self.folder + "/"))
 
     @unittest.skipUnless(shutil.which("rclone"), "needs the program rclone")
     def test_to_rclone(self):
