@@ -5212,7 +5212,7 @@ def listing_of(folder: RawFolder) -> Listing:
 def raw_subvolume(backup: RawBackup) -> Subvolume:
     """A backup as if it had been received, with a number made of its id."""
     return Subvolume(backup.name, backup.uuid, backup.parent_uuid, backup.uuid, True, backup.otime,
-                     subvolid=int(backup.uuid.replace("-", "")[:15], 16))
+                     subvolid=crc32c(os.fsencode(backup.uuid)))
 
 
 def write_durably(folder: str, name: str, text: str) -> None:

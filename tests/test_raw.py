@@ -1109,6 +1109,66 @@ class OverSsh(remote.RemoteTestCase, RawTestCase):
         self.assertRestorable(taken[1])
 
 
+class Steps(unittest.TestCase):
+    """Naming and deleting, broken off at each of their steps: a file under a final name has its sidecar."""
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.backup = Pure.BACKUP._replace(parent_uuid=None, parent=None, file_size=4)
+
+    def broken_off(self, name, act):
+        """Does it again and again, each time breaking off one call of os.NAME later, until it comes to its end."""
+        real, step = getattr(os, name), 0
+        while True:
+            step += 1
+            calls = iter(range(step))
+
+            def breaking(*arguments, calls=calls, **more):
+                if next(calls, None) is None:
+                    raise InterruptedError("broken off")
+                return real(*arguments, **more)
+            setattr(program.os, name, breaking)
+            try:
+                act()
+                return
+            except (InterruptedError, program.BackupError):
+                pass
+            finally:
+                setattr(program.os, name, real)
+            self.assertSidecars()
+
+    def assertSidecars(self):
+        for file in os.listdir(self.folder):
+            if not file.startswith(".") and not file.endswith(".json"):
+                self.assertEqual(self.backup, program.read_sidecar(self.folder, file + ".json"))
+
+    def write(self, name):
+        with open(os.path.join(self.folder, name), "w") as file:
+            file.write("data")
+
+    def publish(self):
+        self.write(".{}.partial".format(self.backup.name))
+        program.publish_stream_file(self.folder, self.backup)
+
+    def test_naming(self):
+        for call in ("rename", "fsync"):
+            self.broken_off(call, self.publish)
+            self.assertEqual([self.backup.file, self.backup.file + ".json"], sorted(os.listdir(self.folder)))
+
+    def test_deleting(self):
+        doomed = [program.raw_subvolume(self.backup)]
+
+        def delete():
+            self.publish()
+            errors = program.delete_stream_files(self.folder, doomed)
+            if errors:
+                raise errors[0]
+        for call in ("unlink", "fsync"):
+            self.broken_off(call, delete)
+            self.assertEqual([], os.listdir(self.folder))
+
+
 class Pure(unittest.TestCase):
 
     BACKUP = program.RawBackup("home20240102-000000", "home20240102-000000.btrfs.zst.age", "u2", "u1",

@@ -214,12 +214,15 @@ class Failures(ShellTestCase):
         self.assertBackedUp([first])
 
     def test_what_reaches_it_when_send_fails_is_never_taken_for_whole(self):
-        """The command is killed before its pipe closes, else `cat && mv` would make a cut file final."""
+        """The command is killed before its pipe closes, else `cat && mv` would make a cut file final.
+
+        One that takes no notice of being asked to end shows which comes first.
+        """
         support.bulk(os.path.join(self.source, "large"), 64)
         self.take(1)
         final = os.path.join(self.folder, "final")
         run = self.start("-S", "--retries", "0", "-p", "home", self.source,
-                         "shell://cat > {0}.new && mv {0}.new {0}".format(final))
+                         "shell://trap '' TERM; cat > {0}.new && mv {0}.new {0}".format(final))
         pid = run.hold("send")
         os.kill(pid, signal.SIGKILL)
         self.assertEqual(1, run.finish().status)
@@ -235,6 +238,19 @@ class Failures(ShellTestCase):
         self.assertEqual(143, run.finish().status)
         self.assertEqual({}, run.processes())
         self.assertIn(self.name(1), read_locks(self.snapshots))
+
+    def test_what_was_sent_before_a_kill_is_remembered(self):
+        first, second = self.take(1, 2)
+        text = self.to_file + '; case $BTRFS_BACKUP_SNAPSHOT in {}) kill -9 $PPID; sleep 5;; esac'.format(second)
+        run = self.start("-S", "-p", "home", self.source, text)
+        self.assertEqual(-signal.SIGKILL, run.finish().status)
+        before = os.stat(self.path(first)).st_mtime_ns
+        self.assertEqual([text], read_locks(self.snapshots)[second]["locks"])
+        run = self.start("-S", "-p", "home", self.source, text)
+        result = run.finish()
+        self.assertNotIn("sending " + first, result.stderr)
+        self.assertEqual(before, os.stat(self.path(first)).st_mtime_ns)
+        self.assertIn("sending {} to".format(second), result.stderr)
 
     def test_killed_at_random_the_next_run_converges(self):
         support.bulk(os.path.join(self.source, "large"), 4)
