@@ -356,7 +356,10 @@ def make_many(stage: Stage, subvolume: str, snapshots: str, backups: str, names:
         script.append("btrfs send -q {} {}".format(parent, shlex.quote(snapshot)))
         parent = "-p " + shlex.quote(snapshot)
     receive = "btrfs receive -q " + shlex.quote(backups)
-    stage.run(["sh", "-c", "{{ {}; }} | {}".format("; ".join(script), receive)])
+    path = os.path.join(stage.scratch, "send-many")  # too long for an argument
+    with open(path, "w", encoding="utf-8") as stream:
+        stream.write("{{\n{}\n}} | {}\n".format("\n".join(script), receive))
+    stage.run(["sh", path])
 
 
 def check_nothing_to_do(count: int, btrbk_argv: Sequence[str], backups: str) -> None:
