@@ -11616,7 +11616,7 @@ class Doctor:
             self.skip(where, "programs", "kernel", "privileges", "clock")
             return False
         host = self.run.hosts.of(endpoint or Endpoint("", "path", "/"))
-        facts = self.ask("programs", where, host.facts)
+        facts = self.ask("programs", where, lambda: host.facts())
         if facts is not None:
             self.examine("programs", where, check_programs, facts)
             self.examine("kernel", where, check_kernel, facts)
@@ -11634,7 +11634,7 @@ class Doctor:
 
     def examine_ground(self, host: Any, folder: str, where: str) -> None:
         """The filesystem below a folder."""
-        health = self.ask("space", where, host.health, folder)
+        health = self.ask("space", where, lambda: host.health(folder))
         if health is not None:
             self.examine("space", where, check_space, health)
         if health is not None and not isinstance(host, RawPlace):  # whose filesystem need not be btrfs
@@ -11747,7 +11747,7 @@ class Doctor:
                 self.examine("parent", where, check_parent, snapshots, listing, prefix)
         locked = set(locked_names(self.locks, destination.key))
         if not destination.is_new:
-            idle = self.ask("partials", where, host.idle_partials, destination.path)
+            idle = self.ask("partials", where, lambda: host.idle_partials(destination.path))
             if idle is not None:
                 self.examine("partials", where, check_partials, listing, self.task.prefix, locked, idle,
                              destination.path)
@@ -11789,7 +11789,7 @@ class Doctor:
             self.record("backups", text, Finding(PROBLEM, "{} cannot be restored: {}".format(broken.name, broken.why),
                                                  "see verify"))
         self.record("backups", text, Finding(OK, plural(sum(map(len, groups)), "complete backup")))
-        idle = self.ask("partials", text, host.idle_partials, folder)
+        idle = self.ask("partials", text, lambda: host.idle_partials(folder))
         if idle is not None:
             self.examine("partials", text, check_unused, listing, self.task.prefix, idle)
         self.examine_ground(host, folder, text)

@@ -237,17 +237,6 @@ class Healthy(DoctorTestCase):
             self.assertIn("at work", checks["locks", self.source][0]["text"])
         self.problem("locks", "broken off")
 
-    def test_it_is_in_nobodys_way(self):
-        """Looking whether a run is at work does not take its lock."""
-        name, = self.take(1)
-        write_locks(self.snapshots, {name: {"locks": [self.target], "parent_locks": []}})
-        lock = os.path.join(self.snapshots, ".home.lock")
-        open(lock, "w").close()
-        traced = self.run_program("doctor", "--json", self.source, status=1)
-        self.assertIn("broken off", traced.stdout)
-        with open("/proc/locks") as locks:
-            self.assertNotIn(":{} ".format(os.stat(lock).st_ino), locks.read())
-
 
 class Broken(DoctorTestCase):
     """One thing is wrong in each."""
@@ -559,6 +548,14 @@ class NoPythonThere(DoctorTestCase, remote.RemoteTestCase):
 
     def test_no_python_there(self):
         self.problem("connection", "python", arguments=self.program_options() + [self.source, self.remote_target])
+
+    def test_a_folder_of_backups_there(self):
+        self.take(1)
+        self.transfer()
+        result = self.run_program("doctor", "--json", *self.program_options() + [self.remote_target], status=1)
+        checks = {check["name"]: check for check in json.loads(result.stdout)["checks"] if check["where"]}
+        self.assertEqual("1 complete backup", checks["backups"]["text"])
+        self.assertIn("Python", checks["partials"]["text"])
 
 
 if __name__ == "__main__":
