@@ -5,7 +5,8 @@
 A pattern is a part of a test's full name, or has the shell's wildcards. The status is non-zero
 when a test failed or none ran. With CI set in the environment a skipped test is a failure, so
 that nothing goes untested in silence. Without a pattern, as many processes as there are processors share
-the classes of tests between them; most tests wait for other processes most of their time.
+the classes of tests between them; most tests wait for other processes most of their time. What fails
+beside others is run once more by itself: the summary names it, and it counts as failed if it fails again.
 """
 
 import argparse
@@ -60,6 +61,7 @@ class Report(unittest.TestResult):
         self.verdict = "ok"
         self.reason = ""
         self.started = 0.0
+        self.unsteady = 0  # tests that failed beside others and passed by themselves
 
     def startTest(self, test: Any) -> None:
         super().startTest(test)
@@ -254,10 +256,32 @@ def run_shared(tests: List[Any], options: argparse.Namespace) -> Report:
     return report
 
 
+def failed_tests(tests: List[Any], report: Report) -> List[Any]:
+    """The tests that the problems of a report are about; of a class that could not begin, all."""
+    named = {problem.test.split(" ")[0] for problem in report.problems}
+    inside = {problem.test.partition("(")[2].rstrip(")") for problem in report.problems}
+    return [test for test in tests if test.id() in named or class_of(test) in inside | named]
+
+
+def run_again(tests: List[Any], report: Report, options: argparse.Namespace) -> None:
+    """Runs what failed beside others by itself, and puts that into the report in place of what was."""
+    chosen = failed_tests(tests, report)
+    say("\nonce more, by themselves:")
+    again = run_tests(chosen, options)
+    for problem in report.problems:
+        say("\n==== failed beside others: {}\n{}".format(problem.test, problem.text.rstrip("\n")))
+    report.counts["ok"] += again.counts["ok"]
+    report.counts["FAIL"] = again.counts["FAIL"]
+    report.counts["skip"] += again.counts["skip"]
+    report.problems, report.shouldStop = again.problems, report.shouldStop or again.shouldStop
+    report.unsteady = again.counts["ok"]
+
+
 def format_counts(report: Report) -> str:
     text = "{} passed, {} failed".format(report.counts["ok"], report.counts["FAIL"])
     skipped = report.counts["skip"]
-    return text + (", {} skipped".format(skipped) if skipped else "")
+    text += ", {} skipped".format(skipped) if skipped else ""
+    return text + (" ({} only by themselves)".format(report.unsteady) if report.unsteady else "")
 
 
 def print_summary(report: Report, slowest: int) -> None:
@@ -310,6 +334,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         say("\n".join(test.id() for test in tests))
         return 0
     report = run_shared(tests, options) if options.jobs > 1 else run_tests(tests, options)
+    if options.jobs > 1 and report.problems and not report.shouldStop:
+        run_again(tests, report, options)
     print_summary(report, options.slowest)
     return 0 if is_success(report) else 1
 
