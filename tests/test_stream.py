@@ -25,8 +25,8 @@ from btrfs_backup_ng import (
     make_command,
     parse_attributes,
     parse_first_command,
-    read_default_acl,
     read_capabilities,
+    read_default_acl,
     send_argv,
 )
 

@@ -41,7 +41,7 @@ class Values(unittest.TestCase):
             Subvolume("a", None), Listing((Subvolume("a", "b"),), frozenset(["c"])), Place("/", "folder"),
             Pin("a", "b", "c"), LockChange("a", "b"), Capabilities(True, False, (6, 2)), SendOptions())
 
-    BAD = ('{"is": "Subvolume", "of": []}', 
+    BAD = ('{"is": "Subvolume", "of": []}',
            '{"is": "Subvolume", "of": [1, 2]}', '{"is": "os", "of": []}',
            '{"is": "a"}',
            '{"of": []}', "{}", '{"is": [], "of": []}', '{"is": "tuple", "of": {}}', '{"is": "dict", "of": [[1]]}',
