@@ -8344,7 +8344,6 @@ class AgentHost:
                     return connection
                 self.remove(connection)
             connection = self.connect(not self.all)
-            self.greeting = connection.greeting
             connection.channel.on_event, connection.channel.on_error = self.pass_on, self.locate
             self.greeting: Greeting = connection.greeting
             self.all.append(connection)
