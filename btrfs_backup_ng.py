@@ -7341,6 +7341,7 @@ class StreamSource:
         self.start = 0  # offset in the stream of the first byte that comes
         self.is_over = False  # the last frame of the stream was seen
         self.lost: Optional[ConnectionLost] = None  # once all is out of the filter, that is raised
+        self.kept: Optional[BackupError] = None  # what is wrong, once the bytes before it are handed over
 
     def wait_readable(self, seconds: float) -> None:
         if self.unpacked:
@@ -7352,7 +7353,7 @@ class StreamSource:
         """How many bytes came into `buffer`: None while there are none, 0 at the end."""
         if self.unpacked is None:
             return self.read_channel(buffer)
-        if not self.unpacked.feed.pending and not self.is_over and self.lost is None:
+        if not self.unpacked.feed.pending and not self.unpacked.closing:
             try:
                 got = self.read_channel(self.raw)
                 self.unpacked.feed.offer(memoryview(self.raw)[:got or 0])
@@ -7371,15 +7372,32 @@ class StreamSource:
         return got
 
     def read_channel(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
+        """As read(), of any number of frames: a limited rate makes small ones."""
         self.channel.flush_some()
-        if not self.channel.data_left and not self.is_over:
+        filled = 0
+        while filled < len(buffer) and not (self.is_over and self.kept is None):
+            if self.kept is not None:
+                if filled:
+                    break
+                raise self.kept
+            try:
+                got = self.read_frame(memoryview(buffer)[filled:])
+            except BackupError as error:
+                self.kept = error
+                continue
+            if got is None:
+                break
+            filled += got
+        return filled or (0 if self.is_over else None)
+
+    def read_frame(self, buffer: memoryview) -> Optional[int]:
+        """Bytes of one frame, None while there are none."""
+        if not self.channel.data_left:
             frame = self.channel.next_frame()
             if frame is None:
                 return None
             self.take_frame(*frame)
-        if self.is_over:
-            return 0
-        return self.channel.read_data(buffer) if self.channel.data_left else None
+        return self.channel.read_data(buffer) if self.channel.data_left else 0
 
     def take_frame(self, kind: bytes, payload: bytes) -> None:
         if kind == DATA:

@@ -282,6 +282,15 @@ class OnTheWire(TransferTestCase):
         self.push("-S", "--compress", "auto")
         self.assertBackedUp([self.name(1)])
 
+    def test_limit(self):
+        support.bulk(os.path.join(self.source, "bulk"), 8)
+        self.take(1)
+        started = time.monotonic()
+        self.push("-S", "--limit", "4M")
+        self.assertGreater(time.monotonic() - started, 2)
+        self.assertBackedUp([self.name(1)])
+        self.assertLess(time.monotonic() - started, 12)
+
     def test_little_for_one_that_has_all(self):
         """A run that finds nothing to do costs some kilobytes, once the program is there."""
         self.take_churned(1)
@@ -1078,6 +1087,94 @@ class Faults(remote.RemoteTestCase):
         self.assertErrorSays(result, "space", "127.0.0.1:%d" % self.server.port)
         os.unlink(filler)
         self.check_end(running, (1,))
+
+
+class BadNetworks(remote.RemoteTestCase):
+    """A transfer that breaks goes on where it stopped: what has arrived is not sent again."""
+
+    MIB = 96
+
+    def setUp(self):
+        super().setUp()
+        self.between = self.proxy(self.server.port)
+        self.set_endpoints(port=self.between.port)
+        self.take(1)
+        self.push("-S")
+        support.bulk(os.path.join(self.source, "bulk"), self.MIB)
+        self.take(2)
+        self.passed = self.between.up + self.between.down
+
+    def moved(self):
+        """MiB through the network since the set-up."""
+        return (self.between.up + self.between.down - self.passed) / support.MIB
+
+    def assertGoneOn(self, result, to=None):
+        self.assertEqual([], result.errors)
+        self.assertBackedUp([self.name(1), self.name(2)] if to is None else to)
+        self.assertEqual({}, read_locks(self.snapshots))
+        # What was under way in pipes and buffers at each cut goes again.
+        self.assertLess(self.moved(), 1.5 * self.MIB)
+        self.assertNothingLeft(self.server)
+
+    def test_a_push_is_cut_three_times(self):
+        before = self.server.accepted()
+        self.between.cut_after(20 << 20, 20 << 20, 20 << 20)
+        self.assertGoneOn(self.push("-S", timeout=120))
+        self.assertEqual(4, self.server.accepted() - before)
+
+    def test_a_pull_is_cut_three_times(self):
+        support.delete(self.backup_path(self.name(1)))
+        self.between.cut_after(20 << 20, 20 << 20, 20 << 20)
+        self.assertGoneOn(self.pull("-S", timeout=120))
+
+    def test_the_next_run_goes_on(self):
+        self.between.cut_after(60 << 20)
+        result = self.push("-S", "--retries", "0", status=1)
+        self.assertEqual(1, len(result.errors), result.stderr)
+        self.assertEqual([self.name(1)], names(self.target))
+        self.assertGoneOn(self.push("-S"))
+
+    def test_from_the_start_on_request(self):
+        self.between.cut_after(60 << 20)
+        self.push("-S", "--retries", "0", status=1)
+        self.push("-S", "--no-resume")
+        self.assertBackedUp([self.name(1), self.name(2)])
+        self.assertGreater(self.moved(), 1.5 * self.MIB)
+
+    def test_the_machine_is_away_for_a_while(self):
+        running = self.start(*self.program_options() + ["-S", "-p", "home", self.source, self.remote_target])
+        running.wait_for("something", lambda: self.moved() > 20)
+        self.between.refuse()
+        self.between.cut()
+        time.sleep(2)
+        self.between.listen()
+        self.assertGoneOn(running.finish(120))
+
+    def test_the_client_is_killed(self):
+        running = self.start(*self.program_options() + ["-S", "-p", "home", self.source, self.remote_target])
+        running.wait_for("something", lambda: self.moved() > 40)
+        os.kill(running.pid, signal.SIGKILL)
+        self.assertNothingLeft(self.server)
+        self.assertGoneOn(self.push("-S"))
+
+    def test_compressed_on_the_way(self):
+        self.between.cut_after(20 << 20, 20 << 20)
+        self.assertGoneOn(self.push("-S", "--compress", "auto", timeout=120))
+
+    def test_a_relay_is_cut_on_both_sides(self):
+        disk = self.disk()
+        other_target = os.path.join(disk.path, "backups")
+        os.mkdir(other_target)
+        there = os.path.join(support.scratch_folder(), "there", "other disk")
+        other = self.sshd({disk.path: there})
+        beyond = self.proxy(other.port)
+        self.between.cut_after(30 << 20)
+        beyond.cut_after(60 << 20)
+        result = self.pull("-S", to=[other.endpoint(there + "/backups", port=beyond.port)], timeout=120)
+        self.assertEqual([], result.errors)
+        self.assertBackedUp([self.name(1), self.name(2)], other_target)
+        self.assertLess((beyond.up + beyond.down) / support.MIB, 1.5 * self.MIB)
+        self.assertNothingLeft(self.server, other)
 
 
 if __name__ == "__main__":
