@@ -4175,26 +4175,32 @@ def receiver_error(error: BackupError, expected: ExpectedStream) -> ReceiverFail
 
 
 class Background:
-    """Something that is done in a thread."""
+    """Something that is done in a thread.
+
+    A thread whose join() a signal's exception leaves counts as ended in Python 3.9 to 3.12, though it is not:
+    so the end is told by an event.
+    """
 
     def __init__(self, act: Callable[[], Any]) -> None:
         self.act, self.outcome, self.error = act, None, None  # type: Callable[[], Any], Any, Optional[BaseException]
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
+        self.over = threading.Event()
+        threading.Thread(target=self.run, daemon=True).start()
 
     def run(self) -> None:
         try:
             self.outcome = self.act()
         except BaseException as error:
             self.error = error
+        finally:
+            self.over.set()
 
     @property
     def is_over(self) -> bool:
-        return not self.thread.is_alive()
+        return self.over.is_set()
 
     def result(self) -> Any:
         """Waits for what came out; raises what was raised."""
-        self.thread.join()
+        self.over.wait()
         if self.error is not None:
             raise self.error
         return self.outcome
@@ -4204,7 +4210,7 @@ class Background:
         deadline, interruption = time.monotonic() + seconds, None  # type: float, Optional[Interrupted]
         while not self.is_over and time.monotonic() < deadline:
             try:
-                self.thread.join(max(0.0, deadline - time.monotonic()))
+                self.over.wait(max(0.0, deadline - time.monotonic()))
             except Interrupted as signalled:
                 interruption = signalled
         if interruption is not None:
@@ -8121,19 +8127,28 @@ def ssh_hints(machine: str) -> Tuple[Tuple[str, str, str], ...]:
         # sh, bash, tcsh, zsh, fish
         ("sudo: not found", *no_sudo), ("sudo: command not found", *no_sudo), ("sudo: Command not found", *no_sudo),
         ("command not found: sudo", *no_sudo), ("Unknown command: sudo", *no_sudo),
+        ("Connection reset by", "the connection was lost", "try again"),
+        ("Connection closed by", "the connection was closed", "see the log of sshd there"),
     )
+
+
+# What may be over soon: a machine that starts, a network that is away.
+PASSING_SIGNS = frozenset((
+    "Could not resolve hostname", "Connection refused", "timed out", "No route to host", "Network is unreachable",
+    "Connection reset by", "Connection closed by"))
 
 
 def no_agent_error(machine: str, status: Optional[int], words: str, noise: str) -> BackupError:
     """Why no agent answered, from how ssh ended, what it said, and what the host printed."""
     for sign, cause, hint in ssh_hints(machine):
         if sign in words:
-            return BackupError("{}: {}".format(machine, cause), hint, words)
+            kind = ConnectionLost if sign in PASSING_SIGNS else BackupError
+            return kind("{}: {}".format(machine, cause), hint, words)
+    if re.search(r"file\(\) takes at most|invalid syntax|Missing parentheses", words):
+        return NoPython("{} has only an old Python".format(machine), "install Python 3.6 or later there")
     if "SyntaxError" in words:
         return BackupError("{}: a part of what was sent to it is missing".format(machine),
                            "does a start file of its login shell read its input, as in .bashrc?")
-    if re.search(r"file\(\) takes at most|invalid syntax|Missing parentheses", words):
-        return NoPython("{} has only an old Python".format(machine), "install Python 3.6 or later there")
     if status == 127 or re.search(r"python3[^\n]*(not found|No such file)|[Uu]nknown command[^\n]*python3", words):
         return NoPython("{} has no python3".format(machine), "install Python 3.6 or later there")
     said = (words or noise).strip()
