@@ -192,7 +192,7 @@ class Fuzz(support.TestCase):
         while agent.poll() is None and time.monotonic() - since < 0.05:
             with open("/proc/%d/stat" % agent.pid, "rb") as stat:
                 now = stat.read().rpartition(b")")[2].split()[11:15], unread(agent.stdin)
-            if now != used or now[1]:
+            if now != used or now[1] > 0:
                 used, since = now, time.monotonic()
             time.sleep(0.005)
 

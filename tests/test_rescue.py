@@ -124,7 +124,7 @@ class Surroundings(RescueTestCase):
         self.addCleanup(shutil.rmtree, folder)
         for name in support.command(busybox, "--list").split():
             os.symlink(busybox, os.path.join(folder, name))
-        os.symlink(shutil.which("btrfs"), os.path.join(folder, "btrfs"))
+        os.symlink(shutil.which("btrfs") or "btrfs", os.path.join(folder, "btrfs"))
         received = os.path.join(support.scratch_folder(), "stream")
         self.run_twice(env={"PATH": folder, "SHELL": "/bin/ash"})
         self.run_program("-S", "-p", "home", self.source, "shell://gzip -c | gunzip >" + received, env={"PATH": folder})

@@ -11,7 +11,7 @@ import sys
 import time
 import unittest
 import uuid
-from typing import get_type_hints
+from typing import Tuple, get_type_hints
 
 import remote
 import support
@@ -54,7 +54,7 @@ NUMBER = struct.Struct("<Q").pack
 
 class RestrictedTestCase(remote.RemoteTestCase):
     allow = "receive,list"
-    more = ()
+    more: Tuple[str, ...] = ()
 
     def setUp(self):
         super().setUp()
@@ -145,7 +145,7 @@ class Hostile(RestrictedTestCase):
         super().setUp()
         self.write("file", "content")
         self.push()
-        self.name = support.names(self.target)[0]
+        self.complete = support.names(self.target)[0]
         self.secret = self.outside()
         os.symlink(self.target_there, os.path.join(self.target, "link"))
         os.symlink("/", os.path.join(self.target, "root"))
@@ -188,7 +188,7 @@ class Hostile(RestrictedTestCase):
     def sample(self, name, hint):
         origin, inner = getattr(hint, "__origin__", None), getattr(hint, "__args__", None) or ()
         if hint is Subvolume:
-            return Subvolume(self.name, support.subvolume(os.path.join(self.target, self.name)).uuid)
+            return Subvolume(self.complete, support.subvolume(os.path.join(self.target, self.complete)).uuid)
         if hasattr(hint, "_fields"):
             return hint(*(self.sample(field, kind) for field, kind in get_type_hints(hint).items()))
         if type(None) in inner:
@@ -196,7 +196,7 @@ class Hostile(RestrictedTestCase):
         if origin is not None:
             empty = {"doomed": [self.sample("", Subvolume)] if name == "doomed" else []}
             return empty.get(name, {} if "ict" in str(origin) else () if "uple" in str(origin) else [])
-        return {str: self.name, int: 0, float: 0.0, bool: False}[hint]
+        return {str: self.complete, int: 0, float: 0.0, bool: False}[hint]
 
     def tearDown(self):
         self.assertEqual(self.before, self.everything())
@@ -206,7 +206,7 @@ class Hostile(RestrictedTestCase):
         paths = ["/", "/etc", self.target_there, self.target_there + "/outside", self.under + "/..",
                  self.under + "/../outside", self.under + "/link", self.under + "/link/outside", self.under + "/root",
                  self.under + "/root/etc", self.under + "x", self.under + "/./x", "", "relative", "~",
-                 self.under + "/a\nb", self.under + "/" + self.name, self.under + "/" + self.name + "/sub"]
+                 self.under + "/a\nb", self.under + "/" + self.complete, self.under + "/" + self.complete + "/sub"]
         for call in CALLS:
             for path in paths:
                 arguments = self.arguments(call, path)
@@ -221,10 +221,10 @@ class Hostile(RestrictedTestCase):
                     self.refused(lambda call=call: self.ask(call, self.arguments(call, self.under)), "may not")
 
     def test_a_backup_cannot_be_deleted(self):
-        listed = self.host.list(self.under).named(self.name)
+        listed = self.host.list(self.under).named(self.complete)
         self.refused(lambda: self.host.delete(self.under, [listed], False), "may not delete")
         self.refused(lambda: self.host.delete(self.under, [listed._replace(name="../outside")], False))
-        disguised = listed._replace(name=".{}.partial".format(self.name))
+        disguised = listed._replace(name=".{}.partial".format(self.complete))
         errors = self.host.delete(self.under, [disguised._replace(received_uuid=None)], False)
         self.assertEqual(1, len(errors))
 
@@ -250,19 +250,19 @@ class HostileStreams(RestrictedTestCase):
         super().setUp()
         self.write("file", "content" * 10000)
         self.push()
-        self.name = support.names(self.target)[0]
-        self.backup = support.subvolume(os.path.join(self.target, self.name))
+        self.complete = support.names(self.target)[0]
+        self.backup = support.subvolume(os.path.join(self.target, self.complete))
         self.host = self.connect()
-        self.before = support.tree(os.path.join(self.target, self.name))
+        self.before = support.tree(os.path.join(self.target, self.complete))
         self.secret = self.outside()
         self.before_outside = support.tree(self.secret)
 
     def tearDown(self):
-        self.assertEqual(self.before, support.tree(os.path.join(self.target, self.name)))
+        self.assertEqual(self.before, support.tree(os.path.join(self.target, self.complete)))
         self.assertEqual(self.before_outside, support.tree(self.secret))
-        self.assertEqual([self.name], support.names(self.target))
+        self.assertEqual([self.complete], support.names(self.target))
         self.assertEqual([], [name for name in os.listdir(self.target)
-                              if name != self.name and not name.startswith(".new.") and ".partial" not in name])
+                              if name != self.complete and not name.startswith(".new.") and ".partial" not in name])
         super().tearDown()
 
     def receive(self, *commands, name="new", expected=None, first=None):
@@ -290,7 +290,7 @@ class HostileStreams(RestrictedTestCase):
                 self.refuse(name=name)
 
     def test_an_existing_name(self):
-        self.refuse(name=self.name)
+        self.refuse(name=self.complete)
 
     def test_another_name_than_was_said(self):
         first = make_command(SUBVOL, [(A_PATH, b"other"), (A_UUID, uuid.uuid4().bytes), (A_CTRANSID, NUMBER(1))])
@@ -312,21 +312,22 @@ class HostileStreams(RestrictedTestCase):
         for number, attributes in [
                 (MKFILE, [(A_PATH, b"../evil")]), (MKDIR, [(A_PATH, b"a/../../evil")]),
                 (SYMLINK, [(A_PATH, b"../evil"), (A_PATH_LINK, b"/")]),
-                (RENAME, good + [(A_PATH_TO, b"../evil")]), (RENAME, [(A_PATH, b"../" + self.name.encode())] + [
+                (RENAME, good + [(A_PATH_TO, b"../evil")]), (RENAME, [(A_PATH, b"../" + self.complete.encode())] + [
                     (A_PATH_TO, b"x")]),
-                (LINK, good + [(A_PATH_LINK, b"../" + self.name.encode() + b"/file")]),
-                (UNLINK, [(A_PATH, b"..")]), (RMDIR, [(A_PATH, b"../" + self.name.encode())]),
-                (WRITE, [(A_PATH, b"../" + self.name.encode() + b"/file"), (A_OFFSET, NUMBER(0)), (A_DATA, b"evil")])]:
+                (LINK, good + [(A_PATH_LINK, b"../" + self.complete.encode() + b"/file")]),
+                (UNLINK, [(A_PATH, b"..")]), (RMDIR, [(A_PATH, b"../" + self.complete.encode())]),
+                (WRITE, [(A_PATH, b"../" + self.complete.encode() + b"/file"),
+                         (A_OFFSET, NUMBER(0)), (A_DATA, b"evil")])]:
             with self.subTest(command=number, attributes=attributes):
                 self.assertIn("leads up", self.refuse(make_command(MKFILE, good),
                                                       make_command(number, attributes)).message)
 
     def test_links_lead_nowhere(self):
         """In a stream nothing is reached through a link that it made itself."""
-        for target in (b"/", b"..", b"/" + self.name.encode(), b"/root", os.fsencode(self.under)):
+        for target in (b"/", b"..", b"/" + self.complete.encode(), b"/root", os.fsencode(self.under)):
             for number, attributes in [
                     (MKFILE, [(A_PATH, b"s/evil"), (A_INO, NUMBER(300))]),
-                    (RENAME, [(A_PATH, b"s/" + self.name.encode()), (A_PATH_TO, b"s/gone")]),
+                    (RENAME, [(A_PATH, b"s/" + self.complete.encode()), (A_PATH_TO, b"s/gone")]),
                     (WRITE, [(A_PATH, b"s/file"), (A_OFFSET, NUMBER(0)), (A_DATA, b"evil")])]:
                 with self.subTest(target=target, command=number):
                     self.refuse(make_command(SYMLINK, [(A_PATH, b"s"), (A_INO, NUMBER(258)), (A_PATH_LINK, target)]),
@@ -401,7 +402,7 @@ class Refusals(RestrictedTestCase):
         said = []
         original = program.log_refusal
         self.addCleanup(setattr, program, "log_refusal", original)
-        program.log_refusal = said.append
+        setattr(program, "log_refusal", said.append)  # noqa: B010
         read_end, write_end = os.pipe()
         self.addCleanup(os.close, write_end)
         agent = program.Agent(program.Channel(read_end, os.dup(1), "x"), program.Restriction(self.target, ("list",)))
