@@ -85,7 +85,7 @@ RUFF = --isolated --line-length 120 --target-version py37 --select E,F,W,B,C4,I,
 MYPY = --config-file= --strict --no-warn-return-any --allow-any-generics --no-error-summary \
     --cache-dir=$(LINT_VENV)/mypy
 # The tests share methods by mixins and put functions of theirs in the place of the program's.
-MYPY_TESTS = --allow-untyped-defs --allow-incomplete-defs --allow-untyped-calls \
+MYPY_TESTS = --allow-untyped-defs --allow-incomplete-defs --allow-untyped-calls --no-warn-unused-ignores --no-warn-unreachable \
     --disable-error-code=attr-defined --disable-error-code=var-annotated --disable-error-code=method-assign \
     --disable-error-code=union-attr
 

@@ -221,9 +221,9 @@ def serve(worker: "subprocess.Popen[str]", classes: List[str], report: Report) -
     """Hands classes to one worker until there are no more; its lines go to our stdout."""
     while classes and not report.shouldStop:
         name = classes.pop(0)
-        worker.stdin.write(name + "\n")  # type: ignore[union-attr]
-        worker.stdin.flush()  # type: ignore[union-attr]
-        for line in worker.stdout:  # type: ignore[union-attr]
+        worker.stdin.write(name + "\n")
+        worker.stdin.flush()
+        for line in worker.stdout:
             if line.startswith(MARK):
                 add_figures(report, line)
                 break
@@ -232,7 +232,7 @@ def serve(worker: "subprocess.Popen[str]", classes: List[str], report: Report) -
             report.problems.append(Problem(name, "the process that ran it ended\n"))
             report.counts["FAIL"] += 1
             return
-    worker.stdin.close()  # type: ignore[union-attr]
+    worker.stdin.close()
     worker.wait()
 
 

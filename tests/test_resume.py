@@ -71,7 +71,7 @@ class Pieces(support.TestCase):
             churn.change(60)
 
     def expected(self, path, parent, compressed):
-        snapshot = read_subvolume(path, os.path.basename(path))
+        snapshot = read_subvolume(path, os.path.basename(path)) or self.fail("no snapshot")
         of = parent and read_subvolume(parent, os.path.basename(parent))
         expected = self.host.expected_stream(self.source, snapshot, of)
         base = of and read_subvolume(os.path.join(self.target, of.name), of.name).uuid
