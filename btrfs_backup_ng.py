@@ -8575,6 +8575,15 @@ class SshConnector:
                 return ssh_argv(self.endpoint, self.options, open_settings(self.settings, shared, False))
         return ssh_argv(self.endpoint, self.options, open_settings(self.settings, self.control_path(), is_first))
 
+    def await_master(self, master: Stage) -> None:
+        """Waits until others can share the connection of `master`, or it has ended."""
+        deadline = time.monotonic() + GREETING_TIMEOUT
+        is_ours = (self.settings or {}).get("controlpath", "none") == "none"
+        while is_ours and self.folder and not os.path.exists(self.control_path()):
+            if master.has_ended() or time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+
     def control_path(self) -> str:
         """A socket in a private folder with a short name, for a socket's path may have 104 bytes; '' for none."""
         import tempfile
@@ -8784,6 +8793,7 @@ class ShellHost:
         self.mutex = threading.Lock()
         self.master = Stage(self.argv("exec cat > /dev/null", (), is_first=True), subprocess.PIPE, subprocess.DEVNULL)
         try:
+            connector.await_master(self.master)
             facts = self.run("uname -n; btrfs --version || exit 1; "
                              "cat /sys/fs/btrfs/features/send_stream_version 2>&1; exit 0", (), "cannot begin")
         except BaseException:
@@ -8928,7 +8938,8 @@ class ShellHost:
     def open_send(self, folder: str, name: str, parent: Optional[str], options: SendOptions,
                   resume: Optional[ResumePoint] = None) -> PlainSender:
         """`btrfs send` there, its stream here, from where a partial goes on."""
-        flags = ("-vv " if options.debug else "") + ("--proto 2 --compressed-data " if options.compressed else "")
+        flags = ("-vv " if options.debug else "") + ("--no-data " if options.no_data else "")
+        flags += "--proto 2 --compressed-data " if options.compressed and not options.no_data else ""
         onto, arguments = "", [os.path.join(folder, name)]
         if parent is not None:
             onto = '-p "$a1" '
@@ -8975,9 +8986,39 @@ class ShellHost:
                  "cannot rename {}".format(partial))
         return found._replace(name=expected.name)
 
+    def measured(self, folder: str, name: str, parent: Optional[str]) -> SendSize:
+        """What a send will weigh, once it was measured to its end."""
+        sender = self.open_send(folder, name, parent, SendOptions(no_data=True))
+        meter, buffer = SizeMeter(), memoryview(bytearray(PIPE_SIZE))
+        try:
+            for got in iter(lambda: sender.read(buffer), 0):
+                if got is None:
+                    sender.wait_readable(CHANNEL_NAP)
+                else:
+                    meter.feed(bytes(buffer[:got]))
+            sender.finish(ENDING_GRACE)
+        except BackupError as error:
+            raise self.explained(error) from None
+        finally:
+            sender.end()
+        return SendSize(meter.stream_size, meter.file_data, meter.ended)
+
     def measure_send(self, folder: str, name: str, parent: Optional[str]) -> Any:
         """A measuring that never ends: what is to come stays unknown."""
         return NotMeasured()
+
+    def data_since(self, path: str, generation: int) -> int:
+        """Bytes of data in extents of the subvolume at `path` written after `generation`; an estimate of a send."""
+        return parse_find_new(self.run('btrfs subvolume find-new "$a0" {}'.format(generation), (path,),
+                                       "cannot look for changes in {}".format(path)))
+
+    def settle_partials(self, folder: str, names: Dict[str, str]) -> List[str]:
+        """None: what a former run has lost cannot be seen here, and ends by itself once its partial is deleted."""
+        return []
+
+    def forget_partials(self, folder: str, names: Sequence[str]) -> List[BackupError]:
+        """Nothing: there are no records."""
+        return []
 
 
 class NotMeasured:

@@ -1,6 +1,7 @@
 """Remote hosts without a Python that can run the program: plain commands over ssh do the main job."""
 
 import os
+import signal
 import unittest
 
 import pythons
@@ -67,6 +68,166 @@ class WithoutPython(remote.RemoteTestCase):
         self.pull("-S")
         self.assertBackedUp([self.name(1), self.name(2)])
         self.assertNothingLeft(self.server)
+
+
+class AnyShellAndPath(remote.RemoteTestCase):
+    """Whatever the login shell, as a user with sudo."""
+
+    sshd_options = {"hide": ("python*",)}
+    SHELLS = ("sh", "dash", "bash", "zsh", "fish", "tcsh", "busybox", "rbash")
+    # What one of them takes for something else: doubled backslashes, an exclamation mark, a brace, a caret.
+    FOLDER = "a \\\\ b\\'c\\ \"d\" $HOME `id` !! {a,b} ^ ~ % \udce9 \u00e9 *?[x] #;&|<>()-"
+
+    def setUp(self):
+        super().setUp()
+        self.account = self.user(sudo=True)
+        self.server.authorize(self.account.name)
+        self.set_endpoints(user=self.account.name)
+        self.churn = support.Churn(self.source)
+        self.churn.fill(30)
+
+    def program_options(self, options=None):
+        return super().program_options(options) + ["--ssh-sudo"]
+
+    def test_push(self):
+        folder = os.path.join(self.target, self.FOLDER)
+        self.remote_target += "/" + self.FOLDER
+        for day, shell in enumerate(self.SHELLS, 1):
+            with self.subTest(shell=shell):
+                self.account.set_shell(remote.login_shell(shell))
+                self.account.write(".bashrc", "echo welcome\n")
+                self.account.write(".zshenv", "echo welcome\n")
+                self.account.write(".cshrc", "echo welcome\n")
+                self.account.write(".config/fish/config.fish", "echo welcome\n")
+                self.churn.change(20)
+                self.take(day)
+                before = self.server.accepted()
+                self.push("-S")
+                # one to learn that there is no Python, one for all the rest
+                self.assertEqual(2, self.server.accepted() - before)
+                self.assertBackedUp([self.name(n) for n in range(1, day + 1)], folder)
+        self.push("-S", "-N", "3", "-n", "2")
+        last = len(self.SHELLS)
+        self.assertBackedUp([self.name(last - 1), self.name(last)], folder)
+        self.assertNothingLeft(self.server)
+
+    def test_pull(self):
+        self.source = support.create(os.path.join(self.source_disk.path, self.FOLDER))
+        self.remote_source = self.server.endpoint(self.source_there + "/" + self.FOLDER, user=self.account.name)
+        self.snapshots = os.path.join(self.source, ".btrfs-backup-ng", "snapshots")
+        for day, shell in enumerate(self.SHELLS, 1):
+            with self.subTest(shell=shell):
+                self.account.set_shell(remote.login_shell(shell))
+                self.take(day)
+                self.pull("-S")
+                self.assertBackedUp([self.name(n) for n in range(1, day + 1)])
+                self.assertEqual({}, support.read_locks(self.snapshots))
+        self.pull("-S", "-N", "3", "-n", "2")
+        self.assertEqual(3, len(support.names(self.snapshots)))
+        self.pull()
+        self.assertEqual(4, len(support.names(self.snapshots)))
+        self.assertNothingLeft(self.server)
+
+
+class WhatGoesWrong(remote.RemoteTestCase):
+
+    sshd_options = {"hide": ("python*",)}
+
+    def setUp(self):
+        super().setUp()
+        self.take(1)
+        self.push("-S")
+        support.bulk(os.path.join(self.source, "bulk"), 64)
+        self.take(2)
+
+    def start_push(self, *options):
+        return self.start(*self.program_options() + list(options) + [
+            "-S", "-p", "home", self.source, self.remote_target])
+
+    def under_way(self, running):
+        running.wait_for("a partial", lambda: support.partials(self.target))
+        running.wait_for("receive", lambda: running.find("receive"))
+        return running
+
+    def check_end(self, running, statuses):
+        result = running.finish(120)
+        self.assertIn(result.status, statuses, result.stderr)
+        self.assertNotIn("Traceback", result.stderr)
+        self.assertTrue(remote.wait_until(lambda: not running.processes()), running.processes())
+        self.assertNothingLeft(self.server)
+        self.push("-S")
+        self.assertBackedUp([self.name(1), self.name(2)])
+        self.assertEqual({}, support.read_locks(self.snapshots))
+
+    def test_the_receive_there_is_killed(self):
+        running = self.under_way(self.start_push("--retries", "0"))
+        os.kill(running.find("receive"), signal.SIGKILL)
+        self.check_end(running, (1,))
+
+    def test_the_connection_is_cut(self):
+        between = self.proxy(self.server.port)
+        self.set_endpoints(port=between.port)
+        between.cut_after(20 << 20)
+        self.check_end(self.start_push("--retries", "0"), (1,))
+
+    def test_the_program_is_killed(self):
+        running = self.under_way(self.start_push())
+        os.kill(running.pid, signal.SIGKILL)
+        self.check_end(running, (-signal.SIGKILL,))
+
+    def test_the_program_is_interrupted(self):
+        running = self.under_way(self.start_push())
+        os.kill(running.pid, signal.SIGTERM)
+        self.check_end(running, (143,))
+
+    def test_the_source_there_is_killed(self):
+        support.delete(self.backup_path(self.name(1)))
+        running = self.start(*self.program_options() + ["--retries", "0", "-S", "-p", "home", self.remote_source,
+                                                       self.target])
+        os.kill(running.wait_for("send", lambda: running.find("send")), signal.SIGKILL)
+        result = running.finish(120)
+        self.assertEqual(1, result.status, result.stderr)
+        self.assertNothingLeft(self.server)
+        self.pull("-S")
+        self.assertBackedUp([self.name(1), self.name(2)])
+
+    def test_a_foreign_subvolume_of_the_same_name(self):
+        support.create(self.backup_path(self.name(2)))
+        before = support.listing(self.target)
+        result = self.push("-S", "-n", "1", status=1)
+        self.assertErrorSays(result, self.name(2))
+        self.assertUnchanged(before, self.target)
+
+    def test_no_btrfs_there_either(self):
+        bare = self.sshd(self.server.mounts, hide=("python*", "btrfs"))
+        self.set_endpoints(port=bare.port)
+        for run in (self.push, self.pull):
+            with self.subTest(run=run.__name__):
+                self.assertErrorSays(run("-S", status=1), "127.0.0.1:%d" % bare.port, "btrfs")
+
+    def test_a_path_that_is_no_btrfs(self):
+        folder = os.path.join(self.server.folder, "missing")
+        result = self.push("-S", to=[self.server.endpoint(folder)], status=1)
+        self.assertErrorSays(result, folder, "btrfs")
+        self.assertFalse(os.path.exists(folder))
+
+    def test_a_full_disk(self):
+        filler = os.path.join(self.target_disk.path, "filler")
+        with open(filler, "wb") as file:
+            space = os.statvfs(self.target_disk.path)
+            os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_frsize - (40 << 20))
+        result = self.push("-S", "--retries", "0", status=1)
+        self.assertErrorSays(result, "space", "127.0.0.1:%d" % self.server.port)
+        os.unlink(filler)
+        self.push("-S")
+        self.assertBackedUp([self.name(1), self.name(2)])
+
+    def test_a_dry_run_changes_nothing(self):
+        disks = self.source_disk.path, self.target_disk.path
+        before = support.listing(*disks)
+        for run in (self.push, self.pull):
+            self.assertIn(self.name(2), run("--dry-run").stdout)
+        self.assertUnchanged(before, *disks)
 
 
 if __name__ == "__main__":
