@@ -343,13 +343,13 @@ class Reader(unittest.TestCase):
                 data = stream((WRITE, [(PATH, path), (FILE_OFFSET, bytes(8)), (DATA, bytes(size))])
                               for size in sizes)
                 reader = CommandReader(self.WANTED, len(HEADER))
-                reader.feed(data)
+                list(reader.feed(data))
                 # Protocol 2 leaves a length of two bytes out.
                 self.assertAlmostEqual(sum(sizes), reader.file_data, delta=2 * len(sizes))
 
     def test_bytes_of_compressed_contents(self):
         reader = CommandReader(self.WANTED, len(HEADER))
-        reader.feed(stream(RandomCommands(seed).encoded_write() for seed in range(5)))
+        list(reader.feed(stream(RandomCommands(seed).encoded_write() for seed in range(5))))
         self.assertEqual(5 * 5000, reader.file_data)
 
 
