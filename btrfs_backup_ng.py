@@ -8402,6 +8402,7 @@ class AgentHost:
                     return connection
                 self.remove(connection)
             connection = self.connect(not self.all)
+            self.greeting: Greeting = connection.greeting
             connection.channel.on_event, connection.channel.on_error = self.pass_on, self.locate
             self.all.append(connection)
         if self.holder is None:
