@@ -4073,7 +4073,8 @@ def pins_after_restore(pins: Pins, order: SwapOrder, stream_id: str) -> Pins:
 ########################################################################################################
 
 
-CHECKPOINT_DISTANCE = 256 << 20  # bytes of stream between checkpoints
+CHECKPOINT_DISTANCE = 256 << 20  # bytes of stream between checkpoints, at least
+CHECKPOINT_INTERVAL = 5.0  # seconds between them, at least: each costs about a tenth of a second
 CUT_PATIENCE = 5.0  # seconds for a `btrfs receive` that is cut to take what it got
 SUSPEND_TIMEOUT = 120.0  # seconds to make a last checkpoint durable
 HOLDER_IDLE = 10.0  # seconds without a byte after which a writer of the same stream counts as abandoned
@@ -4454,7 +4455,7 @@ class LocalReceiver:
         self.stage: Optional[Stage] = None  # started with the first byte
         self.write_end = -1  # while there is a pipe
         self.piece = ""
-        self.last_cut = stream.offset
+        self.last_cut, self.last_cut_time = stream.offset, time.monotonic()
         self.work: Optional[Background] = None  # a checkpoint
         self.completing: Optional[Background] = None
         self.received = threading.Event()  # while completing: `btrfs receive` has ended
@@ -4479,9 +4480,10 @@ class LocalReceiver:
             raise
         stream = self.stream
         is_far = stream.offset - self.last_cut >= CHECKPOINT_DISTANCE
-        if self.in_pieces and is_far and stream.held is None and not stream.ended:
+        if is_far and self.in_pieces and stream.held is None and not stream.ended and (
+                time.monotonic() - self.last_cut_time >= CHECKPOINT_INTERVAL):
             self.queue.append(stream.point)
-            self.last_cut = stream.offset
+            self.last_cut, self.last_cut_time = stream.offset, time.monotonic()
         self.queue.append(memoryview(b""))
         self.pending += 1
 
@@ -6619,7 +6621,8 @@ class RawPlace:
 
 READ_SIZE = PIPE_SIZE
 LANE_CHUNKS = 4  # of READ_SIZE at most: what a lane holds that it has not written yet
-SMALL_WINDOW, WINDOW, HISTORY = 8 << 20, 32 << 20, 16 << 20  # bytes
+# Bytes kept in memory: of what went to this machine alone, and else. Less stays in the processor's caches.
+SMALL_WINDOW, WINDOW, HISTORY = 8 << 20, 24 << 20, 16 << 20
 LITTLE = 64 << 10  # bytes: after less than this at once a nap lets more come together
 NAP, FULL_NAP, LONGEST_NAP = 0.002, 0.0005, 0.016  # seconds, in which the ends neither run dry nor full
 IDLE_NAP = 0.1  # seconds
@@ -6759,8 +6762,9 @@ class Relay:
         self.sender, self.stall_timeout, self.on_progress, self.manner = sender, stall_timeout, on_progress, manner
         start = getattr(sender, "start", 0)
         self.lanes = {key: Lane(receiver, start, manner.limit) for key, receiver in lanes.items()}
-        self.history = HISTORY if manner.reopen else LANE_CHUNKS * READ_SIZE
-        self.window = Window(start, WINDOW if manner.reopen else SMALL_WINDOW)
+        is_near = all(isinstance(receiver, LocalReceiver) for receiver in lanes.values())
+        self.history = LANE_CHUNKS * READ_SIZE if is_near else HISTORY
+        self.window = Window(start, SMALL_WINDOW if is_near else WINDOW)
         self.result = Relayed(0, 0.0, {}, {}, {}, {})
         self.signals = HeldSignals()
         self.leaving: List[Background] = []

@@ -357,7 +357,7 @@ class Killed(ResumeTestCase):
         """kill -9 of all: what the last checkpoint has is not sent again."""
         mib = CHECKPOINT_DISTANCE // support.MIB
         name = self.large(2 * mib + 100)
-        run = self.start_backup("-S")
+        run = self.start_backup("-S", "--limit", "48M")
         second = os.path.join(self.target, ".{}.3.partial".format(name))
         run.wait_for("the third piece", lambda: os.path.exists(second))
         run.kill()

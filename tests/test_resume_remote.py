@@ -176,9 +176,8 @@ class Killed(ResumeTestCase):
         self.assertLessEqual(self.carried(), 1.05 * LARGE * MIB + WINDOW)  # what is under way was sent
         self.assertConverged()
 
-    @unittest.skipUnless(TORTURE, "takes long: TORTURE=1")
     def test_client_and_agent_are_killed_at_once(self):
-        for _ in range(20):
+        for _ in range(20 if TORTURE else 2):
             run = self.start_push()
             time.sleep(self.random.uniform(0.5, 4))
             for pid in self.agents():
