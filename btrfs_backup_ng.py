@@ -7625,6 +7625,12 @@ def check_name(name: str) -> None:
         raise Refused("{} is no name of a snapshot".format(printable(repr(name))))
 
 
+class MissingFolder(BackupError):
+    """A folder below a restricted one is not there; `above` leads to what there is of the way to it."""
+
+    path = above = ""
+
+
 class Guard:
     """Lets only what a restriction allows reach the host."""
 
@@ -7633,6 +7639,7 @@ class Guard:
         self.under = os.path.realpath(restriction.under)
         self.opened = contextlib.ExitStack()  # the folders of the call at work
         self.shown: Dict[str, str] = {}  # what they are called in messages
+        self.missing = ""  # what is looked at and is not there: the answer is about the folder above it
 
     def check_call(self, name: str) -> None:
         if not set(CALLS.get(name, ())) & set(self.restriction.allow):
@@ -7643,7 +7650,7 @@ class Guard:
         """A path of this process that leads to `path`, whatever happens to its names meanwhile.
 
         Refused unless it is below the folder, as far as it exists, by plain folders alone. What is missing is
-        made or, at its last step, left as it is.
+        made, or MissingFolder: a name alone might lead elsewhere a moment later.
         """
         fd, at, mounts = open_folder(self.under), self.under, frozenset(mount.point for mount in read_mounts())
         parts = self.parts_below(path)
@@ -7656,18 +7663,25 @@ class Guard:
                 try:
                     inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=fd)
                 except FileNotFoundError:
-                    return os.path.join(self.under, *parts)
+                    missing = MissingFolder("no such folder: {}".format(path))
+                    missing.path, missing.above = os.path.join(self.under, *parts), self.keep(fd, os.path.dirname(at))
+                    raise missing from None
                 except OSError:
                     raise Refused("{} is no plain folder".format(at)) from None
                 os.close(fd)
                 fd = inner
                 self.check_step(fd, at, part, mounts)
-            kept = os.dup(fd)
+            return self.keep(fd, at)
         finally:
             os.close(fd)
+
+    def keep(self, fd: int, shown: str) -> str:
+        """A path that leads to the open folder `fd` until the call is over."""
+        kept = os.dup(fd)
         self.opened.callback(os.close, kept)
-        self.shown["/proc/{}/fd/{}".format(os.getpid(), kept)] = at
-        return "/proc/{}/fd/{}".format(os.getpid(), kept)
+        path = "/proc/{}/fd/{}".format(os.getpid(), kept)
+        self.shown[path] = shown
+        return path
 
     def parts_below(self, path: str) -> List[str]:
         for top in (self.restriction.under.rstrip("/"), self.under.rstrip("/")):
@@ -7695,7 +7709,12 @@ class Guard:
         self.check_call(name)
         for key, value in arguments.items():
             if key in PATH_ARGUMENTS:
-                arguments[key] = self.open_path(value, make=name == "make_folder")
+                try:
+                    arguments[key] = self.open_path(value, make=name == "make_folder")
+                except MissingFolder as missing:
+                    if name != "look":
+                        raise
+                    arguments[key], self.missing = missing.above, missing.path
             for found in names_in(key, value):
                 check_name(found)
         if name in ("delete", "delete_raw"):
@@ -7712,6 +7731,7 @@ class Guard:
         """Closes what a call needed."""
         self.opened.close()
         self.shown.clear()
+        self.missing = ""
 
     def in_words(self, text: str) -> str:
         """`text` with folders as their owner calls them."""
@@ -7810,7 +7830,7 @@ class Agent:
         self.guard = Guard(restriction) if restriction else None
         self.events = Events(self.tell)
         self.host = LocalHost(self.events, confined=restriction is not None)
-        self.held: Dict[Tuple[str, str], contextlib.ExitStack] = {}
+        self.held: Dict[Tuple[int, int, str], contextlib.ExitStack] = {}
 
     def tell(self, event: Event) -> None:
         self.channel.send_value(EVENT, tuple(event))
@@ -7881,20 +7901,29 @@ class Agent:
         if self.guard is None:
             return functools.partial(done_by, *arguments)
         try:
-            return functools.partial(done_by, *self.guard.checked(name, dict(zip(type_hints(declared), arguments))))
+            act = functools.partial(done_by, *self.guard.checked(name, dict(zip(type_hints(declared), arguments))))
+            missing = self.guard.missing
+            return (lambda: act()._replace(path=missing, kind="missing", is_top=False)) if missing else act
         except Refused as refusal:
             log_refusal(refusal)
             raise
 
     def hold(self, folder: str, prefix: str, wait: float, token: str = "") -> None:
         """Holds a run lock until it is released or the channel ends."""
-        if (folder, prefix) not in self.held:
+        key = self.key_of(folder, prefix)
+        if key not in self.held:
             stack = contextlib.ExitStack()
             stack.enter_context(self.host.hold(folder, prefix, wait, token))
-            self.held[folder, prefix] = stack
+            self.held[key] = stack
 
     def release(self, folder: str, prefix: str, _: float) -> None:
-        self.held.pop((folder, prefix), contextlib.ExitStack()).close()
+        self.held.pop(self.key_of(folder, prefix), contextlib.ExitStack()).close()
+
+    @staticmethod
+    def key_of(folder: str, prefix: str) -> Tuple[int, int, str]:
+        """What a run lock is known by; a path may be another one in each call."""
+        found = os.stat(folder)
+        return found.st_dev, found.st_ino, prefix
 
     def receive(self, name: str, arguments: Sequence[Any], compression: str) -> None:
         """A stream from the channel into a receiver of this host; then what became of it.
