@@ -3682,8 +3682,9 @@ def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None],
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells others our process id
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, token.encode(), 0)
+                if os.pread(fd, 100, 0) != token.encode():
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, token.encode(), 0)
                 break
             except BlockingIOError:
                 pid = lock_holder(fd) if token and os.pread(fd, 100, 0) == token.encode() else None
