@@ -105,6 +105,7 @@ import time
 from typing import (
     Any,
     Callable,
+    ContextManager,
     Dict,
     FrozenSet,
     Iterable,
@@ -6074,7 +6075,7 @@ class LocalHost:
                 replace_state_file(folder, PIN_FILE, format_pins(after))
 
     def hold(self, folder: str, prefix: str, wait: float,
-             token: str = "") -> "contextlib.AbstractContextManager[None]":
+             token: str = "") -> ContextManager[None]:
         """A context in which no other run works on `prefix` in `folder`."""
         return run_lock(folder, prefix, wait,
                         lambda: self.events.info("waiting", "waiting for another run in {}".format(folder)), token)
