@@ -43,7 +43,7 @@ Contents; a section uses only what stands above it:
     22 RELAY             one stream from a sender to its receivers
     23 WIRE              calls, results and streams as frames on a channel
     24 AGENT             the program on another host, serving calls over a channel
-    25 REMOTE            hosts over ssh; the hosts of a run
+    25 REMOTE            hosts over ssh
     26 PLAIN COMMANDS    hosts without Python; the hosts of a run
     27 DELIVERY          one snapshot to its destinations, through as many relays as it takes
     28 TASK              observe, plan, show or execute
@@ -4076,7 +4076,7 @@ def pins_after_restore(pins: Pins, order: SwapOrder, stream_id: str) -> Pins:
 
 
 CHECKPOINT_DISTANCE = 256 << 20  # bytes of stream between checkpoints, at least
-CHECKPOINT_INTERVAL = 5.0  # seconds between them, at least: each costs about a tenth of a second
+CHECKPOINT_INTERVAL = 5.0  # seconds between them, at least: each waits for a sync
 CUT_PATIENCE = 5.0  # seconds for a `btrfs receive` that is cut to take what it got
 SUSPEND_TIMEOUT = 120.0  # seconds to make a last checkpoint durable
 HOLDER_IDLE = 10.0  # seconds without a byte after which a writer of the same stream counts as abandoned
@@ -4157,6 +4157,7 @@ class Confinement:
     """
 
     NEW_NAMESPACE, BIND, REMOUNT, PRIVATE, RECURSIVE, NO_LINKS = 0x20000, 4096, 32, 1 << 18, 16384, 256
+    HAS_NO_LINKS = 0x2000  # in statvfs: a kernel that does not know MS_NOSYMFOLLOW takes it without a word
     KEPT_FLAGS = os.ST_RDONLY | os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC  # as in mount(2)
 
     def __init__(self, folder: str) -> None:
@@ -4178,6 +4179,8 @@ class Confinement:
         self.check(self.mount(b"none", b"/", None, self.PRIVATE | self.RECURSIVE, None))
         self.check(self.mount(os.fsencode(self.mount_point), private, None, self.BIND, None))
         self.check(self.mount(None, private, None, self.flags, None))
+        if not os.statvfs(private).f_flag & self.HAS_NO_LINKS:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     def check(self, status: int) -> None:
         if status != 0:
@@ -6129,6 +6132,9 @@ class LocalHost:
             sole = expected.base is None or is_sole_received(folder, expected.parent_uuid or "", expected.base)
             stream = IncomingStream(expected, sole, not self.confined, partial.resume or BEGINNING)
             stream.version, stream.ctransid = partial.record.version, partial.record.ctransid
+            if self.confined and parse_version("v" + os.uname().release) < (5, 10):
+                raise BackupError("this kernel cannot keep a stream from following links",
+                                  "a key that may receive needs Linux 5.10 or later")
             confinement = Confinement(os.path.realpath(folder)) if self.confined else None
             argv = receive_argv(confinement.path if confinement else folder, debug, self.confined)
             self.events.debug("command", "starting {}".format(" ".join(argv)))
@@ -6623,7 +6629,7 @@ class RawPlace:
 
 READ_SIZE = PIPE_SIZE
 LANE_CHUNKS = 4  # of READ_SIZE at most: what a lane holds that it has not written yet
-# Bytes kept in memory: of what went to this machine alone, and else. Less stays in the processor's caches.
+# Bytes kept in memory: little, which stays in the processor's caches, and what a broken lane goes on from.
 SMALL_WINDOW, WINDOW, HISTORY = 8 << 20, 24 << 20, 16 << 20
 LITTLE = 64 << 10  # bytes: after less than this at once a nap lets more come together
 NAP, FULL_NAP, LONGEST_NAP = 0.002, 0.0005, 0.016  # seconds, in which the ends neither run dry nor full
@@ -6765,8 +6771,9 @@ class Relay:
         start = getattr(sender, "start", 0)
         self.lanes = {key: Lane(receiver, start, manner.limit) for key, receiver in lanes.items()}
         is_near = all(isinstance(receiver, LocalReceiver) for receiver in lanes.values())
-        self.history = LANE_CHUNKS * READ_SIZE if is_near else HISTORY
-        self.window = Window(start, SMALL_WINDOW if is_near else WINDOW)
+        is_small = is_near or manner.reopen is None  # nothing goes on from this relay's memory
+        self.history = LANE_CHUNKS * READ_SIZE if is_small else HISTORY
+        self.window = Window(start, SMALL_WINDOW if is_small else WINDOW)
         self.result = Relayed(0, 0.0, {}, {}, {}, {})
         self.signals = HeldSignals()
         self.leaving: List[Background] = []
@@ -7627,6 +7634,12 @@ def check_name(name: str) -> None:
         raise Refused("{} is no name of a snapshot".format(printable(repr(name))))
 
 
+def check_prefix(prefix: str) -> None:
+    """Refused unless `prefix` can be a part of a file's name, as it is in that of a run's lock."""
+    if "/" in prefix or not prefix.isprintable():
+        raise Refused("{} is no prefix".format(printable(repr(prefix))))
+
+
 class MissingFolder(BackupError):
     """A folder below a restricted one is not there; `above` leads to what there is of the way to it."""
 
@@ -7717,8 +7730,13 @@ class Guard:
                     if name != "look":
                         raise
                     arguments[key], self.missing = missing.above, missing.path
-            for found in names_in(key, value):
-                check_name(found)
+            elif key == "prefix":
+                check_prefix(value)
+        folders = [arguments[key] for key in arguments if key in PATH_ARGUMENTS]
+        for found in (found for key, value in arguments.items() for found in names_in(key, value)):
+            check_name(found)
+            if any(os.path.islink(os.path.join(folder, found)) for folder in folders):
+                raise Refused("{} is a link".format(printable(found)))
         if name in ("delete", "delete_raw"):
             self.check_deletion(arguments["doomed"])
         elif name == "open_raw_receive":
@@ -7795,9 +7813,12 @@ def check_arguments(method: Any, arguments: Sequence[Any]) -> None:
 
 
 def find_compressions() -> Tuple[str, ...]:
-    import shutil
-    path = child_environment()["PATH"]
-    return tuple(name for name in COMPRESSIONS if shutil.which(name, path=path))
+    found = []
+    for name in COMPRESSIONS:
+        with contextlib.suppress(BackupError):
+            find_program(name)
+            found.append(name)
+    return tuple(found)
 
 
 def own_source() -> bytes:
@@ -7990,7 +8011,7 @@ def serve_agent(restriction: Optional[Restriction] = None) -> None:
 
 
 ########################################################################################################
-# 25 REMOTE: hosts over ssh; the hosts of a run
+# 25 REMOTE: hosts over ssh
 #
 # `ssh HOST python3 -c STAGE_1` reads one line, STAGE_2, which looks for this very source in the cache
 # folder of the user there, by SHA-256, or asks for it; then the agent serves. The user's ssh
@@ -8665,7 +8686,7 @@ class SshConnector:
 # Where the agent cannot run, plain commands over ssh do the main job, with what busybox has: listing,
 # snapshots, transfers, deletion, locks and pins. Each is `sh -c` with a script that comes through any login
 # shell. The stream is checked and edited here, and the backup gets its name only when it was seen complete
-# and durable there. Nothing is resumed, verified or measured, and no lock keeps other machines' runs away.
+# and durable there. Nothing is resumed or verified, and no lock keeps other machines' runs away.
 ########################################################################################################
 
 
@@ -8850,7 +8871,6 @@ class ShellHost:
 
     def __init__(self, connector: SshConnector, events: Events) -> None:
         self.connector, self.events, self.machine = connector, events, connector.endpoint.machine
-        self.mutex = threading.Lock()
         self.master = Stage(self.argv("exec cat > /dev/null", (), is_first=True), subprocess.PIPE, subprocess.DEVNULL)
         try:
             connector.await_master(self.master)
@@ -8882,7 +8902,11 @@ class ShellHost:
             self.machine, time.monotonic() - begun, script))
         if process.returncode != 0:
             raise self.explained(program_error(doing, os.fsdecode(words).strip(), process.returncode))
-        return os.fsdecode((b"\n" + out).partition(MARKER)[2])
+        _, mark, said = (b"\n" + out).partition(MARKER)
+        if not mark:
+            raise BackupError("{}: {} does not answer as sh does".format(doing, self.machine),
+                              "is its login shell restricted?")
+        return os.fsdecode(said)
 
     def explained(self, error: BackupError) -> BackupError:
         """The same error, with what ssh's own words mean."""
@@ -8917,9 +8941,6 @@ class ShellHost:
 
     def list(self, folder: str) -> Listing:
         return parse_plain_list(self.run(PLAIN_LIST, (folder,), "cannot list {}".format(folder)))
-
-    def nested_subvolumes(self, path: str, beside: str) -> List[str]:
-        raise BackupError("{} has no Python".format(self.machine))
 
     def make_folder(self, path: str) -> None:
         self.run('mkdir -p -m 700 "$a0"', (path,), "cannot make the folder {}".format(path))
@@ -9028,7 +9049,7 @@ class ShellHost:
     def is_sole(self, folder: str, expected: ExpectedStream) -> bool:
         """Whether the base is the only subvolume on the filesystem with its received UUID."""
         rows = self.run('btrfs subvolume list -u -R "$a0"', (folder,), "cannot list {}".format(folder))
-        return len(re.findall(r" received_uuid {} ".format(expected.parent_uuid), rows)) <= 1
+        return re.findall(r" received_uuid {} +uuid (\S+) ".format(expected.parent_uuid), rows) == [expected.base]
 
     def complete(self, folder: str, expected: ExpectedStream) -> Subvolume:
         """The backup of a receive that has ended well, seen complete, durable and named."""
@@ -9125,8 +9146,8 @@ class Hosts:
             host: Any = AgentHost(endpoint.machine, connector, self.events, self.task.compress)
         except NoPython as error:
             host = ShellHost(connector, self.events)
-            self.events.warning("plain", "{}: plain commands do the main job there; nothing is resumed, verified or "
-                                "measured, and another machine's run is not kept away".format(error.message))
+            self.events.warning("plain", "{}: plain commands do the main job there; nothing is resumed or verified, "
+                                "and another machine's run is not kept away".format(error.message))
         self.stack.callback(host.end)
         return host
 
@@ -12953,7 +12974,6 @@ def no_operands(operands: Sequence[str]) -> None:
         raise UsageError("print: {} is too much".format(printable(operands[0])), "see print --help")
 
 
-# what can be printed
 PUBLIC_KEY = re.compile(r"((?:sk-)?(?:ssh|ecdsa)-[a-z0-9@.-]+) ([A-Za-z0-9+/=]+)(?: (.*))?")
 
 
@@ -12988,6 +13008,7 @@ def print_authorized_keys(task: Task) -> str:
     return "\n".join('restrict,command="{}" {}'.format(command, key) for key in keys)
 
 
+# what can be printed
 PRINTS: Dict[str, Callable[[Task], str]] = {
     "man": print_man,
     "completion": print_completion,
