@@ -62,7 +62,8 @@ Contents; a section uses only what stands above it:
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
 and is not complete, a *parent note* that a snapshot is the parent of such a transfer, a *pin* which
-snapshot a destination was last seen to have in common with the source. A *stream file* is a backup at a raw
+snapshot a destination was last seen to have in common with the source. A *partial* is a backup that is not
+complete, in one or more *pieces*, and its *record* says how far it has come. A *stream file* is a backup at a raw
 folder, a *sidecar* the file beside it that describes it, a *chain* the streams that one after another make it.
 
 MIT License
@@ -4069,9 +4070,12 @@ def pins_after_restore(pins: Pins, order: SwapOrder, stream_id: str) -> Pins:
 ########################################################################################################
 # 15 ENDS: the processes at the two ends of a stream
 #
-# A sender fills buffers, a receiver takes them, and neither ever blocks. The receiver is the only place
-# where a backup becomes complete: `btrfs receive` exited 0, the result was seen read-only with the right
-# identity, its filesystem is synced; only then it gets its name. Before that it is `.NAME.partial`.
+# A sender (`start`, read, wait_readable, finish, end) fills buffers, a receiver takes them (`resume`, offer,
+# pump, `pending`, check_alive, close_pipe, finish, end), and neither ever blocks. The receiver alone makes a
+# backup complete: `btrfs receive` exited 0, the result was seen read-only with the right identity, its
+# filesystem is synced; only then it gets its name. Before that it is a partial: a checkpoint ends receive between
+# two commands, stamps what there is with a private received UUID, syncs, and writes a record; the next piece is a
+# snapshot of it. Never: a piece to go on from that no record vouches for; two writers of one partial.
 ########################################################################################################
 
 
@@ -6623,8 +6627,10 @@ class RawPlace:
 #
 # The relay moves what can be moved, then naps. Waking for every few KiB costs more than moving them, and
 # memory made anew for each read more than both, so a few buffers go round and it naps only while
-# little comes or nothing more fits. One sender may feed several receivers (lanes); a lane that fails is
-# dropped, the others go on. Never: a lane finished before the sender exited 0.
+# little comes or nothing more fits. One sender may feed several receivers (lanes), each from where it is to
+# go on; what was last sent is kept in a window, from which a lane that broke is served again. One that fails for
+# good, or that the others wait for too long, is dropped with a checkpoint. Signals wait until no step is half
+# done, lest a stream is torn. Never: a lane finished before the sender exited 0.
 ########################################################################################################
 
 READ_SIZE = PIPE_SIZE
