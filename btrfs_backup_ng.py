@@ -4841,6 +4841,18 @@ class Feed:
             return None
 
 
+def start_fed(argv: Sequence[str], stdout: Any, environment: Optional[Dict[str, str]] = None) -> Tuple[Stage, Feed]:
+    """A program that takes a stream on its stdin, and what feeds it."""
+    read_end, write_end = make_pipe()
+    try:
+        return Stage(argv, read_end, stdout, environment), Feed(write_end)
+    except BackupError:
+        os.close(write_end)
+        raise
+    finally:
+        os.close(read_end)
+
+
 class Pipeline:
     """Programs in a row: chunks go in through `feed`, bytes come out of `read`."""
 
@@ -4848,6 +4860,7 @@ class Pipeline:
         self.stages: List[Stage] = []
         self.read_end, write_end = make_pipe()
         self.feed = Feed(write_end)
+        self.closing = False  # nothing more will be fed: the first program may see its end
         try:
             for argv in argvs:
                 self.add(argv)
@@ -4875,10 +4888,13 @@ class Pipeline:
     def pump(self) -> int:
         """Writes what the first program takes; BackupError where a program has ended early."""
         try:
-            return self.feed.pump()
+            moved = self.feed.pump()
         except BrokenPipeError:
             self.finish(ENDING_GRACE)
             raise BackupError("{} ended before its input did".format(self.stages[0].program)) from None
+        if self.closing and not self.feed.pending:
+            self.feed.close()
+        return moved
 
     def read(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
         """How many bytes came into `buffer`: None while there are none, 0 at the end."""
@@ -4975,16 +4991,8 @@ class ShellReceiver:
         facts = {"SNAPSHOT": expected.name, "PARENT": expected.parent_name or "", "UUID": expected.uuid,
                  "SOURCE": source}
         environment = dict(os.environ, **{"BTRFS_BACKUP_" + key: value for key, value in facts.items()})
-        read_end, write_end = make_pipe()
-        try:
-            self.stage = Stage(["sh", "-c", command], read_end, None, environment)
-        except BackupError:
-            os.close(write_end)
-            raise
-        finally:
-            os.close(read_end)
+        self.stage, self.feed = start_fed(["sh", "-c", command], None, environment)
         self.stage.program = self.program
-        self.feed = Feed(write_end)
         self.rest: Optional[int] = None  # the end of the pipe that the command reads from, once it was closed
 
     @property
@@ -7331,53 +7339,8 @@ def poll_fds(interests: Iterable[Tuple[int, int]], seconds: float) -> List[Tuple
     return poll.poll(None if seconds == float("inf") else 1000 * seconds)
 
 
-class Filter:
-    """A program that a stream goes through, neither end of which ever blocks."""
-
-    def __init__(self, argv: Sequence[str]) -> None:
-        read_end, write_end = make_pipe()
-        self.read_end, their_end = make_pipe()
-        try:
-            self.stage = Stage(argv, read_end, their_end)
-        except BackupError:
-            os.close(write_end)
-            os.close(self.read_end)
-            raise
-        finally:
-            os.close(read_end)
-            os.close(their_end)
-        os.set_blocking(self.read_end, False)
-        self.feed = Feed(write_end)
-        self.closing = False  # nothing more will be fed
-
-    def pump(self) -> int:
-        """Feeds what goes without waiting; how many bytes that were."""
-        try:
-            moved = self.feed.pump()
-        except BrokenPipeError:
-            self.stage.wait(ENDING_GRACE)
-            raise BackupError("{} ended before the stream did".format(self.stage.program)) from None
-        if self.closing and not self.feed.pending:
-            self.feed.close()
-        return moved
-
-    def read(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
-        """Bytes into `buffer`: None while there are none, 0 when the program has ended well."""
-        try:
-            got = os.readv(self.read_end, [buffer])
-        except BlockingIOError:
-            return None
-        if not got:
-            self.stage.wait(ENDING_GRACE)
-        return got
-
-    def end(self) -> None:
-        self.feed.close()
-        os.close(self.read_end)
-        self.stage.end()
-
-
-COMPRESSIONS = {"zstd": ["zstd", "-q", "-c"], "lz4": ["lz4", "-q", "-c"], "gzip": ["gzip", "-1", "-c"]}
+# those of COMPRESSORS that are used on the way, the better first, and what they are told besides
+COMPRESSIONS: Dict[str, Tuple[str, ...]] = {"zstd": (), "lz4": (), "gzip": ("-1",)}
 
 
 class StreamSource:
@@ -7385,7 +7348,7 @@ class StreamSource:
 
     def __init__(self, channel: Channel, compression: str) -> None:
         self.channel = channel
-        self.unpacked = Filter(COMPRESSIONS[compression] + ["-d"]) if compression else None
+        self.unpacked = Pipeline([COMPRESSORS[compression].back]) if compression else None
         self.raw = bytearray(PIPE_SIZE) if compression else bytearray()
         self.start = 0  # offset in the stream of the first byte that comes
         self.is_over = False  # the last frame of the stream was seen
@@ -7412,6 +7375,8 @@ class StreamSource:
         self.unpacked.pump()
         try:
             got = self.unpacked.read(buffer)
+            if got == 0:
+                self.unpacked.finish(ENDING_GRACE)
         except BackupError:
             if self.lost is not None:
                 raise self.lost from None
@@ -7480,7 +7445,8 @@ class StreamSink:
 
     def __init__(self, channel: Channel, compression: str) -> None:
         self.channel, self.program = channel, channel.peer
-        self.packed = Filter(COMPRESSIONS[compression]) if compression else None
+        self.packed = (Pipeline([COMPRESSORS[compression].forth + COMPRESSIONS[compression]])
+                       if compression else None)
         self.marks: "collections.deque[int]" = collections.deque()  # where each offered chunk ends in what was queued
         self.finished = False  # the last frame was queued
         self.resume: Optional[ResumePoint] = None  # where the stream goes on; None where it begins
@@ -7529,6 +7495,7 @@ class StreamSink:
                 if got is None:
                     break
                 if got == 0:
+                    self.packed.finish(ENDING_GRACE)
                     self.send_end()
                     break
                 self.channel.send(DATA, memoryview(buffer)[:got])
@@ -8727,16 +8694,8 @@ class PlainReceiver:
 
     def __init__(self, host: "ShellHost", folder: str, stream: IncomingStream, argv: Sequence[str]) -> None:
         self.host, self.folder, self.stream = host, folder, stream
-        read_end, write_end = make_pipe()
-        try:
-            self.stage = Stage(argv, read_end, subprocess.DEVNULL)
-        except BackupError:
-            os.close(write_end)
-            raise
-        finally:
-            os.close(read_end)
-        self.stage.program = "btrfs receive"
-        self.feed = Feed(write_end)
+        self.stage, self.feed = start_fed(argv, subprocess.DEVNULL)
+        self.stage.program = self.program
         self.is_closed = False  # the end of the stream was queued
 
     @property
