@@ -373,6 +373,8 @@ class AgentSuite(Suite):
             for pid in self.agents():
                 os.kill(pid, signal.SIGKILL)
             self.assertTrue(wait_until(lambda: not self.agents()), "agents are left")
+            # The news may come later than the death: ssh has to hear of it first.
+            self.assertTrue(wait_until(lambda: not any(connection.is_alive() for connection in self.host.all)))
             self.assertEqual((), self.host.list(folder).subvolumes)
             # The lock of the run is held again.
             with self.assertRaises(program.Busy), self.here.hold(self.snapshots, "home", 0):
