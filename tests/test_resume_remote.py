@@ -12,6 +12,7 @@ import unittest
 
 import remote
 import support
+from btrfs_backup_ng import CHECKPOINT_DISTANCE
 from remote import wait_until
 from support import MIB, bulk, names, partials
 
@@ -26,6 +27,7 @@ class ResumeTestCase(remote.RemoteTestCase):
 
     source_size = "2G"
     target_size = "2G"
+    large = LARGE
 
     def setUp(self):
         super().setUp()
@@ -34,7 +36,7 @@ class ResumeTestCase(remote.RemoteTestCase):
         self.push("-S")
         self.between = self.proxy(self.server.port)
         self.set_endpoints(port=self.between.port)
-        bulk(os.path.join(self.source, "large"), LARGE)
+        bulk(os.path.join(self.source, "large"), self.large)
         self.name2, = self.take(2)
         self.passed = self.between.up + self.between.down
 
@@ -176,14 +178,23 @@ class Killed(ResumeTestCase):
         self.assertLessEqual(self.carried(), 1.05 * LARGE * MIB + WINDOW)  # what is under way was sent
         self.assertConverged()
 
+
+class KilledAtOnce(ResumeTestCase):
+
+    source_size = "4G"
+    target_size = "4G"
+    large = 1024 if TORTURE else LARGE  # MiB: checkpoints have to come in between
+
     def test_client_and_agent_are_killed_at_once(self):
-        for _ in range(20 if TORTURE else 2):
+        kills = 20 if TORTURE else 2
+        for _ in range(kills):
             run = self.start_push()
             time.sleep(self.random.uniform(0.5, 4))
-            for pid in self.agents():
+            for pid in self.server.find("python"):
                 os.kill(pid, signal.SIGKILL)
             run.kill()
         self.push("-S", timeout=240)
+        self.assertLessEqual(self.carried(), 1.05 * self.large * MIB + kills * CHECKPOINT_DISTANCE)
         self.assertConverged()
 
 
