@@ -10581,6 +10581,7 @@ LEAVE_SIZE = 5  # bytes
 TURN, GO, UNSHARED = b"turn\n", b"go  \n", b"s-  \n"  # and s012, the number of a shared connection
 MASTER_TASKS = 3  # on one connection: sshd's MaxSessions is 10 by default, and a task may have three at once
 SUMMARY_ERRORS = 5  # of one task
+SWALLOWED_NAP = 0.01  # seconds
 
 
 def pass_over(_number: int, _frame: Any) -> None:
@@ -10588,16 +10589,32 @@ def pass_over(_number: int, _frame: Any) -> None:
 
 
 def catch_signals() -> None:
-    """Makes INT, TERM and HUP raise Interrupted, once: cleaning up is not interrupted again."""
+    """Makes INT, TERM and HUP raise Interrupted, once: cleaning up is not interrupted again.
+
+    Where a finalizer happens to run, Python swallows what is raised: there it is raised again a moment later.
+    """
 
     def interrupt(number: int, _frame: Any) -> None:
         for other in STOP_SIGNALS:
             signal.signal(other, pass_over)
         raise Interrupted(number)
 
+    def raise_again(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, Interrupted):
+            tell_unraisable(unraisable)
+            return
+        number = unraisable.exc_value.status - 128
+        signal.signal(number, interrupt)
+        later = threading.Timer(SWALLOWED_NAP, os.kill, (os.getpid(), number))
+        later.daemon = True
+        later.start()
+
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, interrupt)
+    if sys.version_info >= (3, 8):
+        tell_unraisable = sys.__unraisablehook__
+        sys.unraisablehook = raise_again
 
 
 def run_and_report(run: Callable[[Task, Events], int], task: Task, events: Events) -> int:

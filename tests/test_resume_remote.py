@@ -12,9 +12,10 @@ import unittest
 
 import remote
 import support
-from btrfs_backup_ng import CHECKPOINT_DISTANCE
 from remote import wait_until
 from support import MIB, bulk, names, partials
+
+from btrfs_backup_ng import CHECKPOINT_DISTANCE
 
 TORTURE = int(os.environ.get("TORTURE", 0))
 LARGE = 256 if TORTURE else 64  # MiB

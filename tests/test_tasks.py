@@ -287,6 +287,38 @@ class Stopped(TasksTestCase):
         self.converges()
 
 
+SWALLOWING = """
+import os, signal, time
+import btrfs_backup_ng as program
+
+class Ending:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+
+program.catch_signals()
+try:
+    ending = Ending()
+    del ending
+    time.sleep(10)
+    print("went on")
+except program.Interrupted as interruption:
+    print("interrupted", interruption.status)
+"""
+
+
+class Swallowed(unittest.TestCase):
+
+    if sys.version_info >= (3, 8):  # older ones do not tell of what a finalizer swallows
+
+        def test_a_signal_in_a_finalizer(self):
+            here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+            done = subprocess.run([sys.executable, "-c", SWALLOWING], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                  cwd=here, timeout=30)
+            self.assertEqual((b"interrupted 143\n", b""), (done.stdout, done.stderr))
+
+
 class EachForItself(TasksTestCase):
 
     def test_the_same_source_and_prefix_take_turns(self):
