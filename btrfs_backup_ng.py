@@ -10613,8 +10613,8 @@ def catch_signals() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, interrupt)
     if sys.version_info >= (3, 8):
-        tell_unraisable = sys.__unraisablehook__
-        sys.unraisablehook = raise_again
+        tell_unraisable = sys.__unraisablehook__  # novermin
+        sys.unraisablehook = raise_again  # novermin
 
 
 def run_and_report(run: Callable[[Task, Events], int], task: Task, events: Events) -> int:
