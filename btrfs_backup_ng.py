@@ -2910,7 +2910,9 @@ PACKAGES = {"btrfs": "btrfs-progs (btrfsprogs on openSUSE)", "ssh": "openssh-cli
 ENDING_GRACE = 5.0  # seconds between asking a process to end and killing it
 PIPE_SIZE = 1 << 20
 SENDER_BUFFER = 2 << 20
-F_SETPIPE_SZ = 1031
+F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032
+SOCKET_SIZE = 128 << 10  # about what one holds, unless told otherwise
+SPLICE_F_NONBLOCK = 2
 
 
 def child_environment() -> Dict[str, str]:
@@ -3128,11 +3130,66 @@ class Stage:
 
 
 def make_pipe() -> Tuple[int, int]:
-    """A pipe as large as allowed: the two ends of a transfer then wait for each other less."""
+    """A large pipe: the two ends of a transfer then wait for each other less."""
     read_end, write_end = os.pipe()
-    with contextlib.suppress(OSError):
-        fcntl.fcntl(write_end, F_SETPIPE_SZ, PIPE_SIZE)
+    enlarge(write_end)
     return read_end, write_end
+
+
+def enlarge(fd: int) -> None:
+    """Makes `fd`, if it is a pipe, as large as allowed."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, F_SETPIPE_SZ, PIPE_SIZE)
+
+
+def capacity_of(fd: int) -> int:
+    """Bytes that the pipe or socket `fd` holds, about."""
+    try:
+        return fcntl.fcntl(fd, F_GETPIPE_SZ)
+    except OSError:
+        return SOCKET_SIZE
+
+
+# Writing to a pipe copies into pages made for it. vmsplice lends it the pages of the writer instead, which spares
+# that, and the reader finds them in the processor's caches. What was lent must not change until it was read.
+
+LEAST_LENT = 32 << 10  # bytes; less is copied as fast
+
+
+def map_memory(size: int) -> Any:
+    """Memory that can be lent: once it is freed nothing of it is used again, as that of a bytearray would be."""
+    try:
+        import mmap
+        return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (ImportError, OSError):
+        return bytearray(size)
+
+
+@functools.lru_cache(maxsize=None)
+def find_vmsplice() -> Optional[Tuple[Any, Any]]:
+    """The ctypes module and its vmsplice(2); None where there is none."""
+    try:
+        import ctypes
+        return ctypes, ctypes.CDLL(None, use_errno=True).vmsplice
+    except (ImportError, OSError, AttributeError):
+        return None
+
+
+def write_or_lend(pipe: int, piece: memoryview) -> int:
+    """Writes to a pipe of ours, as os.write does; pages from map_memory are lent.
+
+    They must not change before PIPE_SIZE bytes more were written, for a pipe holds no more, or the reader is gone.
+    Only for readers that copy: one that splices on might hold them for longer.
+    """
+    found = find_vmsplice() if len(piece) >= LEAST_LENT and type(piece.obj).__name__ == "mmap" else None
+    if found is None:
+        return os.write(pipe, piece)
+    ctypes, vmsplice = found
+    span = struct.pack("PN", ctypes.addressof(ctypes.c_char.from_buffer(piece)), len(piece))
+    lent = vmsplice(pipe, span, ctypes.c_ulong(1), SPLICE_F_NONBLOCK)
+    if lent < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return int(lent)
 
 
 ########################################################################################################
@@ -3319,6 +3376,39 @@ def send_argv(path: str, parent: Optional[str], options: SendOptions) -> List[st
     if options.compressed and not options.no_data:
         argv += ["--proto", "2", "--compressed-data"]
     return argv + (["-p", parent] if parent else []) + [path]
+
+
+# `btrfs send` hands its stream on through a pipe and a thread of its own, which takes a third of its time where files
+# are small. What it asks of the kernel is one call (BTRFS_IOC_SEND), so a bare interpreter asks in its place.
+
+SEND = 0x40489426  # as most machines have it, where pointers have 64 bits
+SEND_MACHINES = frozenset(("x86_64", "aarch64", "riscv64", "s390x", "loongarch64"))
+SEND_FLAG_VERSION, SEND_FLAG_COMPRESSED = 8, 16
+SEND_SCRIPT = """
+import array, fcntl, os, struct, sys
+def send(path, parent, version, flags):
+    parents = array.array("Q")
+    if parent:
+        info = bytearray({info_size})
+        fcntl.ioctl(os.open(parent, os.O_RDONLY), {get_info}, info)
+        parents.append(struct.unpack_from("=Q", info)[0])
+    fcntl.ioctl(os.open(path, os.O_RDONLY), {send}, struct.pack(
+        "=qQQQQI28x", 1, len(parents), parents.buffer_info()[0], sum(parents), flags, version))
+try:
+    send(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+except OSError as error:
+    sys.exit("ERROR: send ioctl failed: %s" % error.strerror)
+""".format(info_size=SUBVOL_INFO.size, get_info=GET_SUBVOL_INFO, send=SEND)
+
+
+def can_call_send() -> bool:
+    return bool(sys.executable) and struct.calcsize("P") == 8 and os.uname().machine in SEND_MACHINES
+
+
+def call_send_argv(path: str, parent: Optional[str], options: SendOptions) -> List[str]:
+    """A process that writes to its stdout what that of send_argv does."""
+    flags, version = (SEND_FLAG_VERSION | SEND_FLAG_COMPRESSED, 2) if options.compressed else (0, 1)
+    return [sys.executable, "-I", "-S", "-c", SEND_SCRIPT, "btrfs-send", path, parent or "", str(version), str(flags)]
 
 
 def set_received_uuid(path: str, uuid: str) -> None:
@@ -4088,29 +4178,32 @@ HOLDER_PATIENCE = 90.0  # seconds for it to end
 SKIP_PATIENCE = 900.0  # seconds without a byte
 
 
-def socket_pair() -> Tuple[Any, Any]:
-    """A pair for the output of `btrfs send`, which makes a pipe as small as its own 64 or 256 KiB."""
+def socket_pair() -> Tuple[int, int]:
+    """Two ends for the output of the program `btrfs send`, which makes a pipe as small as its own 64 or 256 KiB."""
     import socket
     ours, theirs = socket.socketpair()
     for option in (socket.SO_SNDBUF, 32):  # 32: SO_SNDBUFFORCE, beyond the limit for users
         with contextlib.suppress(OSError):
             theirs.setsockopt(socket.SOL_SOCKET, option, SENDER_BUFFER)
-    return ours, theirs
+    return ours.detach(), theirs.detach()
 
 
 class LocalSender:
-    """`btrfs send` and what it writes."""
+    """A sending process and what it writes.
 
-    def __init__(self, argv: Sequence[str]) -> None:
-        ours, theirs = socket_pair()
+    ends: what it is read from and what it writes to.
+    """
+
+    def __init__(self, argv: Sequence[str], ends: Tuple[int, int]) -> None:
+        self.read_end, write_end = ends
         try:
-            self.stage = Stage(argv, subprocess.DEVNULL, theirs)
+            self.stage = Stage(argv, subprocess.DEVNULL, write_end)
         except BackupError:
-            ours.close()
+            os.close(self.read_end)
             raise
         finally:
-            theirs.close()
-        self.read_end = ours.detach()
+            os.close(write_end)
+        self.stage.program = "btrfs send"
         os.set_blocking(self.read_end, False)
         self.poll = select.poll()
         self.poll.register(self.read_end, select.POLLIN)
@@ -4151,6 +4244,12 @@ class LocalSender:
     def end(self) -> None:
         os.close(self.read_end)
         self.stage.end()
+
+
+def start_sender(path: str, parent: Optional[str], options: SendOptions) -> LocalSender:
+    if options.debug or not can_call_send():
+        return LocalSender(send_argv(path, parent, options), socket_pair())
+    return LocalSender(call_send_argv(path, parent, options), make_pipe())
 
 
 class Confinement:
@@ -4526,7 +4625,7 @@ class LocalReceiver:
             return 0
         written = 0
         try:
-            written = os.write(self.write_end, piece)
+            written = write_or_lend(self.write_end, piece)
         finally:
             if written < len(piece):
                 self.queue.appendleft(piece[written:])
@@ -6107,9 +6206,9 @@ class LocalHost:
     def open_send(self, folder: str, name: str, parent: Optional[str], options: SendOptions,
                   resume: Optional[ResumePoint] = None) -> LocalSender:
         """A sender, whose stream begins where a partial goes on; StreamDiffers where that does not fit."""
-        argv = send_argv(os.path.join(folder, name), os.path.join(folder, parent) if parent else None, options)
-        self.events.debug("command", "starting {}".format(" ".join(argv)))
-        sender = LocalSender(argv)
+        path, parent = os.path.join(folder, name), os.path.join(folder, parent) if parent else None
+        self.events.debug("command", "starting {}".format(" ".join(send_argv(path, parent, options))))
+        sender = start_sender(path, parent, options)
         if resume is not None:
             try:
                 sender.skip(resume, SkipReport(self.events, name, resume.offset))
@@ -6634,20 +6733,18 @@ class RawPlace:
 # 22 RELAY: one stream from a sender to its receivers
 #
 # The relay moves what can be moved, then naps. Waking for every few KiB costs more than moving them, and
-# memory made anew for each read more than both, so a few buffers go round and it naps only while
-# little comes or nothing more fits. One sender may feed several receivers (lanes), each from where it is to
+# memory made anew for each read more than both, so a few buffers go round, and it naps for so
+# long that the ends run neither full nor dry. One sender may feed several receivers (lanes), each from where it is to
 # go on; what was last sent is kept in a window, from which a lane that broke is served again. One that fails for
 # good, or that the others wait for too long, is dropped with a checkpoint. Signals wait until no step is half
 # done, lest a stream is torn. Never: a lane finished before the sender exited 0.
 ########################################################################################################
 
 READ_SIZE = PIPE_SIZE
-LANE_CHUNKS = 4  # of READ_SIZE at most: what a lane holds that it has not written yet
+LANE_CHUNKS = 4  # of READ_SIZE at most: what a lane holds that it has not written yet; one more is lent to its pipe
 # Bytes kept in memory: little, which stays in the processor's caches, and what a broken lane goes on from.
 SMALL_WINDOW, WINDOW, HISTORY = 8 << 20, 24 << 20, 16 << 20
-LITTLE = 64 << 10  # bytes: after less than this at once a nap lets more come together
-NAP, FULL_NAP, LONGEST_NAP = 0.002, 0.0005, 0.016  # seconds, in which the ends neither run dry nor full
-IDLE_NAP = 0.1  # seconds
+SHORTEST_NAP, LONGEST_NAP, IDLE_NAP = 0.0005, 0.008, 0.1  # seconds
 PROGRESS_INTERVAL = 0.2  # seconds
 SLOW_PATIENCE = 5.0  # seconds that others wait for a lane which has less than a quarter of their speed
 FINISH_PATIENCE = 1.0  # seconds that a lane which has everything waits for others, as all can finish at once
@@ -6700,7 +6797,7 @@ class Window:
 
     def __init__(self, begun: int, size: int) -> None:
         self.begun = self.end = begun  # offsets in the stream
-        self.memory = bytearray(size)
+        self.memory = map_memory(size)
 
     @property
     def start(self) -> int:
@@ -6719,7 +6816,8 @@ class Window:
 
     def renew(self) -> None:
         """Leaves the memory to whom still reads from it, and goes on in a copy."""
-        self.memory = bytearray(self.memory)
+        before, self.memory = self.memory, map_memory(len(self.memory))
+        self.memory[:] = before
 
 
 class Pace:
@@ -6786,14 +6884,15 @@ class Relay:
         self.lanes = {key: Lane(receiver, start, manner.limit) for key, receiver in lanes.items()}
         is_near = all(isinstance(receiver, LocalReceiver) for receiver in lanes.values())
         is_small = is_near or manner.reopen is None  # nothing goes on from this relay's memory
-        self.history = LANE_CHUNKS * READ_SIZE if is_small else HISTORY
+        self.history = (LANE_CHUNKS + 1) * READ_SIZE if is_small else HISTORY
         self.window = Window(start, SMALL_WINDOW if is_small else WINDOW)
         self.result = Relayed(0, 0.0, {}, {}, {}, {})
         self.signals = HeldSignals()
         self.leaving: List[Background] = []
         self.stopped = threading.Event()
         self.ended = False  # the sender, and well
-        self.naps = 0
+        self.much = getattr(sender, "capacity", PIPE_SIZE) // 2  # bytes at once
+        self.rest = SHORTEST_NAP
         self.begun = self.last_moved = self.last_look = self.last_undrained = time.monotonic()
 
     def run(self) -> Relayed:
@@ -6821,7 +6920,7 @@ class Relay:
                 moved += self.try_lane(key, self.serve)
             now = time.monotonic()
             if moved or got:
-                self.last_moved, self.naps = now, 0
+                self.last_moved = now
             if self.ended:
                 self.finish_drained(now)
             self.look_around(now)
@@ -6843,14 +6942,15 @@ class Relay:
         return got
 
     def nap(self, got: Optional[int], moved: int) -> None:
-        if got is None:
-            self.sender.wait_readable(NAP if any(lane.receiver and lane.receiver.pending
-                                                 for lane in self.lanes.values()) else IDLE_NAP)
-        elif got == 0:
-            self.naps += 1
-            time.sleep(min(LONGEST_NAP, FULL_NAP * 2 ** min(self.naps // 4, 5)))
-        elif got < LITTLE:
-            time.sleep(NAP)
+        """Lets something come together, or go: shorter where much had come meanwhile, longer where little had."""
+        flow = max(got or 0, moved // len(self.lanes))
+        if got is None and not any(lane.receiver and lane.receiver.pending for lane in self.lanes.values()):
+            self.sender.wait_readable(IDLE_NAP)
+        elif flow >= self.much:
+            self.rest = max(SHORTEST_NAP, self.rest / 2)
+        else:
+            self.rest = min(LONGEST_NAP, self.rest * 1.2) if flow < self.much / 4 else self.rest
+            time.sleep(self.rest)
 
     def serve(self, key: str) -> int:
         """Gives a lane what it may have; how many bytes moved."""
@@ -6977,6 +7077,7 @@ class Relay:
         slow = [key for key, lane in self.lanes.items() if lane.receiver.pending]  # type: ignore[union-attr]
         if not slow:
             raise Stalled("btrfs send " + stalled)
+        self.window.renew()
         for key in slow:
             program = self.lanes[key].receiver.program  # type: ignore[union-attr]
             self.leave(key, ReceiverFailed("{} {}".format(program, stalled)))
@@ -7142,10 +7243,13 @@ def type_hints(declared: Any) -> Dict[str, Any]:
 
 
 class Channel:
-    """Frames over two file descriptors, neither of which ever blocks."""
+    """Frames over two file descriptors, neither of which ever blocks.
 
-    def __init__(self, read_end: int, write_end: int, peer: str) -> None:
-        self.read_end, self.write_end, self.peer = read_end, write_end, peer
+    lends: `write_end` is a pipe of ours, to a reader that copies.
+    """
+
+    def __init__(self, read_end: int, write_end: int, peer: str, lends: bool = False) -> None:
+        self.read_end, self.write_end, self.peer, self.lends = read_end, write_end, peer, lends
         self.inbox = b""  # bytes read beyond the marker
         self.outbox: "collections.deque[memoryview]" = collections.deque()
         self.queued = self.written = 0  # bytes that were ever put into and taken from the outbox
@@ -7178,7 +7282,7 @@ class Channel:
         moved = 0
         try:
             while self.outbox:
-                written = os.writev(self.write_end, list(itertools.islice(self.outbox, 16)))
+                written = self.write_some()
                 moved += written
                 self.written += written
                 while self.outbox and written >= len(self.outbox[0]):
@@ -7190,6 +7294,15 @@ class Channel:
         except OSError:
             raise self.lost() from None
         return moved
+
+    def write_some(self) -> int:
+        """Writes what goes of the first pieces; BlockingIOError where nothing does."""
+        pieces = list(itertools.islice(self.outbox, 16))
+        if self.lends and len(pieces[0]) >= LEAST_LENT:
+            return write_or_lend(self.write_end, pieces[0])
+        if self.lends:
+            pieces = list(itertools.takewhile(lambda piece: len(piece) < LEAST_LENT, pieces))
+        return os.writev(self.write_end, pieces)
 
     def flush(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -7347,7 +7460,7 @@ class StreamSource:
     """A stream that comes over a channel; read like `btrfs send`."""
 
     def __init__(self, channel: Channel, compression: str) -> None:
-        self.channel = channel
+        self.channel, self.capacity = channel, capacity_of(channel.read_end)
         self.unpacked = Pipeline([COMPRESSORS[compression].back]) if compression else None
         self.raw = bytearray(PIPE_SIZE) if compression else bytearray()
         self.start = 0  # offset in the stream of the first byte that comes
@@ -7975,6 +8088,8 @@ def serve_agent(restriction: Optional[Restriction] = None) -> None:
     os.dup2(null, 0)
     os.dup2(2, 1)
     os.close(null)
+    for fd in (read_end, write_end):
+        enlarge(fd)
     interrupt_on_hangup(read_end)
     try:
         with contextlib.suppress(ConnectionLost):
@@ -8227,7 +8342,7 @@ class Connection:
         finally:
             os.close(their_in)
             os.close(their_out)
-        self.channel = Channel(our_in, our_out, machine)
+        self.channel = Channel(our_in, our_out, machine, lends=True)
         try:
             self.greeting: Greeting = self.begin()
         except BaseException:
@@ -8667,7 +8782,7 @@ class PlainSender(LocalSender):
     """`btrfs send` by a plain command over ssh, whose output begins after the marker."""
 
     def __init__(self, argv: Sequence[str]) -> None:
-        super().__init__(argv)
+        super().__init__(argv, socket_pair())
         self.head: Optional[bytes] = b"\n"  # while the marker is sought
 
     def read(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:

@@ -4,7 +4,7 @@ Nothing of btrfs is mocked: a Disk is a real filesystem on a loop device. What i
 subvolume comes from `btrfs subvolume show`, never from the program under test.
 
 Environment:
-  BTRFS_BACKUP_NG         the program to test, default ../btrfs_backup_ng.py
+  BTRFS_BACKUP_NG         the program to test, default ../btrfs_backup_ng.py, and most of the time its zipapp
   BTRFS_BACKUP_NG_PYTHON  the interpreter that runs it, default the one that runs the tests
   BTRFS_BACKUP_NG_FLAGS   the flags of that interpreter, default "-E -s"
   CI                      when set, a test that cannot run fails instead of being skipped
@@ -27,11 +27,24 @@ import sys
 import tempfile
 import time
 import unittest
+import zipfile
 from typing import Dict, List, NamedTuple, Optional
+
+
+def zipapp_of(program):
+    """The zipapp beside a program, which starts faster, where it holds the same source; else the program itself."""
+    zipapp = program + "z"
+    try:
+        with zipfile.ZipFile(zipapp) as archive, open(program, "rb") as source:
+            return zipapp if archive.read(os.path.basename(program)) == source.read() else program
+    except (OSError, KeyError, zipfile.BadZipFile):
+        return program
+
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.abspath(os.environ.get("BTRFS_BACKUP_NG")
                           or os.path.join(os.path.dirname(HERE), "btrfs_backup_ng.py"))
+FAST_PROGRAM = zipapp_of(PROGRAM)
 PYTHON = os.environ.get("BTRFS_BACKUP_NG_PYTHON") or sys.executable
 FLAGS = os.environ.get("BTRFS_BACKUP_NG_FLAGS", "-E -s").split()
 TOOL_FOLDER = b".btrfs-backup-ng"
@@ -314,7 +327,7 @@ class Running:
 
     numbers = itertools.count(1)
 
-    def __init__(self, *arguments, env=None, wrapper=(), program=tuple([PYTHON] + FLAGS + [PROGRAM])):
+    def __init__(self, *arguments, env=None, wrapper=(), program=tuple([PYTHON] + FLAGS + [FAST_PROGRAM])):
         mark = "BTRFS_BACKUP_NG_TEST_RUN=%d-%d" % (os.getpid(), next(self.numbers))
         self.mark = mark.encode()
         name, _, value = mark.partition("=")
@@ -342,13 +355,13 @@ class Running:
         return found
 
     def find(self, verb):
-        """The pid of the child that runs `btrfs send` or `btrfs receive`, or None.
+        """The pid of the child that sends or that runs `btrfs receive`, or None.
 
         `send --no-data` is no transfer: it measures one.
         """
         for pid, argv in self.processes().items():
-            is_transfer = verb.encode() in argv[1:3] and b"--no-data" not in argv
-            if argv and os.path.basename(argv[0]) == b"btrfs" and is_transfer:
+            is_program = argv and os.path.basename(argv[0]) == b"btrfs" and verb.encode() in argv[1:3]
+            if (is_program and b"--no-data" not in argv) or b"btrfs-" + verb.encode() in argv:
                 return pid
         return None
 

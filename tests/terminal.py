@@ -18,7 +18,7 @@ import termios
 import threading
 import unicodedata
 
-from support import PROGRAM, PYTHON, Running, scratch_folder
+from support import FAST_PROGRAM, PYTHON, Running, scratch_folder
 
 SEQUENCE = re.compile(r"\x1b(?:\[(\??)([0-9;]*)([A-Za-z]))")
 
@@ -150,7 +150,7 @@ class OnTerminal(Running):
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
         self.process = subprocess.Popen(
-            [os.fsencode(word) for word in [PYTHON, "-E", "-s", PROGRAM] + list(arguments)], stdin=slave,
+            [os.fsencode(word) for word in [PYTHON, "-E", "-s", FAST_PROGRAM] + list(arguments)], stdin=slave,
             stdout=self.stdout, stderr=slave, cwd=scratch_folder(), start_new_session=True, preexec_fn=take_terminal,
             env=dict(os.environ, **dict({"TERM": "xterm", "LC_ALL": "C.UTF-8", name: value}, **(env or {}))))
         os.close(slave)

@@ -495,7 +495,7 @@ class BrokenBtrfs(FaultTestCase):
         self.assertIn("out of luck", result.stderr)
 
     def test_send(self):
-        result = self.backup(status=1, env=self.path_where("send"))
+        result = self.backup("-d", status=1, env=self.path_where("send"))  # else the program is not asked
         self.assertIn("out of luck", result.stderr)
         self.assertEqual(1, len(names(self.snapshots)))
         self.assertEqual([], names(self.target))

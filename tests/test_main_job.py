@@ -636,7 +636,7 @@ class Places(support.BackupTestCase):
         os.symlink(self.source, os.path.join(links, "source"))
         os.symlink(self.target, os.path.join(links, "target"))
         taken = self.take(1)
-        argv = [support.PYTHON, "-E", "-s", support.PROGRAM,
+        argv = [support.PYTHON, "-E", "-s", support.FAST_PROGRAM,
                 "-S", "-p", "home", "./source/", "target/"]
         subprocess.check_call(argv, cwd=links, stderr=subprocess.DEVNULL)
         self.assertBackedUp(taken)

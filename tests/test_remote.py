@@ -429,7 +429,7 @@ class OnATerminal(TransferTestCase):
 
     def run_on_terminal(self, *arguments, answers=()):
         """The program's status and all that the terminal has shown; answers: {what is asked for: what to type}."""
-        argv = [support.PYTHON, "-E", "-s", support.PROGRAM] + list(arguments)
+        argv = [support.PYTHON, "-E", "-s", support.FAST_PROGRAM] + list(arguments)
         pid, terminal = pty.fork()
         if pid == 0:
             os.execv(argv[0], [os.fsencode(word) for word in argv])

@@ -436,7 +436,7 @@ class EachForItself(TasksTestCase):
 
     def test_messages_nobody_reads_stop_nothing(self):
         """As in `btrfs-backup-ng … 2>&1 | head -1`."""
-        words = [support.PYTHON, "-E", "-s", support.PROGRAM] + flatten(self.tasks())
+        words = [support.PYTHON, "-E", "-s", support.FAST_PROGRAM] + flatten(self.tasks())
         read_end, write_end = os.pipe()
         os.close(read_end)
         status = subprocess.call(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=write_end)
