@@ -173,6 +173,16 @@ class StreamDiffers(BackupError):
     """The stream is not the one that a partial was received from: it cannot be taken up."""
 
 
+class StreamDamaged(BackupError):
+    """What was sent is no stream from some byte on.
+
+    A send that is stopped and let go on begins anew in the midst of its stream (Linux restarts the call), as by a
+    laptop's sleep: another one goes well.
+    """
+
+    transient = True
+
+
 class NoPieces(ReceiverFailed):
     """The destination cannot go on from a partial, only receive in one piece."""
 
@@ -2114,7 +2124,7 @@ class CommandReader:
             return COMMAND_HEADER.size - len(self.carry)
         length = COMMAND_START.unpack_from(self.carry)[0]
         if length > LARGEST_COMMAND:
-            raise BackupError("the stream is damaged: it holds a command of {} bytes".format(length))
+            raise StreamDamaged("the stream is damaged: it holds a command of {} bytes".format(length))
         return COMMAND_HEADER.size + length - len(self.carry)
 
     def take_headers(self) -> bytes:
@@ -3032,6 +3042,34 @@ def end_group(process: "subprocess.Popen") -> None:
     process.wait()
 
 
+def find_children() -> List[int]:
+    """The process ids of our children."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            with open("/proc/{}/stat".format(name), "rb") as file:
+                if int(file.read().rpartition(b")")[2].split()[1]) == os.getpid():
+                    found.append(int(name))
+    return found
+
+
+def end_children() -> None:
+    """Ends, with their groups, the children that nobody has ended: an interruption may fall into the start of one."""
+    for number, patience in ((signal.SIGTERM, ENDING_GRACE), (signal.SIGKILL, ENDING_GRACE)):
+        for pid in find_children():
+            with contextlib.suppress(OSError):
+                for each in (number, signal.SIGCONT):
+                    os.killpg(pid, each) if os.getpgid(pid) == pid else os.kill(pid, each)
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            try:
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            except ChildProcessError:
+                return
+            time.sleep(0.005)
+
+
 class HeldSignals:
     """Keeps signals that ask to stop until they do no harm: a stream is torn where one falls between two steps."""
 
@@ -3187,9 +3225,9 @@ def write_or_lend(pipe: int, piece: memoryview) -> int:
     ctypes, vmsplice = found
     span = struct.pack("PN", ctypes.addressof(ctypes.c_char.from_buffer(piece)), len(piece))
     lent = vmsplice(pipe, span, ctypes.c_ulong(1), SPLICE_F_NONBLOCK)
-    if lent < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return int(lent)
+    if lent < 0 and ctypes.get_errno() == errno.EAGAIN:
+        raise BlockingIOError
+    return int(lent) if lent >= 0 else os.write(pipe, piece)  # which may do where lending does not
 
 
 ########################################################################################################
@@ -3397,7 +3435,7 @@ def send(path, parent, version, flags):
 try:
     send(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
 except OSError as error:
-    sys.exit("ERROR: send ioctl failed: %s" % error.strerror)
+    sys.exit("ERROR: cannot send %s: %s" % (sys.argv[2], error.strerror))
 """.format(info_size=SUBVOL_INFO.size, get_info=GET_SUBVOL_INFO, send=SEND)
 
 
@@ -5121,7 +5159,11 @@ class ShellReceiver:
             self.stage.wait(ENDING_GRACE)
         except BackupError as error:
             return ReceiverFailed(error.message, error.hint, error.detail)
-        return ReceiverFailed("the command ended before the stream did")
+        return self.unread()
+
+    @staticmethod
+    def unread() -> BackupError:
+        return ReceiverFailed("the command did not read the stream to its end", "it must read all of its stdin")
 
     def check_alive(self) -> None:
         if self.stage.has_ended() and not self.stream.ended:
@@ -5147,7 +5189,7 @@ class ShellReceiver:
         except BackupError as error:
             raise ReceiverFailed(error.message, error.hint, error.detail) from None
         if self.has_rest():
-            raise ReceiverFailed("the command did not read the stream to its end", "it must read all of its stdin")
+            raise self.unread()
         self.failed = False
         return Subvolume(expected.name, expected.uuid, expected.parent_uuid, expected.uuid, True, expected.otime)
 
@@ -6974,6 +7016,8 @@ class Relay:
         """Does something with a lane; one that fails is opened again, or dropped."""
         try:
             return act(key) or 0 if key in self.lanes else 0
+        except StreamDamaged:  # for all lanes
+            raise
         except BackupError as error:
             self.fail(key, error)
             return 0
@@ -8430,7 +8474,7 @@ class RemoteReceiver(StreamSink):
             self.resume = value if isinstance(value, ResumePoint) else None
             return None
         self.is_over = True
-        if kind == FAILED and isinstance(value, ReceiverFailed):
+        if kind == FAILED and isinstance(value, (ReceiverFailed, StreamDamaged)):
             raise value
         if kind == FAILED and isinstance(value, BackupError):
             raise ReceiverFailed(value.message, value.hint, value.detail, value.transient)
@@ -10743,6 +10787,7 @@ def run_and_report(run: Callable[[Task, Events], int], task: Task, events: Event
         events.error(error)
         return error.status
     except Interrupted as interruption:
+        end_children()
         events.warning("interrupted", "interrupted by {}; locks are kept, the next run goes on".format(interruption))
         return interruption.status
 
@@ -13229,6 +13274,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             raise
         print("error: " + format_error(unexpected_error(error)), file=sys.stderr)
         return 1
+    finally:
+        for number in STOP_SIGNALS:  # one that comes now is too late to change the status
+            signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

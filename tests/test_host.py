@@ -266,7 +266,7 @@ class Suite:
                 sender.finish(5)
             finally:
                 sender.end()
-        self.assertIn("unable to resolve", raised.exception.message)
+        self.assertIn("cannot send {}".format(self.there(self.snapshots)), raised.exception.message)
         under_test, here = self.sides()
         self.assertEqual({}, self.relay(under_test, here, self.name(1)).errors)
 

@@ -340,6 +340,19 @@ class Killed(ResumeTestCase):
                 support.delete(self.snapshot_path(name))
                 support.delete(self.backup_path(name))
 
+    def test_a_send_that_was_frozen(self):
+        """Linux begins its stream anew, in the midst of what it had sent."""
+        name = self.large(192)
+        run = self.start_backup("-S")
+        receiver = self.stop_half_way(run, name)
+        sender = run.hold("send")  # which waits, as nothing is read any more
+        os.kill(sender, signal.SIGCONT)
+        os.kill(receiver, signal.SIGCONT)
+        result = run.finish(60)
+        self.assertEqual(0, result.status, result.stderr)
+        self.assertIn("broke off: the stream is damaged", result.stderr)
+        self.assertConverged()
+
     def test_retries_are_counted(self):
         self.large(192)
         run = self.start_backup("-S", "--retries", "1")

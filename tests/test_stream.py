@@ -11,6 +11,7 @@ from typing import Any
 import support
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import btrfs_backup_ng as program
 from btrfs_backup_ng import (
     BackupError,
     CommandReader,
@@ -445,6 +446,61 @@ class Incoming(unittest.TestCase):
         self.assertEqual((self.edited([]), True), self.edit([b"", INCREMENTAL, b"", b""]))
 
 
+class Lending(unittest.TestCase):
+    """Pages that a pipe's reader gets without a copy."""
+
+    def setUp(self):
+        self.read_end, self.write_end = program.make_pipe()
+        self.addCleanup(os.close, self.read_end)
+        self.addCleanup(os.close, self.write_end)
+        os.set_blocking(self.write_end, False)
+        self.memory = program.map_memory(1 << 20)
+        self.memory[:] = bytes(range(256)) * 4096
+
+    def write(self, piece):
+        return program.write_or_lend(self.write_end, piece)
+
+    def test_the_reader_sees_the_memory_itself(self):
+        self.assertEqual(100000, self.write(memoryview(self.memory)[10:100010]))
+        self.memory[10] = 99
+        self.assertEqual(bytes([99, 11, 12]), os.read(self.read_end, 3))
+
+    def test_what_was_lent_outlives_its_owner(self):
+        self.write(memoryview(self.memory)[:100000])
+        self.memory = None
+        others = [program.map_memory(1 << 20) for _ in range(4)]
+        for other in others:
+            other[:] = bytes(1 << 20)
+        self.assertEqual(bytes(range(256)), os.read(self.read_end, 100000)[:256])
+
+    def test_little_and_memory_of_others_is_copied(self):
+        for piece in (memoryview(self.memory)[:1000], memoryview(bytearray(b"x" * 100000))):
+            written = self.write(piece)
+            self.assertEqual(len(piece), written)
+            before = bytes(piece)
+            if not piece.readonly:
+                piece[0] = 0xAA
+            self.assertTrue(before == os.read(self.read_end, written))
+
+    def test_where_it_is_forbidden_it_is_copied(self):
+        fd = os.open(os.path.join(support.scratch_folder(), "no-pipe"), os.O_RDWR | os.O_CREAT)
+        self.addCleanup(os.close, fd)
+        self.assertEqual(100000, program.write_or_lend(fd, memoryview(self.memory)[:100000]))
+        self.assertTrue(bytes(self.memory[:100000]) == os.pread(fd, 200000, 0))
+
+    def test_a_pipe_that_is_full_or_has_no_reader(self):
+        while True:
+            try:
+                self.write(memoryview(self.memory))
+            except BlockingIOError:
+                break
+        read_end, write_end = program.make_pipe()
+        os.close(read_end)
+        self.addCleanup(os.close, write_end)
+        with self.assertRaises(BrokenPipeError):
+            program.write_or_lend(write_end, memoryview(self.memory))
+
+
 class Size(unittest.TestCase):
 
     @staticmethod
@@ -532,6 +588,27 @@ class RealStreams(support.TestCase):
     def send(path, parent, **options):
         argv = send_argv(path, parent, SendOptions(**options))
         return subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True).stdout
+
+    def test_the_call_gives_what_the_program_does(self):
+        self.assertTrue(program.can_call_send())
+        self.write_large()
+        parent = None
+        for path in self.taken(seed=12):
+            for options in (SendOptions(), SendOptions(compressed=True)):
+                argv = program.call_send_argv(path, parent, options)
+                called = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                self.assertEqual((0, b""), (called.returncode, called.stderr))
+                self.assertTrue(called.stdout == self.send(path, parent, compressed=options.compressed))
+            parent = path
+
+    def test_what_is_wrong_with_a_call(self):
+        for path, parent, words in ((self.top, None, b"Operation not permitted"),  # it can be written to
+                                    (self.top + "-none", None, b"No such file"),
+                                    (self.take(1), self.top + "-none", b"No such file")):
+            called = subprocess.run(program.call_send_argv(path, parent, SendOptions()), stdout=subprocess.PIPE,
+                                    stderr=subprocess.PIPE)
+            self.assertEqual((1, b""), (called.returncode, called.stdout))
+            self.assertRegex(called.stderr, b"^ERROR: cannot send " + os.fsencode(path) + b": " + words)
 
     def expected(self, path, parent):
         top, of = os.stat(path), support.subvolume(path)
