@@ -154,9 +154,9 @@ class Disk:
 
     numbers = itertools.count(1)
 
-    def __init__(self, size="512M", mkfs=(), options="defaults", at=None):
+    def __init__(self, size="512M", mkfs=(), options="defaults", at=None, image_in=None):
         number = next(self.numbers)
-        self.image = os.path.join(scratch_folder(), "%d.img" % number)
+        self.image = os.path.join(image_in or scratch_folder(), "%d.img" % number)
         self.path = at or os.path.join(scratch_folder(), "disk%d" % number)
         self.options = options
         self.loop = None
@@ -176,6 +176,17 @@ class Disk:
         unmount(self.path)
         command("losetup", "-d", self.loop)
         self.loop = None
+
+    def cut_power(self):
+        """Mounts it as it would be after a power failure at this moment: what was not written yet is lost.
+
+        Its image must lie on a filesystem that clones files, which gives the image of one instant.
+        """
+        left = self.image + ".left"
+        command("cp", "--reflink=always", self.image, left)
+        self.unmount()
+        os.rename(left, self.image)
+        self.mount()
 
     def remount(self, option):
         command("mount", "-o", "remount," + option, self.path)

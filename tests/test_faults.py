@@ -66,10 +66,13 @@ class KilledAtRandomMoments(FaultTestCase):
                 self.change()
                 run = self.start_backup(*self.options)
                 time.sleep(delay)
-                run.kill()
+                self.strike(run)
                 self.remember_snapshots()
                 self.look_at_the_target()
                 self.back_up()
+
+    def strike(self, run):
+        run.kill()
 
     def change(self):
         self.churn.change()
@@ -101,6 +104,30 @@ class KilledAtRandomMoments(FaultTestCase):
             self.assertTrue(found.readonly, name)
             self.assertEqual(uuid, found.received_uuid, name)
             self.assertTreesEqual(content, self.backup_path(name))
+
+
+class PowerCutAtRandomMoments(KilledAtRandomMoments):
+    """The machine of the destination loses its power, and with it all that was not written yet."""
+
+    def setUp(self):
+        super().setUp()
+        outer = self.disk("3G")
+        self.target_disk = self.disk(self.target_size, image_in=outer.path)
+        self.target = os.path.join(self.target_disk.path, "backups")
+        os.mkdir(self.target)
+        support.command("btrfs", "filesystem", "sync", self.target)
+
+    def strike(self, run):
+        run.kill()
+        self.target_disk.cut_power()
+
+    def test_what_was_said_to_be_complete_is_there(self):
+        self.change()
+        self.backup(*self.options)
+        self.target_disk.cut_power()
+        self.remember_snapshots()
+        self.look_at_the_target()
+        self.assertConverged()
 
 
 class Interrupted(FaultTestCase):
