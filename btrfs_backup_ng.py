@@ -1955,6 +1955,7 @@ STREAM_MAGIC = b"btrfs-stream\0"
 STREAM_HEADER = struct.Struct("<13sI")
 COMMAND_HEADER = struct.Struct("<IHI")
 COMMAND_START = struct.Struct("<IH")
+HEADER_BYTES = struct.Struct("10s")
 ATTRIBUTE = struct.Struct("<HH")
 SUBVOL, SNAPSHOT, SET_XATTR, WRITE, CLONE, CHMOD, CHOWN, UTIMES, END, UPDATE_EXTENT, ENCODED_WRITE = (
     1, 2, 13, 15, 16, 18, 19, 20, 21, 22, 25)
@@ -2086,11 +2087,12 @@ def check_first_command(first: FirstCommand, expected: ExpectedStream) -> None:
 class CommandReader:
     """Cuts a stream that comes in chunks of any size into blocks of whole commands.
 
-    `file_data` counts bytes of file contents, before compression.
+    of_top: commands that are wanted where their path is empty, the top folder's. `file_data` counts bytes of file
+    contents, before compression.
     """
 
-    def __init__(self, wanted: Iterable[int], skip: int = 0) -> None:
-        self.wanted = frozenset(wanted)
+    def __init__(self, wanted: Iterable[int], skip: int = 0, of_top: Iterable[int] = ()) -> None:
+        self.wanted, self.of_top = frozenset(wanted), frozenset(of_top)
         self.skip, self.carry, self.file_data = skip, bytearray(), 0
         self.headers: Optional[List[bytes]] = None  # of the commands that have passed, where somebody takes them
 
@@ -2137,7 +2139,8 @@ class CommandReader:
 
         One that sets capabilities begins a block, for there one may have to go back to.
         """
-        at, size, wanted, start_of = 0, len(data), self.wanted, COMMAND_START.unpack_from
+        at, size, wanted, of_top = 0, len(data), self.wanted, self.of_top
+        start_of, header_of = COMMAND_START.unpack_from, HEADER_BYTES.unpack_from
         note = self.headers.append if self.headers is not None else None
         spans: List[CommandSpan] = []
         while at + 10 <= size:
@@ -2148,10 +2151,13 @@ class CommandReader:
             if command == SET_XATTR and at and command in wanted and CAPABILITY in bytes(data[at:after]):
                 break
             if note is not None:
-                note(bytes(data[at:at + 10]))
+                note(header_of(data, at)[0])
             if command in wanted:
                 spans.append((at, after, command))
-            elif command in (WRITE, ENCODED_WRITE):
+            elif command in of_top:
+                if length >= 4 and not data[at + 12] and not data[at + 13]:
+                    spans.append((at, after, command))
+            elif command == WRITE or command == ENCODED_WRITE:
                 self.file_data += contents_length(data, at, length, command)
             at = after
         return at, spans
@@ -2247,8 +2253,8 @@ class IncomingStream:
                  resume: ResumePoint = BEGINNING) -> None:
         self.expected, self.resume = expected, resume
         self.opening: Optional[bytes] = None if resume.offset else b""
-        self.reader = CommandReader((SUBVOL, SNAPSHOT, SET_XATTR, REMOVE_XATTR, CHMOD, CHOWN, UTIMES, END)
-                                    + (() if sole_parent else (CLONE,)))
+        self.reader = CommandReader((SUBVOL, SNAPSHOT, SET_XATTR, REMOVE_XATTR, UTIMES, END)
+                                    + (() if sole_parent else (CLONE,)), of_top=(CHMOD, CHOWN))
         self.path_check = None if trusted else PathCheck()
         self.reader.file_data, self.reader.headers = resume.file_data, []
         self.offset, self.hash = resume.offset, new_hash()
@@ -2362,7 +2368,7 @@ class IncomingStream:
                 continue
             if command in (SUBVOL, SNAPSHOT):
                 raise BackupError("the stream holds a second subvolume")
-            if command in (UTIMES, CHOWN):
+            if command == UTIMES:  # the last of a file, after the chown that drops them
                 self.held = None
             if command != UTIMES and end - start >= 14 and ATTRIBUTE.unpack_from(view, start + 10) == (A_PATH, 0):
                 # the top folder
@@ -7643,7 +7649,9 @@ class StreamSink:
         return len(self.marks)
 
     def pump(self) -> int:
-        """Writes what goes without waiting; returns how many bytes that were."""
+        """Writes what goes without waiting; returns how many bytes that were. Raises what check_alive does."""
+        if not self.finished:
+            self.check_alive()  # what is sent after the other side has given up is sent in vain
         if self.packed and not self.finished:
             self.packed.pump()
             while len(self.channel.outbox) < 8:
