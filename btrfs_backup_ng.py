@@ -2157,7 +2157,7 @@ class CommandReader:
             elif command in of_top:
                 if length >= 4 and not data[at + 12] and not data[at + 13]:
                     spans.append((at, after, command))
-            elif command == WRITE or command == ENCODED_WRITE:
+            elif command in (WRITE, ENCODED_WRITE):
                 self.file_data += contents_length(data, at, length, command)
             at = after
         return at, spans
