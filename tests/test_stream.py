@@ -1,10 +1,13 @@
 """The send stream: synthetic ones cut in every way, and real ones."""
 
+import ctypes
+import mmap
 import os
 import random
 import struct
 import subprocess
 import sys
+import time
 import unittest
 from typing import Any
 
@@ -687,6 +690,125 @@ class RealStreams(support.TestCase):
                 left_out = self.truncates(real) - self.truncates(no_data)
                 self.assertEqual(len(real), meter.stream_size + left_out)
             parent = path
+
+
+class ReadingAhead(support.TestCase):
+    """What the sending process does beside the kernel's call: the data of files is in memory before its turn."""
+
+    FILES, SIZE = 48, 1 << 20
+
+    def setUp(self):
+        self.folder = self.disk().path
+        self.top = support.create(os.path.join(self.folder, "home"))
+        self.script = {}
+        exec(program.SEND_SCRIPT.rpartition("\ntry:\n")[0], self.script)
+
+    def write(self, name, size):
+        with open(os.path.join(self.top, name), "wb") as file:
+            file.write(os.urandom(size))
+
+    def take(self, number):
+        support.command("sync", "-f", self.folder)
+        return support.snapshot(self.top, os.path.join(self.folder, "home-{}".format(number)))
+
+    def extents(self, path, since):
+        """Name, offset, bytes and is_compressed of each extent that the script finds."""
+        fd = os.open(path, os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        return [(os.fsdecode(self.script["path_of"](fd, inode)), offset, length, is_compressed)
+                for inode, offset, length, _, _, is_compressed in self.script["extents"](fd, since)]
+
+    @staticmethod
+    def resident(path):
+        """Bytes of a file that are in memory."""
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mincore.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
+        libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t) + (ctypes.c_int,) * 3 + (ctypes.c_long,)
+        libc.munmap.argtypes = ctypes.c_void_p, ctypes.c_size_t
+        libc.mmap.restype = ctypes.c_void_p
+        size = os.path.getsize(path)
+        pages = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))
+        with open(path, "rb") as file:
+            place = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+        try:
+            if libc.mincore(place, size, pages) != 0:
+                raise OSError(ctypes.get_errno(), "mincore")
+        finally:
+            libc.munmap(place, size)
+        return mmap.PAGESIZE * sum(page & 1 for page in pages.raw[:-1])
+
+    def resident_files(self, path):
+        """Numbers of the files of which most is in memory."""
+        return [number for number in range(self.FILES)
+                if self.resident(os.path.join(path, "file{:02}".format(number))) > self.SIZE // 2]
+
+    def wait_for(self, condition, path):
+        """Wait until the condition is true of the files that are in memory."""
+        deadline = time.monotonic() + 10
+        while not condition(self.resident_files(path)):
+            self.assertLess(time.monotonic(), deadline, self.resident_files(path))
+            time.sleep(0.01)
+
+    def test_what_an_incremental_send_reads(self):
+        self.write("old", 100000)
+        self.write("grown", 98304)
+        self.write("small", 1000)  # within its item
+        before = self.take(1)
+        os.makedirs(os.path.join(self.top, "in", "deep"))
+        with open(os.path.join(self.top, "grown"), "r+b") as file:
+            file.seek(200704)
+            file.write(os.urandom(5000))
+        self.write("in/deep/new", 12345)
+        self.write("tiny", 100)
+        support.command("cp", "--reflink=always", os.path.join(self.top, "old"), os.path.join(self.top, "copy"))
+        os.rename(os.path.join(self.top, "old"), os.path.join(self.top, "renamed"))
+        after = self.take(2)
+        whole = self.extents(after, 0)
+        self.assertEqual({"renamed", "grown", "small", "in/deep/new", "tiny", "copy"}, {row[0] for row in whole})
+        self.assertEqual(100000, sum(row[2] for row in whole if row[0] == "renamed"))
+        subvolid, generation = self.script["about"](before)
+        self.assertEqual(program.read_subvolume(before, before).subvolid, subvolid)
+        self.assertEqual([("grown", 200704, 5000, False), ("in/deep/new", 0, 12345, False), ("tiny", 0, 100, False)],
+                         sorted(self.extents(after, generation + 1)))
+
+    def test_it_keeps_ahead_and_drops_what_has_passed(self):
+        for number in range(self.FILES):
+            self.write("file{:02}".format(number), self.SIZE)
+        path = self.take(1)
+        sender = subprocess.Popen(program.call_send_argv(path, None, SendOptions()), stdout=subprocess.PIPE)
+        try:
+            # Nobody reads, so the sender is in its first file: the next sixteen come, and no others.
+            self.wait_for(lambda files: len(files) >= 16, path)
+            time.sleep(0.3)
+            self.assertEqual(list(range(len(self.resident_files(path)))), self.resident_files(path))
+            self.assertLess(len(self.resident_files(path)), 20)
+            stream = sender.stdout.read(40 << 20)
+            self.wait_for(lambda files: 8 not in files and self.FILES - 1 in files, path)
+            stream += sender.stdout.read()
+        finally:
+            sender.stdout.close()
+            sender.kill()
+            sender.wait()
+        self.assertTrue(stream == RealStreams.send(path, None))
+
+    def test_it_leaves_off_where_the_sender_reads_by_itself(self):
+        for number in range(self.FILES):
+            self.write("file{:02}".format(number), self.SIZE)
+        path = self.take(1)
+
+        class Alone:
+            """A sender that finds nothing in memory."""
+
+            place = own = 0
+
+            def look(self, _):
+                self.place = self.own = self.own + (1 << 20)
+
+        self.script["Sender"] = Alone
+        fd = os.open(path, os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        self.script["read_ahead"](fd, 0, False)
+        self.wait_for(lambda files: files == list(range(17)), path)
 
 
 if __name__ == "__main__":
