@@ -3496,9 +3496,10 @@ def advise(fd, path, offset, length, advice):
     os.close(file)
 
 def read_ahead(fd, since, sends_compressed):
-    sender, held, seen, paths = Sender(), collections.deque(), set(), [0, 1]
-    current = path = None
-    place = looked = alone = 0  # bytes of the stream's data up to here; at the last look; read by the sender in any case
+    sender, held, seen = Sender(), collections.deque(), set()
+    current, path, files, path_bytes = None, b"", 1, 0
+    place = looked = 0  # bytes of the stream's data before here, and before the place of the last look
+    alone = 0  # of these, what the sender reads for itself in any case
     last = place, sender.own, alone
     for inode, offset, length, disk, whole, is_compressed in extents(fd, since):
         if not disk or is_compressed and sends_compressed:
@@ -3511,11 +3512,11 @@ def read_ahead(fd, since, sends_compressed):
             seen.clear()
         if inode != current:
             current, path = inode, path_of(fd, inode)
-            paths = [paths[0] + len(path), paths[1] + 1]
+            files, path_bytes = files + 1, path_bytes + len(path)
         for part in range(offset, offset + length, PIECE):
             rest, size = 0.002, min(PIECE, offset + length - part)
             while place >= looked + PIECE or place > sender.place + AHEAD:
-                sender.look(paths[0] / paths[1])
+                sender.look(path_bytes // files)
                 looked = place
                 if place <= sender.place + AHEAD:
                     break
