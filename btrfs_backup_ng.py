@@ -3960,6 +3960,49 @@ def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None],
         os.close(fd)
 
 
+class PrivateFolder:
+    """A folder of this process alone, for sockets, whose paths may have 104 bytes, or to mount something at.
+
+    It is held by a lock. What a killed run left empty, or with sockets that nobody listens on, the next one removes.
+    """
+
+    PREFIX = "bbng-"
+    YOUNG = 60.0  # seconds in which it may not be held yet
+
+    def __init__(self) -> None:
+        import tempfile
+        parent = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
+        with contextlib.suppress(OSError):
+            self.sweep(parent)
+        self.path = tempfile.mkdtemp(prefix=self.PREFIX, dir=parent)
+        self.fd = open_folder(self.path)
+        fcntl.flock(self.fd, fcntl.LOCK_EX)
+
+    def sweep(self, parent: str) -> None:
+        for entry in os.scandir(parent):
+            if entry.name.startswith(self.PREFIX) and entry.is_dir(follow_symlinks=False):
+                about = entry.stat(follow_symlinks=False)
+                if about.st_uid == os.geteuid() and not 0 <= time.time() - about.st_mtime < self.YOUNG:
+                    with contextlib.suppress(OSError):
+                        self.remove_unless_held(entry.path)
+
+    def remove_unless_held(self, path: str) -> None:
+        fd = open_folder(path)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name in os.listdir(fd):
+                if stat.S_ISSOCK(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+                    os.unlink(name, dir_fd=fd)
+            os.rmdir(path)
+        finally:
+            os.close(fd)
+
+    def end(self) -> None:
+        os.close(self.fd)
+        with contextlib.suppress(OSError):
+            self.remove_unless_held(self.path)
+
+
 ########################################################################################################
 # 14 SWAP: a restored state put in a subvolume's place
 #
@@ -4432,12 +4475,11 @@ class Confinement:
 
     def __init__(self, folder: str) -> None:
         import ctypes
-        import tempfile
         mount = mount_around(folder, read_mounts())
         self.mount_point = mount.point if mount is not None else "/"
         self.flags = self.BIND | self.REMOUNT | self.NO_LINKS | (os.statvfs(folder).f_flag & self.KEPT_FLAGS)
-        self.private = tempfile.mkdtemp(prefix="btrfs-backup-ng-")
-        self.path = os.path.join(self.private, os.path.relpath(folder, self.mount_point))
+        self.private = PrivateFolder()
+        self.path = os.path.join(self.private.path, os.path.relpath(folder, self.mount_point))
         libc = ctypes.CDLL(None, use_errno=True)
         self.unshare, self.mount, self.errno = libc.unshare, libc.mount, ctypes.get_errno
 
@@ -4445,7 +4487,7 @@ class Confinement:
         """Is called in the new process."""
         os.setpgrp()
         self.check(self.unshare(self.NEW_NAMESPACE))
-        private = os.fsencode(self.private)
+        private = os.fsencode(self.private.path)
         self.check(self.mount(b"none", b"/", None, self.PRIVATE | self.RECURSIVE, None))
         self.check(self.mount(os.fsencode(self.mount_point), private, None, self.BIND, None))
         self.check(self.mount(None, private, None, self.flags, None))
@@ -4457,8 +4499,7 @@ class Confinement:
             raise OSError(self.errno(), os.strerror(self.errno()))
 
     def end(self) -> None:
-        with contextlib.suppress(OSError):
-            os.rmdir(self.private)
+        self.private.end()
 
 
 def receiver_error(error: BackupError, expected: ExpectedStream) -> ReceiverFailed:
@@ -8897,7 +8938,7 @@ class SshConnector:
 
     def __init__(self, endpoint: Endpoint, options: SshOptions, events: Events, share: Optional[Share] = None) -> None:
         self.endpoint, self.options, self.events, self.share = endpoint, options, events, share
-        self.folder = ""  # of the control socket
+        self.folder: Optional[PrivateFolder] = None  # of the control socket
         self.settings: Optional[Dict[str, str]] = None
 
     def __call__(self, is_first: bool) -> Connection:
@@ -8929,18 +8970,15 @@ class SshConnector:
             time.sleep(0.02)
 
     def control_path(self) -> str:
-        """A socket in a private folder with a short name, for a socket's path may have 104 bytes; '' for none."""
-        import tempfile
-        if not self.folder:
-            parent = tempfile.gettempdir()
+        """A socket in a private folder; '' where there can be none."""
+        if self.folder is None:
             with contextlib.suppress(OSError):
-                self.folder = tempfile.mkdtemp(prefix="bbng-", dir=parent if len(parent) < 60 else "/tmp")
-        return os.path.join(self.folder, "ssh") if self.folder else ""
+                self.folder = PrivateFolder()
+        return os.path.join(self.folder.path, "ssh") if self.folder else ""
 
     def end(self) -> None:
-        import shutil
-        if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder is not None:
+            self.folder.end()
 
 
 ########################################################################################################
@@ -11154,12 +11192,10 @@ class Masters:
     """The shared connections of a crew; a context, at whose end they end."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
-        import tempfile
         paths = [path for request in requests for path in request.paths]
         is_remote = len(requests) > 1 and any(parse_endpoint(path).login for path in paths)
-        parent = tempfile.gettempdir()
-        # a socket's path may have 104 bytes
-        self.folder = tempfile.mkdtemp(prefix="bbng-", dir=parent if len(parent) < 60 else "/tmp") if is_remote else ""
+        self.private = PrivateFolder() if is_remote else None
+        self.folder = self.private.path if self.private else ""
         self.all: List[Master] = []
         self.numbers = itertools.count()
 
@@ -11189,11 +11225,10 @@ class Masters:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        import shutil
         for master in self.all:
             master.end()
-        if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.private is not None:
+            self.private.end()
 
 
 class Crew:

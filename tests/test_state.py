@@ -21,6 +21,7 @@ from btrfs_backup_ng import (
     LocalHost,
     LockChange,
     Pin,
+    PrivateFolder,
     add_locks,
     clear_locks,
     folder_mutex,
@@ -454,6 +455,60 @@ class RunLock(InFolder):
         with self.assertRaises(BackupError) as caught:
             run_lock(self.path("missing"), "home", 0, print).__enter__()
         self.assertIn("missing", caught.exception.message)
+
+
+class Private(InFolder):
+    """Folders for sockets: whoever was killed leaves one behind."""
+
+    LINES = ["import tempfile, socket", "tempfile.tempdir = folder", "private = PrivateFolder()",
+             "socket.socket(socket.AF_UNIX).bind(private.path + '/ssh')", "print(private.path, flush=True)",
+             "sys.stdin.readline()", "private.end()"]
+
+    def setUp(self):
+        super().setUp()
+        patch = mock.patch.object(tempfile, "tempdir", self.folder)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def age(self, path, seconds=120):
+        os.utime(path, (time.time() - seconds,) * 2)
+        return os.path.basename(path)
+
+    def test_it_goes_at_the_end(self):
+        process = self.child(*self.LINES)
+        path = process.stdout.readline().rstrip()
+        self.assertEqual((["ssh"], 0o40700), (os.listdir(path), os.stat(path).st_mode))
+        process.communicate("\n", timeout=10)
+        self.assertEqual([], os.listdir(self.folder))
+
+    def test_the_next_removes_what_a_killed_one_left(self):
+        killed, alive = self.child(*self.LINES), self.child(*self.LINES)
+        left, kept = (process.stdout.readline().rstrip() for process in (killed, alive))
+        self.end(killed)
+        names = {os.path.basename(left), self.age(kept)}
+        for name in ("bbng-with-a-file", "bbng-young", "other"):
+            os.mkdir(self.path(name))
+        self.write("bbng-with-a-file/file", "a user's")
+        names |= {self.age(self.path("bbng-with-a-file")), "bbng-young", self.age(self.path("other"))}
+        one = PrivateFolder()
+        names.add(os.path.basename(one.path))
+        self.assertEqual(names, set(os.listdir(self.folder)))  # the killed one's is young
+        names.remove(self.age(left))
+        other = PrivateFolder()
+        self.assertEqual(names | {os.path.basename(other.path)}, set(os.listdir(self.folder)))
+        one.end()
+        other.end()
+        self.assertEqual(["ssh"], os.listdir(kept))
+        self.assertEqual({os.path.basename(kept), "bbng-with-a-file", "bbng-young", "other"},
+                         set(os.listdir(self.folder)))
+
+    def test_a_link_is_not_followed(self):
+        os.mkdir(self.path("elsewhere"))
+        os.symlink("elsewhere", self.path("bbng-link"))
+        os.utime(self.path("bbng-link"), (0, 0), follow_symlinks=False)
+        self.age(self.path("elsewhere"))
+        PrivateFolder().end()
+        self.assertEqual({"elsewhere", "bbng-link"}, set(os.listdir(self.folder)))
 
 
 if __name__ == "__main__":
