@@ -4910,6 +4910,8 @@ class LocalReceiver:
         """Keeps for later what has arrived, as far as that goes without much waiting."""
         if self.failed or not self.in_pieces:
             return
+        if self.stage is not None:
+            self.stage.process.send_signal(signal.SIGCONT)  # a stopped process takes nothing
         if self.completing is not None:
             self.wait_for(self.completing)
         elif self.work is not None:

@@ -4,8 +4,8 @@
 
 A pattern is a part of a test's full name, or has the shell's wildcards. The status is non-zero
 when a test failed or none ran. With CI set in the environment a skipped test is a failure, so
-that nothing goes untested in silence. Without a pattern, as many processes as there are processors share
-the classes of tests between them; most tests wait for other processes most of their time. What fails
+that nothing goes untested in silence. Without a pattern, one process more than there are processors share
+the classes of tests between them, as most tests wait for others much of their time. What fails
 beside others is run once more by itself: the summary names it, and it counts as failed if it fails again.
 """
 
@@ -318,7 +318,7 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if not options.jobs:
-        options.jobs = 1 if options.patterns or options.failfast else os.cpu_count() or 1
+        options.jobs = 1 if options.patterns or options.failfast else 1 + (os.cpu_count() or 1)
     return options
 
 
