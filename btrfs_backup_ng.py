@@ -3508,7 +3508,7 @@ def read_ahead(fd, since, sends_compressed):
         if disk in seen:
             continue  # the sender says: a clone
         seen.add(disk)
-        if len(seen) > 1 << 16:
+        if len(seen) > 1 << 14:
             seen.clear()
         if inode != current:
             current, path = inode, path_of(fd, inode)

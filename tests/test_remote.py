@@ -305,15 +305,16 @@ class OneAtATime(TransferTestCase):
 
     def setUp(self):
         super().setUp()
+        self.churn.change()
         support.bulk(os.path.join(self.source, "bulk"), 64)
-        self.take_churned(1)
+        self.take(1)
 
     def start_pull(self, *options):
         return self.start(*self.program_options() + list(options) + [
             "-S", "-p", "home", self.remote_source, self.target])
 
     def held_pull(self):
-        running = self.start_pull()
+        running = self.start_pull("--limit", "32M")
         self.receive = running.hold("receive")
         return running
 

@@ -213,10 +213,10 @@ class ResumeTestCase(support.BackupTestCase):
 
 class Local(ResumeTestCase):
 
-    def interrupt(self, number):
-        name = self.large(192)
+    def interrupt(self, number, mib=192, arrived=50):
+        name = self.large(mib)
         run = self.start_backup("-S", "--limit", "60M")
-        self.wait_for_data(run, name, 50)
+        self.wait_for_data(run, name, arrived)
         os.kill(run.pid, number)
         result = run.finish(20)
         self.assertEqual(128 + number, result.status)
@@ -272,7 +272,7 @@ class Local(ResumeTestCase):
     def test_a_damaged_record_is_none(self):
         for damage in (b"", b"{}", b"[]", b"\xff", b'{"name": 5}'):
             with self.subTest(damage=damage):
-                name, _ = self.interrupt(signal.SIGTERM)
+                name, _ = self.interrupt(signal.SIGTERM, mib=48, arrived=10)
                 with open(os.path.join(self.target, ".{}.partial.json".format(name)), "wb") as file:
                     file.write(damage)
                 self.assertNotIn("taking up", self.transfer().stderr)
