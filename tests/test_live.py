@@ -161,7 +161,7 @@ class Lines(LiveTestCase):
                 running = self.on_terminal(*self.command(tasks=self.tasks("-I")), columns=columns, lines=lines)
                 held = stop_all(running, "receive", 4)
                 running.wait_to_show(*["{} to ".format(source[-8:]) for source in self.sources])
-                running.wait_for("four lines", lambda: all(" MiB" in line for line in running.shown()[-4:]))
+                running.wait_for("four lines", lambda shown=running.shown: all(" MiB" in line for line in shown()[-4:]))
                 go_on(held)
                 result = running.finish()
                 self.assertEqual(0, result.status)
