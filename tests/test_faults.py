@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 import unittest
 
@@ -156,6 +157,17 @@ class Interrupted(FaultTestCase):
 
     def test_sigterm_to_the_whole_group(self):
         self.interrupt_half_way(lambda pid: os.killpg(pid, signal.SIGTERM), 143)
+
+    def test_while_the_interpreter_ends(self):
+        """The status of what was done stays."""
+        line = ("import os, sys; sys.path.insert(0, {!r}); from btrfs_backup_ng import main\n"
+                "class Late:\n    def __del__(self, kill=os.kill, pid=os.getpid()): kill(pid, {:d})\n"
+                "late = Late(); sys.exit(main(['--version']))")
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            with self.subTest(signal=number):
+                ended = subprocess.run([support.PYTHON, "-c", line.format(os.path.dirname(support.PROGRAM), number)],
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                self.assertEqual((0, b""), (ended.returncode, ended.stderr))
 
     def test_at_random_moments(self):
         for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
