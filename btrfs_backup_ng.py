@@ -3486,8 +3486,12 @@ def extents(fd, since):
         kind, offset = (kind, offset + 1) if offset < LAST else (kind + 1, 0)
 
 def path_of(fd, inode):
+    # None for a file that was deleted while it was open, and the like: nothing of it is sent.
     buffer = bytearray(struct.pack("=QQ", 0, inode).ljust({lookup_size}, b"\\0"))
-    fcntl.ioctl(fd, {lookup}, buffer)
+    try:
+        fcntl.ioctl(fd, {lookup}, buffer)
+    except OSError:
+        return None
     return bytes(buffer[16:buffer.index(0, 16)]).rstrip(b"/")
 
 def advise(fd, path, offset, length, advice):
@@ -3512,7 +3516,9 @@ def read_ahead(fd, since, sends_compressed):
             seen.clear()
         if inode != current:
             current, path = inode, path_of(fd, inode)
-            files, path_bytes = files + 1, path_bytes + len(path)
+            files, path_bytes = files + 1, path_bytes + len(path or b"")
+        if path is None:
+            continue
         for part in range(offset, offset + length, PIECE):
             rest, size = 0.002, min(PIECE, offset + length - part)
             while place >= looked + PIECE or place > sender.place + AHEAD:

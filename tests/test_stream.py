@@ -772,6 +772,10 @@ class ReadingAhead(support.TestCase):
                          sorted(self.extents(after, generation + 1)))
 
     def test_it_keeps_ahead_and_drops_what_has_passed(self):
+        self.write("deleted", self.SIZE)
+        deleted = open(os.path.join(self.top, "deleted"), "rb")
+        self.addCleanup(deleted.close)
+        os.unlink(deleted.name)
         for number in range(self.FILES):
             self.write("file{:02}".format(number), self.SIZE)
         path = self.take(1)
