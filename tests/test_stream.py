@@ -773,6 +773,7 @@ class ReadingAhead(support.TestCase):
 
     def test_it_keeps_ahead_and_drops_what_has_passed(self):
         self.write("deleted", self.SIZE)
+        support.command("sync", "-f", self.folder)
         deleted = open(os.path.join(self.top, "deleted"), "rb")
         self.addCleanup(deleted.close)
         os.unlink(deleted.name)
