@@ -3486,7 +3486,7 @@ def extents(fd, since):
         kind, offset = (kind, offset + 1) if offset < LAST else (kind + 1, 0)
 
 def path_of(fd, inode):
-    # None for a file that was deleted while it was open, and the like: nothing of it is sent.
+    # None where it is longer than a path may be.
     buffer = bytearray(struct.pack("=QQ", 0, inode).ljust({lookup_size}, b"\\0"))
     try:
         fcntl.ioctl(fd, {lookup}, buffer)
@@ -3518,6 +3518,7 @@ def read_ahead(fd, since, sends_compressed):
             current, path = inode, path_of(fd, inode)
             files, path_bytes = files + 1, path_bytes + len(path or b"")
         if path is None:
+            place, alone = place + length, alone + length
             continue
         for part in range(offset, offset + length, PIECE):
             rest, size = 0.002, min(PIECE, offset + length - part)
