@@ -3486,12 +3486,8 @@ def extents(fd, since):
         kind, offset = (kind, offset + 1) if offset < LAST else (kind + 1, 0)
 
 def path_of(fd, inode):
-    # None where it is longer than a path may be.
     buffer = bytearray(struct.pack("=QQ", 0, inode).ljust({lookup_size}, b"\\0"))
-    try:
-        fcntl.ioctl(fd, {lookup}, buffer)
-    except OSError:
-        return None
+    fcntl.ioctl(fd, {lookup}, buffer)
     return bytes(buffer[16:buffer.index(0, 16)]).rstrip(b"/")
 
 def advise(fd, path, offset, length, advice):
@@ -3516,10 +3512,7 @@ def read_ahead(fd, since, sends_compressed):
             seen.clear()
         if inode != current:
             current, path = inode, path_of(fd, inode)
-            files, path_bytes = files + 1, path_bytes + len(path or b"")
-        if path is None:
-            place, alone = place + length, alone + length
-            continue
+            files, path_bytes = files + 1, path_bytes + len(path)
         for part in range(offset, offset + length, PIECE):
             rest, size = 0.002, min(PIECE, offset + length - part)
             while place >= looked + PIECE or place > sender.place + AHEAD:

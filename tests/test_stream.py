@@ -707,18 +707,6 @@ class ReadingAhead(support.TestCase):
         with open(os.path.join(self.top, name), "wb") as file:
             file.write(os.urandom(size))
 
-    def write_too_deep(self):
-        """A file with a path longer than paths may be, which can only be reached step by step."""
-        fd = os.open(self.top, os.O_RDONLY)
-        for step in range(20):
-            os.mkdir(250 * "d", dir_fd=fd)
-            below = os.open(250 * "d", os.O_RDONLY, dir_fd=fd)
-            os.close(fd)
-            fd = below
-        with open(os.open("deep", os.O_WRONLY | os.O_CREAT, dir_fd=fd), "wb") as file:
-            file.write(os.urandom(self.SIZE))
-        os.close(fd)
-
     def take(self, number):
         support.command("sync", "-f", self.folder)
         return support.snapshot(self.top, os.path.join(self.folder, "home-{}".format(number)))
@@ -784,7 +772,6 @@ class ReadingAhead(support.TestCase):
                          sorted(self.extents(after, generation + 1)))
 
     def test_it_keeps_ahead_and_drops_what_has_passed(self):
-        self.write_too_deep()
         for number in range(self.FILES):
             self.write("file{:02}".format(number), self.SIZE)
         path = self.take(1)
