@@ -8333,7 +8333,11 @@ marker = b"\nbtrfs-backup-ng wire 1\n"
 if sys.version_info < (3, 6):
     open(1, "wb", 0, closefd=False).write(marker + b"old %d.%d\n" % sys.version_info[:2])
     raise SystemExit(1)
-import hashlib, os, stat, zlib
+import os
+if sys.getfilesystemencoding() != "utf-8" and os.environ.get("LC_ALL") != "C.UTF-8":  # see use_utf8
+    os.execve(sys.executable, [sys.executable, "-c", "LINE = %r; exec(LINE)" % LINE],
+              dict(os.environ, LC_ALL="C.UTF-8", PYTHONUTF8="1"))
+import hashlib, stat, zlib
 sys.dont_write_bytecode = False
 
 def is_private(path, kind):
@@ -8431,7 +8435,7 @@ class NoPython(BackupError):
 
 def stage_2() -> bytes:
     """The line that STAGE_1 executes."""
-    return "exec({!r})\n".format("DIGEST = {!r}\n".format(source_digest()) + STAGE_2).encode("ascii")
+    return "LINE = {!r}; exec(LINE)\n".format("DIGEST = {!r}\n".format(source_digest()) + STAGE_2).encode("ascii")
 
 
 def has_terminal() -> bool:
@@ -13408,6 +13412,21 @@ def open_standard_streams() -> None:
             setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))
 
 
+def use_utf8() -> None:
+    """Starts again with names of files as UTF-8 where they are not: in the C locale before Python 3.7, in old locales.
+
+    Else the same name would be another text in a lock, in another process, or on another host. What is printed
+    stays in the encoding of the locale.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("LC_ALL") != "C.UTF-8":
+        shown = getattr(sys.stdout, "encoding", None) or "ascii"
+        with contextlib.suppress(OSError):
+            with open("/proc/self/cmdline", "rb") as file:
+                words = file.read().split(b"\0")[:-1]
+            os.execve(sys.executable, words, dict(os.environ, LC_ALL="C.UTF-8", PYTHONUTF8="1",
+                                                  PYTHONIOENCODING=shown + ":backslashreplace"))
+
+
 def unexpected_error(error: Exception) -> BackupError:
     """What to say of an exception that nobody has thought of, or of what no code can do anything about."""
     if isinstance(error, ImportError):
@@ -13423,6 +13442,8 @@ def unexpected_error(error: Exception) -> BackupError:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Does what the arguments ask; returns the exit status."""
+    if argv is None:
+        use_utf8()
     arguments = list(sys.argv[1:] if argv is None else argv)
     open_standard_streams()
     tend_copies(time.time())

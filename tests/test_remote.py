@@ -778,6 +778,15 @@ class OldPythons(remote.RemoteTestCase):
         self.assertIn("3.6", self.server.ssh("python3 -V 2>&1"))
         self.check_push()
 
+    def test_python_3_6_in_the_c_locale(self):
+        """Which it takes for one of ASCII, and so names for another text."""
+        self.serve(self.python((3, 6)))
+        folder = os.path.join(self.target, "caf\udce9 \u00e9")
+        self.take(1)
+        for _ in range(2):
+            self.push("-S", to=[self.remote_target + "/" + os.path.basename(folder)])
+        self.assertEqual([self.name(1)], names(folder))
+
     def test_the_newest_python(self):
         self.serve(self.python(max(version for version, _ in pythons.all_pythons())))
         self.check_push()

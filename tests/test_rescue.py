@@ -2,6 +2,7 @@
 
 import ast
 import fcntl
+import json
 import os
 import shutil
 import struct
@@ -91,6 +92,8 @@ class Surroundings(RescueTestCase):
         self.target = os.fsdecode(folder)
         for result in self.run_twice(env=plain, program=[support.PYTHON, support.PROGRAM]):
             self.assertTrue(result.stderr.isascii() if hasattr(str, "isascii") else True, result.stderr)
+        with open(os.path.join(self.snapshots, ".destinations.json")) as pins:  # says the same in every locale
+            self.assertIn(folder.decode("utf-8", "surrogateescape"), json.load(pins)["destinations"])
 
     def test_nothing_is_open(self):
         """Neither input nor output nor errors: what it opens itself must not be taken for these."""
