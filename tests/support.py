@@ -642,7 +642,8 @@ class Churn:
         return path
 
     def append(self):
-        with open(self.some_file(), "ab") as file:
+        with open(self.some_file(), "r+b") as file:  # O_CREAT is refused for another's file in a sticky folder
+            file.seek(0, os.SEEK_END)
             file.write(self.data(self.random.randint(1, 20000)))
 
     def overwrite(self):

@@ -347,7 +347,8 @@ class AgentSuite(Suite):
     def agents(self):
         """The pids of the agents at work."""
         return [pid for pid, process in remote.processes_with(b"").items()
-                if any(program.STAGE_1.encode() == argument for argument in process.argv)
+                if any(argument == program.STAGE_1.encode() or argument.startswith(b"LINE = ")
+                       for argument in process.argv)
                 and self.is_ours(pid)]
 
     def is_ours(self, pid):

@@ -324,7 +324,7 @@ class EachForItself(TasksTestCase):
     def test_the_same_source_and_prefix_take_turns(self):
         one, two = self.tasks()[:2]
         again = one[:-1] + [self.targets[2]]
-        result = self.run_tasks(tasks=[one, again, two])
+        result = self.run_tasks("--limit", "20M", tasks=[one, again, two])
         first, second = self.snapshots(self.sources[0])
         self.assertEqual([[first], [first, second]], sorted([names(self.targets[0]), names(self.targets[2])]))
         self.assertAllBackedUp(self.sources[1], self.targets[1])
