@@ -8335,8 +8335,11 @@ if sys.version_info < (3, 6):
     raise SystemExit(1)
 import os
 if sys.getfilesystemencoding() != "utf-8" and os.environ.get("LC_ALL") != "C.UTF-8":  # see use_utf8
-    os.execve(sys.executable, [sys.executable, "-c", "LINE = %r; exec(LINE)" % LINE],
-              dict(os.environ, LC_ALL="C.UTF-8", PYTHONUTF8="1"))
+    try:
+        os.execve(sys.executable or "", [sys.executable, "-c", "LINE = %r; exec(LINE)" % LINE],
+                  dict(os.environ, LC_ALL="C.UTF-8", PYTHONUTF8="1"))
+    except OSError:
+        pass
 import hashlib, stat, zlib
 sys.dont_write_bytecode = False
 
@@ -13423,7 +13426,7 @@ def use_utf8() -> None:
         with contextlib.suppress(OSError):
             with open("/proc/self/cmdline", "rb") as file:
                 words = file.read().split(b"\0")[:-1]
-            os.execve(sys.executable, words, dict(os.environ, LC_ALL="C.UTF-8", PYTHONUTF8="1",
+            os.execve(sys.executable or "", words, dict(os.environ, LC_ALL="C.UTF-8", PYTHONUTF8="1",
                                                   PYTHONIOENCODING=shown + ":backslashreplace"))
 
 
