@@ -3960,49 +3960,6 @@ def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None],
         os.close(fd)
 
 
-class PrivateFolder:
-    """A folder of this process alone, for sockets, whose paths may have 104 bytes, or to mount something at.
-
-    It is held by a lock. What a killed run left empty, or with sockets that nobody listens on, the next one removes.
-    """
-
-    PREFIX = "bbng-"
-    YOUNG = 60.0  # seconds in which it may not be held yet
-
-    def __init__(self) -> None:
-        import tempfile
-        parent = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
-        with contextlib.suppress(OSError):
-            self.sweep(parent)
-        self.path = tempfile.mkdtemp(prefix=self.PREFIX, dir=parent)
-        self.fd = open_folder(self.path)
-        fcntl.flock(self.fd, fcntl.LOCK_EX)
-
-    def sweep(self, parent: str) -> None:
-        for entry in os.scandir(parent):
-            if entry.name.startswith(self.PREFIX) and entry.is_dir(follow_symlinks=False):
-                about = entry.stat(follow_symlinks=False)
-                if about.st_uid == os.geteuid() and not 0 <= time.time() - about.st_mtime < self.YOUNG:
-                    with contextlib.suppress(OSError):
-                        self.remove_unless_held(entry.path)
-
-    def remove_unless_held(self, path: str) -> None:
-        fd = open_folder(path)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for name in os.listdir(fd):
-                if stat.S_ISSOCK(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
-                    os.unlink(name, dir_fd=fd)
-            os.rmdir(path)
-        finally:
-            os.close(fd)
-
-    def end(self) -> None:
-        os.close(self.fd)
-        with contextlib.suppress(OSError):
-            self.remove_unless_held(self.path)
-
-
 ########################################################################################################
 # 14 SWAP: a restored state put in a subvolume's place
 #
@@ -4460,6 +4417,49 @@ def start_sender(path: str, parent: Optional[str], options: SendOptions) -> Loca
     if options.debug or not can_call_send():
         return LocalSender(send_argv(path, parent, options), socket_pair())
     return LocalSender(call_send_argv(path, parent, options), make_pipe())
+
+
+class PrivateFolder:
+    """A folder of this process alone, for sockets, whose paths may have 104 bytes, or to mount something at.
+
+    It is held by a lock. What a killed run left empty, or with sockets that nobody listens on, the next one removes.
+    """
+
+    PREFIX = "bbng-"
+    YOUNG = 60.0  # seconds in which it may not be held yet
+
+    def __init__(self) -> None:
+        import tempfile
+        parent = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
+        with contextlib.suppress(OSError):
+            self.sweep(parent)
+        self.path = tempfile.mkdtemp(prefix=self.PREFIX, dir=parent)
+        self.fd = open_folder(self.path)
+        fcntl.flock(self.fd, fcntl.LOCK_EX)
+
+    def sweep(self, parent: str) -> None:
+        for entry in os.scandir(parent):
+            if entry.name.startswith(self.PREFIX) and entry.is_dir(follow_symlinks=False):
+                about = entry.stat(follow_symlinks=False)
+                if about.st_uid == os.geteuid() and not 0 <= time.time() - about.st_mtime < self.YOUNG:
+                    with contextlib.suppress(OSError):
+                        self.remove_unless_held(entry.path)
+
+    def remove_unless_held(self, path: str) -> None:
+        fd = open_folder(path)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name in os.listdir(fd):
+                if stat.S_ISSOCK(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+                    os.unlink(name, dir_fd=fd)
+            os.rmdir(path)
+        finally:
+            os.close(fd)
+
+    def end(self) -> None:
+        os.close(self.fd)
+        with contextlib.suppress(OSError):
+            self.remove_unless_held(self.path)
 
 
 class Confinement:
