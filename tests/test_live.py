@@ -312,6 +312,11 @@ class View(LiveTestCase):
         time.sleep(0.2)
         self.assertSane(running)
 
+    @staticmethod
+    def is_stopped(pid):
+        with open("/proc/%d/stat" % pid, "rb") as stat:
+            return stat.read().rpartition(b")")[2].split()[0] == b"T"
+
     def test_the_terminal_is_given_back_on_ctrl_z(self):
         running = self.live()
         held = stop_all(running, "receive", 4)
@@ -319,6 +324,7 @@ class View(LiveTestCase):
         os.kill(running.pid, signal.SIGTSTP)
         running.wait_for("the main screen", lambda: not running.screen.is_alternate)
         self.assertTrue(running.screen.cursor_shown)
+        running.wait_for("a stopped process", lambda: self.is_stopped(running.pid))
         os.kill(running.pid, signal.SIGCONT)
         running.wait_for("the live view", lambda: running.screen.is_alternate)
         running.wait_to_show("4 at work")
