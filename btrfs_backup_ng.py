@@ -11070,6 +11070,7 @@ class TaskProcess:
         self.streams: Dict[int, str] = {}  # what comes on each open pipe
         self.rest = {"events": b"", "stdout": b"", "stderr": b""}
         self.turn: Optional[str] = None  # what it wants to be alone with
+        self.is_told = False  # that it waits for its turn
         self.has_turn = self.is_ready = self.waits = self.goes = self.took_snapshot = False
         self.errors: List[Dict[str, Any]] = []
 
@@ -11341,9 +11342,14 @@ class Crew:
         running = [process for process in self.processes if process.runs]
         for process in running:
             others = {other.turn for other in running if other.has_turn}
-            if process.turn is not None and not process.has_turn and process.turn not in others:
+            if process.turn is None or process.has_turn:
+                continue
+            if process.turn not in others:
                 process.has_turn = True
                 process.tell(TURN)
+            elif not process.is_told:
+                process.is_told = True
+                self.emit(process, "waiting", "info", "waiting for another task on the same snapshots")
         late = time.monotonic() - self.begun > SNAPSHOT_PATIENCE
         self.is_open = self.is_open or late or not any(process.delays for process in running)
         free = self.jobs - sum(process.goes for process in running)
@@ -11391,8 +11397,6 @@ class Crew:
         event = Event(*json.loads(line.decode("ascii")))
         if event.kind == "turn":
             process.turn = event.facts["key"]
-            if any(other.turn == process.turn for other in self.processes if other.has_turn and other.runs):
-                self.emit(process, "waiting", "info", "waiting for another task on the same snapshots")
         elif event.kind == "share":
             self.masters.ask(process, event.facts["argv"])
         elif event.kind == "ready":

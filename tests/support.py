@@ -11,6 +11,7 @@ Environment:
 """
 
 import atexit
+import ctypes
 import fcntl
 import glob
 import hashlib
@@ -557,6 +558,7 @@ def changeable(path):
 
 # Change.
 
+KEEP_SIZE, PUNCH_HOLE = 1, 2  # of fallocate(2)
 FICLONE = 0x40049409
 FICLONERANGE = 0x4020940d
 
@@ -657,16 +659,20 @@ class Churn:
         path = self.some_file()
         os.truncate(path, self.random.randint(0, 2 * os.path.getsize(path)))
 
-    def fallocate(self, *options):
+    def fallocate(self, mode):
+        """mode: as in fallocate(2). The program of that name opens with O_CREAT."""
         path = self.some_file(1)
         start, length = self.range_in(path)
-        command("fallocate", *options + ("-o", str(start), "-l", str(length), path))
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open(path, "r+b") as file:
+            if libc.fallocate(file.fileno(), mode, ctypes.c_int64(start), ctypes.c_int64(length)) != 0:
+                raise OSError(ctypes.get_errno(), "fallocate", path)
 
     def punch(self):
-        self.fallocate("-p")
+        self.fallocate(KEEP_SIZE | PUNCH_HOLE)
 
     def preallocate(self):
-        self.fallocate(*self.random.choice([(), ("-n",)]))
+        self.fallocate(self.random.choice([0, KEEP_SIZE]))
 
     def reflink(self):
         source, target = self.some_file(), self.new_path()
