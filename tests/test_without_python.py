@@ -181,7 +181,6 @@ class WhatGoesWrong(remote.RemoteTestCase):
         self.check_end(running, (143,))
 
     def test_the_source_there_is_killed(self):
-        support.delete(self.backup_path(self.name(1)))
         running = self.start(*self.program_options() + ["--retries", "0", "-S", "-p", "home", self.remote_source,
                                                        self.target])
         os.kill(running.wait_for("send", lambda: running.find("send")), signal.SIGKILL)
