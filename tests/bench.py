@@ -844,7 +844,7 @@ def as_json(case: Case, row: Row) -> Dict[str, Any]:
 
 def about_system() -> Dict[str, Any]:
     return {
-        "python": platform.python_version(),
+        "python": run_quietly([INTERPRETER, "-V"]).strip(),
         "kernel": platform.release(),
         "btrfs-progs": run_quietly(["btrfs", "--version"]).split("\n", 1)[0],
         "processors": os.cpu_count(),
@@ -876,8 +876,8 @@ def stage_with(scale: float) -> Iterator[Stage]:
             yield stage
 
 
-def run_cases(names: Sequence[str], options: argparse.Namespace) -> Dict[str, Row]:
-    rows = {}
+def run_cases(names: Sequence[str], options: argparse.Namespace, rows: Dict[str, Row]) -> None:
+    """Measure and print one case after the other; each that is done is in `rows` from then on."""
     title = LINE.format("case", "", "ours", "theirs", "ratio", "low..high", "target", "")
     print(title.rstrip(), flush=True)
     for name in names:
@@ -885,7 +885,6 @@ def run_cases(names: Sequence[str], options: argparse.Namespace) -> Dict[str, Ro
         with stage_with(options.scale) as stage:
             rows[name] = CASES[name].measure(stage, min(options.rounds, CASES[name].most_rounds))
         print(format_row(name, CASES[name], rows[name]), flush=True)
-    return rows
 
 
 def write_json(path: str, rows: Dict[str, Row], options: argparse.Namespace) -> None:
@@ -924,15 +923,18 @@ def main() -> int:
         print("bench: needs root, btrfs-progs and a built zipapp; try: sudo make bench", file=sys.stderr)
         return 1
     end_cleanly_on_signals()
+    rows: Dict[str, Row] = {}
     try:
-        rows = run_cases(options.cases or list(CASES), options)
+        run_cases(options.cases or list(CASES), options, rows)
     except (BenchError, ScratchError) as error:
         print("bench: {}".format(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    if options.json:
-        write_json(options.json, rows, options)
+    finally:
+        # Also when a later case could not run: hours may have gone into those before.
+        if options.json:
+            write_json(options.json, rows, options)
     return 1 if any(verdict(CASES[name], row) == "over" for name, row in rows.items()) else 0
 
 

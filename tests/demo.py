@@ -1,4 +1,4 @@
-"""Shows the main job on two scratch filesystems: back up, change, back up, lose, restore.
+"""Shows the main job on two scratch filesystems: back up, change, back up, verify, lose, restore.
 
     python3 tests/demo.py
 
@@ -120,7 +120,6 @@ class Demo:
     def __init__(self, laptop: str, disk: str) -> None:
         self.home = os.path.join(laptop, "home")
         self.snapshots = os.path.join(self.home, SNAPSHOT_FOLDER)
-        self.restored = os.path.join(laptop, "restored")
         self.backups = os.path.join(disk, "home")
 
     def check_backups(self, count: int) -> None:
@@ -168,11 +167,16 @@ class Demo:
             fail("the second backup was not incremental")
 
     def listing(self) -> None:
-        explain("Each backup is a whole subvolume that can be looked into, not a bundle of\n"
-                "differences. The received UUID tells which snapshot it came from:")
-        output = type_command("btrfs subvolume list -R {}".format(self.backups))
-        if len(output.splitlines()) != 2:
-            fail("two subvolumes should be listed")
+        explain("What is there? `parent` marks what the next backup builds on. Each backup is a\n"
+                "whole subvolume that can be looked into, not a bundle of differences:")
+        output = type_command("btrfs-backup-ng list {} {}".format(self.home, self.backups))
+        for name in visible_names(self.backups):
+            if name not in output:
+                fail("{} should be listed".format(name))
+
+    def verify(self) -> None:
+        explain("Is it equal to its snapshot? Both are read on their own side, every byte:")
+        type_command("btrfs-backup-ng verify --latest {} {}".format(self.home, self.backups))
 
     def restore_file(self) -> None:
         letter = os.path.join(self.home, "letters/thanks.txt")
@@ -187,24 +191,23 @@ class Demo:
             fail("the letter is not what it was")
 
     def restore_all(self) -> None:
-        backup = self.newest(self.backups)
-        received = os.path.join(self.restored, os.path.basename(backup))
-        explain("The whole of it, as after the loss of a disk: send the backup back, then make\n"
-                "a writable snapshot of what has arrived, to go on working in:")
-        type_command("mkdir {}".format(self.restored))
-        type_command("btrfs send -q {} | btrfs receive {}".format(backup, self.restored))
-        type_command("btrfs subvolume snapshot {} {}/home".format(received, self.restored))
-        explain("Is it the same? Compared with the snapshot that was taken at the source (the\n"
-                "folder of the snapshots aside, as subvolumes inside a subvolume are not sent):")
-        type_command("diff -r --no-dereference -x .btrfs-backup-ng {} {}/home && echo equal".format(
-            self.newest(self.snapshots), self.restored))
+        explain("And now everything is gone:")
+        type_command("rm -r {0}/letters {0}/photos".format(self.home))
+        explain("The newest backup comes back in the place of the subvolume. Nothing is overwritten,\n"
+                "the old one stays beside it. The disk still has a snapshot, so little is sent:")
+        type_command("btrfs-backup-ng restore {} --latest --in-place {}".format(self.backups, self.home))
+        type_command("diff -r --no-dereference -x .btrfs-backup-ng {} {} && echo equal".format(
+            self.newest(self.backups), self.home))
         self.check_restored()
+        explain("Backups go on from there, incrementally:")
+        output = type_command("btrfs-backup-ng --dry-run {} {}".format(self.home, self.backups))
+        if "incrementally from" not in output:
+            fail("the next backup should be incremental")
 
     def check_restored(self) -> None:
         """Look once more without diff: the files that the demo itself has written."""
         for name, contents in FILES.items():
-            restored = read_file(os.path.join(self.restored, "home", name))
-            if not restored.startswith(contents):
+            if not read_file(os.path.join(self.home, name)).startswith(contents):
                 fail("{} was not restored as it was".format(name))
 
     def steps(self) -> Sequence[Callable[[], None]]:
@@ -215,6 +218,7 @@ class Demo:
             self.dry_run,
             self.incremental_backup,
             self.listing,
+            self.verify,
             self.restore_file,
             self.restore_all,
         )
