@@ -10,7 +10,6 @@ beside others is run once more by itself: the summary names it, and it counts as
 """
 
 import argparse
-import contextlib
 import fnmatch
 import json
 import os
@@ -62,6 +61,14 @@ class Report(unittest.TestResult):
         self.reason = ""
         self.started = 0.0
         self.unsteady = 0  # tests that failed beside others and passed by themselves
+
+    @property
+    def shouldStop(self) -> bool:
+        return self._should_stop or Signals.came
+
+    @shouldStop.setter
+    def shouldStop(self, value: bool) -> None:
+        self._should_stop = value
 
     def startTest(self, test: Any) -> None:
         super().startTest(test)
@@ -156,27 +163,40 @@ def limited(test: Any, seconds: int) -> Any:
     return test
 
 
-@contextlib.contextmanager
-def signals_end_gently(report: Report) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM lets the test at work end and clean up, a second Ctrl-C raises.
+class Signals:
+    """What the process does on signals, from its beginning to its end.
 
-    An exception at once would leave out a test's cleanups, so mounts would stay behind.
+    The first one lets the test at work end and clean up, a second Ctrl-C raises. An exception at once would
+    leave out a test's cleanups, so mounts would stay behind.
+
+    What the process was begun with as ignored (by nohup, or by a script's &) it handles by doing nothing: that
+    an ignored signal is ignored would be inherited by the programs under test, a handler is not.
     """
-    unittest.installHandler()
-    unittest.registerResult(report)
-    signal.signal(signal.SIGTERM, lambda _number, _frame: report.stop())
-    signal.signal(signal.SIGALRM, _raise_too_slow)
-    try:
-        yield
-    finally:
-        unittest.removeHandler()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    came = False
+    interrupted = False
+
+    @classmethod
+    def stop(cls, number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and cls.interrupted:
+            raise KeyboardInterrupt
+        cls.came = True
+        cls.interrupted |= number == signal.SIGINT
+
+    @classmethod
+    def handle(cls) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            if signal.getsignal(number) == signal.SIG_IGN:
+                signal.signal(number, lambda _number, _frame: None)
+            elif number != signal.SIGQUIT:
+                signal.signal(number, cls.stop)
+        signal.signal(signal.SIGALRM, _raise_too_slow)
 
 
 def run_tests(tests: List[Any], options: argparse.Namespace) -> Report:
     report = Report(skips_allowed=not os.environ.get("CI"))
     report.failfast = options.failfast
-    with signals_end_gently(report), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("default", ResourceWarning)
         Suite(limited(test, options.limit) for test in tests).run(report)
     return report
@@ -244,15 +264,16 @@ def run_shared(tests: List[Any], options: argparse.Namespace) -> Report:
         os.path.abspath(__file__), "--worker", "--limit", str(options.limit)]
     workers = [subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True,
                                 encoding="utf-8", errors="backslashreplace") for _ in range(options.jobs)]
-    with signals_end_gently(report):
-        threads = [threading.Thread(target=serve, args=(worker, classes, report)) for worker in workers]
-        for thread in threads:
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
-            time.sleep(0.2)
-            if report.shouldStop:
-                for worker in workers:
-                    worker.terminate()
+    threads = [threading.Thread(target=serve, args=(worker, classes, report)) for worker in workers]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads) and not report.shouldStop:
+        time.sleep(0.2)
+    if report.shouldStop:
+        for worker in workers:
+            worker.terminate()
+    for thread in threads:
+        thread.join()
     return report
 
 
@@ -324,6 +345,7 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
 
 def main(argv: Optional[List[str]] = None) -> int:
     options = parse_arguments(argv)
+    Signals.handle()
     # Run by root, the suite must not leave root's files in a user's clone.
     sys.dont_write_bytecode = True
     sys.path[:0] = [REPOSITORY]

@@ -47,9 +47,10 @@ def _end_by_exception(number: int, _frame: Any) -> None:
 
 
 def end_cleanly_on_signals() -> None:
-    """Let SIGTERM and SIGHUP unwind the context managers, as SIGINT does anyway."""
+    """Let SIGTERM and SIGHUP unwind the context managers, as SIGINT does anyway; not what nohup ignores."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end_by_exception)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _end_by_exception)
 
 
 def find_system_programs() -> None:

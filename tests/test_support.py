@@ -1,6 +1,7 @@
 """The fixtures themselves: tree() sees every change, Churn can be sent, nothing stays mounted."""
 
 import os
+import signal
 import stat
 import struct
 import subprocess
@@ -109,6 +110,53 @@ class NothingStaysBehind(support.TestCase):
         self.assertEqual([], os.listdir(disk.path))
         disk.mount()
         self.assertEqual(["file"], os.listdir(disk.path))
+
+
+class TheRunner(support.TestCase):
+    """tests/run.py itself, with its processes, on signals."""
+
+    def start(self, *words, wrapper=()):
+        argv = (sys.executable, os.path.join(support.HERE, "run.py"))
+        running = support.Running(*words, program=argv, wrapper=wrapper)
+        self.addCleanup(running.close)
+        return running
+
+    def mounts_of(self, pids):
+        return [mount for pid in pids for base in support.scratch_bases()
+                for mount in support.mounts_below(os.path.join(base, support.SCRATCH_PREFIX + str(pid)))]
+
+    def assertEndsCleanly(self, send):
+        # The classes of the first are quick and need no disks: each process has others behind it by then.
+        running = self.start("--jobs", "2", "test_files.", "test_host.")
+
+        def with_disks():
+            return [pid for pid in running.processes() if self.mounts_of([pid])]
+
+        running.wait_for("disks of both", lambda: len(with_disks()) == 2)
+        workers = with_disks()
+        send(running.pid)
+        result = running.finish()
+        self.assertEqual(1, result.status, result.stderr)
+        self.assertIn("ended before all tests had run", result.stdout)
+        self.assertNotIn("KeyboardInterrupt", result.stdout + result.stderr)
+        self.assertEqual([], self.mounts_of(workers))
+
+    def test_ctrl_c(self):
+        self.assertEndsCleanly(lambda pid: os.killpg(pid, signal.SIGINT))
+
+    def test_sigterm(self):
+        self.assertEndsCleanly(lambda pid: os.kill(pid, signal.SIGTERM))
+
+    def test_sigterm_to_each_process(self):
+        self.assertEndsCleanly(lambda pid: os.killpg(pid, signal.SIGTERM))
+
+    def test_what_it_ignores_the_program_does_not(self):
+        """Begun by nohup, or by a script's &."""
+        wrapper = ("sh", "-c", "trap '' INT HUP QUIT; exec \"$@\"", "sh")
+        for test in ("test_faults.Interrupted.test_sigint_to_the_program_alone",
+                     "test_live.View.test_the_terminal_is_closed"):
+            result = self.start(test, wrapper=wrapper).finish()
+            self.assertEqual(0, result.status, result.stdout + result.stderr)
 
 
 if __name__ == "__main__":
