@@ -1966,7 +1966,7 @@ DEFAULT_ACL = b"system.posix_acl_default"
 LARGEST_PATHS = 4 + 4096  # of a command's payload, with its first attribute, a path
 LARGEST_CHECKED = 256 << 10  # of a command that is no write
 LARGEST_FIRST_COMMAND = 64 * 1024
-LARGEST_COMMAND = 4 << 20  # bytes; the kernel's are below 200 KiB
+LARGEST_COMMAND = 1 << 20  # bytes; the kernel's are below 200 KiB
 Chunk = Union[bytes, memoryview]
 CommandSpan = Tuple[int, int, int]  # start, end and number of a command
 Block = Tuple[Chunk, List[CommandSpan]]  # whole commands, and the wanted ones of them
@@ -6955,9 +6955,12 @@ class RawPlace:
 ########################################################################################################
 
 READ_SIZE = PIPE_SIZE
-LANE_CHUNKS = 4  # of READ_SIZE at most: what a lane holds that it has not written yet; one more is lent to its pipe
+LANE_CHUNKS = 4  # of READ_SIZE at most: what a lane holds that it has not written yet
+# How far back from the position of a lane its pipe may still read: what it holds, what is lent to the pipe, and a
+# command that a chunk has torn, which is written with the next one only.
+LENT = LANE_CHUNKS * READ_SIZE + PIPE_SIZE + COMMAND_HEADER.size + LARGEST_COMMAND
 # Bytes kept in memory: little, which stays in the processor's caches, and what a broken lane goes on from.
-SMALL_WINDOW, WINDOW, HISTORY = 8 << 20, 24 << 20, 16 << 20
+SMALL_WINDOW, WINDOW, HISTORY = 9 << 20, 24 << 20, 16 << 20
 SHORTEST_NAP, LONGEST_NAP, IDLE_NAP = 0.0005, 0.008, 0.1  # seconds
 PROGRESS_INTERVAL = 0.2  # seconds
 SLOW_PATIENCE = 5.0  # seconds that others wait for a lane which has less than a quarter of their speed
@@ -7098,7 +7101,7 @@ class Relay:
         self.lanes = {key: Lane(receiver, start, manner.limit) for key, receiver in lanes.items()}
         is_near = all(isinstance(receiver, LocalReceiver) for receiver in lanes.values())
         is_small = is_near or manner.reopen is None  # nothing goes on from this relay's memory
-        self.history = (LANE_CHUNKS + 1) * READ_SIZE if is_small else HISTORY
+        self.history = LENT if is_small else HISTORY
         self.window = Window(start, SMALL_WINDOW if is_small else WINDOW)
         self.result = Relayed(0, 0.0, {}, {}, {}, {})
         self.signals = HeldSignals()

@@ -7,6 +7,7 @@ import random
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import unittest
 from typing import Any
@@ -502,6 +503,57 @@ class Lending(unittest.TestCase):
         self.addCleanup(os.close, write_end)
         with self.assertRaises(BrokenPipeError):
             program.write_or_lend(write_end, memoryview(self.memory))
+
+
+class FromMemory:
+    """A sender that is always ahead."""
+
+    start = 0
+
+    def __init__(self, data):
+        self.rest = memoryview(data)
+
+    def read(self, buffer):
+        got = min(len(buffer), len(self.rest))
+        buffer[:got], self.rest = self.rest[:got], self.rest[got:]
+        return got
+
+    def finish(self, timeout):
+        pass
+
+    def end(self):
+        pass
+
+
+class Behind(unittest.TestCase):
+    """A reader of lent pages that lags behind as far as it can."""
+
+    READER = """
+import sys, time
+with open(sys.argv[1], "wb") as file:
+    while True:
+        data = sys.stdin.buffer.read(3300000)
+        if not data:
+            break
+        file.write(data)
+        time.sleep(0.1)
+"""
+
+    def test_nothing_changes_before_it_was_read(self):
+        """Not even what is late because the end of a chunk had torn its command."""
+        size = 300000  # the reader here looks at no checksum and no attributes
+        commands = [program.COMMAND_HEADER.pack(size, WRITE, 0) + struct.pack("<I", number) * (size // 4)
+                    for number in range(350)]
+        data = stream(commands) + THE_END
+        with tempfile.TemporaryDirectory() as folder:
+            arrived, incoming = os.path.join(folder, "arrived"), IncomingStream(EXPECTED)
+            argv = [sys.executable, "-c", self.READER, arrived]
+            receiver = program.LocalReceiver(argv, incoming, program.Partial(folder, EXPECTED), False)
+            relayed = program.Relay(FromMemory(data), {"": receiver}, 60, lambda size, data: None).run()
+            self.assertIn("left no", str(relayed.errors[""]))  # all went well up to there: this reader makes no backup
+            expected = IncomingStream(EXPECTED)
+            with open(arrived, "rb") as file:
+                self.assertTrue(file.read() == b"".join(expected.edit(data)) + expected.closing)
 
 
 class Size(unittest.TestCase):
