@@ -6960,7 +6960,7 @@ LANE_CHUNKS = 4  # of READ_SIZE at most: what a lane holds that it has not writt
 # command that a chunk has torn, which is written with the next one only.
 LENT = LANE_CHUNKS * READ_SIZE + PIPE_SIZE + COMMAND_HEADER.size + LARGEST_COMMAND
 # Bytes kept in memory: little, which stays in the processor's caches, and what a broken lane goes on from.
-SMALL_WINDOW, WINDOW, HISTORY = 9 << 20, 24 << 20, 16 << 20
+SMALL_WINDOW, WINDOW, HISTORY = 8 << 20, 24 << 20, 16 << 20
 SHORTEST_NAP, LONGEST_NAP, IDLE_NAP = 0.0005, 0.008, 0.1  # seconds
 PROGRESS_INTERVAL = 0.2  # seconds
 SLOW_PATIENCE = 5.0  # seconds that others wait for a lane which has less than a quarter of their speed
