@@ -932,8 +932,8 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        # Also when a later case could not run: hours may have gone into those before.
-        if options.json:
+        # Also when a later case could not run: much time has gone into those before.
+        if options.json and rows:
             write_json(options.json, rows, options)
     return 1 if any(verdict(CASES[name], row) == "over" for name, row in rows.items()) else 0
 

@@ -43,6 +43,40 @@ class TooSlow(AssertionError):
     """A test ran into the time limit."""
 
 
+def _raise_too_slow(_number: int, _frame: Any) -> None:
+    raise TooSlow("the test took too long (see --limit)")
+
+
+class Signals:
+    """What the process does on signals, from its beginning to its end.
+
+    The first one lets the test at work end and clean up, a second Ctrl-C raises. An exception at once would
+    leave out a test's cleanups, so mounts would stay behind.
+
+    What the process was begun with as ignored (by nohup, or by a script's &) it handles by doing nothing: that
+    an ignored signal is ignored would be inherited by the programs under test, a handler is not.
+    """
+
+    came = False
+    interrupted = False
+
+    @classmethod
+    def stop(cls, number: int, _frame: Any) -> None:
+        if number == signal.SIGINT and cls.interrupted:
+            raise KeyboardInterrupt
+        cls.came = True
+        cls.interrupted |= number == signal.SIGINT
+
+    @classmethod
+    def handle(cls) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            if signal.getsignal(number) == signal.SIG_IGN:
+                signal.signal(number, lambda _number, _frame: None)
+            elif number != signal.SIGQUIT:
+                signal.signal(number, cls.stop)
+        signal.signal(signal.SIGALRM, _raise_too_slow)
+
+
 class Report(unittest.TestResult):
     """Prints each test as it ends, and keeps what the end of the run is about.
 
@@ -144,10 +178,6 @@ def choose_tests(patterns: List[str]) -> List[Any]:
     return [test for test in all_tests(found) if is_chosen(test.id(), patterns)]
 
 
-def _raise_too_slow(_number: int, _frame: Any) -> None:
-    raise TooSlow("the test took too long (see --limit)")
-
-
 def limited(test: Any, seconds: int) -> Any:
     """Let a hanging test fail by an exception, so that its cleanups still run."""
     run = test.run
@@ -161,36 +191,6 @@ def limited(test: Any, seconds: int) -> Any:
 
     test.run = run_limited
     return test
-
-
-class Signals:
-    """What the process does on signals, from its beginning to its end.
-
-    The first one lets the test at work end and clean up, a second Ctrl-C raises. An exception at once would
-    leave out a test's cleanups, so mounts would stay behind.
-
-    What the process was begun with as ignored (by nohup, or by a script's &) it handles by doing nothing: that
-    an ignored signal is ignored would be inherited by the programs under test, a handler is not.
-    """
-
-    came = False
-    interrupted = False
-
-    @classmethod
-    def stop(cls, number: int, _frame: Any) -> None:
-        if number == signal.SIGINT and cls.interrupted:
-            raise KeyboardInterrupt
-        cls.came = True
-        cls.interrupted |= number == signal.SIGINT
-
-    @classmethod
-    def handle(cls) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-            if signal.getsignal(number) == signal.SIG_IGN:
-                signal.signal(number, lambda _number, _frame: None)
-            elif number != signal.SIGQUIT:
-                signal.signal(number, cls.stop)
-        signal.signal(signal.SIGALRM, _raise_too_slow)
 
 
 def run_tests(tests: List[Any], options: argparse.Namespace) -> Report:
