@@ -2452,7 +2452,7 @@ class SizeMeter:
 ########################################################################################################
 
 class Event(NamedTuple):
-    """`level` is one of LEVELS, or what no log shows: `progress`, `state` of a task, `control` between processes."""
+    """`level` is one of LEVELS, or what no log shows: `progress`, or the `state` of a task."""
 
     kind: str
     level: str
@@ -8432,6 +8432,7 @@ sys.argv = ["btrfs-backup-ng", "agent"]
 raise SystemExit(program.main(["agent"]))
 '''
 CONNECT_TIMEOUT = 20  # seconds
+MOST_TOLD = 4096  # characters of what a host says
 ENDING_TIMEOUT = 10.0  # seconds for the far side to say that it has ended a transfer
 
 
@@ -8745,6 +8746,25 @@ class RemoteMeasuring:
         """Nothing: it ends with the connection at the latest."""
 
 
+# What another host may tell: for each kind of event its level, and its facts with their types. All LocalHost tells.
+TELLABLE: Dict[str, Tuple[str, Dict[str, Any]]] = {
+    "command": ("debug", {}), "search": ("debug", {}), "skipping": ("debug", {"snapshot": str}),
+    "waiting": ("info", {}), "state": ("warning", {}),
+    "progress": ("progress", {"snapshot": str, "destination": str, "done": int, "expected": Optional[int],
+                              "rate": float})}
+
+
+def told_event(told: Any) -> Optional[Event]:
+    """The event that another host tells; None for whatever it may not tell."""
+    if not is_of_type(told, Tuple[str, str, str, Dict[str, Any]]):
+        return None
+    kind, level, text, facts = told
+    known_level, types = TELLABLE.get(kind, ("", {}))
+    if level != known_level or not all(key in types and is_of_type(facts[key], types[key]) for key in facts):
+        return None
+    return Event(kind, level, text, facts)
+
+
 class AgentHost:
     """A host that an agent does the calls of: the same calls as LocalHost's, by the same names."""
 
@@ -8796,10 +8816,12 @@ class AgentHost:
             self.holder = None
         connection.end()
 
-    def pass_on(self, event: Any) -> None:
-        """An event of the other host becomes one of ours."""
-        kind, level, text, facts = event
-        self.events.emit(kind, level, "{}: {}".format(self.machine, text) if text else "", **facts)
+    def pass_on(self, told: Any) -> None:
+        """An event of the other host becomes one of ours, if it is one that a host may tell."""
+        event = told_event(told)
+        if event is not None:
+            text = "{}: {}".format(self.machine, printable(event.text[:MOST_TOLD])) if event.text else ""
+            self.events.emit(event.kind, event.level, text, **event.facts)
 
     def locate(self, error: BackupError) -> None:
         """An error of the other host says so, and what an ordinary user can do about it."""
@@ -8938,13 +8960,13 @@ class AgentHost:
         return RemoteMeasuring(self, (folder, name, parent))
 
 
-Share = Callable[[Sequence[str]], str]
+Share = Callable[[Endpoint, Dict[str, str]], str]
 
 
 class SshConnector:
     """Makes connections to one machine; they share one authentication.
 
-    share: gives the control path of a connection that others keep, for the ssh command of its first one; '' where
+    share: gives the control path of a connection to the endpoint that others keep, by ssh's settings for it; '' where
     there is none.
     """
 
@@ -8967,7 +8989,7 @@ class SshConnector:
                 raise no_agent_error(self.endpoint.machine, outcome.status, outcome.error, "")
             self.settings = parse_ssh_settings(outcome.out)
         if self.share is not None and self.settings.get("controlpath", "none") == "none":
-            shared = self.share(ssh_argv(self.endpoint, self.options, open_settings(self.settings, "", True)))
+            shared = self.share(self.endpoint, self.settings)
             if shared:
                 return ssh_argv(self.endpoint, self.options, open_settings(self.settings, shared, False))
         return ssh_argv(self.endpoint, self.options, open_settings(self.settings, self.control_path(), is_first))
@@ -10906,10 +10928,11 @@ def run_prune(task: Task, events: Events) -> int:
 ########################################################################################################
 # 31 CREW: the tasks of one command, each in a process of its own
 #
-# Each task runs in a child of ours: down a pipe comes the leave to go on, up another come its events, a line
-# of JSON each. All take their snapshots first; then they go on, no more at once than allowed. Tasks on one
-# snapshot folder and prefix take turns. A child whose pipe from us ends has lost us, and stops as if it were
-# interrupted. Never: a child left running when we are done with it; a display that a child writes to.
+# Each task runs in a child of ours: down a pipe comes the leave to go on, up another come its events, each a list
+# in a line of JSON, and what it asks of us, each an object, which nothing that an event holds can become. All take
+# their snapshots first; then they go on, no more at once than allowed. Tasks on one snapshot folder and prefix take
+# turns. A child whose pipe from us ends has lost us, and stops as if it were interrupted. Never: a child left
+# running when we are done with it; a display that a child writes to; a command line that a child has sent.
 ########################################################################################################
 
 TICK = 0.1  # seconds between looks at everything
@@ -10998,15 +11021,21 @@ def task_names(requests: Sequence[Request]) -> List[str]:
 
 
 class ChildEvents:
-    """A reader of events that passes them on to the parent."""
+    """A reader of events that passes them on to the parent; and the way to ask something of it."""
 
     def __init__(self, fd: int, progress: bool) -> None:
-        self.fd, self.progress = fd, progress
+        self.fd, self.progress, self.mutex = fd, progress, threading.Lock()
 
     def __call__(self, event: Event) -> None:
+        self.write(event)
+
+    def ask(self, word: str, what: Any = None) -> None:
+        self.write({"ask": word, "of": what})
+
+    def write(self, said: Any) -> None:
         import json
-        data = json.dumps(event, default=str).encode("ascii") + b"\n"
-        with contextlib.suppress(BrokenPipeError):  # that the parent has gone is seen elsewhere
+        data = json.dumps(said, default=str).encode("ascii") + b"\n"
+        with self.mutex, contextlib.suppress(BrokenPipeError):  # that the parent has gone is seen elsewhere
             while data:
                 data = data[os.write(self.fd, data):]
 
@@ -11018,10 +11047,10 @@ def master_path(folder: str, number: int) -> str:
 class ChildGate(Gate):
     """Asks the parent, and hears from it on stdin."""
 
-    def __init__(self, events: Events, folder: str, on_loss: Callable[[], None]) -> None:
+    def __init__(self, parent: ChildEvents, folder: str, on_loss: Callable[[], None]) -> None:
         """folder: of the sockets of shared connections; '' where there are none."""
         import queue
-        self.events, self.folder, self.on_loss = events, folder, on_loss
+        self.parent, self.folder, self.on_loss = parent, folder, on_loss
         self.leaves = {TURN: threading.Event(), GO: threading.Event()}
         self.answers: "queue.Queue[bytes]" = queue.Queue()
         self.asking = threading.Lock()
@@ -11037,18 +11066,18 @@ class ChildGate(Gate):
         os.kill(os.getpid(), signal.SIGTERM)
 
     def take_turn(self, key: str) -> None:
-        self.events.emit("turn", "control", key=key)
+        self.parent.ask("turn", key)
         self.leaves[TURN].wait()
 
     def snapshot_taken(self) -> None:
-        self.events.emit("ready", "control")
+        self.parent.ask("ready")
         self.leaves[GO].wait()
 
-    def share(self, argv: Sequence[str]) -> str:
+    def share(self, endpoint: Endpoint, settings: Dict[str, str]) -> str:
         if not self.folder:
             return ""
         with self.asking:
-            self.events.emit("share", "control", argv=list(argv))
+            self.parent.ask("share", [endpoint.machine, settings])
             answer = self.answers.get()
         return master_path(self.folder, int(answer[1:4])) if answer != UNSHARED else ""
 
@@ -11212,8 +11241,19 @@ class Masters:
         self.all: List[Master] = []
         self.numbers = itertools.count()
 
-    def ask(self, process: TaskProcess, argv: Sequence[str]) -> None:
-        """Finds a connection that `argv` may share, or makes it; `look` answers."""
+    @staticmethod
+    def argv(request: Request, machine: str, settings: Dict[str, str]) -> List[str]:
+        """The ssh command to a machine that the user has named, by ssh's settings for it; [] for any other machine."""
+        options = SshOptions(request.task.ssh_options, request.task.ssh_sudo)
+        return next((ssh_argv(endpoint, options, open_settings(settings, "", True))
+                     for endpoint in map(parse_endpoint, request.paths) if endpoint.machine == machine != ""), [])
+
+    def ask(self, process: TaskProcess, machine: str, settings: Dict[str, str]) -> None:
+        """Finds a connection to a machine that the task may share, or makes it; `look` answers."""
+        argv = self.argv(process.request, machine, settings)
+        if not argv:
+            process.tell(UNSHARED)
+            return
         for master in self.all:
             running = [user for user in master.users if user.runs]
             if master.argv == argv and (process in running or len(running) < MASTER_TASKS):
@@ -11305,8 +11345,9 @@ class Crew:
 
     def act(self, task: Task, fd: int, terminal: int) -> int:
         """What the child does."""
-        events = Events(ChildEvents(fd, self.progress))
-        gate = ChildGate(events, self.masters.folder, functools.partial(close_lost_screen, terminal, self.token))
+        parent = ChildEvents(fd, self.progress)
+        events = Events(parent)
+        gate = ChildGate(parent, self.masters.folder, functools.partial(close_lost_screen, terminal, self.token))
         return run_and_report(lambda task, events: run_task(task, events, gate), task, events)
 
     def step(self) -> None:
@@ -11397,15 +11438,24 @@ class Crew:
 
     def take(self, process: TaskProcess, line: bytes) -> None:
         import json
-        event = Event(*json.loads(line.decode("ascii")))
-        if event.kind == "turn":
-            process.turn = event.facts["key"]
-        elif event.kind == "share":
-            self.masters.ask(process, event.facts["argv"])
-        elif event.kind == "ready":
+        said = json.loads(line.decode("ascii"))
+        if isinstance(said, dict):
+            self.answer(process, said["ask"], said["of"])
+        else:
+            self.take_event(process, Event(*said))
+
+    def answer(self, process: TaskProcess, word: str, what: Any) -> None:
+        """Notes what a child asks for; `give_leave` and the masters answer."""
+        if word == "turn":
+            process.turn = what
+        elif word == "share":
+            self.masters.ask(process, *what)
+        elif word == "ready":
             process.is_ready = True
             self.show(process, "waiting")
-        elif event.kind != "interrupted" or not self.stopped_by:
+
+    def take_event(self, process: TaskProcess, event: Event) -> None:
+        if event.kind != "interrupted" or not self.stopped_by:
             process.waits = event.kind == "waiting"
             process.took_snapshot = process.took_snapshot or event.kind == "snapshot"
             self.emit(process, *event[:3], **event.facts)
