@@ -2235,6 +2235,31 @@ class PrefixCheck:
             self.hash = new_hash()
 
 
+class RestartCheck:
+    """Notices a stream that begins anew in its own midst; StreamDamaged then.
+
+    Lengths alone do not tell, for in zeros they fall into step again. What begins anew says the names and ids of its
+    first command again. No file of the snapshot holds those, as its UUID is made after its contents: a file may
+    well be a stream, but one of another snapshot, or of a state of this one before it was made writable and changed,
+    whose `ctransid` is another.
+    """
+
+    def __init__(self, name: str, uuid: str, ctransid: int) -> None:
+        path = os.fsencode(name)
+        # without zeros at the end, which make finding slow in zeros
+        self.opening = b"".join(ATTRIBUTE.pack(kind, len(data)) + data for kind, data in (
+            (A_PATH, path), (A_UUID, parse_uuid(uuid)), (A_CTRANSID, struct.pack("<Q", ctransid)))).rstrip(b"\0")
+        self.sign = path + b"\1"  # of it what is found ten times as fast, with the kind of what follows
+        self.tail = b""
+
+    def look(self, chunk: Chunk) -> None:
+        """Takes the next bytes, from behind the first command on."""
+        data = b"".join((self.tail, chunk))
+        if self.sign in data and self.opening in data:
+            raise StreamDamaged("btrfs send was stopped, and began anew in the midst of its stream")
+        self.tail = data[1 - len(self.opening):]
+
+
 def set_default_acl(acl: Optional[str]) -> bytes:
     """The command that gives the top folder a default ACL; nothing where it has none."""
     if acl is None:
@@ -2257,6 +2282,7 @@ class IncomingStream:
                                     + (() if sole_parent else (CLONE,)), of_top=(CHMOD, CHOWN))
         self.path_check = None if trusted else PathCheck()
         self.reader.file_data, self.reader.headers = resume.file_data, []
+        self.restart: Optional[RestartCheck] = None  # from the first command on
         self.offset, self.hash = resume.offset, new_hash()
         self.held: Optional[ResumePoint] = None
         self.version = self.ctransid = 0
@@ -2305,6 +2331,8 @@ class IncomingStream:
 
     def edit_rest(self, chunk: Chunk) -> List[Chunk]:
         """The same, beyond the first command."""
+        self.restart = self.restart or RestartCheck(self.expected.name, self.expected.uuid, self.ctransid)
+        self.restart.look(chunk)
         if self.path_check is not None:
             self.path_check.feed(chunk)
         return self.edit_blocks(self.reader.feed(chunk))
@@ -2388,6 +2416,7 @@ class WatchedStream:
         self.expected = expected
         self.opening: Optional[bytes] = b""
         self.reader = CommandReader((END,))
+        self.restart: Optional[RestartCheck] = None  # from the first command on
         self.ended = False
 
     def watch(self, chunk: Chunk) -> Chunk:
@@ -2400,11 +2429,14 @@ class WatchedStream:
         if first is None:
             return b""
         check_first_command(first, self.expected)
+        self.restart = RestartCheck(self.expected.name, self.expected.uuid, first.number_of(A_CTRANSID))
         held, self.opening = self.opening, None
         self.follow(memoryview(held)[first.end:])
         return held
 
     def follow(self, chunk: Chunk) -> None:
+        if self.restart is not None:
+            self.restart.look(chunk)
         over = self.ended and len(chunk) > 0
         for data, spans in self.reader.feed(chunk):
             over = over or self.ended or any(end < len(data) for _, end, _ in spans)

@@ -23,6 +23,8 @@ from btrfs_backup_ng import (
     IncomingStream,
     SendOptions,
     SizeMeter,
+    StreamDamaged,
+    WatchedStream,
     check_first_command,
     crc32c,
     format_error,
@@ -448,6 +450,66 @@ class Incoming(unittest.TestCase):
 
     def test_nothing_at_all_may(self):
         self.assertEqual((self.edited([]), True), self.edit([b"", INCREMENTAL, b"", b""]))
+
+
+class BegunAnew(unittest.TestCase):
+    """A sender that was stopped begins anew in the midst of a command: seen wherever that is, and in nothing else."""
+
+    ZEROS = (WRITE, [(PATH, b"image"), (FILE_OFFSET, bytes(8)), (DATA, bytes(3000))])
+
+    def whole(self):
+        return stream([self.ZEROS, MAKE_FILE, self.ZEROS, TOP_MODE], first_command(parent=None)) + THE_END
+
+    def outcome(self, take, data, size):
+        """(what it was refused for, whether it has ended)"""
+        passing = take(EXPECTED._replace(parent_uuid=None))
+        pass_on = passing.watch if take is WatchedStream else passing.edit
+        try:
+            for piece in pieces_of(data, size):
+                pass_on(memoryview(bytearray(piece)))
+        except BackupError as error:
+            return error, passing.ended
+        return None, passing.ended
+
+    def test_at_any_byte(self):
+        data, chance = self.whole(), random.Random(7)
+        torn = range(len(stream([], first_command(parent=None))) + 1, len(data) - len(THE_END))
+        for take in (WatchedStream, IncomingStream):
+            taken = [at for at in torn
+                     if self.outcome(take, data[:at] + data, chance.choice([150, 1000, 1 << 20])) == (None, True)]
+            self.assertEqual([], taken, take.__name__)
+
+    def test_in_zeros_it_is_told_as_what_it_is(self):
+        data = self.whole()
+        begun = data.index(bytes(2000))
+        for take in (WatchedStream, IncomingStream):
+            for at in range(begun, begun + 2000, 7):
+                for size in (64, 1 << 20):
+                    error, ended = self.outcome(take, data[:at] + data, size)
+                    self.assertIsInstance(error, StreamDamaged)
+                    self.assertFalse(ended)
+
+    def test_while_it_is_gone_on_from(self):
+        data = self.whole()
+        first = len(stream([self.ZEROS], first_command(parent=None)))
+        begun = data.index(bytes(2000), first)
+        for torn in range(begun, begun + 1900, 50):
+            incoming = IncomingStream(EXPECTED._replace(parent_uuid=None),
+                                      resume=program.ResumePoint((program.Mark(first, ""),), 0))
+            incoming.ctransid = 7
+            with self.assertRaises(StreamDamaged):
+                incoming.edit(memoryview(data[first:torn] + data))
+
+    def test_a_file_may_hold_streams_of_others(self):
+        other, later = bytearray(self.whole()), self.whole().replace(u64(7), u64(8))
+        other[other.index(raw(ID))] ^= 1
+        names_it = os.fsencode(NAME) + b"\1\0\x10\0" + raw(ID)
+        for inside in (bytes(other), later, names_it * 30, b"x" * 50 + os.fsencode(NAME) * 90):
+            data = stream([(WRITE, [(PATH, b"x"), (FILE_OFFSET, bytes(8)), (DATA, inside)])],
+                          first_command(parent=None)) + THE_END
+            for take in (WatchedStream, IncomingStream):
+                for size in (100, 1 << 20):
+                    self.assertEqual((None, True), self.outcome(take, data, size))
 
 
 class Lending(unittest.TestCase):
