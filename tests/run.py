@@ -3,16 +3,19 @@
     python3 tests/run.py [-f] [--jobs N] [--slowest N] [--limit SECONDS] [--list] [PATTERN ...]
 
 A pattern is a part of a test's full name, or has the shell's wildcards. The status is non-zero
-when a test failed or none ran. With CI set in the environment a skipped test is a failure, so
-that nothing goes untested in silence. Without a pattern, one process more than there are processors share
-the classes of tests between them, as most tests wait for others much of their time. What fails
-beside others is run once more by itself: the summary names it, and it counts as failed if it fails again.
+when a test failed, was not run though it is in the list, or none ran. With CI set in the environment
+a skipped test is a failure, so that nothing goes untested in silence. Without a pattern, one process more
+than there are processors share the classes of tests between them, as most tests wait for others much of
+their time. No test gets a second try: one that passes only now and then is a defect, of itself or of the program.
+
+SEED in the environment is what tests draw their random choices from; without it, a new one is taken. It is printed.
 """
 
 import argparse
 import fnmatch
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -20,7 +23,7 @@ import threading
 import time
 import unittest
 import warnings
-from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 REPOSITORY = os.path.dirname(TESTS)
@@ -94,7 +97,7 @@ class Report(unittest.TestResult):
         self.verdict = "ok"
         self.reason = ""
         self.started = 0.0
-        self.unsteady = 0  # tests that failed beside others and passed by themselves
+        self.seen: Set[str] = set()  # names of tests that ended, and of what else was judged
 
     @property
     def shouldStop(self) -> bool:
@@ -119,6 +122,7 @@ class Report(unittest.TestResult):
 
     def count(self, verdict: str, test: Any, seconds: float, reason: str) -> None:
         self.counts[verdict] += 1
+        self.seen.add(test.id())
         say("{:<5}{:>8.2f} s  {}{}".format(verdict, seconds, test.id(), reason and ": " + reason))
 
     def judge(self, verdict: str, test: Any, reason: str = "") -> None:
@@ -203,32 +207,47 @@ def run_tests(tests: List[Any], options: argparse.Namespace) -> Report:
 
 
 # Several processes: the parent hands out classes of tests, a line each, and gets the tests' lines back, and
-# after each class a line with its figures, which begins with MARK.
+# after each class a line with its figures, which begins with MARK. A process that dies has failed the class
+# that it had, and another takes its place: each death costs a class, so there is an end to it.
 
 MARK = "\x1e"
 
 
 def class_of(test: Any) -> str:
-    return test.id().rsplit(".", 1)[0]
+    return test.id().rpartition(".")[0]
 
 
 def figures_of(report: Report) -> str:
-    return MARK + json.dumps([report.counts, report.problems, report.times])
+    return MARK + json.dumps([report.counts, report.problems, report.times, sorted(report.seen)])
 
 
 def add_figures(report: Report, line: str) -> None:
-    counts, problems, times = json.loads(line[len(MARK):])
+    counts, problems, times, seen = json.loads(line[len(MARK):])
     for kind, count in counts.items():
         report.counts[kind] += count
         report.testsRun += count
     report.problems += [Problem(*problem) for problem in problems]
     report.times += [(seconds, name) for seconds, name in times]
+    report.seen.update(seen)
+
+
+def own_lines() -> Iterator[str]:
+    """The lines of stdin. It and stdout are ours alone from here on.
+
+    What a test starts could read our lines from them, or keep them open when we are dead.
+    """
+    lines = os.fdopen(os.dup(0), encoding="utf-8")
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace")
+    os.dup2(2, 1)
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    return iter(lines)
 
 
 def work(options: argparse.Namespace) -> int:
     """Runs the classes of tests that stdin names, as they come."""
-    tests = choose_tests([])
-    for line in sys.stdin:
+    tests = choose_tests(options.patterns)
+    for line in own_lines():
         chosen = [test for test in tests if class_of(test) == line.rstrip("\n")]
         report = run_tests(chosen, options)
         say(figures_of(report))
@@ -237,72 +256,99 @@ def work(options: argparse.Namespace) -> int:
     return 0
 
 
-def serve(worker: "subprocess.Popen[str]", classes: List[str], report: Report) -> None:
-    """Hands classes to one worker until there are no more; its lines go to our stdout."""
-    while classes and not report.shouldStop:
-        name = classes.pop(0)
-        worker.stdin.write(name + "\n")
-        worker.stdin.flush()
+class Crew:
+    """The processes that share the classes of tests, each served by a thread, and the report of all."""
+
+    def __init__(self, classes: List[str], options: argparse.Namespace) -> None:
+        self.classes = classes
+        self.argv = [sys.executable] + ["-W" + option for option in sys.warnoptions] + [
+            os.path.abspath(__file__), "--worker", "--limit", str(options.limit)] + options.patterns
+        self.report = Report(skips_allowed=not os.environ.get("CI"))
+        self.lock = threading.Lock()  # of all that stands above and below
+        self.workers: List[Any] = []
+
+    def next_class(self) -> Optional[str]:
+        with self.lock:
+            return self.classes.pop(0) if self.classes and not self.report.shouldStop else None
+
+    def begin(self) -> Any:
+        with self.lock:
+            worker = subprocess.Popen(self.argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                      universal_newlines=True, encoding="utf-8", errors="backslashreplace")
+            self.workers.append(worker)
+        return worker
+
+    def serve(self) -> None:
+        """Hands classes to one process, or to the next when it dies, until there are no more."""
+        worker = None
+        for name in iter(self.next_class, None):
+            worker = worker or self.begin()
+            if not self.hand_over(worker, name):
+                self.lose(name, worker)
+                worker = None
+        if worker:
+            worker.communicate()
+
+    def hand_over(self, worker: Any, name: str) -> bool:
+        """Whether the process has run the class. Its lines go to our stdout."""
+        try:
+            worker.stdin.write(name + "\n")
+            worker.stdin.flush()
+        except BrokenPipeError:
+            return False
         for line in worker.stdout:
             if line.startswith(MARK):
-                add_figures(report, line)
-                break
+                with self.lock:
+                    add_figures(self.report, line)
+                return True
             say(line.rstrip("\n"))
-        else:
-            report.problems.append(Problem(name, "the process that ran it ended\n"))
-            report.counts["FAIL"] += 1
-            return
-    worker.stdin.close()
-    worker.wait()
+        return False
+
+    def lose(self, name: str, worker: Any) -> None:
+        worker.communicate()
+        text = "the process that ran it ended with {}\n".format(worker.returncode)
+        with self.lock:
+            self.report.problems.append(Problem(name, text))
+            self.report.counts["FAIL"] += 1
+            self.report.seen.add("({})".format(name))
+
+    def run(self, jobs: int) -> Report:
+        threads = [threading.Thread(target=self.serve) for _ in range(jobs)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads) and not self.report.shouldStop:
+            time.sleep(0.2)
+        if self.report.shouldStop:
+            with self.lock:
+                for worker in self.workers:
+                    worker.terminate()
+        for thread in threads:
+            thread.join()
+        return self.report
 
 
 def run_shared(tests: List[Any], options: argparse.Namespace) -> Report:
     """The report of tests that several processes run."""
-    report = Report(skips_allowed=not os.environ.get("CI"))
-    classes = list(dict.fromkeys(map(class_of, tests)))
-    argv = [sys.executable] + ["-W" + option for option in sys.warnoptions] + [
-        os.path.abspath(__file__), "--worker", "--limit", str(options.limit)]
-    workers = [subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, universal_newlines=True,
-                                encoding="utf-8", errors="backslashreplace") for _ in range(options.jobs)]
-    threads = [threading.Thread(target=serve, args=(worker, classes, report)) for worker in workers]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads) and not report.shouldStop:
-        time.sleep(0.2)
-    if report.shouldStop:
-        for worker in workers:
-            worker.terminate()
-    for thread in threads:
-        thread.join()
-    return report
+    return Crew(list(dict.fromkeys(map(class_of, tests))), options).run(options.jobs)
 
 
-def failed_tests(tests: List[Any], report: Report) -> List[Any]:
-    """The tests that the problems of a report are about; of a class that could not begin, all."""
-    named = {problem.test.split(" ")[0] for problem in report.problems}
-    inside = {problem.test.partition("(")[2].rstrip(")") for problem in report.problems}
-    return [test for test in tests if test.id() in named or class_of(test) in inside | named]
+def count_missing(tests: List[Any], report: Report) -> None:
+    """Counts as failed what is in the list and was not run, without a word from its class or module.
 
-
-def run_again(tests: List[Any], report: Report, options: argparse.Namespace) -> None:
-    """Runs what failed beside others by itself, and puts that into the report in place of what was."""
-    chosen = failed_tests(tests, report)
-    say("\nonce more, by themselves:")
-    again = run_tests(chosen, options)
-    for problem in report.problems:
-        say("\n==== failed beside others: {}\n{}".format(problem.test, problem.text.rstrip("\n")))
-    report.counts["ok"] += again.counts["ok"]
-    report.counts["FAIL"] = again.counts["FAIL"]
-    report.counts["skip"] += again.counts["skip"]
-    report.problems, report.shouldStop = again.problems, report.shouldStop or again.shouldStop
-    report.unsteady = again.counts["ok"]
+    What is judged in the place of tests has a name like "setUpClass (test_x.Class)".
+    """
+    inside = {name.partition("(")[2].rstrip(")") for name in report.seen}
+    for test in tests:
+        name = class_of(test)
+        if test.id() not in report.seen and not inside & {name, name.partition(".")[0]}:
+            report.counts["FAIL"] += 1
+            report.problems.append(Problem(test.id(), "it was not run\n"))
 
 
 def format_counts(report: Report) -> str:
     text = "{} passed, {} failed".format(report.counts["ok"], report.counts["FAIL"])
     skipped = report.counts["skip"]
-    text += ", {} skipped".format(skipped) if skipped else ""
-    return text + (" ({} only by themselves)".format(report.unsteady) if report.unsteady else "")
+    return text + (", {} skipped".format(skipped) if skipped else "")
 
 
 def print_summary(report: Report, slowest: int) -> None:
@@ -317,6 +363,8 @@ def print_summary(report: Report, slowest: int) -> None:
         say("\nended before all tests had run")
     if not report.testsRun:
         say("\nno test ran")
+    if report.problems:
+        say("\nthe random choices again: SEED=" + os.environ["SEED"])
     say("\n" + format_counts(report))
 
 
@@ -355,9 +403,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     if options.list:
         say("\n".join(test.id() for test in tests))
         return 0
+    say("SEED={}".format(os.environ.setdefault("SEED", str(random.SystemRandom().getrandbits(32)))))
     report = run_shared(tests, options) if options.jobs > 1 else run_tests(tests, options)
-    if options.jobs > 1 and report.problems and not report.shouldStop:
-        run_again(tests, report, options)
+    if not report.shouldStop:
+        count_missing(tests, report)
     print_summary(report, options.slowest)
     return 0 if is_success(report) else 1
 

@@ -13,7 +13,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import btrfs_backup_ng
 
 PROGRAM = os.path.join(sys.path[0], "btrfs_backup_ng.py")
-LONGEST = 60  # lines of a function
+LONGEST = 40  # lines of a function
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)

@@ -1,11 +1,13 @@
 """The fixtures themselves: tree() sees every change, Churn can be sent, nothing stays mounted."""
 
 import os
+import shutil
 import signal
 import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import unittest
 
 import support
@@ -157,6 +159,123 @@ class TheRunner(support.TestCase):
                      "test_live.View.test_the_terminal_is_closed"):
             result = self.start(test, wrapper=wrapper).finish()
             self.assertEqual(0, result.status, result.stdout + result.stderr)
+
+
+class TheRunnersCount(unittest.TestCase):
+    """What tests/run.py says of a suite of few lines: nothing that fails, or was lost, is called a success."""
+
+    HEAD = "import os, signal, subprocess, unittest\nfrom unittest import TestCase\n"
+    PASSES = "class Passes{0}(TestCase):\n    def test(self): pass\n"
+
+    def report(self, suite, *words, **env):
+        """{"status": status, "": the last line, name of a test: what is said of it} of a suite's text."""
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(os.path.join(support.HERE, "run.py"), folder)
+            with open(os.path.join(folder, "test_it.py"), "w") as file:
+                file.write(self.HEAD + suite)
+            running = support.Running(*words, env=dict({"CI": ""}, **env),
+                                      program=(sys.executable, os.path.join(folder, "run.py")))
+            self.addCleanup(running.close)
+            self.result = running.finish()
+        lines = self.result.stdout.splitlines()
+        said = {line.split()[3]: line.split()[0] for line in lines if " s  test_it." in line and line[0] != " "}
+        return dict(said, **{"status": self.result.status, "": lines[-1]})
+
+    def passing(self, count):
+        return "".join(self.PASSES.format(number) for number in range(count))
+
+    def test_what_passes(self):
+        for words in ((), ("--jobs", "3")):
+            with self.subTest(words=words):
+                found = self.report(self.passing(4), *words)
+                self.assertEqual((0, "4 passed, 0 failed"), (found["status"], found[""]))
+
+    def test_a_process_that_dies_loses_its_class_alone(self):
+        suite = ("class A(TestCase):\n"
+                 "    def test_1(self): pass\n"
+                 "    def test_2(self): os.kill(os.getpid(), 9)\n"
+                 "class B(TestCase):\n"
+                 "    def test(self): os.kill(os.getpid(), 9)\n"
+                 "class Z(TestCase):\n"
+                 "    def test(self): self.fail()\n" + self.passing(4))
+        found = self.report(suite, "--jobs", "2")
+        self.assertEqual((1, "4 passed, 3 failed"), (found["status"], found[""]))
+        self.assertEqual("FAIL", found["test_it.Z.test"])
+        self.assertEqual(2, self.result.stdout.count("the process that ran it ended with -9"))
+
+    def test_all_die_and_none_is_forgotten(self):
+        suite = "".join("class Dies%d(TestCase):\n    def test(self): os.kill(os.getpid(), 9)\n" % number
+                        for number in range(5))
+        found = self.report(suite, "--jobs", "2")
+        self.assertEqual((1, "0 passed, 5 failed"), (found["status"], found[""]))
+
+    def test_what_a_dead_process_has_begun_holds_nobody_up(self):
+        suite = ("class A(TestCase):\n    def test(self):\n"
+                 "        subprocess.Popen(['sleep', '600'])\n        os.kill(os.getpid(), 9)\n")
+        found = self.report(suite + self.passing(2), "--jobs", "2")
+        self.assertEqual((1, "2 passed, 1 failed"), (found["status"], found[""]))
+
+    def test_what_a_test_begins_does_not_eat_the_list(self):
+        suite = "class A(TestCase):\n    def test(self): subprocess.check_call(['cat'])\n"
+        found = self.report(suite + self.passing(6), "--jobs", "2")
+        self.assertEqual((0, "7 passed, 0 failed"), (found["status"], found[""]))
+
+    def test_what_was_not_run_has_failed(self):
+        """A process that was told to end, by itself, leaves out the rest of its class."""
+        suite = ("class A(TestCase):\n"
+                 "    def test_1(self): os.kill(os.getpid(), signal.SIGTERM)\n"
+                 "    def test_2(self): pass\n" + self.passing(3))
+        found = self.report(suite, "--jobs", "2")
+        self.assertEqual(1, found["status"])
+        self.assertIn("==== test_it.A.test_2\nit was not run", self.result.stdout)
+
+    def test_what_fails_once_has_failed(self):
+        suite = ("class A(TestCase):\n    def test(self):\n        os.mkdir(os.environ['ONCE'])\n"
+                 "        self.fail()\n")
+        with tempfile.TemporaryDirectory() as folder:
+            found = self.report(suite + self.passing(3), "--jobs", "2", ONCE=os.path.join(folder, "once"))
+        self.assertEqual((1, "3 passed, 1 failed"), (found["status"], found[""]))
+        self.assertNotIn("FileExistsError", self.result.stdout)
+
+    def test_a_class_or_module_that_cannot_begin_counts_as_one(self):
+        beginnings = {"raise OSError": (1, "2 passed, 1 failed"),
+                      "raise unittest.SkipTest('no')": (0, "2 passed, 0 failed, 1 skipped")}
+        for begin, expected in beginnings.items():
+            suite = ("class A(TestCase):\n    @classmethod\n    def setUpClass(cls): {}\n"
+                     "    def test_1(self): pass\n    def test_2(self): pass\n").format(begin)
+            for words in ((), ("--jobs", "2")):
+                with self.subTest(begin=begin, words=words):
+                    found = self.report(suite + self.passing(2), *words)
+                    self.assertEqual(expected, (found["status"], found[""]))
+        found = self.report("def setUpModule(): raise OSError\n" + self.passing(1))
+        self.assertEqual((1, "0 passed, 1 failed"), (found["status"], found[""]))
+
+    def test_a_file_that_cannot_be_loaded(self):
+        found = self.report("import there_is_none\n", "--jobs", "2")
+        self.assertEqual((1, "0 passed, 1 failed"), (found["status"], found[""]))
+
+    def test_ci_allows_no_skips(self):
+        suite = "class A(TestCase):\n    def test(self): self.skipTest('no')\n"
+        self.assertEqual((1, "1 passed, 1 failed"), (self.report(suite + self.passing(1), CI="1")["status"],
+                                                    self.report(suite + self.passing(1), CI="1")[""]))
+
+    def test_a_pattern_means_the_same_to_one_process_and_to_more(self):
+        suite = "class A(TestCase):\n    def test_one(self): pass\n    def test_two(self): self.fail()\n"
+        for jobs in "12":
+            found = self.report(suite, "--jobs", jobs, "test_one")
+            self.assertEqual((0, "1 passed, 0 failed"), (found["status"], found[""]))
+
+    def test_the_seed_is_said_handed_on_and_taken(self):
+        suite = ("class A(TestCase):\n    def test_1(self): print('here', os.environ['SEED'])\n"
+                 "    def test_2(self): self.fail()\n")
+        for words in ((), ("--jobs", "2")):
+            self.report(suite, *words)
+            seed = self.result.stdout.splitlines()[0]
+            self.assertRegex(seed, "^SEED=[0-9]+$")
+            self.assertIn("here " + seed[5:], self.result.stdout + self.result.stderr)
+            self.assertIn("the random choices again: " + seed, self.result.stdout)
+            self.report(suite, *words, SEED="77")
+            self.assertIn("here 77\n", self.result.stdout + self.result.stderr)
 
 
 if __name__ == "__main__":
