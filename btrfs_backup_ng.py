@@ -483,9 +483,10 @@ def plan_retention(times: Dict[str, float], policy: Policy, protected: Dict[str,
 ########################################################################################################
 # 4 OPTIONS: the table of options, what a task is, what an endpoint names
 #
-# One table feeds the parser and the help. Long options may be shortened as far as they stay unique. An
-# endpoint is taken as it stands: nothing in it is decoded, lower-cased or guessed. Every mistake here is
-# found before anything is started.
+# One table feeds the parser and the help. Long options may be shortened as far as they stay unique among
+# those of all verbs, but never those that delete, forget or are deprecated. An endpoint is taken as it
+# stands: nothing in it is decoded, lower-cased or guessed. Every mistake here is found before anything is
+# started.
 ########################################################################################################
 
 
@@ -614,7 +615,10 @@ def parse_encryption(text: str) -> str:
 
 
 class Option(NamedTuple):
-    """One row of the table. `parse` None: a flag, whose value is `implied`."""
+    """One row of the table. `parse` None: a flag, whose value is `implied`.
+
+    whole: it deletes, forgets, overrides a protection or is deprecated, so it has no short forms.
+    """
 
     flags: Tuple[str, ...]
     field: str
@@ -623,6 +627,7 @@ class Option(NamedTuple):
     help: str
     implied: Any = True
     many: bool = False
+    whole: bool = False
 
 
 class Group(NamedTuple):
@@ -648,21 +653,22 @@ OPTION_TABLE = (
     )),
     Group("Retention", (
         Option(("-N", "--num-snapshots"), "num_snapshots", "N", parse_count,
-               "keep the newest N snapshots at the source; 0, the default, keeps all"),
+               "keep the newest N snapshots at the source; 0, the default, keeps all", whole=True),
         Option(("-n", "--num-backups"), "num_backups", "N", parse_count,
-               "keep the newest N backups at each destination; older snapshots than these are not sent either"),
+               "keep the newest N backups at each destination; older snapshots than these are not sent either",
+               whole=True),
         Option(("--keep-snapshots",), "keep_snapshots", "POLICY", parse_policy,
                "keep by time at the source: '24h 14d 8w 12m 5y' keeps the newest of each of the last 24 hours, 14 "
-               "days and so on that have one; all keeps everything; what -N keeps is kept as well"),
+               "days and so on that have one; all keeps everything; what -N keeps is kept as well", whole=True),
         Option(("--keep-backups",), "keep_backups", "POLICY", parse_policy,
-               "the same at each destination, together with -n"),
-        Option(("--latest-only",), "num_snapshots", "", None, "deprecated, the same as -N 1", 1),
+               "the same at each destination, together with -n", whole=True),
+        Option(("--latest-only",), "num_snapshots", "", None, "deprecated, the same as -N 1", 1, whole=True),
         Option(("--forget-destination",), "forget", "DEST", parse_path,
-               "drop what is remembered of a destination that will not come back: its pin, locks and notes",
-               many=True),
+               "drop what is remembered of a destination that will not come back: its pins, locks and notes",
+               many=True, whole=True),
         Option(("-s", "--sync"), "sync", "", None, "wait until deleted subvolumes are cleaned up"),
         Option(("-w", "--convert-rw"), "convert_rw", "", None,
-               "make a snapshot writable before deleting it, as users with user_subvol_rm_allowed need"),
+               "make a snapshot writable before deleting it, as users with user_subvol_rm_allowed need", whole=True),
     )),
     Group("Snapshots", (
         Option(("-S", "--no-snapshot"), "no_snapshot", "", None, "take no snapshot, transfer those that exist"),
@@ -698,7 +704,7 @@ OPTION_TABLE = (
                "send every Nth in full, so that no chain has more than N stream files; 0, the default: only the first"),
     )),
     Group("Locks and runs", (
-        Option(("--remove-locks",), "remove_locks", "", None, "remove all locks of the given destinations"),
+        Option(("--remove-locks",), "remove_locks", "", None, "remove all locks of the given destinations", whole=True),
         Option(("--locked-destinations", "--locked-dests"), "locked_destinations", "", None,
                "add every destination that a lock names"),
         Option(("--wait",), "wait", "[SECONDS]", parse_seconds,
@@ -859,7 +865,7 @@ size stands where quotas are enabled: what a subvolume shares with no other.""",
                        "only backups of this prefix; default: those of each prefix there is, each by itself"),
                 Option(("--partials-older-than",), "partials_older_than", "AGE", parse_age,
                        "delete what broken transfers left and nothing has changed for so long: 30min, 26h, 3d, 2w; "
-                       "default: leave it"),
+                       "default: leave it", whole=True),
             ) + rows("-s", "-w")),
             Group("Display", rows("-h", "-v", "-q", "--log-json", "--dry-run")),
             Group("Runs and hosts", rows("--wait", "--ssh-opt", "--ssh-sudo", "--no-elevate")),
@@ -1060,15 +1066,21 @@ class Task(NamedTuple):
 
 
 def find_option(flag: str, flags: Dict[str, Option]) -> Option:
-    """The option of a flag as typed; long ones may be shortened while unique."""
+    """The option of a flag as typed; long ones may be shortened while unique among those of all verbs."""
     if flag in flags:
         return flags[flag]
-    meant = {option.flags[-1]: option for known, option in flags.items()
+    meant = {option.flags[-1]: option for verb in VERBS.values() for known, option in flags_of(verb.groups).items()
              if flag.startswith("--") and known.startswith(flag)}
-    if len(meant) != 1:
-        raise UsageError("unknown option {}".format(printable(flag)) if not meant else
-                         "option {} could be {}".format(flag, " or ".join(sorted(meant))), "see --help")
-    return meant.popitem()[1]
+    if len(meant) > 1 and flag not in meant:
+        raise UsageError("option {} could be {}".format(flag, " or ".join(sorted(meant))), "see --help")
+    name = flag if flag in meant else "".join(meant)
+    if name not in flags:
+        elsewhere = [verb or "a backup" for verb in VERBS if name in flags_of(VERBS[verb].groups)]
+        raise UsageError("unknown option {}".format(printable(flag)), "{} is an option of {}; see --help".format(
+            name, " and ".join(elsewhere)) if elsewhere else "see --help")
+    if flags[name].whole:
+        raise UsageError("option {} is written in full: {}".format(flag, name), "see --help")
+    return flags[name]
 
 
 def split_flags(argument: str, flags: Dict[str, Option]) -> Iterator[Tuple[str, Optional[str]]]:
@@ -1080,7 +1092,11 @@ def split_flags(argument: str, flags: Dict[str, Option]) -> Iterator[Tuple[str, 
     rest = argument[1:]
     while rest:
         flag, rest = "-" + rest[0], rest[1:]
-        if find_option(flag, flags).parse and rest:
+        option = find_option(flag, flags)
+        if option.parse and rest.startswith("="):
+            raise UsageError("{}{} is not clear: is the = part of the value?".format(flag, printable(rest)),
+                             "write {}{}, or {} and the value apart".format(option.flags[-1], printable(rest), flag))
+        if option.parse and rest:
             yield flag, rest
             return
         yield flag, None
@@ -1231,8 +1247,8 @@ def parse_remote(text: str, kind: str, rest: str) -> Endpoint:
 # Options and paths mix in any order. An option's value is the next word as it stands, whatever it begins
 # with or holds. A `:` separates tasks, alone or glued to a path, where it is no part of a URL or of
 # `host:/path`; `\:` is a colon in a path, and what begins with `./` is one path. `@FILE` reads arguments,
-# a line each, where nothing is escaped and no `:` is glued. Display options hold for all tasks. Verbs
-# take one task. Mistakes in a file are named with its line.
+# a line each, where nothing is escaped and no `:` is glued; a `--` in it holds to its end. Display options
+# hold for all tasks. Verbs take one task. Mistakes in a file are named with its line.
 ########################################################################################################
 
 LARGEST_ARGUMENT_FILE = 1 << 20  # bytes
@@ -1391,6 +1407,7 @@ class Arguments:
         if real in self.open_files:
             raise UsageError("{} is being read already: it includes itself".format(path))
         self.open_files.append(real)
+        outside, self.only_paths = self.only_paths, False
         for number, line in enumerate(read_argument_lines(path), 1):
             if line and not line.startswith("#"):
                 try:
@@ -1400,6 +1417,7 @@ class Arguments:
                 except UsageError as error:
                     raise ConfigError("{}:{}: {}".format(path, number, error.message), error.hint) from None
         self.open_files.pop()
+        self.only_paths = outside
 
     def add_path(self, path: str) -> None:
         if not self.verb and self.open_files:
@@ -9794,6 +9812,40 @@ def folder_key(endpoint: Endpoint, path: str) -> str:
     return scheme[endpoint.kind, bool(endpoint.login)] + endpoint.machine + path
 
 
+def prefix_key(task: Task) -> str:
+    """What stands for the prefix of a task before its source was reached."""
+    machine = parse_endpoint(task.source).machine
+    if task.prefix is not None:
+        return task.prefix
+    return "/ of " + machine if machine else os.uname().nodename + "-"  # no prefix holds a slash
+
+
+def claims_of(task: Task) -> Tuple[str, Dict[str, str]]:
+    """The id of a task's snapshots before anything is looked at, and the folders that they fill, with their names."""
+    source = parse_endpoint(task.source)
+    snapshots = os.path.join(source.path, task.snapshot_folder)
+    snapshots = source.machine + (os.path.normpath(snapshots) if source.login else os.path.realpath(snapshots))
+    folders = {destination_key(text): "destination {}".format(text) for text in task.destinations
+               if parse_endpoint(text).kind != "shell"}  # whose command gets names, and decides itself
+    folders["snapshots " + snapshots] = "snapshot folder {}".format(task.snapshot_folder)
+    return destination_key(task.source) + " " + snapshots, folders
+
+
+def check_together(tasks: Sequence[Task]) -> None:
+    """UsageError where tasks of one command would put snapshots of two sources under one prefix into one folder."""
+    claimed: Dict[Tuple[str, str], Tuple[str, int, str]] = {}
+    for number, task in enumerate(tasks, 1):
+        source, folders = claims_of(task)
+        for key, name in folders.items():
+            whose, first, text = claimed.setdefault((key, prefix_key(task)), (source, number, task.source))
+            if whose != source:
+                raise UsageError(
+                    "tasks {} and {}: {} and {} cannot share {} and a prefix: each would take the other's for its "
+                    "own, and delete them".format(first, number, printable(text), printable(task.source),
+                                                  printable(name)),
+                    "give each a prefix of its own with -p, or a folder of its own")
+
+
 class Destination:
     """One destination during a run: reachable until `error` says otherwise."""
 
@@ -13372,6 +13424,7 @@ def print_systemd(task: Task) -> str:
                              "{} print systemd -- SOURCE DESTINATION ...".format(PROGRAM))
         check_task(request.task)
         check_absolute(request)
+    check_together([request.task for request in requests])
     return format_units(task, requests, task.destinations)
 
 
@@ -13479,6 +13532,8 @@ def run_arguments(arguments: Sequence[str]) -> int:
         except UsageError as error:
             raise UsageError("task {}: {}".format(number, error.message) if len(requests) > 1 else error.message,
                              error.hint) from None
+    if not task.verb:
+        check_together([request.task for request in requests])
     if os.geteuid() != 0 and not task.no_elevate and VERBS[task.verb].needs_root:
         elevate(arguments)
     view = make_view(requests, Terminal())

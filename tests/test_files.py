@@ -213,13 +213,12 @@ class Files(TableTest):
             ("-p # no comment", {"prefix": "# no comment"}),
             ("-p \"q\"", {"prefix": "\"q\""}),
             ("-p a=b", {"prefix": "a=b"}),
-            ("-p=", {"prefix": "="}),
             ("-pa b", {"prefix": "a b"}),
             ("--snapshot-prefix=a b", {"prefix": "a b"}),
             ("--snapshot-prefix=", {"prefix": ""}),
             ("--snapshot-prefix a=b", {"prefix": "a=b"}),
             ("--snapshot-folder /a b:c", {"snapshot_folder": "/a b:c"}),
-            ("--num-s 3", {"num_snapshots": 3}),
+            ("--snapshot-p 3", {"prefix": "3"}),
             ("-SN 3", {"no_snapshot": True, "num_snapshots": 3}),
             ("-SN3", {"no_snapshot": True, "num_snapshots": 3}),
             ("--wait\n60", {"wait": float("inf"), "source": "60"}),
@@ -238,6 +237,13 @@ class Files(TableTest):
     def test_after_two_dashes_all_are_paths(self):
         self.check([("--\n-S\n@x\n:\n-S\n/b", {"source": "-S", "destinations": ("@x",)},
                      {"source": "/b", "no_snapshot": True})])
+
+    def test_two_dashes_in_a_file_hold_to_its_end(self):
+        conf = self.file("dashes.conf", "-p h-\n--\n/home\n-x\n")
+        task = Task(source="/home", destinations=("-x", "/b"), prefix="h-", dry_run=True)
+        self.assertEqual([task], tasks_of([conf, "--dry-run", "/b"]))
+        self.file("outer.conf", "@dashes.conf\n--dry-run\n/b\n")
+        self.check([("@outer.conf\n-q\n", dict(task._asdict(), verbosity="warning"))])
 
     def test_among_other_words(self):
         conf = self.file("conf", "-p home\n/home\n")

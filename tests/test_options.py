@@ -15,6 +15,7 @@ from btrfs_backup_ng import (
     Task,
     UsageError,
     check_task,
+    check_together,
     destination_key,
     flags_of,
     format_error,
@@ -90,7 +91,6 @@ class Accepted(unittest.TestCase):
             (["-STI"], {"no_snapshot": True, "no_transfer": True, "no_incremental": True}),
             (["-ph"], {"prefix": "h"}),
             (["-p-"], {"prefix": "-"}),
-            (["-p=x"], {"prefix": "=x"}),
             (["-Sp@home"], {"no_snapshot": True, "prefix": "@home"}),
             (["-fN3"], {"snapshot_folder": "N3"}),
             (["-qvdebug"], {"verbosity": "debug"}),
@@ -130,8 +130,8 @@ class Accepted(unittest.TestCase):
 
     def test_shortened(self):
         self.check([
-            (["--num-s", "3"], {"num_snapshots": 3}),
-            (["--num-b=3"], {"num_backups": 3}),
+            (["--snapshot-p", "x"], {"prefix": "x"}),
+            (["--stall=3"], {"stall_timeout": 3.0}),
             (["--dry"], {"dry_run": True}),
             (["--locked"], {"locked_destinations": True}),  # two spellings of one option
             (["--locked-dests"], {"locked_destinations": True}),
@@ -233,10 +233,33 @@ class Refused(unittest.TestCase):
             self.refuse([argument, "/s"], "unknown option")
 
     def test_ambiguous_options(self):
-        self.refuse(["--num", "3", "/s"], "--num ", "--num-snapshots", "--num-backups", "could be")
         self.refuse(["--s", "/s"], "--s ", "-s", "--stall-timeout", "--skip-fs-checks")
         self.refuse(["--no-", "/s"], "--no- ", "--no-elevate")
         self.refuse(["--=3", "/s"], "--wait", "--dry-run")
+
+    def test_what_deletes_forgets_or_is_deprecated_has_no_short_form(self):
+        for short, whole in (("--num-s", "--num-snapshots"), ("--num-b=3", "--num-backups"),
+                             ("--keep-s", "--keep-snapshots"),
+                             ("--keep-b", "--keep-backups"), ("--forget", "--forget-destination"),
+                             ("--convert", "--convert-rw"), ("--remove", "--remove-locks"),
+                             ("--remove-lock", "--remove-locks"), ("--latest-o", "--latest-only")):
+            self.refuse([short, "3", "/s"], short.partition("=")[0] + " is written in full", whole)
+        self.refuse(["--num", "3", "/s"], "--num ", "--num-snapshots", "--num-backups", "could be")
+
+    def test_options_of_other_verbs_count(self):
+        """As what one means may be another verb's."""
+        self.refuse(["--latest", "/s"], "unknown option --latest", "verify and restore")
+        self.refuse(["--lates", "/s"], "--latest or --latest-only")
+        self.refuse(["--late", "3", "/s"], "--latest or --latest-only")
+        self.refuse(["--max", "3", "/s"], "unknown option --max", "doctor")
+        self.refuse(["doctor", "--latest", "/s"], "unknown option --latest")
+        self.refuse(["prune", "--partials", "3d", "/s"], "--partials-older-than")
+
+    def test_an_equals_sign_after_a_short_option(self):
+        for argument, words in (("-p=home-", ("--snapshot-prefix=home-", "-p ")), ("-N=3", ("--num-snapshots=3",)),
+                                ("-SN=3", ("-N=3", "--num-snapshots=3")), ("-p=", ("-p=", "--snapshot-prefix=")),
+                                ("-f==x", ("--snapshot-folder==x",))):
+            self.refuse([argument, "/s"], "not clear", *words)
 
     def test_without_the_value(self):
         for option in OPTIONS:
@@ -261,6 +284,57 @@ class Refused(unittest.TestCase):
         self.refuse(["--remove-locks", "/s"], "--remove-locks", "--locked-destinations")
         check_task(parse_arguments(["--remove-locks", "/s", "/b"]))
         check_task(parse_arguments(["--remove-locks", "--locked-destinations", "/s"]))
+
+
+class Together(unittest.TestCase):
+    """Tasks of one command that would mix the snapshots of two sources."""
+
+    REFUSED = (
+        "/a /b : /c /b",
+        "/a /b : /c /b/",
+        "-p x /a /b : -p x /c /x /b",
+        "/a ssh://h/b : /c h:/b",
+        "/a ssh://u@h:2/b : /c ssh://u@h:2/b/",
+        "/a raw:///b : /c raw:///b",
+        "/a raw+ssh://h/b : /c raw+ssh://h/b",
+        "-p HOST /a /b : /c /b",
+        "ssh://h/a /b : ssh://h/c /b",
+        "/a /b : /c /d : /e /b",
+        "-f /s /a /b : -f /s /c /d",
+        "-f one /a /b : -f two /a /b",
+        "-S -f in1 /a /b : -S -f in2 /a /b",
+    )
+    TAKEN = (
+        "/a /b",
+        "/a /b : /a /b",
+        "/a /b : /a/ /b/",
+        "-p x /a /b : -p y /c /b",
+        "/a /b : /c /b/c",
+        "/a ssh://h/b : /c ssh://i/b",
+        "/a ssh://h/b : /c /b",
+        "/a ssh://h/b : /c ssh://h:2/b",
+        "ssh://h/a /b : ssh://i/a /b",
+        "/a shell://x : /c shell://x",
+        "-f /s -p x /a /b : -f /s -p y /c /d",
+        "/a : /c",
+    )
+
+    @staticmethod
+    def check(text):
+        check_together([request.task for request in parse_command(
+            [os.uname().nodename + "-" if word == "HOST" else word for word in text.split()])])
+
+    def test_refused(self):
+        for text in self.REFUSED:
+            with self.subTest(text=text):
+                with self.assertRaises(UsageError) as caught:
+                    self.check(text)
+                self.assertIn("-p", caught.exception.hint)
+
+    def test_taken(self):
+        for text in self.TAKEN:
+            with self.subTest(text=text):
+                self.check(text)
 
 
 class Endpoints(unittest.TestCase):
