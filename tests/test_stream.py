@@ -493,7 +493,7 @@ class BegunAnew(unittest.TestCase):
         data = self.whole()
         first = len(stream([self.ZEROS], first_command(parent=None)))
         begun = data.index(bytes(2000), first)
-        for torn in range(begun, begun + 1900, 50):
+        for torn in range(begun, begun + 1900, 7):
             incoming = IncomingStream(EXPECTED._replace(parent_uuid=None),
                                       resume=program.ResumePoint((program.Mark(first, ""),), 0))
             incoming.ctransid = 7
