@@ -5621,6 +5621,30 @@ def listing_of(folder: RawFolder) -> Listing:
                    tuple(Broken(name, why, name in lost) for name, why in sorted(wrong.items())))
 
 
+def is_encryption(step: str) -> bool:
+    return step.partition(":")[0] in ("gpg", "age")
+
+
+def encryption_of(folder: RawFolder, prefix: str) -> str:
+    """How the newest encrypted stream of `prefix` is encrypted, as --raw-encrypt takes it; "" where none is.
+
+    Of a stream file whose sidecar cannot be used only its name tells, so that KEY stands for the key.
+    """
+    ours = sorted((b for b in folder.backups if name_time(prefix, b.name)), key=lambda b: b.otime, reverse=True)
+    known = [step for backup in ours for step in backup.pipeline if is_encryption(step)]
+    files = [file for file, _ in folder.broken if name_time(prefix, file.partition(STREAM_SUFFIX)[0])]
+    guessed = [method + ":KEY" for file in files for method in re.findall(r"\.(gpg|age)(?:\.json)?$", file)]
+    return (known + guessed + [""])[0]
+
+
+def raw_options(folder: RawFolder, prefix: str) -> List[str]:
+    """The options that the newest stream file of `prefix` was made with, for a command that goes on with its chain."""
+    ours = [b for b in folder.backups if name_time(prefix, b.name)]
+    newest = max(ours, key=lambda b: b.otime).pipeline if ours else ()
+    return [word for step in newest
+            for word in ("--raw-encrypt" if is_encryption(step) else "--raw-compress", step)]
+
+
 def raw_subvolume(backup: RawBackup) -> Subvolume:
     """A backup as if it had been received, with a number made of its id."""
     return Subvolume(backup.name, backup.uuid, backup.parent_uuid, backup.uuid, True, backup.otime,
@@ -6988,7 +7012,7 @@ class RawPlace:
     def __getattr__(self, name: str) -> Any:
         """What a folder is a folder for: locks, pins, making it."""
         if name not in ("make_folder", "hold", "read_locks", "change_locks", "read_pins", "change_pins", "events",
-                        "digest_raw", "health"):
+                        "list_raw", "digest_raw", "health"):
             raise AttributeError(name)
         return getattr(self.host, name)
 
@@ -10068,6 +10092,8 @@ class TaskRun:
                 return
             if destination.is_new:
                 destination.host.make_folder(place.path)
+            if destination.endpoint.kind == "raw" and not self.task.no_transfer:
+                self.check_encryption(destination, destination.host.list_raw(place.path))
             self.settle(destination)
             destination.listing = destination.host.list(place.path)
         except BackupError as error:
@@ -10108,6 +10134,20 @@ class TaskRun:
                               "is it mounted? If it moved for good: --forget-destination {}".format(text))
         if place.readonly:
             raise BackupError("destination {} is mounted read-only".format(text), "mount it writable")
+
+    def check_encryption(self, destination: Destination, folder: RawFolder) -> None:
+        """BackupError where streams would be written that are less protected than those before them."""
+        import shlex
+        if any(map(is_encryption, destination.host.steps)):
+            return
+        encryption, text = encryption_of(folder, self.prefix), destination.text
+        if encryption:
+            raise BackupError(
+                "destination {} holds encrypted streams, and this run would add some that are not".format(text),
+                "give --raw-encrypt {}, or name another folder".format(shlex.quote(encryption)))
+        if text not in self.task.destinations and not any(name_time(self.prefix, b.name) for b in folder.backups):
+            raise BackupError("a lock names {}, but not how its streams are to be encrypted".format(text),
+                              "run the backup to it again as usual, and it goes on")
 
     def settle(self, destination: Destination) -> None:
         """Ends what still waits for the rest of a transfer that a former run has lost, so that it can be taken up."""

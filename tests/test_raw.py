@@ -364,6 +364,58 @@ class FailClosed(RawTestCase):
                 self.assertErrorSays(self.transfer(*options, status=2), "raw://")
 
 
+class NeverWeaker(RawTestCase):
+    """Nothing is written unencrypted where streams of the prefix are encrypted."""
+
+    def encryption(self, method):
+        return ["--raw-encrypt", "{}:{}".format(method, getattr(self.keys, method))] if method else []
+
+    def test_each_after_each(self):
+        self.take(1)
+        every = itertools.product((None, "gpg", "age"), repeat=2)
+        for before, after in every if TORTURE else [(None, "gpg"), ("gpg", None), ("age", None), ("age", "gpg")]:
+            with self.subTest(before=before, after=after):
+                self.folder = os.path.join(self.target_disk.path, "{}-{}".format(before, after))
+                os.mkdir(self.folder)
+                self.send(*self.encryption(before))
+                self.take(2)
+                files = self.files()
+                is_weaker = before and not after
+                result = self.send(*self.encryption(after), status=1 if is_weaker else 0)
+                if is_weaker:
+                    self.assertErrorSays(result, self.raw, "encrypted", " ".join(self.encryption(before)))
+                    self.assertEqual(files, self.files())
+                    self.send("--dry-run", status=1)
+                    self.send("-T")
+                else:
+                    self.assertSound([self.name(1), self.name(2)])
+                support.delete(self.snapshot_path(self.name(2)))
+
+    def test_after_one_that_was_broken_off(self):
+        self.take(1, 2)
+        self.send(*self.encryption("age"))
+        support.write_locks(self.snapshots, {self.name(2): {"locks": [self.raw]}})
+        for lost in (self.sidecars()[self.name(2)]["file"], self.sidecars()[self.name(1)]["file"] + ".json"):
+            os.unlink(os.path.join(self.folder, lost))
+            result = self.backup("-S", "--locked-destinations", to=[], status=1)
+            self.assertIn("--raw-encrypt age:", result.stderr)
+            self.assertFalse([name for name in self.files() if not name.endswith((".age", ".json"))])
+
+    def test_the_first_of_all_that_was_broken_off(self):
+        self.take(1)
+        support.write_locks(self.snapshots, {self.name(1): {"locks": [self.raw]}})
+        result = self.backup("-S", "--locked-destinations", to=[], status=1)
+        self.assertErrorSays(result, self.raw, "encrypted", "as usual")
+        self.assertEqual([], self.files())
+        self.send(*self.encryption("gpg"))
+        self.assertSound([self.name(1)])
+
+    def test_another_prefix_is_another_matter(self):
+        self.take(1)
+        self.send(*self.encryption("age"))
+        self.run_program("-p", "home-plain-", self.source, self.raw)
+
+
 class Places(RawTestCase):
 
     def test_it_is_made_on_another_filesystem(self):
