@@ -200,7 +200,36 @@ class Interrupted(BaseException):
 
 
 def os_error(doing: str, error: OSError, hint: str = "") -> BackupError:
-    return BackupError("{}: {}".format(doing, (error.strerror or str(error)).lower()), hint)
+    """What the system says of what we were doing, and of which file, unless that is named already."""
+    path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+    where = "{}: ".format(path) if path and path not in doing else ""
+    return BackupError("{}: {}{}".format(doing, where, (error.strerror or str(error)).lower()), hint)
+
+
+def explain(error: Exception, doing: str) -> BackupError:
+    """What to say of any exception that came while we were `doing` something; a BackupError says it itself."""
+    if isinstance(error, BackupError):
+        return error
+    if isinstance(error, OSError):
+        return os_error(doing, error)
+    if isinstance(error, ImportError):
+        return BackupError("{}: this Python lacks the module {}".format(doing, error.name or error),
+                           "install all of python3; Debian's python3-minimal is not enough")
+    if isinstance(error, MemoryError):
+        return BackupError("{}: out of memory".format(doing))
+    if isinstance(error, RuntimeError) and "thread" in str(error):
+        return BackupError("{}: {}".format(doing, error),
+                           "too little memory, or too few processes allowed; see ulimit -a")
+    return BackupError("{}: unexpected {}: {}".format(doing, type(error).__name__, error),
+                       "this is a defect of btrfs-backup-ng; please report what -v debug says")
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL`; of those for one's own use, which Python does not name, `signal 40`."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "signal {}".format(number)
 
 
 def format_size(size: float) -> str:
@@ -2967,7 +2996,8 @@ class LiveView:
 #
 # Argument lists, never a shell. Each child is a process group of its own, so that a key press on the
 # terminal does not kill the ends of a transfer behind our back; it ends by itself when its pipe does.
-# Every stderr is drained, its tail kept. Never: a child left running when we are done with it.
+# Every stderr is drained, its tail kept. One function signals other processes. Never: a child left running when
+# we are done with it; a signal to a process that is not known, or was waited for.
 ########################################################################################################
 
 ENDING_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # sent by somebody, not by a fault
@@ -3052,7 +3082,7 @@ def program_error(doing: str, words: str, status: int) -> BackupError:
     """An error with the program's last line in the message and, where there is more, all of it below."""
     lines = [line for line in words.splitlines() if line.strip()]
     if status < 0:
-        cause = "killed by {}".format(signal.Signals(-status).name)
+        cause = "killed by {}".format(signal_name(-status))
     else:
         cause = re.sub(r"^ERROR:\s*", "", lines[-1]) if lines else "exit status {}".format(status)
     # a send may find its tree busy while the filesystem is balanced
@@ -3074,6 +3104,17 @@ def hint_for(words: str) -> str:
     return next((hint for sign, hint in hints if sign in words), "")
 
 
+def signal_process(pid: Optional[int], number: int, with_group: bool = False) -> None:
+    """Signals another process, if it is still there, or with all of the group that it leads.
+
+    pid: None while there is no such process, and again once it was waited for, when the number may be another's.
+    Never 0, 1 or less: to kill(2) these are our group, init, and everything that we may signal.
+    """
+    if pid is not None and pid > 1:
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if with_group else os.kill)(pid, number)
+
+
 def end_process(process: "subprocess.Popen") -> None:
     """Asks a process to end, kills it after ENDING_GRACE, and waits for it."""
     if process.poll() is None:
@@ -3088,25 +3129,40 @@ def end_process(process: "subprocess.Popen") -> None:
 
 def end_group(process: "subprocess.Popen") -> None:
     """Ends a process and all that it has started, as far as these stayed in its group."""
-    for number in (signal.SIGTERM, signal.SIGCONT):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(ENDING_GRACE)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    if is_own_group(process):
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            signal_process(process.pid, number, with_group=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(ENDING_GRACE)
+    if is_own_group(process):
+        signal_process(process.pid, signal.SIGKILL, with_group=True)
     process.wait()
+
+
+def read_stats() -> Dict[int, Tuple[str, ...]]:
+    """Of each process state, parent, group and session, as in /proc/PID/stat."""
+    found = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            with open("/proc/{}/stat".format(name), encoding="ascii", errors="replace") as file:
+                found[int(name)] = tuple(file.read().rpartition(")")[2].split()[:4])
+    return found
+
+
+def is_own_group(process: "subprocess.Popen") -> bool:
+    """Whether there is anybody left in the group that a child of ours leads, or led.
+
+    Its number is nobody else's while it was not waited for, and while somebody is in that group.
+    """
+    if process.poll() is None:
+        return True
+    wanted = (str(process.pid), str(os.getsid(0)))
+    return any(words[2:4] == wanted for words in read_stats().values())
 
 
 def find_children() -> List[int]:
     """The process ids of our children."""
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            with open("/proc/{}/stat".format(name), "rb") as file:
-                if int(file.read().rpartition(b")")[2].split()[1]) == os.getpid():
-                    found.append(int(name))
-    return found
+    return [pid for pid, words in read_stats().items() if words[1] == str(os.getpid())]
 
 
 def end_children() -> None:
@@ -3115,7 +3171,7 @@ def end_children() -> None:
         for pid in find_children():
             with contextlib.suppress(OSError):
                 for each in (number, signal.SIGCONT):
-                    os.killpg(pid, each) if os.getpgid(pid) == pid else os.kill(pid, each)
+                    signal_process(pid, each, with_group=os.getpgid(pid) == pid)
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             try:
@@ -3969,9 +4025,8 @@ def lock_holder(fd: int) -> Optional[int]:
 
 def ask_to_end(pid: int) -> None:
     """The same as the user's request; also for one that was stopped."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
-        os.kill(pid, signal.SIGCONT)
+    signal_process(pid, signal.SIGTERM)
+    signal_process(pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager
@@ -11092,7 +11147,7 @@ def catch_signals() -> None:
             return
         number = unraisable.exc_value.status - 128
         signal.signal(number, interrupt)
-        later = threading.Timer(SWALLOWED_NAP, os.kill, (os.getpid(), number))
+        later = threading.Timer(SWALLOWED_NAP, lambda: os.kill(os.getpid(), number))
         later.daemon = True
         later.start()
 
@@ -11108,12 +11163,15 @@ def run_and_report(run: Callable[[Task, Events], int], task: Task, events: Event
     """Does a task and says what stopped it; the exit status."""
     try:
         return run(task, events)
-    except BackupError as error:
+    except BrokenPipeError:  # nobody reads the results any more
+        raise
+    except Exception as error:
         if task.verbosity == "debug":
             import traceback
             traceback.print_exc()
-        events.error(error)
-        return error.status
+        told = explain(error, "stopped")
+        events.error(told)
+        return told.status
     except Interrupted as interruption:
         end_children()
         events.warning("interrupted", "interrupted by {}; locks are kept, the next run goes on".format(interruption))
@@ -11149,6 +11207,7 @@ class ChildEvents:
 
     def __init__(self, fd: int, progress: bool) -> None:
         self.fd, self.progress, self.mutex = fd, progress, threading.Lock()
+        self.is_torn = False  # a signal has left the last line in its midst
 
     def __call__(self, event: Event) -> None:
         self.write(event)
@@ -11158,10 +11217,12 @@ class ChildEvents:
 
     def write(self, said: Any) -> None:
         import json
-        data = json.dumps(said, default=str).encode("ascii") + b"\n"
+        data = b"\n" + json.dumps(said, default=str).encode("ascii") + b"\n"
         with self.mutex, contextlib.suppress(BrokenPipeError):  # that the parent has gone is seen elsewhere
+            data, self.is_torn = data[not self.is_torn:], True
             while data:
                 data = data[os.write(self.fd, data):]
+            self.is_torn = False
 
 
 def master_path(folder: str, number: int) -> str:
@@ -11221,7 +11282,8 @@ class TaskProcess:
 
     def __init__(self, name: str, request: Request) -> None:
         self.name, self.request = name, request
-        self.pid, self.leave_fd = -1, -1
+        self.pid: Optional[int] = None  # while there is a process
+        self.leave_fd = -1  # while it can be told something
         self.status: Optional[int] = None
         self.streams: Dict[int, str] = {}  # what comes on each open pipe
         self.rest = {"events": b"", "stdout": b"", "stderr": b""}
@@ -11244,32 +11306,54 @@ class TaskProcess:
 
         Forked, not started anew, for compiling this file takes longer than taking a snapshot.
         """
-        leaves, events, stdout, stderr = os.pipe(), os.pipe(), os.pipe(), os.pipe()
-        sys.stdout.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            for sibling in siblings:
-                sibling.close()
-            terminal = os.dup(2)
-            for theirs, ours in ((leaves[0], 0), (stdout[1], 1), (stderr[1], 2)):
-                os.dup2(theirs, ours)
-            for fd in leaves + (events[0],) + stdout + stderr:
-                os.close(fd)
-            live_as_child(functools.partial(act, events[1], terminal))
-        for fd in (leaves[0], events[1], stdout[1], stderr[1]):
+        with contextlib.ExitStack() as stack:
+            theirs, ours = [], []
+            for number in range(4):
+                ends = os.pipe()
+                for fd, kept in zip(ends if number == 0 else ends[::-1], (theirs, ours)):
+                    kept.append(fd)
+                    stack.callback(os.close, fd)
+            sys.stdout.flush()
+            pid = os.fork()
+            if pid == 0:
+                for sibling in siblings:
+                    sibling.close()
+                live_as_child(functools.partial(self.begin, theirs, ours, act))
+            stack.pop_all()
+        self.pid = pid
+        for fd in theirs:
             os.close(fd)
-        self.leave_fd = leaves[1]
-        self.streams = {events[0]: "events", stdout[0]: "stdout", stderr[0]: "stderr"}
+        self.leave_fd, self.streams = ours[0], dict(zip(ours[1:], ("stdout", "stderr", "events")))
         for fd in self.streams:
             os.set_blocking(fd, False)
 
+    @staticmethod
+    def begin(theirs: Sequence[int], ours: Sequence[int], act: Callable[[int, int], int]) -> int:
+        """What the child does: with the pipes in place of its standard streams."""
+        terminal = os.dup(2)
+        for fd in ours:
+            os.close(fd)
+        for number in range(3):
+            os.dup2(theirs[number], number)
+            os.close(theirs[number])
+        return act(theirs[3], terminal)
+
     def tell(self, leave: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            os.write(self.leave_fd, leave)
+        """Tells it something, if it is still there to hear it."""
+        if self.leave_fd >= 0:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self.leave_fd, leave)
 
     def signal(self, number: int) -> None:
-        if self.runs:
-            os.kill(self.pid, number)
+        signal_process(self.pid, number)
+
+    def look(self) -> Optional[int]:
+        """The status of a process that has ended by now, negative where a signal ended it; None otherwise."""
+        pid, code = os.waitpid(self.pid, os.WNOHANG) if self.pid is not None else (0, 0)
+        if not pid:
+            return None
+        self.pid = None
+        return -os.WTERMSIG(code) if os.WIFSIGNALED(code) else os.WEXITSTATUS(code)
 
     def read(self, fd: int) -> bytes:
         """What has come on a pipe; a pipe at its end is closed."""
@@ -11304,9 +11388,9 @@ def live_as_child(act: Callable[[], int]) -> None:
         status = act()
     except Interrupted as interruption:
         status = interruption.status
-    except BaseException:
-        import traceback
-        traceback.print_exc()
+    except Exception as error:  # before there was anything to report it with
+        with contextlib.suppress(OSError):
+            print(format_error(explain(error, "stopped")), file=sys.stderr)
     finally:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
@@ -11344,7 +11428,7 @@ class Master:
         """Tells those that wait, once it is known whether it works; whether it may still be used."""
         ended = self.stage.has_ended()
         if ended or os.path.exists(self.path):
-            for process in self.waiting:
+            for process in self.waiting:  # those that have ended meanwhile do not hear it
                 process.tell(UNSHARED if ended else "s{:03}\n".format(self.number).encode("ascii"))
             self.waiting = []
         return not ended
@@ -11433,8 +11517,7 @@ class Crew:
                 while any(process.runs for process in self.processes):
                     self.step()
             finally:
-                for process in self.processes:
-                    process.signal(signal.SIGKILL)  # only where we fail ourselves
+                self.end()
         return [process.status or 0 for process in self.processes]
 
     @contextlib.contextmanager
@@ -11454,13 +11537,27 @@ class Crew:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def end(self) -> None:
+        """Where we fail ourselves: lets those that run end as if they were interrupted, and waits for them."""
+        for process in self.processes:
+            process.close()
+            process.signal(signal.SIGTERM)
+            process.signal(signal.SIGCONT)
+        left, deadline = self.processes, time.monotonic() + STOP_GRACE
+        while left:
+            if time.monotonic() > deadline:
+                for process in left:
+                    process.signal(signal.SIGKILL)
+            left = [process for process in left if process.pid is not None and process.look() is None]
+            time.sleep(TICK if left else 0)
+
     def start(self, process: TaskProcess) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the child has handlers of its own
         try:
             process.start(self.processes, functools.partial(self.act, process.request.task))
-        except OSError as error:
+        except Exception as error:  # no descriptors, processes or memory are left
             process.status = 1
-            self.emit(process, "error", "error", format_error(os_error("cannot start the task", error)))
+            self.fail(process, explain(error, "cannot start the task"))
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         for fd in process.streams:
@@ -11470,18 +11567,17 @@ class Crew:
     def act(self, task: Task, fd: int, terminal: int) -> int:
         """What the child does."""
         parent = ChildEvents(fd, self.progress)
-        events = Events(parent)
-        gate = ChildGate(parent, self.masters.folder, functools.partial(close_lost_screen, terminal, self.token))
-        return run_and_report(lambda task, events: run_task(task, events, gate), task, events)
+        on_loss = functools.partial(close_lost_screen, terminal, self.token)
+        return run_and_report(lambda task, events: run_task(task, events, ChildGate(
+            parent, self.masters.folder, on_loss)), task, Events(parent))
 
     def step(self) -> None:
         for fd, _ in self.poll.poll(1000 * TICK):
             self.read(self.owners[fd], fd)
         for process in self.processes:
-            if process.runs:
-                pid, code = os.waitpid(process.pid, os.WNOHANG)
-                if pid:
-                    self.conclude(process, -os.WTERMSIG(code) if os.WIFSIGNALED(code) else os.WEXITSTATUS(code))
+            status = process.look()
+            if status is not None:
+                self.conclude(process, status)
         self.masters.look()
         if self.stopped_by:
             self.stop()
@@ -11529,16 +11625,15 @@ class Crew:
 
     def conclude(self, process: TaskProcess, status: int) -> None:
         """Books the end of a task's process."""
+        process.status = 1 if status < 0 or status == UsageError.status else status
         for fd in list(process.streams):
             while fd in process.streams and self.read(process, fd):
                 pass
         for fd in process.streams:  # something that it has started holds the other end
             self.poll.unregister(fd)
         process.close()
-        process.status = 1 if status < 0 or status == UsageError.status else status
         if status < 0 and not self.stopped_by:
-            self.emit(process, "error", "error", "its process was killed by {}".format(signal.Signals(-status).name),
-                      message="its process was killed by {}".format(signal.Signals(-status).name), hint="run it again")
+            self.fail(process, BackupError("its process was killed by {}".format(signal_name(-status)), "run it again"))
         self.show(process, "done" if status == 0 else "busy" if status == Busy.status else
                   "stopped" if self.stopped_by else "failed", ended=True)
 
@@ -11583,6 +11678,9 @@ class Crew:
             process.waits = event.kind == "waiting"
             process.took_snapshot = process.took_snapshot or event.kind == "snapshot"
             self.emit(process, *event[:3], **event.facts)
+
+    def fail(self, process: TaskProcess, error: BackupError) -> None:
+        self.emit(process, "error", "error", format_error(error), message=error.message, hint=error.hint)
 
     def emit(self, process: TaskProcess, kind: str, level: str, text: str = "", **facts: Any) -> None:
         if level == "error":
@@ -13614,17 +13712,10 @@ def use_utf8() -> None:
                                                   PYTHONIOENCODING=shown + ":backslashreplace"))
 
 
-def unexpected_error(error: Exception) -> BackupError:
-    """What to say of an exception that nobody has thought of, or of what no code can do anything about."""
-    if isinstance(error, ImportError):
-        return BackupError("this Python lacks the module {}".format(error.name or error),
-                           "install all of python3; Debian's python3-minimal is not enough")
-    if isinstance(error, MemoryError):
-        return BackupError("out of memory")
-    if isinstance(error, RuntimeError) and "thread" in str(error):
-        return BackupError(str(error), "too little memory, or too few processes allowed; see ulimit -a")
-    words = "{}: {}".format(type(error).__name__, error)
-    return BackupError("internal error: {}".format(words), "a defect; please report what -v debug says")
+def wants_debug(arguments: Sequence[str]) -> bool:
+    with contextlib.suppress(BackupError):
+        return parse_command(arguments)[0].task.verbosity == "debug"
+    return False
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -13646,9 +13737,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except Exception as error:
-        if any(word.endswith("debug") for word in arguments):
+        if wants_debug(arguments):
             raise
-        print("error: " + format_error(unexpected_error(error)), file=sys.stderr)
+        print("error: " + format_error(explain(error, "stopped")), file=sys.stderr)
         return 1
     finally:
         for number in STOP_SIGNALS:  # one that comes now is too late to change the status

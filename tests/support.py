@@ -821,7 +821,7 @@ class TestCase(unittest.TestCase):
         """The program's Result. `status` is what it has to exit with, None for anything."""
         result = self.start(*arguments, **options).finish(timeout)
         self.assertNotIn("Traceback", result.stderr)
-        self.assertNotIn("internal error", result.stderr)
+        self.assertNotRegex(result.stderr, "unexpected [A-Z][A-Za-z]+: ")
         self.assertNotRegex(result.stderr, "Exception ignored|[A-Z][a-z]+Warning")
         if status is not None:
             self.assertEqual(status, result.status, result.stderr)
