@@ -11656,8 +11656,12 @@ class Crew:
         return bool(data)
 
     def take(self, process: TaskProcess, line: bytes) -> None:
+        """Takes one line of what a child says; one that a signal has torn is the beginning of an event."""
         import json
-        said = json.loads(line.decode("ascii"))
+        try:
+            said = json.loads(line.decode("ascii"))
+        except ValueError:
+            return
         if isinstance(said, dict):
             self.answer(process, said["ask"], said["of"])
         else:
