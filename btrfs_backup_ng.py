@@ -11307,7 +11307,7 @@ class TaskProcess:
         Forked, not started anew, for compiling this file takes longer than taking a snapshot.
         """
         with contextlib.ExitStack() as stack:
-            theirs, ours = [], []
+            theirs, ours = [], []  # type: List[int], List[int]
             for number in range(4):
                 ends = os.pipe()
                 for fd, kept in zip(ends if number == 0 else ends[::-1], (theirs, ours)):
