@@ -87,6 +87,10 @@ IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMA
 LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION
 WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
+import sys
+
+if __name__ == "__main__" and not sys.flags.isolated and not getattr(sys.flags, "safe_path", False):
+    del sys.path[0]  # the folder of this file, where anybody may have put a module
 import collections
 import contextlib
 import errno
@@ -100,7 +104,6 @@ import signal
 import stat
 import struct
 import subprocess
-import sys
 import threading
 import time
 from typing import (
@@ -8451,8 +8454,9 @@ def serve_agent(restriction: Optional[Restriction] = None) -> None:
 ########################################################################################################
 # 25 REMOTE: hosts over ssh
 #
-# `ssh HOST python3 -c STAGE_1` reads one line, STAGE_2, which looks for this very source in the cache
-# folder of the user there, by SHA-256, or asks for it; then the agent serves. The user's ssh
+# `ssh HOST python3 -I -c STAGE_1` reads one line, STAGE_2, which looks for this very source in the cache
+# folder of the user there, by SHA-256, or asks for it; then the agent serves. Isolated (-I), that Python imports
+# nothing from the folder it starts in, the login's home, nor from what the user has installed. The user's ssh
 # configuration wins: only what it leaves open is set. All channels to a machine share one connection
 # (ControlMaster), so there is one authentication. A channel that breaks is replaced by the next call.
 # Never: anything installed there, a weaker check of host keys, a password asked for without a terminal.
@@ -8468,7 +8472,7 @@ if sys.version_info < (3, 6):
 import os
 if sys.getfilesystemencoding() != "utf-8" and os.environ.get("LC_ALL") != "C.UTF-8":  # see use_utf8
     try:
-        os.execve(sys.executable or "", [sys.executable, "-c", "LINE = %r; exec(LINE)" % LINE],
+        os.execve(sys.executable or "", [sys.executable, "-I", "-c", "LINE = %r; exec(LINE)" % LINE],
                   dict(os.environ, LC_ALL="C.UTF-8", PYTHONUTF8="1"))
     except OSError:
         pass
@@ -8480,8 +8484,13 @@ def is_private(path, kind):
     return kind(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
 
 def read_cached(path):
-    try:
-        if is_private(os.path.dirname(path), stat.S_ISDIR) and is_private(path, stat.S_ISREG):
+    folder = os.path.dirname(path)
+    try:  # whoever may rename one of the folders could change what is imported once it was looked at
+        for _ in range(3):
+            if not is_private(folder, stat.S_ISDIR):
+                return
+            folder = os.path.dirname(folder)
+        if is_private(path, stat.S_ISREG):
             with open(path, "rb") as source:
                 return source.read()
     except OSError:
@@ -8503,7 +8512,7 @@ def keep(path, source):
             copy.flush()
             os.fsync(copy.fileno())
         os.rename(aside, path)
-        return True
+        return read_cached(path) == source
     except OSError:
         pass
 
@@ -8551,6 +8560,7 @@ if kept:
         import btrfs_backup_ng as program
     except Exception:  # torn bytecode
         sys.modules.pop("btrfs_backup_ng", None)
+    del sys.path[0]
 if program is None:
     program = type(sys)("btrfs_backup_ng")
     program.__file__ = path
@@ -8671,7 +8681,7 @@ def no_agent_error(machine: str, status: Optional[int], words: str, noise: str) 
         if sign in words:
             kind = ConnectionLost if sign in PASSING_SIGNS else BackupError
             return kind("{}: {}".format(machine, cause), hint, words)
-    if re.search(r"file\(\) takes at most|invalid syntax|Missing parentheses", words):
+    if re.search(r"[Uu]nknown option:? -I|invalid syntax|Missing parentheses", words):  # Python before 3.4 has no -I
         return NoPython("{} has only an old Python".format(machine), "install Python 3.6 or later there")
     if "SyntaxError" in words:
         return BackupError("{}: a part of what was sent to it is missing".format(machine),
@@ -9107,7 +9117,7 @@ class SshConnector:
     def __call__(self, is_first: bool) -> Connection:
         argv = self.argv(is_first)
         self.events.debug("command", "starting {} ...".format(" ".join(argv)))
-        words = ["sudo", "-n"] * self.options.sudo + ["python3", "-c", "'" + STAGE_1 + "'"]
+        words = ["sudo", "-n"] * self.options.sudo + ["python3", "-I", "-c", "'" + STAGE_1 + "'"]
         return Connection(self.endpoint.machine, argv + [" ".join(words)], interactive=has_terminal())
 
     def argv(self, is_first: bool) -> List[str]:
@@ -13524,7 +13534,8 @@ def elevate(arguments: Sequence[str]) -> None:
         sudo = find_program("sudo")
     except BackupError:
         raise BackupError("this needs root, and sudo is not installed", "run as root, or with --no-elevate") from None
-    argv = [sudo, "--", sys.executable, os.path.abspath(sys.argv[0])] + list(arguments)
+    # isolated: sudo may leave HOME as it was, and with it what the user has installed there
+    argv = [sudo, "--", sys.executable, "-I", os.path.abspath(sys.argv[0])] + list(arguments)
     sys.stderr.flush()
     try:
         os.execv(sudo, argv)

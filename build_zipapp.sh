@@ -32,6 +32,8 @@ import sys
 if sys.version_info < (3, 6):
     sys.exit("build_zipapp.sh: needs Python 3.6 or later, this is %d.%d" % sys.version_info[:2])
 
+sys.path[:] = [folder for folder in sys.path if folder]  # not from the current folder
+
 import hashlib
 import os
 import stat

@@ -26,7 +26,7 @@ NOTHING = Subvolume("nothing", "01234567-89ab-cdef-0123-456789abcdef")
 
 def agent_argv():
     """How an agent is begun over ssh, without the ssh."""
-    return [support.PYTHON, "-E", "-c", program.STAGE_1]
+    return [support.PYTHON, "-I", "-c", program.STAGE_1]
 
 
 class HostTestCase(remote.RemoteTestCase):
@@ -412,7 +412,7 @@ class AgentThere(AgentSuite, HostTestCase):
     """Over ssh, where the paths are others."""
 
     def argv(self):
-        command = "python3 -c " + shlex.quote(program.STAGE_1)
+        command = "python3 -I -c " + shlex.quote(program.STAGE_1)
         return self.server.argv(command)
 
     def there(self, path):

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import sys
 
 import remote
@@ -30,3 +31,52 @@ class Forged(remote.RemoteTestCase):
         self.assertEqual(2, len(support.names(self.target)))
         for word in ("internal error", "Traceback", "owned", "interrupted"):
             self.assertNotIn(word, result.stderr)
+
+
+class ModulesThatLieAbout(remote.RemoteTestCase):
+    """Files that are called like modules of Python: none is imported from where anybody may have put it."""
+
+    NAMES = ("hashlib", "stat", "zlib", "json", "queue", "select", "struct", "tempfile", "pwd", "ctypes", "typing",
+             "traceback", "collections", "contextlib", "fcntl", "shutil", "syslog", "usercustomize")
+
+    def planted(self, folder):
+        """{path: content} of such modules: whoever imports one has left a mark."""
+        mark = os.path.join(support.scratch_folder(), "imported")
+        text = "import os\nos.close(os.open({!r}, os.O_CREAT | os.O_WRONLY, 0o666))\n"
+        return mark, {os.path.join(folder, name + ".py"): text.format(mark + "-" + name) for name in self.NAMES}
+
+    def assertNothingImported(self, mark):
+        folder, name = os.path.split(mark)
+        self.assertEqual([], [found for found in os.listdir(folder) if found.startswith(name)])
+
+    def test_the_home_of_a_login_that_becomes_root(self):
+        account = self.user(sudo=True)
+        for shell_says_home in (False, True):
+            account.sudoers('Defaults:{0} env_keep += "{1}"\n{0} ALL=(root) NOPASSWD: ALL\n'.format(
+                account.name, "XDG_CACHE_HOME " + remote.MARK + " HOME" * shell_says_home))
+            self.server.authorize(account.name)
+            self.set_endpoints(user=account.name)
+            users = ".local/lib/python{}.{}/site-packages/".format(*sys.version_info)
+            for place in ("", users):
+                mark, files = self.planted(place)
+                for path, text in files.items():
+                    account.write(path, text)
+            account.write(users + "evil.pth", "import usercustomize\n")
+            self.write("file", "content")
+            self.push("--ssh-sudo")
+            self.push("--ssh-sudo", to=["raw+" + self.remote_target])
+            self.assertNothingImported(mark)
+
+    def test_the_folder_of_the_program_and_the_current_one(self):
+        folder = os.path.join(support.scratch_folder(), "downloads")
+        os.mkdir(folder)
+        self.addCleanup(shutil.rmtree, folder)
+        mark, files = self.planted(folder)
+        for path, text in files.items():
+            remote.write_file(path, text)
+        source = os.path.join(os.path.dirname(support.HERE), "btrfs_backup_ng.py")
+        copy = shutil.copy(source, folder)
+        for program in ([support.PYTHON, copy], [support.PYTHON, support.PROGRAM]):
+            self.write("file", " ".join(program))
+            self.run_program("-p", "home", self.source, self.target, program=program, wrapper=["env", "-C", folder])
+        self.assertNothingImported(mark)
