@@ -6622,6 +6622,7 @@ class LocalHost:
 
         By UUID or received UUID, wherever `btrfs receive` can reach it from `folder`; its name is its path. Receive
         looks for a received UUID first, so one that was itself sent to the same filesystem would be mistaken.
+        A partial is none, for it may be deleted: one that lacks nothing but its name has the received UUID already.
         """
         mount = mount_around(os.path.realpath(folder), read_mounts())
         if mount is None:
@@ -6631,7 +6632,8 @@ class LocalHost:
                 found = search_uuid_tree(folder, key, 251) + search_uuid_tree(folder, key, 252)
                 bases = [self.subvolume_of_id(folder, subvolid, mount) for subvolid in found]
                 for base in bases:
-                    if base is not None and base.readonly and not search_uuid_tree(folder, base.uuid or key, 252):
+                    if (base is not None and base.readonly and partial_of(os.path.basename(base.name)) is None
+                            and not search_uuid_tree(folder, base.uuid or key, 252)):
                         return key, base
             except OSError as error:
                 self.events.debug("search", "cannot look for subvolumes on the filesystem of {}: {}".format(
@@ -11902,28 +11904,39 @@ class RestoreRun:
         target.listing = Listing() if target.is_new else target.host.list(target.path)
         locks = {} if target.is_new else target.host.read_locks(target.path)
         self.steps = set(locked_names(locks, STEP))
-        sending.locks = {name: entry for name, entry in locks.items() if name in locked_names(locks, target.key)}
-        recoveries = tuple(plan_recoveries(sending.locks, target.key, [self.backup], target.listing))
+        sending.prefix = prefix_of(self.backup.name) or ""
+        sending.locks = {name: entry for name, entry in locks.items()
+                         if any(name in locked_names(locks, target.key, kind) for kind in ("locks", "parent_locks"))}
         transfers: Tuple[Transfer, ...] = ()
         if not self.is_there():
-            problem = name_problem(self.backup, target.listing, {s.name for r in recoveries for s in r.delete})
-            if problem is not None:
-                raise BackupError("{}: {}".format(target.text, problem.text), problem.hint)
+            self.check_name(self.backup, "")
             self.choose_parent()
             transfers = self.links() + (Transfer(self.backup, self.parent),)
-            recoveries = tuple(plan_recoveries(sending.locks, target.key, [self.backup], target.listing,
-                                               self.usable_records()))
-        target.plan = DestinationPlan(recoveries, transfers)
+        target.plan = DestinationPlan(tuple(self.recoveries(transfers)), transfers)
 
-    def usable_records(self) -> List[Record]:
-        """What the transfer can go on from: it was on the same parent."""
-        record = self.target.listing.record_of(self.backup.name) if self.target.listing else None
-        is_known = self.parent is None or self.parent.stream_id in backup_index(self.target.listing or Listing())
+    def recoveries(self, transfers: Sequence[Transfer] = ()) -> List[Recovery]:
+        """What is done about partials that locks name: they go, but for those that `transfers` can go on from."""
+        usable = [record for record in map(self.usable_record, transfers) if record is not None]
+        concerned = [transfer.snapshot for transfer in transfers] or [self.backup]
+        return plan_recoveries(self.sending.locks, self.target.key, concerned, self.target.listing or Listing(), usable)
+
+    def check_name(self, backup: Subvolume, why: str) -> None:
+        """BackupError unless the target can get a backup under its name; `why` it shall, where it was not asked for."""
+        cleared = {s.name for recovery in self.recoveries() for s in recovery.delete}
+        problem = name_problem(backup, self.target.listing or Listing(), cleared)
+        if problem is not None:
+            raise BackupError("{}: {}".format(why or self.target.text, problem.text), problem.hint)
+
+    def usable_record(self, transfer: Transfer) -> Optional[Record]:
+        """What a transfer can go on from: it was on the same parent."""
+        record = self.target.listing.record_of(transfer.snapshot.name) if self.target.listing else None
+        parent = transfer.parent
+        is_known = parent is None or parent.stream_id in backup_index(self.target.listing or Listing())
         if record is None or self.task.no_resume or not is_known:
-            return []
-        wanted = (self.backup.stream_id, self.parent.stream_id if self.parent else None,
-                  self.sending.base_of(self.parent, self.target))
-        return [record] if (record.stream_id, record.parent_id, record.base) == wanted else []
+            return None
+        wanted = (transfer.snapshot.stream_id, parent.stream_id if parent else None,
+                  self.sending.base_of(parent, self.target))
+        return record if (record.stream_id, record.parent_id, record.base) == wanted else None
 
     def is_there(self) -> bool:
         """Whether the target holds the backup already, under its name."""
@@ -11954,10 +11967,7 @@ class RestoreRun:
         while link is not None and not self.has_base(link, around):
             parent = by_id.get(link.parent_uuid or "")
             links.insert(0, Transfer(link, parent))
-            problem = name_problem(link, self.target.listing or Listing(), set())
-            if problem is not None:
-                raise BackupError("{}, which {} builds on: {}".format(link.name, self.backup.name, problem.text),
-                                  problem.hint)
+            self.check_name(link, "{}, which {} builds on".format(link.name, self.backup.name))
             link = parent
         return tuple(links)
 
@@ -12002,12 +12012,10 @@ class RestoreRun:
             return
         self.steps |= {t.snapshot.name for t in target.plan.transfers[:-1]}
         self.sending.change_locks(add=[LockChange(name, STEP) for name in sorted(self.steps)])
-        try:
-            for transfer in target.plan.transfers:
-                if not target.failed:
-                    self.sending.transfer(transfer, [target])
-        finally:
-            self.clear_steps()
+        for transfer in target.plan.transfers:
+            if not target.failed:
+                self.sending.transfer(transfer, [target])
+        self.clear_steps()  # where a signal interrupts, the locks tell the next run of them
         if target.failed:
             raise BackupError("{} was not restored".format(self.backup.name), self.blame(target.plan.transfers)
                               or "run again when that is mended")
