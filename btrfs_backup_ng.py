@@ -1710,7 +1710,7 @@ Locks = Dict[str, Dict[str, List[str]]]  # {snapshot: {"locks": [destination], "
 
 
 class Pin(NamedTuple):
-    """The newest snapshot that a destination is known to have in common with the source.
+    """The newest snapshot that a destination on one filesystem is known to have in common with the source.
 
     `filesystem` is the UUID of the filesystem the destination was seen on; `sent` the ids of all that a
     destination has got which cannot be listed.
@@ -1721,6 +1721,14 @@ class Pin(NamedTuple):
     time: str
     filesystem: Optional[str] = None
     sent: Tuple[str, ...] = ()
+
+
+PinsOfPrefix = Dict[str, Tuple[Pin, ...]]  # {destination: pins}, one for each filesystem that was mounted there
+
+
+def with_pin(pins: Tuple[Pin, ...], pin: Pin) -> Tuple[Pin, ...]:
+    """The pins of a destination with that of one filesystem set; those of disks that take turns with it stay."""
+    return tuple(other for other in pins if other.filesystem != pin.filesystem) + (pin,)
 
 
 class Transfer(NamedTuple):
@@ -1950,17 +1958,16 @@ def newest_common(snapshots: Sequence[Subvolume], listing: Listing) -> Optional[
     return next((s for s in reversed(snapshots) if s.stream_id in usable), None)
 
 
+def pin_reasons(pins: PinsOfPrefix, subvolumes: Sequence[Subvolume]) -> Dict[str, str]:
+    """Why the snapshots that pins name are kept."""
+    return {s.name: "newest in common with {}".format(printable(destination)) for destination, entry in pins.items()
+            for pin in entry for s in subvolumes if s.stream_id == pin.uuid}
+
+
 def plan_source_retention(snapshots: Sequence[Subvolume], prefix: str, policy: Policy, locks: Locks,
-                          pins: Dict[str, Pin], seen: Dict[str, Listing], now: float) -> List[Verdict]:
-    """Verdicts on the snapshots. seen: what each destination that could be listed holds."""
-    common = {destination: newest_common(snapshots, listing) for destination, listing in seen.items()}
-    protected = {}
-    for destination in list(pins) + [d for d in seen if d not in pins]:
-        pin, newest = pins.get(destination), common.get(destination)
-        # a pin holds as long as nothing newer was seen in common, as with a disk that came back empty
-        kept = newest.stream_id if newest is not None else pin.uuid if pin is not None else None
-        protected.update({s.name: "newest in common with {}".format(printable(destination))
-                          for s in snapshots if kept is not None and s.stream_id == kept})
+                          pins: PinsOfPrefix, now: float) -> List[Verdict]:
+    """Verdicts on the snapshots. pins: with those of what was seen just now."""
+    protected = pin_reasons(pins, snapshots)
     protected.update(lock_reasons(locks))
     return plan_retention({s.name: snapshot_moment(prefix, s) for s in snapshots}, policy, protected, now)
 
@@ -3439,16 +3446,34 @@ def read_subvolume(path: str, name: str) -> Optional[Subvolume]:
     return parse_subvolume_show(outcome.out, name) if outcome.status == 0 else None
 
 
+FS_INFO_METADATA_UUID = struct.pack("<Q", 1 << 2)  # asks for it, since Linux 5.9
+
+
+def has_passing_id(filesystem: str) -> bool:
+    """Whether a mounted btrfs was given an id for this mount alone.
+
+    Linux does so since 6.7 where another device with its UUID is mounted still, as in some other namespace after a
+    disk was pulled out and put in again.
+    """
+    try:
+        with open("/sys/fs/btrfs/{}/temp_fsid".format(filesystem), encoding="ascii") as file:
+            return file.read().strip() == "1"
+    except OSError:
+        return False
+
+
 def read_filesystem_id(path: str) -> Optional[str]:
-    """The UUID of the btrfs that holds `path`, None where that is no btrfs.
+    """The UUID that the btrfs that holds `path` has on its disk, None where that is no btrfs.
 
     `st_dev` and `f_fsid` differ from subvolume to subvolume and tell nothing.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         buffer = bytearray(1024)
+        buffer[48:56] = FS_INFO_METADATA_UUID
         fcntl.ioctl(fd, FS_INFO, buffer)
-        return format_uuid(bytes(buffer[16:32]))
+        mounted, on_disk = format_uuid(bytes(buffer[16:32])), format_uuid(bytes(buffer[64:80]))
+        return on_disk if mounted and has_passing_id(mounted) else mounted
     except OSError as error:
         if error.errno in (errno.ENOTTY, errno.EINVAL, errno.EOPNOTSUPP):
             return None
@@ -3788,7 +3813,7 @@ LOCK_FILE = ".outstanding_transfers"
 PIN_FILE = ".destinations.json"
 LARGEST_RECORD = 1 << 20  # bytes
 
-Pins = Dict[str, Dict[str, Pin]]  # {destination: {prefix: pin}}
+Pins = Dict[str, Dict[str, Tuple[Pin, ...]]]  # {destination: {prefix: pins}}
 
 
 class LockChange(NamedTuple):
@@ -3848,26 +3873,37 @@ def format_locks(locks: Locks) -> str:
 
 
 def changed_pins(pins: Pins, prefix: str, changes: Dict[str, Optional[Pin]]) -> Pins:
-    """Pins with those of `prefix` set by destination; None forgets."""
+    """Pins with those of `prefix` set by destination and filesystem; None forgets all of a destination."""
     after = {destination: dict(entry) for destination, entry in pins.items()}
     for destination, pin in changes.items():
-        after.setdefault(destination, {}).pop(prefix, None)
+        before = after.setdefault(destination, {}).pop(prefix, ())
         if pin is not None:
-            after[destination][prefix] = pin
+            after[destination][prefix] = with_pin(before, pin)
     return {destination: entry for destination, entry in after.items() if entry}
 
 
 def parse_pins(text: str) -> Pins:
     import json
     document = json.loads(text)
-    return {destination: {prefix: Pin(**dict(pin, sent=tuple(pin.get("sent", ())))) for prefix, pin in pins.items()}
-            for destination, pins in document["destinations"].items()}
+    return {destination: {prefix: tuple(map(parse_pin, entry if isinstance(entry, list) else [entry]))
+                          for prefix, entry in entries.items()}
+            for destination, entries in document["destinations"].items()}
+
+
+def parse_pin(fields: Dict[str, Any]) -> Pin:
+    return Pin(**dict(fields, sent=tuple(fields.get("sent", ()))))
+
+
+def plain_pins(pins: Tuple[Pin, ...]) -> Any:
+    """Pins as JSON holds them: a single one as release 0.7.0 wrote it, several as a list."""
+    plain = [{key: value for key, value in pin._asdict().items() if key != "sent" or value} for pin in pins]
+    return plain[0] if len(plain) == 1 else plain
 
 
 def format_pins(pins: Pins) -> str:
     import json
-    plain = {destination: {prefix: {key: value for key, value in pin._asdict().items() if key != "sent" or value}
-                           for prefix, pin in entry.items()} for destination, entry in pins.items()}
+    plain = {destination: {prefix: plain_pins(entry) for prefix, entry in entries.items()}
+             for destination, entries in pins.items()}
     return json.dumps({"version": 1, "destinations": plain}, indent=1, sort_keys=True)
 
 
@@ -4425,11 +4461,10 @@ def pins_after_restore(pins: Pins, order: SwapOrder, stream_id: str) -> Pins:
         return result
     for destination, entry in result.items():
         if prefix in entry and not destination.startswith("shell://"):
-            entry[prefix] = order.pin._replace(filesystem=entry[prefix].filesystem)
-        elif prefix in entry and entry[prefix].uuid != stream_id:
+            entry[prefix] = tuple(order.pin._replace(filesystem=pin.filesystem) for pin in entry[prefix])
+        elif prefix in entry and all(pin.uuid != stream_id for pin in entry[prefix]):
             del entry[prefix]
-    result.setdefault(order.key, {})[prefix] = order.pin
-    return {destination: entry for destination, entry in result.items() if entry}
+    return changed_pins(result, prefix, {order.key: order.pin})
 
 
 ########################################################################################################
@@ -9991,7 +10026,7 @@ class TaskRun:
         self.counts: "collections.Counter[Tuple[str, str]]" = collections.Counter()
         self.snapshots: List[Subvolume] = []
         self.locks: Locks = {}
-        self.pins: Dict[str, Pin] = {}
+        self.pins: PinsOfPrefix = {}
         self.destinations: List[Destination] = []
         self.notes: List[str] = []
         self.lock_place: Optional[Tuple[LocalHost, str]] = None  # where locks are kept; None: the snapshot folder
@@ -10170,9 +10205,14 @@ class TaskRun:
     def source_text(self) -> str:
         return self.task.source if parse_endpoint(self.task.source).login else self.source
 
+    def pins_elsewhere(self, destination: Destination, filesystem: Optional[str]) -> bool:
+        """Whether a destination was seen on other filesystems than this, and never on this."""
+        known = {pin.filesystem for pin in self.pins.get(destination.key, ())}
+        return bool(known) and not known & {None, filesystem}
+
     def shell_place(self, destination: Destination) -> ShellPlace:
-        pin = self.pins.get(destination.key)
-        names = {s.stream_id: s for s in self.snapshots if s.stream_id in (pin.sent if pin else ())}
+        sent = {uuid for pin in self.pins.get(destination.key, ()) for uuid in pin.sent}
+        names = {s.stream_id: s for s in self.snapshots if s.stream_id in sent}
         return ShellPlace(self.source_text, [s._replace(received_uuid=s.stream_id) for s in names.values()])
 
     def prepare_raw(self, place: RawPlace) -> None:
@@ -10183,7 +10223,7 @@ class TaskRun:
 
     def check_raw_folder(self, destination: Destination, place: Place) -> None:
         """Any filesystem will do, but not one that is there only because the right one is not mounted."""
-        text, pin, inside = destination.text, self.pins.get(destination.key), self.source_place.inside
+        text, inside = destination.text, self.source_place.inside
         doubtful = place.filesystem == self.filesystem or place.mount == "/"
         if place.kind == "other":
             raise BackupError("destination {} is not a folder".format(text), "name a folder")
@@ -10196,7 +10236,7 @@ class TaskRun:
         if place.kind == "missing" and doubtful:
             raise BackupError("no such destination: {}".format(text),
                               "is its filesystem mounted? On the source's own and on the root filesystem it must exist")
-        if pin is not None and pin.filesystem not in (None, place.filesystem) and (doubtful or place.kind == "missing"):
+        if self.pins_elsewhere(destination, place.filesystem) and (doubtful or place.kind == "missing"):
             raise BackupError("destination {} was on another filesystem before".format(text),
                               "is it mounted? If it moved for good: --forget-destination {}".format(text))
         if place.readonly:
@@ -10224,7 +10264,7 @@ class TaskRun:
             destination.busy = frozenset(destination.host.settle_partials(destination.path, names))
 
     def check_destination(self, destination: Destination, place: Place) -> None:
-        text, pin = destination.text, self.pins.get(destination.key)
+        text = destination.text
         same = place.filesystem == self.filesystem
         inside = self.source_place.inside
         if place.kind == "other":
@@ -10242,11 +10282,11 @@ class TaskRun:
         if same and place.kind == "missing":
             raise BackupError("no such destination: {}".format(text),
                               "is its filesystem mounted? On the source's own filesystem the folder must exist")
-        if same and pin is not None and pin.filesystem not in (None, self.filesystem):
+        if same and self.pins_elsewhere(destination, self.filesystem):
             raise BackupError("destination {} was on another filesystem before".format(text),
                               "is it mounted? If it moved for good: --forget-destination {}".format(text))
-        if place.kind == "missing" and pin is not None and pin.filesystem not in (None, place.filesystem):
-            raise BackupError("no such destination: {}, and its filesystem is not the one it was on".format(text),
+        if place.kind == "missing" and self.pins_elsewhere(destination, place.filesystem):
+            raise BackupError("no such destination: {}, and its filesystem is none that it was on".format(text),
                               "is it mounted? On a new disk make the folder first")
         if place.readonly:
             raise BackupError("destination {} is mounted read-only".format(text), "mount it writable")
@@ -10476,15 +10516,17 @@ class TaskRun:
     # -- what stays
 
     def remember(self, destinations: Sequence[Destination]) -> None:
-        """Pins, for each destination that was seen, the newest snapshot in common."""
-        pins = {d.key: self.pin_of(d) for d in destinations if d.listing is not None}
-        new = {key: pin for key, pin in pins.items() if pin is not None and self.pins.get(key) != pin}
-        if new:
-            self.host.change_pins(self.folder, self.prefix, dict(new))
-            self.pins.update(new)
+        """Pins, for each destination that was seen, the newest snapshot in common.
 
-    def pin_of(self, destination: Destination) -> Optional[Pin]:
-        listing = destination.listing or Listing()
+        A pin holds as long as nothing newer was seen in common on its filesystem, as with a folder that was emptied.
+        """
+        pins = {d.key: self.pin_of(d, d.listing) for d in destinations if d.listing is not None}
+        new = {key: pin for key, pin in pins.items() if pin is not None and pin not in self.pins.get(key, ())}
+        if new and not self.task.dry_run:
+            self.host.change_pins(self.folder, self.prefix, dict(new))
+        self.pins.update({key: with_pin(self.pins.get(key, ()), pin) for key, pin in new.items()})
+
+    def pin_of(self, destination: Destination, listing: Listing) -> Optional[Pin]:
         newest = newest_common(self.snapshots, listing)
         if newest is None:
             return None
@@ -10492,9 +10534,9 @@ class TaskRun:
         sent = tuple(s.received_uuid or "" for s in listing.subvolumes) if destination.endpoint.kind == "shell" else ()
         return Pin(newest.name, newest.stream_id or "", moment, destination.filesystem, sent)
 
-    def source_verdicts(self, seen: Dict[str, Listing]) -> List[Verdict]:
+    def source_verdicts(self) -> List[Verdict]:
         return plan_source_retention(self.snapshots, self.prefix, self.task.snapshot_policy, self.locks,
-                                     self.pins, seen, self.clock())
+                                     self.pins, self.clock())
 
     def destination_verdicts(self, destination: Destination, listing: Listing) -> List[Verdict]:
         if destination.endpoint.kind == "shell":
@@ -10502,13 +10544,12 @@ class TaskRun:
         return plan_destination_retention(self.snapshots, listing, self.prefix, self.task.backup_policy, self.clock())
 
     def retain(self) -> None:
-        seen = {d.key: d.listing for d in self.destinations if d.listing is not None}
         for destination in self.destinations:
             if destination.listing is not None and not destination.failed:
                 verdicts = self.destination_verdicts(destination, destination.listing)
                 self.delete(destination.host, destination.path, destination.text, destination.listing.subvolumes,
                             verdicts)
-        self.delete(self.host, self.folder, self.task.source, self.snapshots, self.source_verdicts(seen))
+        self.delete(self.host, self.folder, self.task.source, self.snapshots, self.source_verdicts())
 
     def delete(self, host: Any, folder: str, text: str, subvolumes: Sequence[Subvolume],
                verdicts: Sequence[Verdict]) -> None:
@@ -10553,14 +10594,14 @@ class TaskRun:
         lines += self.notes
         if not self.task.no_snapshot:
             lines.append("  take snapshot {}".format(self.snapshots[-1].name))
-        after = {}
         for destination in self.destinations:
             if destination.listing is not None:
-                after[destination.key] = after_transfers(destination.listing, destination.plan)
-        for verdict in self.source_verdicts(after):
+                destination.listing = after_transfers(destination.listing, destination.plan)
+        self.remember(self.destinations)
+        for verdict in self.source_verdicts():
             lines += self.describe_verdict(verdict)
         for destination in self.needed_destinations():
-            lines += self.describe_destination(destination, after)
+            lines += self.describe_destination(destination)
         return lines
 
     def describe_verdict(self, verdict: Verdict) -> List[str]:
@@ -10568,7 +10609,7 @@ class TaskRun:
             return ["  keep {}: {}".format(verdict.name, verdict.reason)] if self.task.verbosity == "debug" else []
         return ["  delete {}: {}".format(verdict.name, verdict.reason)]
 
-    def describe_destination(self, destination: Destination, after: Dict[str, Listing]) -> List[str]:
+    def describe_destination(self, destination: Destination) -> List[str]:
         lines = ["destination {}".format(destination.text)]
         if destination.listing is None:
             return lines + ["  nothing: it cannot be used now"]
@@ -10586,7 +10627,7 @@ class TaskRun:
             line = "  {}, {}".format(describe_transfer(transfer), self.describe_size(transfer))
             lines.append(line + ", taken up at {}".format(format_size(record.point.offset)) if record else line)
         if not destination.failed:
-            for verdict in self.destination_verdicts(destination, after[destination.key]):
+            for verdict in self.destination_verdicts(destination, destination.listing):
                 lines += self.describe_verdict(verdict)
         return lines if len(lines) > 1 else lines + ["  nothing to do"]
 
@@ -10988,10 +11029,7 @@ def is_unfinished(subvolume: Subvolume) -> bool:
 def known_protections(listing: Listing, prefix: str, locks: Locks, pins: Pins) -> Dict[str, str]:
     """Why backups stay that the policy does not keep, as far as the folder itself tells."""
     backups = backups_of(listing, prefix)
-    reasons = {}
-    for destination, entry in pins.items():
-        reasons.update({b.name: "newest in common with {}".format(printable(destination)) for b in backups
-                        if prefix in entry and entry[prefix].uuid == b.stream_id})
+    reasons = pin_reasons({key: entry[prefix] for key, entry in pins.items() if prefix in entry}, backups)
     reasons.update(lock_reasons(own_locks(locks, prefix)))
     building = [(s.name, s.parent_uuid) for s in listing.subvolumes if is_unfinished(s)]
     building += [(partial_name(record.name), record.base) for record in listing.records]
@@ -12467,9 +12505,10 @@ class Doctor:
         if only is not None:
             newest.setdefault(only, [])
         for key, entries in sorted(newest.items()):
-            for prefix, pin in self.all_pins.get(key, {}).items():
+            for prefix, pins in self.all_pins.get(key, {}).items():
                 if self.task.prefix in (None, prefix):
-                    entries.append(Entry(Subvolume(pin.name, pin.uuid), "", "complete", name_moment(pin.name)))
+                    entries += [Entry(Subvolume(pin.name, pin.uuid), "", "complete", name_moment(pin.name))
+                                for pin in pins]
             self.examine("age", key, check_age, entries, self.task.max_age, self.now)
         if not newest:
             self.record("age", self.task.source, Finding(

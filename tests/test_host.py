@@ -142,7 +142,7 @@ class Suite:
                           "two": {"locks": ["ssh://nas/b"], "parent_locks": []}}, support.read_locks(self.snapshots))
         found = {"/mnt/b": Pin("home20240101-000000", NOTHING.uuid or "", "2024-01-01T00:00:00")}
         self.host.change_pins(folder, "home", found)
-        self.assertEqual({"/mnt/b": {"home": found["/mnt/b"]}}, self.host.read_pins(folder))
+        self.assertEqual({"/mnt/b": {"home": (found["/mnt/b"],)}}, self.host.read_pins(folder))
         self.assertEqual(self.here.read_pins(self.snapshots), self.host.read_pins(folder))
         self.host.change_pins(folder, "home", {"/mnt/b": None})
         self.assertEqual({}, self.here.read_pins(self.snapshots))

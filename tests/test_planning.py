@@ -36,6 +36,7 @@ from btrfs_backup_ng import (
     plan_source_retention,
     plan_transfers,
     snapshots_of,
+    with_pin,
 )
 
 NOW = time.mktime((2026, 2, 1, 0, 0, 0, 0, 0, -1))
@@ -231,9 +232,8 @@ class RetentionAtTheSource(unittest.TestCase):
 
     TAKEN = snapshots(1, 2, 3, 4)
 
-    def kept(self, newest=1, locks=None, pins=None, seen=None):
-        verdicts = plan_source_retention(
-            self.TAKEN, "home", Policy(newest), locks or {}, pins or {}, seen or {}, NOW)
+    def kept(self, newest=1, locks=None, pins=None):
+        verdicts = plan_source_retention(self.TAKEN, "home", Policy(newest), locks or {}, pins or {}, NOW)
         return [day_of(v.name) for v in verdicts if v.keep]
 
     @staticmethod
@@ -246,32 +246,31 @@ class RetentionAtTheSource(unittest.TestCase):
         self.assertEqual([1, 2, 3, 4], self.kept(0))
 
     def test_the_newest_in_common_with_each_destination(self):
-        self.assertEqual([1, 4], self.kept(seen={"/b": holding(1)}))
-        self.assertEqual([2, 4], self.kept(seen={"/b": holding(1, 2)}))
-        self.assertEqual([1, 3, 4], self.kept(seen={"/b": holding(1), "/c": holding(2, 3)}))
-        self.assertEqual([4], self.kept(seen={"/b": holding(1, 2, 3, 4)}))
+        self.assertEqual([1, 4], self.kept(pins={"/b": (self.pin(1),)}))
+        self.assertEqual([1, 2, 4], self.kept(pins={"/b": (self.pin(1),), "/c": (self.pin(2),)}))
+        self.assertEqual([4], self.kept(pins={"/b": (self.pin(4),)}))
 
-    def test_the_pin_of_a_destination_that_is_away(self):
-        self.assertEqual([1, 4], self.kept(pins={"/b": self.pin(1)}))
-        self.assertEqual([1, 2, 4], self.kept(pins={"/b": self.pin(1), "/c": self.pin(2)}))
-        self.assertEqual([1, 3, 4], self.kept(pins={"/b": self.pin(1)}, seen={"/c": holding(3)}))
+    def test_of_each_filesystem_at_one_destination(self):
+        one, other = self.pin(1, filesystem="one"), self.pin(3, filesystem="other")
+        self.assertEqual([1, 3, 4], self.kept(pins={"/b": (one, other)}))
 
-    def test_seen_without_anything_in_common_keeps_the_pin(self):
-        """It may be an empty folder where the disk is mounted at other times."""
-        self.assertEqual([2, 4], self.kept(pins={"/b": self.pin(2)}, seen={"/b": Listing()}))
-        self.assertEqual([2, 4], self.kept(pins={"/b": self.pin(2)}, seen={"/b": holding(9)}))
-
-    def test_seen_with_a_newer_one_the_pin_is_history(self):
-        self.assertEqual([3, 4], self.kept(pins={"/b": self.pin(1)}, seen={"/b": holding(1, 2, 3)}))
+    def test_a_new_pin_replaces_that_of_its_filesystem(self):
+        one, other = self.pin(1, filesystem="one"), self.pin(2, filesystem="other")
+        later = self.pin(3, filesystem="one")
+        unknown = self.pin(4)
+        self.assertEqual((one,), with_pin((), one))
+        self.assertEqual((one, other), with_pin((one,), other))
+        self.assertEqual((other, later), with_pin((one, other), later))
+        self.assertEqual((one, other, unknown), with_pin((one, other), unknown))
 
     def test_a_pin_goes_by_identity(self):
-        self.assertEqual([4], self.kept(pins={"/b": self.pin(1, uuid="of an earlier one of that name")}))
-        self.assertEqual([1, 4], self.kept(pins={"/b": self.pin(9, uuid="uuid-1")}))
+        self.assertEqual([4], self.kept(pins={"/b": (self.pin(1, uuid="of an earlier one of that name"),)}))
+        self.assertEqual([1, 4], self.kept(pins={"/b": (self.pin(9, uuid="uuid-1"),)}))
 
     def test_a_pin_of_a_snapshot_that_was_received(self):
         taken = [snapshot(1, received_uuid="original"), snapshot(2)]
-        pins = {"/b": self.pin(1, uuid="original")}
-        self.assertEqual([], deletions(plan_source_retention(taken, "home", Policy(1), {}, pins, {}, NOW)))
+        self.assertEqual([], deletions(plan_source_retention(
+            taken, "home", Policy(1), {}, {"/b": (self.pin(1, uuid="original"),)}, NOW)))
 
     def test_locks_and_parent_notes(self):
         locks = {name_of(1): {"locks": ["/b"]}, name_of(2): {"parent_locks": ["/b"]},
@@ -280,7 +279,7 @@ class RetentionAtTheSource(unittest.TestCase):
 
     def test_reasons(self):
         verdicts = plan_source_retention(self.TAKEN, "home", Policy(1), {name_of(1): {"locks": ["/c"]}},
-                                         {"/b": self.pin(2)}, {"/d": holding(3)}, NOW)
+                                         {"/b": (self.pin(2),), "/d": (self.pin(3),)}, NOW)
         for verdict, destination in zip(verdicts, ("/c", "/b", "/d")):
             self.assertIn(destination, verdict.reason)
 
@@ -306,7 +305,7 @@ class TheRepeatedHour(InZone):
         self.assertEqual((Transfer(self.NEWER, self.OLDER),), plan.transfers)
 
     def test_the_newer_is_kept_at_the_source(self):
-        verdicts = plan_source_retention(self.TAKEN, "home", Policy(1), {}, {}, {}, NOW)
+        verdicts = plan_source_retention(self.TAKEN, "home", Policy(1), {}, {}, NOW)
         self.assertEqual([self.NEWER.name], self.kept(verdicts))
 
     def test_the_newer_is_kept_at_the_destination(self):
@@ -316,7 +315,7 @@ class TheRepeatedHour(InZone):
 
     def test_a_snapshot_restored_long_after_goes_by_its_name(self):
         restored = self.OLDER._replace(otime=int(NOW) * 10 ** 9)
-        verdicts = plan_source_retention([self.NEWER, restored], "home", Policy(1), {}, {}, {}, NOW)
+        verdicts = plan_source_retention([self.NEWER, restored], "home", Policy(1), {}, {}, NOW)
         self.assertEqual([self.NEWER.name], self.kept(verdicts))
 
 

@@ -114,7 +114,7 @@ class Plan(unittest.TestCase):
         """The folder may be the snapshot folder of a run that hands the backups on."""
         backups = [backup(day) for day in (1, 2, 3, 4, 5)]
         locks = {backups[0].name: {"locks": ["/x"]}, backups[1].name: {"parent_locks": ["/x"]}}
-        pins = {"/x": {"home": Pin("any", "s3", ""), "root": Pin("any", "s4", "")}}
+        pins = {"/x": {"home": (Pin("any", "s3", ""),), "root": (Pin("any", "s4", ""),)}}
         self.assertEqual(["01", "02", "03", "05"], self.kept(backups, locks=locks, pins=pins))
 
     def test_prefixes(self):

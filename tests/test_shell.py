@@ -150,11 +150,11 @@ class Remembered(ShellTestCase):
 
     def test_a_pin_without_the_list_is_no_list(self):
         """As a path's pin has none, and as older versions wrote it."""
-        text = program.format_pins({"/d": {"home": program.Pin("n", "u", "t", "f")},
-                                    "shell://x": {"home": program.Pin("n", "u", "t", None, ("a", "b"))}})
+        text = program.format_pins({"/d": {"home": (program.Pin("n", "u", "t", "f"),)},
+                                    "shell://x": {"home": (program.Pin("n", "u", "t", None, ("a", "b")),)}})
         self.assertEqual(1, text.count("sent"))
-        self.assertEqual(("a", "b"), program.parse_pins(text)["shell://x"]["home"].sent)
-        self.assertEqual((), program.parse_pins(text)["/d"]["home"].sent)
+        self.assertEqual(("a", "b"), program.parse_pins(text)["shell://x"]["home"][0].sent)
+        self.assertEqual((), program.parse_pins(text)["/d"]["home"][0].sent)
 
     def test_a_dry_run_runs_nothing(self):
         self.take(1)

@@ -81,6 +81,7 @@ DAMAGED_PINS = {
     "a list of destinations": '{"version": 1, "destinations": []}',
     "no pins": '{"version": 1, "destinations": {"/b": null}}',
     "a pin without name": '{"version": 1, "destinations": {"/b": {"home": {"uuid": "u", "time": "t"}}}}',
+    "no pin in a list": '{"destinations": {"/b": {"home": ["home20260131-093000"]}}}',
     "no pin": '{"version": 1, "destinations": {"/b": {"home": "home20260131-093000"}}}',
     "the format of the locks": OLD_LOCKS,
 }
@@ -209,10 +210,18 @@ class Pins(unittest.TestCase):
 
     def test_there_and_back(self):
         pin = Pin("20260131-093000", "u", "2026-01-31T08:30:00Z", "f")
-        entry = {"": pin, "home": pin._replace(filesystem=None), "\udcff": pin._replace(name="\udcff")}
+        entry = {"": (pin,), "home": (pin._replace(filesystem=None), pin, pin._replace(filesystem="g")),
+                 "\udcff": (pin._replace(name="\udcff"),)}
         pins = dict.fromkeys(PATHS, entry)
         self.assertEqual(pins, parse_pins(format_pins(pins)))
         self.assertEqual({}, parse_pins(format_pins({})))
+
+    def test_one_alone_is_as_0_7_0_wrote_it(self):
+        text = """{"destinations": {"/b": {"home": {"filesystem": "f", "name": "n", "time": "t", "uuid": "u"}}},
+                   "version": 1}"""
+        pins = parse_pins(text)
+        self.assertEqual({"/b": {"home": (Pin("n", "u", "t", "f"),)}}, pins)
+        self.assertEqual(json.loads(text), json.loads(format_pins(pins)))
 
     def test_anything_else(self):
         errors = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -284,11 +293,11 @@ class StateFiles(InFolder):
         pin, newer = Pin("a", "1", "t"), Pin("b", "2", "t", "f")
         self.host.change_pins(self.folder, "home", {"/b": pin, "/c": pin})
         self.host.change_pins(self.folder, "data", {"/b": pin})
-        self.host.change_pins(self.folder, "home", {"/b": newer})
-        self.assertEqual({"/b": {"home": newer, "data": pin}, "/c": {"home": pin}},
-                         self.host.read_pins(self.folder))
+        self.host.change_pins(self.folder, "home", {"/b": newer, "/c": newer._replace(filesystem=None)})
+        self.assertEqual({"/b": {"home": (pin, newer), "data": (pin,)},
+                          "/c": {"home": (newer._replace(filesystem=None),)}}, self.host.read_pins(self.folder))
         self.host.change_pins(self.folder, "home", {"/b": None, "/c": None})
-        self.assertEqual({"/b": {"data": pin}}, self.host.read_pins(self.folder))
+        self.assertEqual({"/b": {"data": (pin,)}}, self.host.read_pins(self.folder))
 
 
 class Replacing(InFolder):
