@@ -7,6 +7,8 @@ DESTDIR ?=
 TESTS ?=
 # How long the long versions of the tests are: moments to kill at, rounds of churn.
 TORTURE ?= 50
+# What 'make mutants' hands on, for example MUTANTS='PLANNING STREAM.begin'.
+MUTANTS ?=
 # What 'make bench' hands on, for example BENCH='--rounds 9 full-large'.
 BENCH ?= --json bench.json
 
@@ -30,7 +32,7 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-pythons test-each torture bench lint install uninstall clean
+.PHONY: help build demo test test-pythons test-each torture mutants bench lint install uninstall clean
 
 help: ## list these targets
 	@echo "make TARGET, with one of"
@@ -70,6 +72,18 @@ torture: ## run the tests with their long versions: TORTURE=50
 	@tests/programs.sh test
 	@$(MAKE) -s build
 	@TORTURE=$(TORTURE) "$(PYTHON)" $(RUN_TESTS)
+
+# Neither the program nor its tests need what stands here.
+MUTANTS_PROGRAMS = cosmic-ray==8.7.0
+MUTANTS_VENV ?= .venv-mutants
+
+mutants: $(MUTANTS_VENV)/ready ## break the pure sections in small ways, and see whether tests notice
+	@nice -n 19 $(MUTANTS_VENV)/bin/python tests/mutants.py $(MUTANTS)
+
+$(MUTANTS_VENV)/ready: Makefile
+	"$(PYTHON)" -m venv $(MUTANTS_VENV)
+	$(MUTANTS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(MUTANTS_PROGRAMS)
+	@touch $@
 
 bench: ## measure against btrfs send | btrfs receive (as root): BENCH='--rounds 9 full-large'
 	@tests/programs.sh bench
@@ -114,4 +128,4 @@ uninstall: ## remove what install has installed
 	rm -f "$(PROGRAM)" $(PRINTED)
 
 clean: ## remove what has been built
-	rm -rf $(ZIPAPP) $(LINT_VENV) .venv-release __pycache__ tests/__pycache__ bench.json
+	rm -rf $(ZIPAPP) $(LINT_VENV) $(MUTANTS_VENV) .venv-release __pycache__ tests/__pycache__ bench.json
