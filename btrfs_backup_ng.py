@@ -6323,6 +6323,7 @@ class Place(NamedTuple):
     readonly: bool = False
     unmounted: str = ""  # a mount point of /etc/fstab on the way to it where nothing is mounted
     mount: str = ""  # where the filesystem that it is on is mounted
+    in_memory: bool = False  # whether that is gone at the next boot
 
 
 def is_received_into(folder: str) -> bool:
@@ -6364,6 +6365,13 @@ def find_mount(folder: str) -> str:
     while not os.path.ismount(folder):
         folder = os.path.dirname(folder)
     return folder
+
+
+def is_in_memory(folder: str) -> bool:
+    """Whether a folder's filesystem is gone at the next boot, for what its mount tells."""
+    mount = mount_around(folder, read_mounts())
+    return mount is not None and (mount.kind in ("tmpfs", "ramfs", "devtmpfs", "rootfs")
+                                  or re.match(r"/dev/z?ram[0-9]", mount.device) is not None)
 
 
 class SkipReport:
@@ -6421,7 +6429,7 @@ class LocalHost:
         except OSError as error:
             raise os_error("cannot look at {}".format(path), error) from None
         return Place(real, kind, filesystem, inside, is_top and kind == "folder", bool(flags & os.ST_RDONLY),
-                     find_unmounted(real), find_mount(ground))
+                     find_unmounted(real), find_mount(ground), is_in_memory(ground))
 
     def subvolume_around(self, folder: str) -> Tuple[Optional[Subvolume], bool]:
         """The subvolume that holds `folder`, and whether `folder` is its top."""
@@ -10224,7 +10232,7 @@ class TaskRun:
     def check_raw_folder(self, destination: Destination, place: Place) -> None:
         """Any filesystem will do, but not one that is there only because the right one is not mounted."""
         text, inside = destination.text, self.source_place.inside
-        doubtful = place.filesystem == self.filesystem or place.mount == "/"
+        doubtful = place.filesystem == self.filesystem or place.mount == "/" or place.in_memory
         if place.kind == "other":
             raise BackupError("destination {} is not a folder".format(text), "name a folder")
         if place.unmounted:
@@ -10233,12 +10241,17 @@ class TaskRun:
         if place.filesystem == self.filesystem and place.inside and inside and place.inside.subvolid == inside.subvolid:
             raise BackupError("destination {} is inside the source".format(text),
                               "name a folder on another filesystem; is it mounted?")
-        if place.kind == "missing" and doubtful:
-            raise BackupError("no such destination: {}".format(text),
-                              "is its filesystem mounted? On the source's own and on the root filesystem it must exist")
         if self.pins_elsewhere(destination, place.filesystem) and (doubtful or place.kind == "missing"):
             raise BackupError("destination {} was on another filesystem before".format(text),
                               "is it mounted? If it moved for good: --forget-destination {}".format(text))
+        if place.kind == "missing" and doubtful:
+            raise BackupError("no such destination: {}{}".format(text, ", and {} is in memory".format(place.mount)
+                                                                 if place.in_memory else ""),
+                              "is its filesystem mounted? On the source's own and on the root filesystem and in memory "
+                              "it must exist")
+        if place.kind == "missing" and destination.host.look(os.path.dirname(place.path)).kind != "folder":
+            raise BackupError("no such destination: {}, nor is there {}".format(text, os.path.dirname(place.path)),
+                              "is its filesystem mounted? The folder alone is made, not those around it")
         if place.readonly:
             raise BackupError("destination {} is mounted read-only".format(text), "mount it writable")
 

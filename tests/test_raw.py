@@ -258,6 +258,7 @@ class Filters(RawTestCase):
 
     def check(self, folder, compressor, encryption):
         self.folder = os.path.join(folder, "made")
+        os.mkdir(self.folder)
         options, suffix = [], ".btrfs"
         if compressor:
             options += ["--raw-compress", compressor]
@@ -422,6 +423,9 @@ class Places(RawTestCase):
         folder = ext4(self)
         self.folder = os.path.join(folder, "a", "b")
         taken = self.take(1)
+        self.assertErrorSays(self.send(status=1), "no such destination", "nor is there {}/a".format(folder))
+        self.assertNotIn("a", os.listdir(folder))
+        os.mkdir(os.path.dirname(self.folder))
         self.send()
         self.assertSound(taken)
         self.assertEqual(0o700, os.stat(self.folder).st_mode & 0o777)
@@ -440,12 +444,25 @@ class Places(RawTestCase):
         self.assertErrorSays(self.send(status=1), "no such destination", "mounted")
         self.assertFalse(os.path.exists(os.path.dirname(self.folder)))
 
+    def test_it_is_not_made_in_memory(self):
+        """As /run is, where desktops mount disks."""
+        folder = tmpfs(self)
+        self.folder = os.path.join(folder, "disk")
+        taken = self.take(1)
+        for more in ([], ["--dry-run"]):
+            self.assertErrorSays(self.send(*more, status=1), "no such destination", folder + " is in memory")
+            self.assertEqual([], os.listdir(folder))
+        os.mkdir(self.folder)
+        self.send()
+        self.assertSound(taken)
+
     def test_a_disk_that_is_not_mounted_any_more_is_noticed(self):
         folder = os.path.join(support.scratch_folder(), "away-{}".format(next(support.Disk.numbers)))
         os.mkdir(folder)
         command("mount", "-t", "tmpfs", "tmpfs", folder)
         try:
             self.folder = os.path.join(folder, "raw")
+            os.mkdir(self.folder)
             self.take(1)
             self.send()
         finally:
@@ -564,7 +581,7 @@ class Restore(RawTestCase):
         for number, compressor in enumerate(NONE_AND_EACH):
             place, encryption = [ext4, tmpfs][number % 2], [None, "gpg", "age"][number % 3]
             with self.subTest(place=place.__name__, compressor=compressor, encryption=encryption):
-                self.folder = os.path.join(place(self), "made")
+                self.folder = place(self)
                 options = ["--raw-compress", compressor] if compressor else []
                 if encryption:
                     options += ["--raw-encrypt", "{}:{}".format(encryption, getattr(self.keys, encryption))]
