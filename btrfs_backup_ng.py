@@ -3806,14 +3806,63 @@ def parse_find_new(text: str) -> int:
 # program takes over from the other; `.destinations.json` the pins. Each change reads, changes its own
 # entries, writes aside, syncs, renames and syncs the folder, under a flock on the folder. What cannot be
 # read as that format is an error, for without it nothing may be deleted. A run holds a flock on a file
-# of its prefix; the kernel drops it however the run ends.
+# of its prefix; the kernel drops it however the run ends. All small files of this program, wherever they lie,
+# are read and written by the few functions here, for others may own the folder: no link is followed, nothing but
+# a plain file with a single name is opened, and nothing is waited for without limit.
 ########################################################################################################
 
 LOCK_FILE = ".outstanding_transfers"
 PIN_FILE = ".destinations.json"
-LARGEST_RECORD = 1 << 20  # bytes
+LARGEST_NOTE, LARGEST_STATE = 1 << 20, 64 << 20  # bytes of a file about one backup, about all
+ASIDE = ".new"  # ends the name of a file that shall replace another
+MUTEX_PATIENCE = 60.0  # seconds; a change takes milliseconds
 
 Pins = Dict[str, Dict[str, Tuple[Pin, ...]]]  # {destination: {prefix: pins}}
+FORMAT_ERRORS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # of what is read
+
+
+@functools.lru_cache(maxsize=None)
+def is_sequence_type(origin: Any) -> bool:
+    import collections.abc as abc
+    return origin in (list, List, Sequence, abc.Sequence, Iterable, abc.Iterable)
+
+
+def is_of_type(value: Any, hint: Any) -> bool:
+    """Whether a value that was read or arrived is what is declared. Typing's own names differ before Python 3.7."""
+    origin = getattr(hint, "__origin__", None)
+    arguments: Tuple[Any, ...] = getattr(hint, "__args__", None) or ()
+    if hint is Any:
+        return True
+    if origin is Union:
+        return any(is_of_type(value, one) for one in arguments)
+    if is_sequence_type(origin):
+        return isinstance(value, (list, tuple)) and all(is_of_type(item, arguments[0]) for item in value)
+    if origin in (tuple, Tuple):
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return isinstance(value, tuple) and all(is_of_type(item, arguments[0]) for item in value)
+        return isinstance(value, tuple) and len(value) == len(arguments) and all(map(is_of_type, value, arguments))
+    if origin in (frozenset, FrozenSet, set, Set):
+        return isinstance(value, frozenset) and all(is_of_type(item, arguments[0]) for item in value)
+    if origin in (dict, Dict):
+        return isinstance(value, dict) and all(
+            is_of_type(key, arguments[0]) and is_of_type(item, arguments[1]) for key, item in value.items())
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+@functools.lru_cache(maxsize=None)
+def type_hints(declared: Any) -> Dict[str, Any]:
+    return get_type_hints(declared)
+
+
+def check_fields(value: Any) -> Any:
+    """A NamedTuple as it is; TypeError, which names the field, where one is not of the type that it declares."""
+    declared: Any = type(value)
+    for field, hint in type_hints(declared).items():
+        if not is_of_type(getattr(value, field), hint):
+            raise TypeError(field)
+    return value
 
 
 class LockChange(NamedTuple):
@@ -3869,7 +3918,7 @@ def locks_of(locks: Locks, destination: str, prefix: str) -> List[LockChange]:
 
 def format_locks(locks: Locks) -> str:
     import json
-    return json.dumps(locks, indent=1, sort_keys=True)
+    return json.dumps(locks, indent=1, sort_keys=True) + "\n"
 
 
 def changed_pins(pins: Pins, prefix: str, changes: Dict[str, Optional[Pin]]) -> Pins:
@@ -3883,6 +3932,7 @@ def changed_pins(pins: Pins, prefix: str, changes: Dict[str, Optional[Pin]]) -> 
 
 
 def parse_pins(text: str) -> Pins:
+    """The pins that `text` holds; an error of the kinds in FORMAT_ERRORS for anything but the format."""
     import json
     document = json.loads(text)
     return {destination: {prefix: tuple(map(parse_pin, entry if isinstance(entry, list) else [entry]))
@@ -3891,7 +3941,10 @@ def parse_pins(text: str) -> Pins:
 
 
 def parse_pin(fields: Dict[str, Any]) -> Pin:
-    return Pin(**dict(fields, sent=tuple(fields.get("sent", ()))))
+    sent = fields.get("sent", [])
+    if not isinstance(sent, list):
+        raise TypeError("sent")
+    return check_fields(Pin(**dict(fields, sent=tuple(sent))))
 
 
 def plain_pins(pins: Tuple[Pin, ...]) -> Any:
@@ -3904,53 +3957,104 @@ def format_pins(pins: Pins) -> str:
     import json
     plain = {destination: {prefix: plain_pins(entry) for prefix, entry in entries.items()}
              for destination, entries in pins.items()}
-    return json.dumps({"version": 1, "destinations": plain}, indent=1, sort_keys=True)
+    return json.dumps({"version": 1, "destinations": plain}, indent=1, sort_keys=True) + "\n"
+
+
+def open_plain(name: str, flags: int, folder: int) -> int:
+    """Opens the plain file `name` in an open folder, for its user alone where it is made.
+
+    Whatever else bears the name: OSError at once, and nothing was followed, waited for or changed.
+    """
+    fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o600, dir_fd=folder)
+    found = os.fstat(fd)
+    if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:  # 0: replaced meanwhile
+        return fd
+    os.close(fd)
+    raise OSError(errno.EPERM, "it is no plain file with a single name; look at it, and move it away")
+
+
+@contextlib.contextmanager
+def opened_folder(path: str) -> Iterator[int]:
+    """The folder at `path` as a file descriptor."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def plain_error(path: str, doing: str, error: OSError, hint: str = "") -> BackupError:
+    """What is said of the plain file at `path` where `doing` it failed."""
+    is_other = error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR)  # a link, a socket, a folder
+    words = "it is no plain file; look at it, and move it away" if is_other else error.strerror or str(error)
+    return os_error("cannot {} {}".format(doing, path), OSError(error.errno, words), hint or hint_for(words))
+
+
+def read_note(folder: str, name: str, most: int = LARGEST_NOTE) -> Tuple[str, os.stat_result]:
+    """The text of a small plain file, of at most so many bytes, and what is known of the file. OSError."""
+    with opened_folder(folder) as top:
+        fd = open_plain(name, os.O_RDONLY, top)
+    with open(fd, encoding="utf-8", errors="surrogateescape") as file:
+        found = os.fstat(fd)
+        if found.st_size > most:
+            raise OSError(errno.EFBIG, "it is larger than {}".format(format_size(most)))
+        return file.read(most), found
+
+
+def is_of_others(found: os.stat_result) -> bool:
+    """Whether somebody else than root and the user who runs owns a file."""
+    return found.st_uid not in (0, os.geteuid())
 
 
 def read_state_file(folder: str, name: str, parse: Callable[[str], Any]) -> Any:
     """What `parse` makes of a state file, {} where there is none."""
     path = os.path.join(folder, name)
     try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as state:
-            return parse_state(path, state.read(), parse)
+        return parse_state(path, read_note(folder, name, LARGEST_STATE)[0], parse)
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise os_error("cannot read {}".format(path), error) from None
+        raise plain_error(path, "read", error) from None
 
 
 def parse_state(path: str, text: str, parse: Callable[[str], Any]) -> Any:
     """What `parse` makes of the content of the state file at `path`."""
     try:
         return parse(text)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except FORMAT_ERRORS:
         hint = ("mend it, or move it away if no transfer is unfinished" if os.path.basename(path) == LOCK_FILE else
                 "mend it, or move it away: then snapshots that absent destinations need are no longer protected")
         raise BackupError("{} is damaged or not ours, so nothing was changed".format(path), hint) from None
 
 
-@contextlib.contextmanager
-def replacing(path: str) -> Iterator[Any]:
-    """A file that takes the place of the one at `path` when all is written."""
-    aside = path + ".new"
+def replace_file(folder: str, name: str, text: str, durably: bool = True, aside: str = "") -> None:
+    """Replaces a small file; durably: after any crash it is the old or the new one, whole."""
+    aside = aside or name + ASIDE
     try:
-        with open(aside, "w", encoding="utf-8", errors="surrogateescape") as file:
-            yield file
-        os.rename(aside, path)
+        with opened_folder(folder) as top:
+            write_aside(top, aside, text.encode("utf-8", "surrogateescape"), durably)
+            os.rename(aside, name, src_dir_fd=top, dst_dir_fd=top)
+            if durably:
+                sync_folder(top)
     except OSError as error:
-        raise os_error("cannot write {}".format(path), error) from None
+        raise plain_error(os.path.join(folder, name), "write", error) from None
 
 
-def replace_state_file(folder: str, name: str, text: str) -> None:
-    """Replaces a file for good: after any crash it is the old or the new one."""
-    with replacing(os.path.join(folder, name)) as state:
-        state.write(text + "\n")
-        state.flush()
-        os.fsync(state.fileno())
+def write_aside(folder: int, name: str, content: bytes, durably: bool) -> None:
+    """A new file of that name, in place of what a crash or anybody left under it; none where that fails."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+    fd = open_plain(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, folder)
     try:
-        sync_folder(folder)
-    except OSError as error:
-        raise os_error("cannot write to {}".format(folder), error) from None
+        with open(fd, "wb", 0) as file:
+            left = memoryview(content)
+            while left:
+                left = left[file.write(left):]
+            if durably:
+                os.fsync(fd)
+    except OSError:
+        os.unlink(name, dir_fd=folder)
+        raise
 
 
 def boot_id() -> str:
@@ -3963,16 +4067,16 @@ def boot_id() -> str:
 
 
 def parse_record(text: str) -> Record:
-    """The record that `text` holds; an error of any kind for what is none."""
+    """The record that `text` holds; an error of the kinds in FORMAT_ERRORS for what is none."""
     import json
     fields = json.loads(text)
     point = fields.pop("point")
-    marks = tuple(Mark(int(offset), str(sha256)) for offset, sha256 in point["marks"])
-    record = Record(**fields)._replace(point=ResumePoint(marks, int(point["file_data"])))
+    marks = tuple(check_fields(Mark(offset, sha256)) for offset, sha256 in point["marks"])
+    record = check_fields(Record(**fields)._replace(point=ResumePoint(marks, point["file_data"])))
     for uuid in (record.stream_id, record.private, record.parent_id, record.base):
         if uuid is not None and len(parse_uuid(uuid)) != 16:
             raise ValueError("not a UUID")
-    if list(marks) != sorted(set(marks)) or not all(type(n) is int for n in (record.version, record.ctransid)):
+    if list(marks) != sorted(set(marks)) or not is_of_type(record.point.file_data, int):
         raise ValueError("not marks")
     return record
 
@@ -3980,44 +4084,71 @@ def parse_record(text: str) -> Record:
 def format_record(record: Record) -> str:
     import json
     point = {"marks": [list(mark) for mark in record.point.marks], "file_data": record.point.file_data}
-    return json.dumps(dict(record._asdict(), point=point), indent=1, sort_keys=True)
+    return json.dumps(dict(record._asdict(), point=point), indent=1, sort_keys=True) + "\n"
 
 
 def read_record(folder: str, name: str) -> Optional[Record]:
-    """The record of snapshot `name`'s partial; None where there is none, or one that cannot be read as such."""
+    """The record of snapshot `name`'s partial; None where there is none, or one that cannot be read as such.
+
+    Nor is one believed that somebody else could have made: a transfer would go on from what he put there.
+    """
     try:
-        fd = os.open(os.path.join(folder, record_name(name)), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        with open(fd, encoding="utf-8", errors="surrogateescape") as file:
-            record = parse_record(file.read(LARGEST_RECORD))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        text, found = read_note(folder, record_name(name))
+        record = parse_record(text)
+    except (OSError,) + FORMAT_ERRORS:
         return None
-    return record if record.name == name else None
+    return record if record.name == name and not is_of_others(found) else None
 
 
 def remove_record(folder: str, name: str) -> None:
-    for path in (record_name(name), record_name(name) + ".new"):
+    for path in (record_name(name), record_name(name) + ASIDE):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(folder, path))
 
 
-def sync_folder(folder: str) -> None:
-    """Makes renames in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def sync_folder(folder: Union[int, str]) -> None:
+    """Makes renames in a folder durable, at a path or open; some filesystems of networks know of no such thing."""
+    fd = folder if isinstance(folder, int) else os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
     finally:
-        os.close(fd)
+        if fd is not folder:
+            os.close(fd)
+
+
+def unlink_own(path: str, fd: int) -> None:
+    """Removes the name of an open file where it still is that file's."""
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.fstat(fd), os.lstat(path)):
+            os.unlink(path)
 
 
 @contextlib.contextmanager
 def folder_mutex(folder: str) -> Iterator[None]:
-    """Keeps other runs, of other prefixes too, from changing the state files meanwhile."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+    """Keeps other runs, of other prefixes too, from changing the state files meanwhile.
+
+    BackupError where that is not to be had: whoever may read the folder can hold its flock.
+    """
+    deadline = time.monotonic() + MUTEX_PATIENCE
+    with opened_folder(folder) as fd:
+        while not try_flock(fd):
+            if time.monotonic() > deadline:
+                raise BackupError("another program holds a lock on the folder {}".format(folder),
+                                  "fuser -v names it; chmod go= keeps others out")
+            time.sleep(0.01)
         yield
-    finally:
-        os.close(fd)
+
+
+def try_flock(fd: int) -> bool:
+    """Takes the flock of an open file, unless another has it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def run_lock_name(prefix: str) -> str:
@@ -4076,9 +4207,11 @@ def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None],
     """
     path = os.path.join(folder, run_lock_name(prefix))
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with opened_folder(folder) as top:
+            fd = open_plain(run_lock_name(prefix), os.O_RDWR | os.O_CREAT, top)
     except OSError as error:
-        raise os_error("cannot write {}".format(path), error, "is the folder writable?") from None
+        hint = hint_for(error.strerror or "") or "is the folder writable?"
+        raise plain_error(path, "write", error, hint if error.errno != errno.EPERM else "") from None
     try:
         deadline, waited = time.monotonic() + wait, False
         while True:
@@ -4258,22 +4391,25 @@ def subvolume_at(path: str) -> Optional[Subvolume]:
 
 
 def read_swap_notes(place: str) -> Optional[SwapNotes]:
+    """The notes of a swap at `place`; BackupError for what is none of ours, as subvolumes are deleted by them."""
     import json
-    path = beside(place, "restoring.json")
+    folder, name = os.path.split(beside(place, "restoring.json"))
     try:
-        with open(path, encoding="ascii") as notes:
-            return SwapNotes(**json.load(notes))
+        text, found = read_note(folder, name)
+        if is_of_others(found):
+            raise ValueError("it belongs to user {}".format(found.st_uid))
+        return check_fields(SwapNotes(**json.loads(text)))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
-        raise BackupError("cannot read {}: {}".format(path, error), "what a broken restore left of {} must be looked "
-                          "at by hand; then move that file away".format(place)) from None
+    except (OSError,) + FORMAT_ERRORS as error:
+        raise BackupError("cannot read {}: {}".format(os.path.join(folder, name), error), "what a broken restore left "
+                          "of {} must be looked at by hand; then move that file away".format(place)) from None
 
 
 def write_swap_notes(place: str, notes: SwapNotes) -> None:
     import json
     folder, name = os.path.split(beside(place, "restoring.json"))
-    replace_state_file(folder, name, json.dumps(notes._asdict(), indent=1, sort_keys=True))
+    replace_file(folder, name, json.dumps(notes._asdict(), indent=1, sort_keys=True) + "\n")
 
 
 def delete_subvolume(path: str) -> None:
@@ -4436,7 +4572,6 @@ def carry_state(old: str, new: str, order: SwapOrder, stream_id: str) -> List[st
     Else from what the restored state itself holds. What cannot be read is named in a warning: what matters now
     is to get the data back.
     """
-    import json
     source, warnings = old if os.path.isdir(old) else new, []
     locks: Locks = {}
     pins: Pins = {}
@@ -4445,8 +4580,8 @@ def carry_state(old: str, new: str, order: SwapOrder, stream_id: str) -> List[st
         pins = read_state_file(source, PIN_FILE, parse_pins)
     except BackupError as error:
         warnings.append("{}; the restored subvolume goes on without it".format(error.message))
-    replace_state_file(new, LOCK_FILE, json.dumps(locks, indent=1, sort_keys=True))
-    replace_state_file(new, PIN_FILE, format_pins(pins_after_restore(pins, order, stream_id)))
+    replace_file(new, LOCK_FILE, format_locks(locks))
+    replace_file(new, PIN_FILE, format_pins(pins_after_restore(pins, order, stream_id)))
     return warnings
 
 
@@ -4701,6 +4836,10 @@ class Background:
             raise interruption
 
 
+class BeingWritten(ReceiverFailed):
+    """Another process writes the partials of a snapshot."""
+
+
 class PartialLock:
     """The kernel's word that one process alone writes the partials of a snapshot in a folder.
 
@@ -4714,33 +4853,42 @@ class PartialLock:
         try:
             self.fd = self.acquire()
         except OSError as error:
-            raise os_error("cannot write {}".format(self.path), error) from None
+            failed = plain_error(self.path, "write", error)
+            raise ReceiverFailed(failed.message, failed.hint) from None
 
     def acquire(self) -> int:
         deadline, asked = time.monotonic() + HOLDER_PATIENCE, 0
         while True:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            with opened_folder(os.path.dirname(self.path)) as folder:
+                fd = open_plain(os.path.basename(self.path), os.O_RDWR | os.O_CREAT, folder)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.lexists(self.path) and os.path.samestat(os.fstat(fd), os.lstat(self.path)):
-                    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells others our process id
-                    os.ftruncate(fd, 0)
-                    os.pwrite(fd, self.stream_id.encode(), 0)
+                if not try_flock(fd):
+                    asked = self.ask_holder(fd, asked, deadline)
+                    time.sleep(0.05)
+                elif os.path.lexists(self.path) and os.path.samestat(os.fstat(fd), os.lstat(self.path)):
+                    self.sign(fd)
                     taken, fd = fd, -1
                     return taken
-            except BlockingIOError:
-                asked = self.ask_holder(fd, asked, deadline)
-                time.sleep(0.05)
             finally:
                 if fd >= 0:
                     os.close(fd)
+
+    def sign(self, fd: int) -> None:
+        """Says in the file that was locked whose it is."""
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells others our process id
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, self.stream_id.encode(), 0)
+        except OSError:
+            unlink_own(self.path, fd)
+            raise
 
     def ask_holder(self, fd: int, asked: int, deadline: float) -> int:
         """Asks the process that holds the lock to end, where that is right; returns its id."""
         idle = time.time() - os.fstat(fd).st_mtime
         pid = lock_holder(fd)
         if os.pread(fd, 100, 0).decode("ascii", "replace") not in ("", self.stream_id) or time.monotonic() > deadline:
-            raise ReceiverFailed("another run is writing {}".format(partial_name(self.name)), "wait for it")
+            raise BeingWritten("another run is writing {}".format(partial_name(self.name)), "wait for it")
         if idle < HOLDER_IDLE or pid is None or pid == asked:
             return asked
         ask_to_end(pid)
@@ -4755,20 +4903,18 @@ class PartialLock:
 
     def release(self) -> None:
         if self.fd >= 0:
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
+            unlink_own(self.path, self.fd)
             os.close(self.fd)
             self.fd = -1
 
 
 def remove_idle_lock(folder: str, name: str) -> None:
     """Removes the lock file of a snapshot's partials that a crash left behind."""
-    path = os.path.join(folder, partial_lock_name(name))
-    with contextlib.suppress(FileNotFoundError, BlockingIOError):
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    with contextlib.suppress(FileNotFoundError), opened_folder(folder) as top:
+        fd = open_plain(partial_lock_name(name), os.O_RDWR, top)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
+            if try_flock(fd):
+                unlink_own(os.path.join(folder, partial_lock_name(name)), fd)
         finally:
             os.close(fd)
 
@@ -4865,7 +5011,7 @@ class Partial:
         sync_filesystem(self.folder)
         self.record = self.record._replace(piece=piece, private=private, point=point, version=stream.version,
                                            ctransid=stream.ctransid)
-        replace_state_file(self.folder, record_name(self.name), format_record(self.record))
+        replace_file(self.folder, record_name(self.name), format_record(self.record))
         self.checkpoint = read_subvolume(path, piece)
         if before is not None:
             self.delete(before)
@@ -4876,8 +5022,7 @@ class Partial:
         if not found.readonly or found.received_uuid != self.expected.uuid:
             raise ReceiverFailed("btrfs receive left {} incomplete though it reported success".format(piece))
         record = self.record._replace(finished=piece, boot=boot_id())
-        with replacing(os.path.join(self.folder, record_name(self.name))) as file:
-            file.write(format_record(record))
+        replace_file(self.folder, record_name(self.name), format_record(record), durably=False)
         sync_filesystem(self.folder)
         return found
 
@@ -5551,7 +5696,6 @@ class ShellPlace:
 
 STREAM_SUFFIX = ".btrfs"
 SIDECAR_SUFFIX = ".json"
-LARGEST_SIDECAR = 1 << 20
 
 
 class Damaged(BackupError):
@@ -5634,17 +5778,19 @@ def parse_sidecar(text: str) -> RawBackup:
     if document.get("version") != 1:
         raise ValueError("it is of a newer version")
     fields = {key: document[key] for key in RawBackup._fields}
-    return RawBackup(**dict(fields, pipeline=tuple(fields["pipeline"]), mode=int(fields["mode"], 8)))
+    if not isinstance(fields["pipeline"], list):
+        raise TypeError("pipeline")
+    fields.update(pipeline=tuple(fields["pipeline"]), mode=int(fields["mode"], 8))
+    return check_fields(RawBackup(**fields))
 
 
 def read_sidecar(folder: str, name: str) -> RawBackup:
     """The sidecar in file `name`; ValueError says what is wrong with it."""
-    fd = os.open(os.path.join(folder, name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with open(fd, encoding="ascii", errors="replace") as file:
-        try:
-            backup = parse_sidecar(file.read(LARGEST_SIDECAR))
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError("it is no sidecar of this program's") from None
+    text = read_note(folder, name)[0]
+    try:
+        backup = parse_sidecar(text)
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("it is no sidecar of this program's") from None
     if backup.file + SIDECAR_SUFFIX != name or not backup.file.startswith(backup.name + STREAM_SUFFIX):
         raise ValueError("it belongs to {}".format(printable(backup.file)))
     return backup
@@ -5744,22 +5890,10 @@ def raw_subvolume(backup: RawBackup) -> Subvolume:
                      subvolid=crc32c(os.fsencode(backup.uuid)))
 
 
-def write_durably(folder: str, name: str, text: str) -> None:
-    """A new file in place of what bore its name."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-    fd = os.open(os.path.join(folder, name), flags, 0o600)
-    with open(fd, "w", encoding="ascii") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def publish_stream_file(folder: str, backup: RawBackup) -> None:
     """Gives a synced partial its final name, after its sidecar. OSError where that fails."""
-    sidecar, aside = backup.file + SIDECAR_SUFFIX, partial_name(backup.name + SIDECAR_SUFFIX)
-    write_durably(folder, aside, format_sidecar(backup))
-    os.rename(os.path.join(folder, aside), os.path.join(folder, sidecar))
-    sync_folder(folder)
+    replace_file(folder, backup.file + SIDECAR_SUFFIX, format_sidecar(backup),
+                 aside=partial_name(backup.name + SIDECAR_SUFFIX))
     os.rename(os.path.join(folder, partial_name(backup.name)), os.path.join(folder, backup.file))
     sync_folder(folder)
 
@@ -5917,9 +6051,8 @@ class FileSink:
         self.error = self.error or OSError(errno.ECANCELED, "given up")
         self.queue.put(None)
         self.thread.join(ENDING_GRACE)
-        with contextlib.suppress(OSError):
-            if not self.finished and os.lstat(self.path).st_ino == os.fstat(self.fd).st_ino:
-                os.unlink(self.path)
+        if not self.finished:
+            unlink_own(self.path, self.fd)
         os.close(self.fd)
         self.fd = -1
 
@@ -5959,10 +6092,11 @@ def idle_raw_partials(folder: str) -> Dict[str, float]:
     for name in os.listdir(folder):
         if partial_of(name) is not None and not name.endswith(SIDECAR_SUFFIX + ".partial"):
             with contextlib.suppress(OSError):
-                source = open(os.path.join(folder, name), "rb")
-                with source:
+                with opened_folder(folder) as top:
+                    fd = open_plain(name, os.O_RDONLY, top)
+                with open(fd, "rb") as source:
                     fcntl.flock(source, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    idle[name] = time.time() - os.fstat(source.fileno()).st_mtime
+                    idle[name] = time.time() - os.fstat(fd).st_mtime
     return idle
 
 
@@ -6563,7 +6697,7 @@ class LocalHost:
             before = self.read_locks(folder)
             after = clear_locks(add_locks(before, add), clear) if add or clear else before
             if after != before:
-                replace_state_file(folder, LOCK_FILE, format_locks(after))
+                replace_file(folder, LOCK_FILE, format_locks(after))
         return after
 
     def read_pins(self, folder: str) -> Pins:
@@ -6575,7 +6709,7 @@ class LocalHost:
             before = self.read_pins(folder)
             after = changed_pins(before, prefix, pins)
             if after != before:
-                replace_state_file(folder, PIN_FILE, format_pins(after))
+                replace_file(folder, PIN_FILE, format_pins(after))
 
     def hold(self, folder: str, prefix: str, wait: float,
              token: str = "") -> ContextManager[None]:
@@ -6656,7 +6790,7 @@ class LocalHost:
             if os.path.lexists(os.path.join(folder, partial_lock_name(name))):
                 try:
                     PartialLock(folder, name, stream_id).release()
-                except BackupError:
+                except BeingWritten:
                     busy.append(name)
         return busy
 
@@ -7596,46 +7730,7 @@ def unpack_class(name: str, items: List[Any]) -> Any:
         return error_classes().get(kind, BackupError)(message, hint, detail, items[4:] == [True])
     if name in ("tuple", "set"):
         return tuple(items) if name == "tuple" else frozenset(items)
-    value = WIRE_CLASSES[name](*items)
-    for field, hint in type_hints(WIRE_CLASSES[name]).items():
-        if not is_of_type(getattr(value, field), hint):
-            raise TypeError(field)
-    return value
-
-
-@functools.lru_cache(maxsize=None)
-def is_sequence_type(origin: Any) -> bool:
-    import collections.abc as abc
-    return origin in (list, List, Sequence, abc.Sequence, Iterable, abc.Iterable)
-
-
-def is_of_type(value: Any, hint: Any) -> bool:
-    """Whether a value that arrived is what a call takes. Typing's own names differ before Python 3.7."""
-    origin = getattr(hint, "__origin__", None)
-    arguments: Tuple[Any, ...] = getattr(hint, "__args__", None) or ()
-    if hint is Any:
-        return True
-    if origin is Union:
-        return any(is_of_type(value, one) for one in arguments)
-    if is_sequence_type(origin):
-        return isinstance(value, (list, tuple)) and all(is_of_type(item, arguments[0]) for item in value)
-    if origin in (tuple, Tuple):
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return isinstance(value, tuple) and all(is_of_type(item, arguments[0]) for item in value)
-        return isinstance(value, tuple) and len(value) == len(arguments) and all(map(is_of_type, value, arguments))
-    if origin in (frozenset, FrozenSet, set, Set):
-        return isinstance(value, frozenset) and all(is_of_type(item, arguments[0]) for item in value)
-    if origin in (dict, Dict):
-        return isinstance(value, dict) and all(
-            is_of_type(key, arguments[0]) and is_of_type(item, arguments[1]) for key, item in value.items())
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-
-
-@functools.lru_cache(maxsize=None)
-def type_hints(declared: Any) -> Dict[str, Any]:
-    return get_type_hints(declared)
+    return check_fields(WIRE_CLASSES[name](*items))
 
 
 class Channel:
@@ -9498,7 +9593,7 @@ class ShellHost:
     def replace_state(self, folder: str, name: str, text: str) -> None:
         path = os.path.join(folder, name)
         self.run('cat > "$a0.new" && sync && mv "$a0.new" "$a0" && sync', (path,), "cannot write {}".format(path),
-                 text.encode("utf-8", "surrogateescape") + b"\n")
+                 text.encode("utf-8", "surrogateescape"))
 
     def read_locks(self, folder: str) -> Locks:
         return self.read_state(folder, LOCK_FILE, parse_locks)

@@ -906,7 +906,7 @@ class Verify(RawTestCase):
         with open(path, "wb") as file:
             file.write(subprocess.run(["gzip"], input=b"another", stdout=subprocess.PIPE, check=True).stdout)
         made = program.digest_file(self.folder, os.path.basename(path))
-        program.write_durably(self.folder, os.path.basename(path) + ".json", program.format_sidecar(
+        program.replace_file(self.folder, os.path.basename(path) + ".json", program.format_sidecar(
             held._replace(file_size=made.size, file_sha256=made.sha256)))
         self.assertIn("the stream inside is not the one", self.texts(self.raw, status=1)[self.taken[0]])
         self.assertEqual("equal", self.results("--raw-files", self.raw)[self.taken[0]])

@@ -1,18 +1,24 @@
 """State: locks and pins on disk, one run at a time."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import unittest
-from typing import List
+from typing import Any, Dict, List
 from unittest import mock
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from btrfs_backup_ng import (
+    ASIDE,
     LOCK_FILE,
     PIN_FILE,
     BackupError,
@@ -20,18 +26,30 @@ from btrfs_backup_ng import (
     Events,
     LocalHost,
     LockChange,
+    PartialLock,
     Pin,
     PrivateFolder,
+    Record,
+    SwapNotes,
     add_locks,
     clear_locks,
     folder_mutex,
     format_pins,
+    format_record,
+    idle_raw_partials,
     locks_of,
     parse_locks,
     parse_pins,
+    parse_record,
+    read_raw_folder,
+    read_record,
     read_state_file,
-    replace_state_file,
+    read_swap_notes,
+    record_name,
+    remove_idle_lock,
+    replace_file,
     run_lock,
+    write_swap_notes,
 )
 
 REPOSITORY = sys.path[0]
@@ -83,6 +101,11 @@ DAMAGED_PINS = {
     "a pin without name": '{"version": 1, "destinations": {"/b": {"home": {"uuid": "u", "time": "t"}}}}',
     "no pin in a list": '{"destinations": {"/b": {"home": ["home20260131-093000"]}}}',
     "no pin": '{"version": 1, "destinations": {"/b": {"home": "home20260131-093000"}}}',
+    "a number for the id": '{"destinations": {"/b": {"home": {"name": "n", "uuid": 7, "time": "t"}}}}',
+    "nothing for the name": '{"destinations": {"/b": {"home": {"name": null, "uuid": "u", "time": "t"}}}}',
+    "a text for what was sent":
+        '{"destinations": {"/b": {"home": {"name": "n", "uuid": "u", "time": "t", "sent": "abc"}}}}',
+    "more than a pin": '{"destinations": {"/b": {"home": {"name": "n", "uuid": "u", "time": "t", "more": 1}}}}',
     "the format of the locks": OLD_LOCKS,
 }
 
@@ -303,20 +326,20 @@ class StateFiles(InFolder):
 class Replacing(InFolder):
 
     def replace(self, text="new"):
-        replace_state_file(self.folder, "state", text)
+        replace_file(self.folder, "state", text)
 
     def test_it_is_replaced(self):
         self.replace("old")
         before = os.stat(self.path("state")).st_ino
         self.replace("new")
-        self.assertEqual(b"new\n", self.content("state"))
+        self.assertEqual(b"new", self.content("state"))
         self.assertEqual(["state"], os.listdir(self.folder))
         self.assertNotEqual(before, os.stat(self.path("state")).st_ino, "written in place")
 
     def test_a_crash_at_any_step_leaves_the_old_one_or_the_new(self):
         self.replace("old")
-        for step, left in (("os.fsync", b"old\n"), ("os.rename", b"old\n"),
-                           ("btrfs_backup_ng.sync_folder", b"new\n")):
+        for step, left in (("os.fsync", b"old"), ("os.rename", b"old"),
+                           ("btrfs_backup_ng.sync_folder", b"new")):
             with self.subTest(step):
                 self.replace("old")
                 with mock.patch(step, side_effect=KeyboardInterrupt):
@@ -331,13 +354,13 @@ class Replacing(InFolder):
                     self.replace()
                 self.assertEqual("cannot write {}: no space left on device".format(self.path("state")),
                                  caught.exception.message)
-                self.assertEqual(b"old\n", self.content("state"))
+                self.assertEqual(b"old", self.content("state"))
 
     def test_what_a_crash_left_does_not_matter(self):
         for name in ("state.new", "state"):
             self.write(name, "much longer than what follows " * 100)
         self.replace()
-        self.assertEqual(b"new\n", self.content("state"))
+        self.assertEqual(b"new", self.content("state"))
 
     def test_the_bytes_are_durable_before_the_name_and_the_name_before_the_end(self):
         steps = mock.Mock(fsync=mock.Mock(wraps=os.fsync), rename=mock.Mock(wraps=os.rename))
@@ -348,11 +371,174 @@ class Replacing(InFolder):
     def test_reading(self):
         self.assertEqual({}, read_state_file(self.folder, "state", str))
         self.replace("caf\udce9")
-        self.assertEqual(b"caf\xe9\n", self.content("state"))
-        self.assertEqual("caf\udce9\n", read_state_file(self.folder, "state", str))
+        self.assertEqual(b"caf\xe9", self.content("state"))
+        self.assertEqual("caf\udce9", read_state_file(self.folder, "state", str))
+
+
+@contextlib.contextmanager
+def within(seconds):
+    """The test fails where what is done takes longer, for it would wait for ever."""
+    def late(*_):
+        raise AssertionError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Planted(InFolder):
+    """What others may have put where our files go: nothing is followed, waited for or changed."""
+
+    RECORD = Record("home20260131-093000", "0" * 8 + "-0000-0000-0000-" + "0" * 12)
+
+    def setUp(self):
+        super().setUp()
+        self.elsewhere = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.elsewhere)
+        self.victim = os.path.join(self.elsewhere, "victim")
+        with open(self.victim, "w", encoding="utf-8") as file:
+            file.write("{}")
+
+    def plants(self):
+        return {"link": lambda path: os.symlink(self.victim, path),
+                "link to nothing": lambda path: os.symlink(os.path.join(self.elsewhere, "new"), path),
+                "pipe": os.mkfifo, "hard link": lambda path: os.link(self.victim, path), "folder": os.mkdir,
+                "socket": self.make_socket}
+
+    @staticmethod
+    def make_socket(path):
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path)
+
+    def each(self, name):
+        """Each kind of thing at `name`; afterwards nothing elsewhere is other than it was."""
+        for kind, plant in self.plants().items():
+            with self.subTest(kind, name=name), within(5):
+                path = self.path(name)
+                plant(path)
+                yield kind
+                self.assertEqual(["victim"], os.listdir(self.elsewhere))
+                with open(self.victim, encoding="utf-8") as file:
+                    self.assertEqual("{}", file.read())
+                if os.path.lexists(path):
+                    (os.rmdir if kind == "folder" and os.path.isdir(path) else os.unlink)(path)
+
+    def test_where_a_file_is_written_aside(self):
+        for kind in self.each("state" + ASIDE):
+            if kind == "folder":
+                self.assertRaises(BackupError, replace_file, self.folder, "state", "new")
+            else:
+                replace_file(self.folder, "state", "new")
+                self.assertEqual((b"new", 0o600), (self.content("state"), os.stat(self.path("state")).st_mode & 0o777))
+
+    def test_in_the_place_of_a_state_file(self):
+        for _ in self.each("state"):
+            with self.assertRaises(BackupError) as caught:
+                read_state_file(self.folder, "state", parse_locks)
+            self.assertIn("cannot read {}: it is no plain file".format(self.path("state")), caught.exception.message)
+
+    def test_in_the_place_of_a_lock(self):
+        for _ in self.each(".home.lock"):
+            with self.assertRaises(BackupError) as caught:
+                run_lock(self.folder, "home", 0, print).__enter__()
+            self.assertIn("cannot write {}: it is no plain file".format(self.path(".home.lock")),
+                          caught.exception.message)
+        for _ in self.each(".h.partial.lock"):
+            with self.assertRaises(BackupError) as caught:
+                PartialLock(self.folder, "h", "id")
+            self.assertIn("it is no plain file", caught.exception.message)
+            with contextlib.suppress(OSError):
+                remove_idle_lock(self.folder, "h")
+
+    def test_in_the_place_of_a_record_or_sidecar(self):
+        for _ in self.each(record_name("h")):
+            self.assertIsNone(read_record(self.folder, "h"))
+        for _ in self.each("h.btrfs.json"):
+            self.assertEqual(["h.btrfs.json"], [name for name, _ in read_raw_folder(self.folder).broken])
+        for _ in self.each(".h.partial"):
+            idle_raw_partials(self.folder)
+
+    def test_in_the_place_of_the_notes_of_a_swap(self):
+        for _ in self.each(".place.restoring.json"):
+            with self.assertRaises(BackupError) as caught:
+                read_swap_notes(self.path("place"))
+            self.assertIn("looked at by hand", caught.exception.hint)
+
+    def test_a_record_or_notes_of_a_swap_that_another_made(self):
+        replace_file(self.folder, record_name(self.RECORD.name), format_record(self.RECORD))
+        self.assertEqual(self.RECORD, read_record(self.folder, self.RECORD.name))
+        write_swap_notes(self.path("place"), SwapNotes("n", "i", "r", "u", False, "", None, "o"))
+        self.assertEqual("n", read_swap_notes(self.path("place")).name)
+        for name in os.listdir(self.folder):
+            os.chown(self.path(name), 65534, 65534)
+        self.assertIsNone(read_record(self.folder, self.RECORD.name))
+        with self.assertRaises(BackupError) as caught:
+            read_swap_notes(self.path("place"))
+        self.assertIn("it belongs to user 65534", caught.exception.message)
+
+    def test_notes_with_values_of_other_types(self):
+        fields: Dict[str, Any] = json.loads(format_record(self.RECORD))
+        changes: Any = ({"compressed": 1}, {"name": 7}, {"piece": None}, {"version": True}, {"boot": []},
+                        {"point": {"marks": [], "file_data": "7"}}, {"point": {"marks": [[1.5, "a"]], "file_data": 7}},
+                        {"point": {"marks": [[1, 7]], "file_data": 7}})
+        for changed in changes:
+            with self.subTest(changed):
+                self.assertRaises((ValueError, TypeError), parse_record, json.dumps(dict(fields, **changed)))
+        notes = SwapNotes("n", "i", "r", "u", False, "", None, "o")
+        changes = ({"temporary": "no"}, {"kept": None}, {"new_uuid": 7})
+        for changed in changes:
+            with self.subTest(changed):
+                write_swap_notes(self.path("place"), notes._replace(**changed))
+                self.assertRaises(BackupError, read_swap_notes, self.path("place"))
+
+    def test_a_file_that_is_larger_than_any_of_ours(self):
+        with open(self.path("state"), "wb") as file:
+            file.truncate(1 << 40)
+        with self.assertRaises(BackupError) as caught, within(5):
+            read_state_file(self.folder, "state", parse_locks)
+        self.assertIn("larger than", caught.exception.message)
+
+    def test_no_empty_file_is_left_where_nothing_can_be_written(self):
+        full = OSError(errno.ENOSPC, "No space left on device")
+        with mock.patch("os.pwrite", side_effect=full):
+            with self.assertRaises(BackupError) as caught:
+                PartialLock(self.folder, "h", "id")
+        self.assertIn("no space left on device", caught.exception.message)
+        self.assertIn("free some space", caught.exception.hint)
+        with mock.patch("os.fsync", side_effect=full):
+            self.assertRaises(BackupError, replace_file, self.folder, "state", "new")
+        self.assertEqual([], os.listdir(self.folder))
+
+    def test_an_idle_lock_that_another_has_just_made_stays(self):
+        """Between opening and removing it the file may have become another's."""
+        lock = self.path(".h.partial.lock")
+        self.write(".h.partial.lock", "old")
+
+        def replace(_):
+            os.unlink(lock)
+            self.write(".h.partial.lock", "new")
+            return True
+
+        with mock.patch("btrfs_backup_ng.try_flock", side_effect=replace):
+            remove_idle_lock(self.folder, "h")
+        self.assertEqual(b"new", self.content(".h.partial.lock"))
+        remove_idle_lock(self.folder, "h")
+        self.assertEqual([], os.listdir(self.folder))
 
 
 class Mutex(InFolder):
+
+    def test_a_lock_that_somebody_keeps_is_not_waited_for_for_ever(self):
+        fd = os.open(self.folder, os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        with mock.patch("btrfs_backup_ng.MUTEX_PATIENCE", 0.1), self.assertRaises(BackupError) as caught, within(5):
+            LocalHost(Events()).change_locks(self.folder, [LockChange("a", "/b")], [])
+        self.assertIn("another program holds a lock on the folder " + self.folder, caught.exception.message)
 
     def test_the_changes_of_two_processes_both_stay(self):
         """The second one must not read before the first one has written."""
@@ -365,7 +551,7 @@ class Mutex(InFolder):
                                "print('done', flush=True)")
             self.assertEqual("ready\n", child.stdout.readline())
             time.sleep(0.3)
-            replace_state_file(self.folder, LOCK_FILE, json.dumps(add_locks(before, [own])))
+            replace_file(self.folder, LOCK_FILE, json.dumps(add_locks(before, [own])))
         self.assertEqual("done\n", child.stdout.readline())
         self.assertEqual({"a", "c"}, set(host.read_locks(self.folder)))
 
