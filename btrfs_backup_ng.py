@@ -3970,7 +3970,7 @@ def open_plain(name: str, flags: int, folder: int) -> int:
     if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:  # 0: replaced meanwhile
         return fd
     os.close(fd)
-    raise OSError(errno.EPERM, "it is no plain file with a single name; look at it, and move it away")
+    raise OSError(errno.EMLINK, "it is no plain file with a single name")
 
 
 @contextlib.contextmanager
@@ -3984,10 +3984,12 @@ def opened_folder(path: str) -> Iterator[int]:
 
 
 def plain_error(path: str, doing: str, error: OSError, hint: str = "") -> BackupError:
-    """What is said of the plain file at `path` where `doing` it failed."""
-    is_other = error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR)  # a link, a socket, a folder
-    words = "it is no plain file; look at it, and move it away" if is_other else error.strerror or str(error)
-    return os_error("cannot {} {}".format(doing, path), OSError(error.errno, words), hint or hint_for(words))
+    """What is said of the plain file at `path` where `doing` it failed. hint: where nothing better is known."""
+    if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EMLINK):  # a link, a socket, a folder
+        return BackupError("cannot {} {}: it is no plain file with a single name".format(doing, path),
+                           "somebody may have put it there; look at it, and move it away")
+    words = error.strerror or str(error)
+    return os_error("cannot {} {}".format(doing, path), OSError(error.errno, words), hint_for(words) or hint)
 
 
 def read_note(folder: str, name: str, most: int = LARGEST_NOTE) -> Tuple[str, os.stat_result]:
@@ -4210,8 +4212,7 @@ def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None],
         with opened_folder(folder) as top:
             fd = open_plain(run_lock_name(prefix), os.O_RDWR | os.O_CREAT, top)
     except OSError as error:
-        hint = hint_for(error.strerror or "") or "is the folder writable?"
-        raise plain_error(path, "write", error, hint if error.errno != errno.EPERM else "") from None
+        raise plain_error(path, "write", error, "is the folder writable?") from None
     try:
         deadline, waited = time.monotonic() + wait, False
         while True:
