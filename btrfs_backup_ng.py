@@ -19,7 +19,7 @@ The way of the data:
 
 Contents; a section uses only what stands above it:
 
-     1 ERRORS            what can go wrong, with exit status and remedy; sizes and times as text
+     1 ERRORS            what can go wrong, with exit status and remedy; sizes, times and commands as text
      2 NAMES             which names are snapshots of ours, and of when
      3 RETENTION         what is kept, and why
      4 OPTIONS           the table of options, what a task is, what an endpoint names
@@ -128,12 +128,12 @@ __version__ = "0.7.0"
 
 
 ########################################################################################################
-# 1 ERRORS: what can go wrong, with exit status and remedy; sizes and times as text
+# 1 ERRORS: what can go wrong, with exit status and remedy; sizes, times and commands as text
 #
 # One root class. A message says what failed, on which object, in the cause's own words, lower case,
-# without a full stop; the hint says what to type; the detail is the stderr of the program that failed.
-# They are raised with facts and printed in one place (section 8). Interrupted is no error of that kind:
-# it must pass every handler that goes on with the next destination.
+# without a full stop; the hint says what to type, quoted so that it can be typed as it stands; the detail is
+# the stderr of the program that failed. They are raised with facts and printed by EVENTS. Interrupted is
+# no error of that kind: it must pass every handler that goes on with the next destination.
 ########################################################################################################
 
 
@@ -268,6 +268,21 @@ def printable(text: str) -> str:
     """`text` on one line: control characters and undecodable bytes as escapes."""
     shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
+
+
+def quoted(word: str) -> str:
+    """A word as a shell takes it, on one line: what cannot be printed goes through printf."""
+    import shlex
+    if printable(word) == word:
+        return shlex.quote(word)
+    octal = "".join(chr(byte) if 32 < byte < 127 and byte not in b"'\\" else "\\0{:03o}".format(byte)
+                    for byte in os.fsencode(word))
+    return "\"$(printf %b '{}')\"".format(octal)
+
+
+def typed(words: Iterable[str]) -> str:
+    """A command as it can be typed."""
+    return " ".join(map(quoted, words))
 
 
 ########################################################################################################
@@ -1512,6 +1527,20 @@ def parse_arguments(arguments: Sequence[str]) -> Task:
     return requests[0].task
 
 
+def source_command(task: Task, prefix: str, options: Sequence[str]) -> str:
+    """A command on the source of a task that takes no snapshot, with all that says which source and prefix is meant."""
+    words = ["btrfs-backup-ng", "-S"] + list(options) + ["-p", prefix]
+    words += ["-f", task.snapshot_folder] if task.snapshot_folder != Task().snapshot_folder else []
+    words += ["--ssh-opt=" + option for option in task.ssh_options] + ["--ssh-sudo"] * task.ssh_sudo
+    plain = split_word(task.source) == (task.source, None) and task.source[:1] not in ("-", "@")
+    return typed(words + ["--"] * (not plain) + [task.source])
+
+
+def forget_command(task: Task, prefix: str, destination: str) -> str:
+    """What to type to give a destination up: nothing else is done, sent or deleted at the source."""
+    return source_command(task, prefix, ["-T", "--forget-destination", destination])
+
+
 ########################################################################################################
 # 6 IDENTITY: subvolumes, which backup belongs to which snapshot, what is complete
 #
@@ -1752,11 +1781,25 @@ class Recovery(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A snapshot that cannot be sent, and why."""
+    """A snapshot that cannot be sent, and why. `left`: what is in its way, perhaps left by a broken transfer."""
 
     snapshot: str
     text: str
     hint: str = ""
+    left: str = ""
+    is_raw: bool = False
+
+    def remedy(self, folder: str, machine: str = "") -> str:
+        """What to do about it in the folder where it is, on `machine`."""
+        if not self.left:
+            return self.hint
+        return left_remedy(self.hint, os.path.join(folder, self.left), self.is_raw, machine)
+
+
+def left_remedy(hint: str, path: str, is_raw: bool, machine: str = "") -> str:
+    """How to delete what a broken transfer has left and no lock names."""
+    words = ["rm"] if is_raw else ["btrfs", "subvolume", "delete"]
+    return "{}, delete it{}: {}".format(hint, " on {}".format(machine) if machine else "", typed(words + [path]))
 
 
 class DestinationPlan(NamedTuple):
@@ -1890,13 +1933,13 @@ def name_problem(snapshot: Subvolume, listing: Listing, cleared: Set[str]) -> Op
             return Problem(snapshot.name, "its {} is another subvolume (received UUID {}, expected {})".format(
                 snapshot.name, other.received_uuid or "none", snapshot.stream_id), "move it away or delete it yourself")
         return Problem(snapshot.name, "its {} is a writable subvolume that no lock names".format(snapshot.name),
-                       "if it is what a broken transfer left, delete it: btrfs subvolume delete")
+                       "if it is what a broken transfer left", other.name, listing.chained)
     if snapshot.name in listing.others:
         return Problem(snapshot.name, "its {} is no subvolume".format(snapshot.name), "move it away")
     orphan = next((s.name for s in listing.subvolumes if partial_of(s.name) == snapshot.name), None)
     if orphan is not None and orphan not in cleared:
         return Problem(snapshot.name, "its {} is a partial backup that no lock names".format(orphan),
-                       "if no other run is writing it, delete it: btrfs subvolume delete")
+                       "if no other run is writing it", orphan, listing.chained)
     return None
 
 
@@ -3770,6 +3813,7 @@ class Health(NamedTuple):
     quotas: Optional[bool]  # enabled
     limits: Tuple[Tuple[str, int, int], ...]  # of qgroups that have one: id, used, limit
     errors: Optional[Tuple[str, ...]]  # counters of its devices that are not 0, as text
+    missing: Tuple[str, ...] = ()  # ids of devices that belong to it and are not there
 
 
 def parse_limits(text: str) -> Tuple[Tuple[str, int, int], ...]:
@@ -3787,11 +3831,12 @@ def parse_device_stats(text: str) -> Tuple[str, ...]:
 
 def read_health(folder: str) -> Health:
     space = os.statvfs(folder)
-    groups, devices = (run(["btrfs"] + words + [folder]) for words in (
-        ["qgroup", "show", "--raw", "-re"], ["device", "stats"]))
+    groups, devices, used = (run(["btrfs"] + words + [folder]) for words in (
+        ["qgroup", "show", "--raw", "-re"], ["device", "stats"], ["device", "usage"]))
     enabled = True if groups.status == 0 else False if re.search(r"not enabled|No such file", groups.error) else None
     return Health(space.f_blocks * space.f_frsize, space.f_bavail * space.f_frsize, enabled, parse_limits(groups.out),
-                  parse_device_stats(devices.out) if devices.status == 0 else None)
+                  parse_device_stats(devices.out) if devices.status == 0 and used.status == 0 else None,
+                  tuple(re.findall(r"^missing, ID: ([0-9]+)$", used.out, re.MULTILINE)))
 
 
 def parse_find_new(text: str) -> int:
@@ -6553,6 +6598,12 @@ class LocalHost:
     def look(self, path: str) -> Place:
         """What is at `path`; links are followed, as a user means them."""
         real = os.path.realpath(path)
+        try:
+            os.stat(real)
+        except PermissionError as error:  # what may not be seen is not missing
+            raise os_error("cannot look at {}".format(path), error) from None
+        except OSError:
+            pass
         kind = "folder" if os.path.isdir(real) else "other" if os.path.lexists(real) else "missing"
         if kind == "other":
             return Place(real, kind)
@@ -8180,7 +8231,7 @@ CALL_FAILURES = (BackupError, OSError, ValueError, TypeError, KeyError, Attribut
 
 
 class Refused(BackupError):
-    """A restricted agent does not do that."""
+    """What was asked for may not be asked of this agent, or cannot be done by this host: nothing is known then."""
 
 
 class Restriction(NamedTuple):
@@ -9532,8 +9583,8 @@ class ShellHost:
     def __getattr__(self, name: str) -> Any:
         if name not in CALLS:
             raise AttributeError(name)
-        raise BackupError("{} has no Python that could do that: {}".format(self.machine, name.replace("_", " ")),
-                          "install Python 3.6 or later there")
+        raise Refused("{} has no Python that could do that: {}".format(self.machine, name.replace("_", " ")),
+                      "install Python 3.6 or later there")
 
     # -- the calls of a host, as far as they go
 
@@ -10076,6 +10127,9 @@ def check_together(tasks: Sequence[Task]) -> None:
                     "give each a prefix of its own with -p, or a folder of its own")
 
 
+LOCKED_HINT = "look at it, move it away or delete it, then run again"  # a lock names what may not be deleted
+
+
 class Destination:
     """One destination during a run: reachable until `error` says otherwise."""
 
@@ -10217,11 +10271,11 @@ class TaskRun:
 
     def clear_forgotten(self, text: str) -> None:
         """Deletes what broken transfers left at a destination that is given up, if it can be reached."""
-        destination = Destination(text, self.key_of(text))
-        names = locked_names(self.locks, destination.key)
-        if not names or destination.endpoint.kind != "path":
-            return
+        names = locked_names(self.locks, self.key_of(text))
         try:
+            destination = Destination(text, self.key_of(text))
+            if not names or destination.endpoint.kind != "path":
+                return
             destination.host = self.hosts.of(destination.endpoint)
             place = destination.host.look(destination.endpoint.path)
             if place.kind != "folder":
@@ -10339,7 +10393,8 @@ class TaskRun:
                               "name a folder on another filesystem; is it mounted?")
         if self.pins_elsewhere(destination, place.filesystem) and (doubtful or place.kind == "missing"):
             raise BackupError("destination {} was on another filesystem before".format(text),
-                              "is it mounted? If it moved for good: --forget-destination {}".format(text))
+                              "is it mounted? If it moved for good: {}".format(
+                                  forget_command(self.task, self.prefix, text)))
         if place.kind == "missing" and doubtful:
             raise BackupError("no such destination: {}{}".format(text, ", and {} is in memory".format(place.mount)
                                                                  if place.in_memory else ""),
@@ -10393,7 +10448,8 @@ class TaskRun:
                               "is its filesystem mounted? On the source's own filesystem the folder must exist")
         if same and self.pins_elsewhere(destination, self.filesystem):
             raise BackupError("destination {} was on another filesystem before".format(text),
-                              "is it mounted? If it moved for good: --forget-destination {}".format(text))
+                              "is it mounted? If it moved for good: {}".format(
+                                  forget_command(self.task, self.prefix, text)))
         if place.kind == "missing" and self.pins_elsewhere(destination, place.filesystem):
             raise BackupError("no such destination: {}, and its filesystem is none that it was on".format(text),
                               "is it mounted? On a new disk make the folder first")
@@ -10507,11 +10563,12 @@ class TaskRun:
                 self.report(error, destination)
             if recovery.problem:
                 self.report(BackupError("{}: {}".format(destination.text, recovery.problem),
-                                        "look at it; --remove-locks removes its lock"), destination)
+                                        LOCKED_HINT), destination)
             elif not errors and recovery.take_up is None:
                 self.change_locks(clear=[LockChange(recovery.snapshot, destination.key)])
         for problem in destination.plan.problems:
-            self.report(BackupError("{}: {}".format(destination.text, problem.text), problem.hint), destination)
+            self.report(BackupError("{}: {}".format(destination.text, problem.text), problem.remedy(
+                destination.path, destination.endpoint.machine)), destination)
         for verdict in destination.plan.skipped:
             self.events.debug("skipped", "not sent to {}: {}, {}".format(
                 destination.text, verdict.name, verdict.reason))
@@ -10729,7 +10786,8 @@ class TaskRun:
             if recovery.problem:
                 self.report(BackupError("{}: {}".format(destination.text, recovery.problem)), destination)
         for problem in destination.plan.problems:
-            self.report(BackupError("{}: {}".format(destination.text, problem.text), problem.hint), destination)
+            self.report(BackupError("{}: {}".format(destination.text, problem.text), problem.remedy(
+                destination.path, destination.endpoint.machine)), destination)
         lines += ["  do not send {}: {}".format(v.name, v.reason) for v in destination.plan.skipped]
         for transfer in destination.plan.transfers:
             record = destination.record_of(transfer.snapshot.name)
@@ -10895,6 +10953,20 @@ def list_endpoint(host: LocalHost, endpoint: Endpoint) -> Tuple[str, Listing]:
     return place.path, listing._replace(subvolumes=listing.subvolumes + broken)
 
 
+def folder_prefixes(listing: Listing, only: Optional[str]) -> List[str]:
+    """The prefixes of the backups and partials in a folder; `only` where that is not None."""
+    if only is not None:
+        return [only]
+    names = [s.name if s.is_received else partial_of(s.name) for s in listing.subvolumes]
+    return sorted({prefix for prefix in (prefix_of(name) for name in names if name) if prefix is not None})
+
+
+def is_backup_folder(host: Any, place: Place, snapshot_folder: str) -> bool:
+    """Whether a place is a folder of backups and no source: it holds some, and no snapshot folder."""
+    return (place.kind == "folder" and host.look(os.path.join(place.path, snapshot_folder)).kind != "folder"
+            and bool(folder_prefixes(host.list(place.path), None)))
+
+
 class Survey:
     """Lists the locations that a task names, the source first."""
 
@@ -10913,7 +10985,7 @@ class Survey:
         return found + [self.survey_folder(text) for text in texts]
 
     def has_source(self) -> bool:
-        """Whether the first path is a source, not a folder of backups; one that cannot be seen is with destinations."""
+        """Whether the first path is a source, not a folder of backups, which may be the top of a disk as well."""
         endpoint = parse_endpoint(self.task.source)
         if endpoint.kind != "path":
             return False
@@ -10922,11 +10994,11 @@ class Survey:
             place = host.look(endpoint.path)
             if place.kind == "folder" and not place.is_top:
                 return False
-            if not self.task.destinations:
-                return place.is_top and host.look(os.path.join(place.path, self.task.snapshot_folder)).kind == "folder"
-        except BackupError:
-            pass
-        return bool(self.task.destinations)
+            if self.task.destinations:
+                return not is_backup_folder(host, place, self.task.snapshot_folder)
+            return place.is_top and host.look(os.path.join(place.path, self.task.snapshot_folder)).kind == "folder"
+        except BackupError:  # which it meets again, and tells
+            return True
 
     def survey_source(self) -> Location:
         """The snapshots; what is known of them also where the locks cannot be read."""
@@ -11119,14 +11191,6 @@ def run_list(task: Task, events: Events) -> int:
 # run that has it as its snapshot folder, so that two do not collide. Never deleted: what is no complete
 # backup, but for partials that are provably ours, unused and old, and only where that is asked for.
 ########################################################################################################
-
-
-def folder_prefixes(listing: Listing, only: Optional[str]) -> List[str]:
-    """The prefixes of the backups and partials in a folder; `only` where that is not None."""
-    if only is not None:
-        return [only]
-    names = [s.name if s.is_received else partial_of(s.name) for s in listing.subvolumes]
-    return sorted({prefix for prefix in (prefix_of(name) for name in names if name) if prefix is not None})
 
 
 def is_unfinished(subvolume: Subvolume) -> bool:
@@ -12072,7 +12136,8 @@ class RestoreRun:
         cleared = {s.name for recovery in self.recoveries() for s in recovery.delete}
         problem = name_problem(backup, self.target.listing or Listing(), cleared)
         if problem is not None:
-            raise BackupError("{}: {}".format(why or self.target.text, problem.text), problem.hint)
+            raise BackupError("{}: {}".format(why or self.target.text, problem.text), problem.remedy(
+                self.target.path, self.target.endpoint.machine))
 
     def usable_record(self, transfer: Transfer) -> Optional[Record]:
         """What a transfer can go on from: it was on the same parent."""
@@ -12307,8 +12372,10 @@ def run_restore(task: Task, events: Events) -> int:
 #
 # A check is a generator of findings about one place: ok, a problem with its remedy, or not checked. An
 # error in a check is a problem; what a key may not ask, or what could not be looked at because an earlier
-# check failed, is "not checked", which is never ok. The rules are those of a run, asked of the same functions.
-# Nothing is changed, and nobody is kept waiting.
+# check failed, is "not checked". For a monitor (--max-age) that is a problem as well. Which checks a place
+# has says one table, so that none is left out without a word. A remedy is words, or a command with every
+# option that matters. The rules are those of a run, asked of the same functions. Never: anything changed,
+# anybody kept waiting, a remedy that sends or deletes what the ordinary run would not.
 ########################################################################################################
 
 OK, PROBLEM, NOT_CHECKED = "ok", "problem", "not checked"
@@ -12316,10 +12383,23 @@ OLDEST_PROGS = (3, 12)
 OLDEST_CLOCK = 1704067200.0  # seconds since the epoch: 2024, when none of this was written yet
 MOST_CLOCK_SHIFT = 600.0  # seconds between two hosts
 LITTLE_SPACE = 10 << 30  # bytes; less than this and less than a twentieth is a problem
+LONG_AWAY = 30 * 86400.0  # seconds; a destination that nobody has backed up to for so long keeps a snapshot in vain
+SEE_ABOVE = "see above"  # why something was not checked that needs what is said there
+GROUND = ("space", "quotas", "devices")
+CHECKS = {  # that belong to each kind of place
+    "this machine": ("programs", "kernel", "privileges", "clock"),
+    "host": ("connection", "programs", "kernel", "privileges", "clock"),
+    "source": ("source", "identity", "snapshots", "locks", "notes") + GROUND,
+    "destination": ("folder", "backups", "parent", "partials") + GROUND + ("age",),
+    "raw destination": ("folder", "backups", "parent", "partials", "space", "age"),
+    "command": ("folder", "age"),
+    "folder": ("backups", "partials") + GROUND + ("age",),
+    "raw folder": ("backups", "partials", "space", "age"),
+}
 
 
 class Finding(NamedTuple):
-    """What a check found: a state, what is so, and what to do about it."""
+    """What a check found: a state, what is so, and what to do about it, a line for each thing that may help."""
 
     state: str
     text: str
@@ -12390,7 +12470,7 @@ def check_quotas(health: Health, folder: str) -> Findings:
     full = [(qgroup, used, limit) for qgroup, used, limit in health.limits if used > 0.95 * limit]
     for qgroup, used, limit in full:
         yield Finding(PROBLEM, "qgroup {} has used {} of its limit of {}".format(
-            qgroup, format_size(used), format_size(limit)), "btrfs qgroup limit none {} {}".format(qgroup, folder))
+            qgroup, format_size(used), format_size(limit)), typed(["btrfs", "qgroup", "limit", "none", qgroup, folder]))
     if not full:
         yield Finding(OK, "enabled; they make deleting slow" if health.quotas else "not enabled")
 
@@ -12398,11 +12478,17 @@ def check_quotas(health: Health, folder: str) -> Findings:
 def check_devices(health: Health, folder: str) -> Findings:
     if health.errors is None:
         yield Finding(NOT_CHECKED, "the devices could not be asked", "run as root")
-    elif health.errors:
+        return
+    for device in health.missing:
+        yield Finding(PROBLEM, "device {} is missing: what has a copy on it has no other, or none".format(device),
+                      "connect it, or replace it by another: btrfs replace start {} /dev/... {}".format(
+                          device, quoted(folder)))
+    if health.errors:
         yield Finding(PROBLEM, "errors were counted: {}".format(", ".join(health.errors)),
-                      "btrfs scrub start -B {0}; see dmesg; btrfs device stats -z {0} sets the counters back"
-                      .format(folder))
-    else:
+                      "see dmesg; then, which also sets the counters back: {} && {}".format(
+                          typed(["btrfs", "scrub", "start", "-B", folder]),
+                          typed(["btrfs", "device", "stats", "-z", folder])))
+    elif not health.missing:
         yield Finding(OK, "no errors were counted")
 
 
@@ -12439,7 +12525,7 @@ def check_age(entries: Sequence[Entry], limit: Optional[float], now: float) -> F
     """Whether the newest complete backup of all these is young enough."""
     past = [(e.moment, e.subvolume.name) for e in entries if e.moment is not None and not is_future(e.moment, now)]
     if not past:
-        yield Finding(OK if limit is None else PROBLEM, "no complete backup yet", "make one")
+        yield Finding(NOT_CHECKED if limit is None else PROBLEM, "no complete backup yet", "make one")
         return
     moment, name = max(past)
     text = "the newest backup {} is {} old".format(name, format_age(now - moment))
@@ -12451,15 +12537,14 @@ def check_age(entries: Sequence[Entry], limit: Optional[float], now: float) -> F
 
 
 def check_partials(listing: Listing, prefix: Optional[str], locked: Set[str], idle: Dict[str, float],
-                   folder: str) -> Findings:
-    """What was broken off and no lock names. idle: the partials that nothing uses."""
+                   place: Tuple[str, str]) -> Findings:
+    """What was broken off and no lock names. idle: the partials that nothing uses; place: folder and machine."""
     names = [s.name for s in listing.subvolumes if is_unfinished(s) and is_asked_for(s, prefix, set())]
     orphans = [name for name in names if (partial_of(name) or name) not in locked
                and (name in idle or partial_of(name) is None)]
     for name in orphans:
         yield Finding(PROBLEM, "{} is of a broken transfer, and no lock of the source names it".format(name),
-                      "if nothing is writing it: {} {}".format("rm" if listing.chained else "btrfs subvolume delete",
-                                                               os.path.join(folder, name)))
+                      left_remedy("if nothing is writing it", os.path.join(place[0], name), listing.chained, place[1]))
     if not orphans:
         yield Finding(OK, "{} under way or to be taken up".format(plural(len(names), "transfer")) if names else "none")
 
@@ -12473,15 +12558,57 @@ def check_parent(snapshots: Sequence[Subvolume], listing: Listing, prefix: str) 
         yield Finding(PROBLEM, "none of the {} has its snapshot at the source: the next one is sent in full".format(
             plural(len(backups), "backup")), "are -p and -f those of the backups? Else let it be sent in full once")
     else:
-        yield Finding(OK, "no backups yet: the first one is sent in full")
+        yield Finding(OK, "no backups {}yet: the first one is sent in full".format(
+            "of prefix '{}' ".format(prefix) if prefix else ""))
 
 
-def lock_remedy(task: Task, prefix: str) -> str:
-    """What to type to take up what locks of `prefix` name."""
-    import shlex
-    words = ["btrfs-backup-ng", "-S", "--locked-destinations", "-p", prefix]
-    words += ["-f", task.snapshot_folder] if task.snapshot_folder != Task().snapshot_folder else []
-    return " ".join(shlex.quote(word) for word in words + [task.source])
+def check_lock(task: Task, key: Tuple[str, str], names: Sequence[str], folder: str) -> Finding:
+    """A lock that nobody works on. key: prefix and destination; folder: where the snapshots are."""
+    prefix, destination = key
+    if destination in (folder, STEP):
+        return Finding(PROBLEM, "a restore of {} into {} was broken off".format(some_of(names), folder),
+                       "restore it again, which goes on where it stopped")
+    return Finding(PROBLEM, "a transfer to {} was broken off: {}".format(printable(destination), some_of(names)),
+                   "back up to it again as usual, which goes on where it stopped\nif it will not come back: {}".format(
+                       forget_command(task, prefix, destination)))
+
+
+def check_pins(task: Task, key: Tuple[str, str], pins: Sequence[Pin], now: float) -> Findings:
+    """What is kept at the source for a destination, one for each disk that takes a turn there. key: prefix and it."""
+    prefix, destination = key
+    for pin in pins:
+        moment = name_moment(pin.name)
+        age = 0.0 if moment is None else now - moment
+        text = "{} is kept for {}{}, and {} old".format(
+            pin.name, printable(destination), " on filesystem {}".format(pin.filesystem) * (len(pins) > 1),
+            format_age(age))
+        yield Finding(OK, text) if age <= LONG_AWAY else Finding(
+            PROBLEM, text, "back up to it again\nif it will not come back{}: {}".format(
+                ", forget all disks of that place, then back up to the others" * (len(pins) > 1),
+                forget_command(task, prefix, destination)))
+
+
+def for_monitors(checked: Checked) -> Checked:
+    """A finding as a monitor must see it: what was not checked is not ok."""
+    finding = checked.finding
+    if finding.state == NOT_CHECKED and finding.text != SEE_ABOVE:
+        finding = Finding(PROBLEM, "not checked: {}".format(finding.text), finding.remedy)
+    return checked._replace(finding=finding)
+
+
+def place_words(task: Task) -> List[str]:
+    """The one place that a task names, for a command that needs no source."""
+    words = ["-p", task.prefix] if task.prefix is not None else []
+    words += ["--ssh-opt=" + option for option in task.ssh_options] + ["--ssh-sudo"] * task.ssh_sudo
+    return words + ["--", task.source]
+
+
+def nearest_place(host: Any, path: str) -> Place:
+    """What is at `path`, or where it is missing at the nearest folder above it that is there."""
+    place: Place = host.look(path)
+    while place.kind == "missing" and place.path != "/":
+        place = host.look(os.path.dirname(place.path))
+    return place
 
 
 class Doctor:
@@ -12519,29 +12646,35 @@ class Doctor:
             self.record(name, where, finding)
         return findings is not None and all(finding.state == OK for finding in findings)
 
-    def skip(self, where: str, *names: str) -> None:
-        for name in names:
-            self.record(name, where, Finding(NOT_CHECKED, "see above"))
+    @contextlib.contextmanager
+    def place(self, kind: str, where: str) -> Iterator[None]:
+        """What is examined at one place; those of its checks that were not made show as that."""
+        yield
+        made = {checked.name for checked in self.checked if checked.where == where}
+        for name in CHECKS[kind]:
+            if name not in made:
+                self.record(name, where, Finding(NOT_CHECKED, SEE_ABOVE))
 
     # -- machines
 
     def examine_machine(self, endpoint: Optional[Endpoint]) -> bool:
         """The machine of an endpoint, None for this one; each once. Whether it can be reached."""
-        where = endpoint.machine if endpoint else ""
-        if where in self.machines:
-            return where not in self.run.hosts.errors
-        self.machines.add(where)
-        if endpoint and where and not self.examine("connection", where, self.check_connection, endpoint):
-            self.skip(where, "programs", "kernel", "privileges", "clock")
-            return False
-        host = self.run.hosts.of(endpoint or Endpoint("", "path", "/"))
-        facts = self.ask("programs", where, lambda: host.facts())
+        endpoint = (endpoint or Endpoint("", "path", "/"))._replace(kind="path")
+        where = endpoint.machine
+        if where not in self.machines:
+            self.machines.add(where)
+            with self.place("host" if where else "this machine", where):
+                if not where or self.examine("connection", where, self.check_connection, endpoint):
+                    self.examine_facts(endpoint, where)
+        return where not in self.run.hosts.errors
+
+    def examine_facts(self, endpoint: Endpoint, where: str) -> None:
+        facts = self.ask("programs", where, lambda: self.run.hosts.of(endpoint).facts())
         if facts is not None:
             self.examine("programs", where, check_programs, facts)
             self.examine("kernel", where, check_kernel, facts)
             self.examine("privileges", where, check_privileges, facts, bool(where))
             self.examine("clock", where, check_clock, facts, bool(where), time.time())
-        return True
 
     def check_connection(self, endpoint: Endpoint) -> Findings:
         begun = time.monotonic()
@@ -12551,28 +12684,31 @@ class Doctor:
             yield Finding(PROBLEM, "there is no python3 that could be used: plain commands do only the main job",
                           "install Python 3.6 or later there")
 
-    def examine_ground(self, host: Any, folder: str, where: str) -> None:
-        """The filesystem below a folder."""
-        health = self.ask("space", where, lambda: host.health(folder))
+    def examine_ground(self, endpoint: Endpoint, folder: str, where: str) -> None:
+        """The filesystem that holds a folder, or will hold it."""
+        host = self.run.hosts.of(endpoint._replace(kind="path"))
+        place = self.ask("space", where, nearest_place, host, folder)
+        health = self.ask("space", where, lambda: host.health(place.path)) if place else None
         if health is not None:
             self.examine("space", where, check_space, health)
-        if health is not None and not isinstance(host, RawPlace):  # whose filesystem need not be btrfs
-            self.examine("quotas", where, check_quotas, health, folder)
-            self.examine("devices", where, check_devices, health, folder)
+            if place.filesystem is not None:
+                self.examine("quotas", where, check_quotas, health, place.path)
+                self.examine("devices", where, check_devices, health, place.path)
 
     # -- the source
 
     def examine_source(self) -> bool:
-        where = self.task.source
-        if not self.examine_machine(parse_endpoint(where)) or not self.examine("source", where, self.check_source):
-            self.skip(where, "identity", "snapshots", "locks", "notes", "space", "quotas", "devices")
-            return False
-        self.examine("identity", where, check_identity, self.run.source_place, self.snapshots)
-        self.examine("snapshots", where, check_snapshots, self.snapshots, self.run.folder, self.now)
-        self.examine("locks", where, self.check_locks)
-        self.examine("notes", where, self.check_notes)
-        self.examine_ground(self.run.host, self.run.source, where)
-        return True
+        where, endpoint = self.task.source, parse_endpoint(self.task.source)
+        is_reached = self.examine_machine(endpoint)
+        with self.place("source", where):
+            if not is_reached or not self.examine("source", where, self.check_source):
+                return False
+            self.examine("identity", where, check_identity, self.run.source_place, self.snapshots)
+            self.examine("snapshots", where, check_snapshots, self.snapshots, self.run.folder, self.now)
+            self.examine("locks", where, self.check_locks)
+            self.examine("notes", where, self.check_notes)
+            self.examine_ground(endpoint, self.run.source, where)
+            return True
 
     def check_source(self) -> Findings:
         run = self.run
@@ -12595,9 +12731,8 @@ class Doctor:
                     broken.setdefault((prefix, destination), []).append(name)
         held = {prefix for prefix, _ in broken if self.run.host.is_held(self.run.folder, prefix)}
         stale = {key: names for key, names in sorted(broken.items()) if key[0] not in held}
-        for (prefix, destination), names in stale.items():
-            yield Finding(PROBLEM, "a transfer to {} was broken off: {}".format(printable(destination), some_of(names)),
-                          lock_remedy(self.task, prefix))
+        for key, names in stale.items():
+            yield check_lock(self.task, key, names, self.run.folder)
         if not stale:
             yield Finding(OK, "a run is at work" if held else "no transfer is unfinished")
 
@@ -12606,7 +12741,16 @@ class Doctor:
         self.all_pins = self.run.host.read_pins(self.run.folder) if self.run.folder_exists else {}
         own = self.run.prefix
         self.run.pins = {key: entry[own] for key, entry in self.all_pins.items() if own in entry}
-        yield Finding(OK, "{} remembered".format(plural(len(self.all_pins), "destination")))
+        named = {self.run.key_of(text) for text in self.task.destinations}
+        kept = {(prefix, key): pins for key, entry in self.all_pins.items() for prefix, pins in entry.items()
+                if self.task.prefix in (None, prefix)}
+        for key, pins in sorted(kept.items()):
+            # of those named, and for a monitor of all, the age is a check of its own
+            is_judged = key[1] in named or self.task.max_age is not None
+            for finding in check_pins(self.task, key, pins, self.now):
+                yield Finding(OK, finding.text) if is_judged else finding
+        if not kept:
+            yield Finding(OK, "no destination is remembered")
 
     def examine_remembered(self, only: Optional[str] = None) -> None:
         """The ages of the backups at destinations (or `only` one) that the source remembers, without looking there."""
@@ -12628,20 +12772,23 @@ class Doctor:
     def examine_destination(self, text: str, source_known: bool) -> None:
         endpoint = parse_endpoint(text)
         if endpoint.kind == "shell":
-            self.record("folder", text, Finding(NOT_CHECKED, "it cannot be listed: its age is what the source knows"))
-            if source_known:
-                self.examine_remembered(self.run.key_of(text))
-        elif not self.examine_machine(endpoint):
-            self.skip(text, "folder", "backups", "parent", "partials", "space", "quotas", "devices", "age")
-        elif not source_known:
-            self.skip(text, "folder", "parent")
-            self.examine_folder(text)
-        else:
-            destination = Destination(text, self.run.key_of(text))
-            if not self.examine("folder", text, self.check_folder, destination):
-                self.skip(text, "backups", "parent", "partials", "space", "quotas", "devices", "age")
-            elif destination.listing is not None:
-                self.examine_backups(destination, destination.listing)
+            with self.place("command", text):
+                self.record("folder", text, Finding(OK, "a command, which cannot be asked what it has got"))
+                if source_known:
+                    self.examine_remembered(self.run.key_of(text))
+            return
+        is_reached = self.examine_machine(endpoint)
+        with self.place("raw destination" if endpoint.kind == "raw" else "destination", text):
+            if is_reached and source_known:
+                self.examine_known(Destination(text, self.run.key_of(text)))
+            elif is_reached:
+                self.examine_folder(endpoint)
+
+    def examine_known(self, destination: Destination) -> None:
+        """A destination of a source that is known."""
+        is_fine = self.examine("folder", destination.text, self.check_folder, destination)
+        if is_fine and destination.listing is not None:
+            self.examine_backups(destination, destination.listing)
 
     def check_folder(self, destination: Destination) -> Findings:
         destination.host = self.run.hosts.of(destination.endpoint)
@@ -12666,42 +12813,43 @@ class Doctor:
             if snapshots or backups_of(listing, prefix) or len(prefixes) == 1:
                 self.examine("parent", where, check_parent, snapshots, listing, prefix)
         locked = set(locked_names(self.locks, destination.key))
-        if not destination.is_new:
-            idle = self.ask("partials", where, lambda: host.idle_partials(destination.path))
-            if idle is not None:
-                self.examine("partials", where, check_partials, listing, self.task.prefix, locked, idle,
-                             destination.path)
-            self.examine_ground(host, destination.path, where)
+        idle = {} if destination.is_new else self.ask(
+            "partials", where, lambda: host.idle_partials(destination.path))
+        if idle is not None:
+            self.examine("partials", where, check_partials, listing, self.task.prefix, locked, idle,
+                         (destination.path, destination.endpoint.machine))
+        self.examine_ground(destination.endpoint, destination.path, where)
         self.examine("age", where, check_age, own, self.task.max_age, self.now)
 
     def check_backups(self, destination: Destination, listing: Listing, own: Sequence[Entry]) -> Findings:
         """What the next run could not send, and why: the same rules, with everything to be kept."""
         problems: List[Problem] = []
+        # which the check of partials tells of
+        unfinished = {partial_of(s.name) or s.name for s in listing.subvolumes if is_unfinished(s)}
         for prefix in sorted({prefix_of(s.name) or "" for s in self.snapshots}):
             snapshots = [s for s in self.snapshots if name_time(prefix, s.name)]
             recoveries = plan_recoveries(own_locks(self.locks, prefix), destination.key, snapshots, listing)
             plan = plan_transfers(snapshots, listing, prefix, Policy(), self.now, recoveries)
-            problems += [Problem(r.snapshot, r.problem, "look at it; --remove-locks removes its lock")
-                         for r in plan.recoveries if r.problem]
-            problems += [problem for problem in plan.problems if "partial backup" not in problem.text]
+            problems += [Problem(r.snapshot, r.problem, LOCKED_HINT) for r in plan.recoveries if r.problem]
+            problems += [problem for problem in plan.problems if problem.snapshot not in unfinished]
         named = {problem.snapshot for problem in problems}
         problems += [Problem(b.name, "its {} cannot be restored: {}".format(b.name, b.why), "see verify")
                      for b in listing.broken if b.name not in named]
         for problem in problems:
-            yield Finding(PROBLEM, problem.text, problem.hint)
+            yield Finding(PROBLEM, problem.text, problem.remedy(destination.path, destination.endpoint.machine))
         if not problems:
             yield Finding(OK, plural(len(own), "complete backup"))
 
     # -- a folder of backups alone
 
-    def examine_folder(self, text: str) -> None:
-        endpoint = parse_endpoint(text)
-        host = self.run.hosts.of(endpoint)
-        found = self.ask("backups", text, list_endpoint, host, endpoint)
-        if found is None:
-            self.skip(text, "partials", "space", "quotas", "devices", "age")
-            return
-        folder, listing = found
+    def examine_folder(self, endpoint: Endpoint) -> None:
+        found = self.ask("backups", endpoint.text, lambda: list_endpoint(self.run.hosts.of(endpoint), endpoint))
+        if found is not None:
+            self.examine_listed(endpoint, *found)
+
+    def examine_listed(self, endpoint: Endpoint, folder: str, listing: Listing) -> None:
+        """A folder of backups that could be listed."""
+        host, text = self.run.hosts.of(endpoint), endpoint.text
         prefixes = folder_prefixes(listing, self.task.prefix) or [""]
         groups = [[e for e in backup_entries(listing, folder, prefix, None, {}, "") if e.state == "complete"]
                   for prefix in prefixes]
@@ -12711,8 +12859,8 @@ class Doctor:
         self.record("backups", text, Finding(OK, plural(sum(map(len, groups)), "complete backup")))
         idle = self.ask("partials", text, lambda: host.idle_partials(folder))
         if idle is not None:
-            self.examine("partials", text, check_unused, listing, self.task.prefix, idle)
-        self.examine_ground(host, folder, text)
+            self.examine("partials", text, check_unused, listing, idle, self.task)
+        self.examine_ground(endpoint, folder, text)
         for entries in groups:
             self.examine("age", text, check_age, entries, self.task.max_age, self.now)
 
@@ -12721,38 +12869,42 @@ class Doctor:
         endpoint = parse_endpoint(self.task.source)
         if self.task.destinations:
             return False
+        if endpoint.kind == "raw":
+            return True
         try:
             host = self.run.hosts.of(endpoint)
             place = host.look(endpoint.path)
-            inside = os.path.join(place.path, self.task.snapshot_folder)
-            if endpoint.kind == "raw":
-                return True
-            return (place.kind == "folder" and host.look(inside).kind != "folder"
-                    and bool(folder_prefixes(host.list(place.path), self.task.prefix)))
+            return is_backup_folder(host, place, self.task.snapshot_folder)
+        except Refused:
+            return not place.is_top
         except BackupError:
             return False
 
     def examine_all(self) -> List[Checked]:
         self.examine_machine(None)
         if self.task.source and self.is_folder_alone():
-            self.examine_machine(parse_endpoint(self.task.source))
-            self.examine_folder(self.task.source)
+            endpoint = parse_endpoint(self.task.source)
+            is_reached = self.examine_machine(endpoint)
+            with self.place("raw folder" if endpoint.kind == "raw" else "folder", endpoint.text):
+                if is_reached:
+                    self.examine_folder(endpoint)
         elif self.task.source:
             known = self.examine_source()
             for text in self.task.destinations:
                 self.examine_destination(text, known)
             if known and self.task.max_age is not None and not self.task.destinations:
                 self.examine_remembered()
-        return self.checked
+        return self.checked if self.task.max_age is None else list(map(for_monitors, self.checked))
 
 
-def check_unused(listing: Listing, prefix: Optional[str], idle: Dict[str, float]) -> Findings:
+def check_unused(listing: Listing, idle: Dict[str, float], task: Task) -> Findings:
     """Partials in a folder of backups by itself: only their sources know whether they are still wanted."""
-    names = [s.name for s in listing.subvolumes if partial_of(s.name) is not None and is_asked_for(s, prefix, set())]
+    names = [s.name for s in listing.subvolumes
+             if partial_of(s.name) is not None and is_asked_for(s, task.prefix, set())]
     old = [name for name in names if idle.get(name, 0.0) > 7 * 86400]
     if old:
         yield Finding(PROBLEM, "unchanged for more than a week: {}".format(some_of(old)),
-                      "btrfs-backup-ng prune --partials-older-than 7d FOLDER")
+                      typed(["btrfs-backup-ng", "prune", "--partials-older-than", "7d"] + place_words(task)))
     else:
         yield Finding(OK, "{} under way or to be taken up".format(plural(len(names), "transfer")) if names else "none")
 
@@ -12770,7 +12922,7 @@ def format_checks(checks: Sequence[Checked]) -> str:
             lines += [""] * bool(lines) + [printable(where) or "this machine"]
         lines.append("  {:<11}  {:<10}  {}".format(finding.state, name, printable(finding.text)))
         if finding.state != OK and finding.remedy:
-            lines.append(" " * 27 + "-> " + printable(finding.remedy))
+            lines += [" " * 27 + "-> " + printable(remedy) for remedy in finding.remedy.split("\n")]
     counts = collections.Counter(checked.finding.state for checked in checks)
     totals = ["{} {}".format(counts[OK], OK), plural(counts[PROBLEM], PROBLEM)]
     return "\n".join(lines + ["", ", ".join(totals + ["{} {}".format(counts[NOT_CHECKED], NOT_CHECKED)])])
@@ -12779,15 +12931,16 @@ def format_checks(checks: Sequence[Checked]) -> str:
 def format_status(checks: Sequence[Checked]) -> str:
     """All in one line, for monitors, and a line for each problem below it."""
     problems = [checked for checked in checks if checked.finding.state == PROBLEM]
-    ages = [checked.finding.text for checked in checks if checked.name == "age" and checked.finding.state == OK]
+    ages = [checked for checked in checks if checked.name == "age" and checked.finding.state == OK]
     if not problems:
-        parts = ages or [plural(len(checks), "check")]
-        return printable("BTRFS-BACKUP OK - {}".format("; ".join(parts)))
+        parts = [checked.finding.text if len(ages) == 1 else "{}: {}".format(checked.where, checked.finding.text)
+                 for checked in ages] or [plural(len(checks), "check")]
+        return printable("BTRFS-BACKUP OK - {}".format("; ".join(parts)).replace("|", "/"))
     first = "BTRFS-BACKUP PROBLEM - {}: {}".format(
         plural(len(problems), "problem"), "; ".join(checked.finding.text for checked in problems))
     lines = [first.replace("|", "/")]  # what follows a | is taken for figures
     lines += ["{}: {}: {}".format(c.where or "this machine", c.name, "; ".join(
-        part for part in (c.finding.text, c.finding.remedy) if part)) for c in problems]
+        part for part in [c.finding.text] + c.finding.remedy.split("\n") if part)) for c in problems]
     return "\n".join(printable(line) for line in lines)
 
 

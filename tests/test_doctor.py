@@ -13,6 +13,8 @@ from typing import Any, Dict, List, Tuple
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import remote
 from support import (
+    PROGRAM,
+    PYTHON,
     BackupTestCase,
     as_nobody,
     bulk,
@@ -118,7 +120,7 @@ class Checks(unittest.TestCase):
             ([entry(NOW - hour)], 2 * hour, "ok"), ([entry(NOW - 3 * hour)], 2 * hour, "problem"),
             ([entry(NOW - 3 * hour), entry(NOW - hour)], 2 * hour, "ok"), ([], 2 * hour, "problem"),
             ([entry(NOW + hour)], 2 * hour, "problem"), ([entry(None)], 2 * hour, "problem"),
-            ([], None, "ok"), ([entry(NOW - 999 * hour)], None, "ok"),
+            ([], None, "not checked"), ([entry(NOW - 999 * hour)], None, "ok"),
         ):
             self.assertEqual([state], self.state(check_age(entries, limit, NOW)), (entries, limit))
 
@@ -302,17 +304,16 @@ class Broken(DoctorTestCase):
         name, = self.take(1)
         write_locks(self.snapshots, {name: {"locks": [self.target], "parent_locks": []}})
         create(self.backup_path(".{}.partial".format(name)))
-        found = self.problem("locks", name, self.target)
-        words = shlex.split(found["remedy"])
-        self.assertEqual("btrfs-backup-ng", words[0])
-        self.run_program(*words[1:])
+        self.problem("locks", name, self.target, "back up to it again as usual")
+        self.transfer()
         self.assertBackedUp([name])
         self.fine()
 
     def test_a_lock_of_a_snapshot_that_is_gone(self):
         self.take(1)
         write_locks(self.snapshots, {self.name(5): {"locks": [self.target], "parent_locks": []}})
-        self.run_program(*shlex.split(self.problem("locks", self.name(5))["remedy"])[1:])
+        self.problem("locks", self.name(5))
+        self.transfer()
         self.fine()
 
     def test_damaged_locks(self):
@@ -408,6 +409,37 @@ class Broken(DoctorTestCase):
             file.read()
         self.problem("devices", "corruption_errs", "btrfs scrub start")
 
+    def test_a_missing_device(self):
+        """A mirror with one half, mounted all the same."""
+        folder = os.path.join(scratch_folder(), "mirror")
+        os.makedirs(folder, exist_ok=True)
+        loops = []
+        for number in (1, 2):
+            image = "{}.{}.img".format(folder, number)
+            command("truncate", "-s", "256M", image)
+            loops.append(command("losetup", "-f", "--show", image).strip())
+            self.addCleanup(subprocess.call, ["losetup", "-d", loops[-1]], stderr=subprocess.DEVNULL)
+        command("mkfs.btrfs", "-q", "-d", "raid1", "-m", "raid1", *loops)
+        command("wipefs", "-qa", loops[1])
+        command("btrfs", "device", "scan", "--forget", loops[1])
+        command("mount", "-o", "degraded", loops[0], folder)
+        self.addCleanup(subprocess.call, ["umount", folder])
+        found = self.problem("devices", "device 2 is missing", "btrfs replace start 2",
+                             arguments=(self.source, folder))
+        self.assertEqual(folder, found["where"])
+
+    def test_one_thing_stands_once(self):
+        """Half-received under its final name, as release 0.6.6 left it: no lock names it."""
+        name, = self.take(1)
+        create(self.backup_path(name))
+        self.problem("partials", name)
+
+    def test_a_fresh_source_with_a_prefix_is_no_folder_of_backups(self):
+        checks = self.examine("-p", "home", self.source)
+        self.assertIn(("locks", self.source), checks)
+        os.mkdir(self.source + "/folder")
+        self.problem("source", "ordinary folder", arguments=("-p", "home", self.source + "/folder"))
+
     def test_several_things_at_once(self):
         """None hides another."""
         name, = self.take(1)
@@ -420,7 +452,61 @@ class Broken(DoctorTestCase):
         self.assertEqual({("locks", self.source), ("partials", self.target), ("folder", self.source + "/in")}, bad)
 
 
+class Remembered(DoctorTestCase):
+    """What destinations keep at the source."""
+
+    def test_each_with_its_age(self):
+        self.backup()
+        found, = self.examine(self.source)["notes", self.source]
+        self.assertRegex(found["text"], "home[-0-9]+ is kept for {}, and 0 min old".format(self.target))
+
+    def test_one_that_was_not_seen_for_long(self):
+        """All backups here are of January 2024. One that is named has its age, and with --max-age all have."""
+        self.take(1)
+        self.transfer()
+        self.problem("notes", self.name(1), "days old", "--forget-destination", arguments=(self.source,))
+        self.fine(self.source, self.target)
+        self.fine("-p", "other-", self.source)
+        self.fine("--max-age", "9999w", self.source)
+
+
+class Raw(DoctorTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.raw = "raw://" + self.target
+        self.take(1)
+        self.transfer(to=[self.raw])
+
+    def test_on_a_filesystem_that_is_not_btrfs(self):
+        folder = os.path.join(self.target, "other")
+        os.mkdir(folder)
+        command("mount", "-t", "tmpfs", "none", folder)
+        self.addCleanup(subprocess.call, ["umount", folder])
+        checks = self.examine("raw://" + folder)
+        self.assertEqual({"backups", "partials", "space", "age"}, {name for name, where in checks if where})
+        self.problem("age", arguments=("--max-age", "1d", "raw://" + folder))
+
+    def test_on_btrfs(self):
+        for arguments in ([self.source, self.raw], [self.raw], ["-p", "home", self.raw]):
+            checks = self.examine(*arguments)
+            self.assertEqual({"ok"}, {check["state"] for found in checks.values() for check in found}, arguments)
+            self.assertIn(("devices", self.raw), checks)
+
+
 class Ages(DoctorTestCase):
+
+    def test_two_destinations(self):
+        second = os.path.join(self.target_disk.path, "second")
+        os.mkdir(second)
+        self.backup(to=[self.target, second])
+        result = self.run_program("doctor", "--max-age", "1h", self.source, self.target, second)
+        for place in (self.target, second):
+            self.assertRegex(result.stdout, "[-;] {}: the newest backup home[-0-9]+ is 0 min old".format(place))
+
+    def test_none_yet(self):
+        checks = self.examine(self.source, self.target)
+        self.assertEqual("not checked", checks["age", self.target][0]["state"])
 
     def test_the_newest_backup(self):
         """All backups here are of January 2024."""
@@ -462,7 +548,7 @@ class Ages(DoctorTestCase):
         found = self.problem("age", self.name(1), arguments=("--max-age", "26h", self.source, command))
         self.assertEqual(command, found["where"])
         checks = self.examine("--max-age", "9999w", self.source, command)
-        self.assertEqual("not checked", checks["folder", command][0]["state"])
+        self.assertIn("cannot be asked", checks["folder", command][0]["text"])
 
     def test_a_folder_of_backups_by_itself(self):
         self.take(1)
@@ -479,6 +565,48 @@ class Ages(DoctorTestCase):
         for arguments in (("--max-age", "26h"), ("--max-age", "26", self.source), ("shell://cat",),
                           ("raw:///x", self.target)):
             self.run_program("doctor", *arguments, status=2)
+
+
+class RawRemotes(DoctorTestCase, remote.RemoteTestCase):
+
+    def test_it_is_examined(self):
+        self.take(1)
+        raw = "raw+" + self.remote_target
+        self.run_program("-S", "-p", "home", *self.program_options() + [self.source, raw])
+        for arguments in ([self.source, raw], [raw], ["-p", "home", raw], ["--max-age", "9999w", raw]):
+            checks = self.examine(*self.program_options() + arguments)
+            self.assertEqual({"ok"}, {check["state"] for found in checks.values() for check in found}, arguments)
+            self.assertIn(("backups", raw), checks)
+
+
+class RestrictedKeys(DoctorTestCase, remote.RemoteTestCase):
+
+    def allow(self, groups):
+        words = [PYTHON, PROGRAM, "agent", "--under", self.target_there + "/backups", "--allow", groups]
+        self.server.authorize("root", 'restrict,command="{}"'.format(" ".join(map(shlex.quote, words))))
+
+    def test_one_that_may_look(self):
+        self.take(1)
+        self.allow("receive,list")
+        self.push("-S")
+        for arguments in ([self.source, self.remote_target], [self.remote_target], ["-p", "home", self.remote_target]):
+            checks = self.examine("--max-age", "9999w", *self.program_options() + arguments)
+            self.assertEqual({"ok"}, {check["state"] for found in checks.values() for check in found}, arguments)
+
+    def test_one_that_may_not(self):
+        """What was not checked is no problem for a person, and never ok for a monitor."""
+        self.take(1)
+        self.allow("receive,list")
+        self.push("-S")
+        self.allow("receive")
+        for arguments in ([self.source, self.remote_target], [self.remote_target]):
+            arguments = self.program_options() + arguments
+            checks = self.examine(*arguments)
+            self.assertEqual({"not checked"}, {check["state"] for check in checks["age", self.remote_target]})
+            result = self.run_program("doctor", "--max-age", "9999w", *arguments, status=1)
+            self.assertIn("BTRFS-BACKUP PROBLEM - ", result.stdout.splitlines()[0])
+            self.assertIn("not checked: ", result.stdout)
+            self.assertIn("--allow", result.stdout)
 
 
 class BrokenRemotes(DoctorTestCase, remote.RemoteTestCase):

@@ -6,13 +6,14 @@ import os
 import re
 import resource
 import struct
+import subprocess
 import sys
 import time
 import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import remote
-from support import BackupTestCase, command, create, delete, listing, snapshot, subvolume, write_locks
+from support import BackupTestCase, as_nobody, command, create, delete, listing, snapshot, subvolume, write_locks
 from test_names import InZone
 
 from btrfs_backup_ng import (
@@ -209,6 +210,35 @@ class OnDisk(ListTestCase):
         self.transfer(to=[self.target_disk.path])
         location, = self.locations(self.target_disk.path)
         self.assertEqual("complete", self.states(location)[taken[0]])
+
+    def test_disks_with_backups_at_their_tops(self):
+        taken = self.take(1, 2)
+        second = self.disk()
+        self.transfer(to=[self.target_disk.path, second.path])
+        for location in self.locations(self.target_disk.path, second.path):
+            self.assertEqual(dict.fromkeys(taken, "complete"), self.states(location), location["endpoint"])
+        shown = table(self.list(self.target_disk.path, second.path).stdout)
+        self.assertEqual(["2 present", "2 present"], shown["total"])
+
+    def test_a_source_that_was_never_backed_up(self):
+        taken = self.take(1)
+        self.transfer()
+        delete(self.snapshot_path(taken[0]))
+        for path in (self.snapshots, os.path.dirname(self.snapshots)):
+            subprocess.check_call(["rm", "-r", path])
+        source, target = self.locations(self.source, self.target)
+        self.assertEqual([], source["snapshots"])
+        self.assertEqual(taken, list(self.states(target)))
+        self.assertEqual(["-", "present"], table(self.list(self.source, self.target).stdout)[taken[0]])
+
+    def test_a_snapshot_folder_that_may_not_be_read(self):
+        self.take(1)
+        command("chmod", "755", self.source_disk.path, self.source)
+        command("chmod", "700", os.path.dirname(self.snapshots))
+        for arguments in ([self.source], [self.source, self.target]):
+            result = self.run_program("list", "--no-elevate", *arguments, status=1, wrapper=as_nobody())
+            self.assertIn("permission denied", result.stderr)
+            self.assertEqual("not listed", table(result.stdout)["total"][0])
 
     def test_a_source_alone_and_its_snapshot_folder(self):
         taken = self.take(1, 2)

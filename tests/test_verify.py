@@ -355,6 +355,13 @@ class Results(VerifyTestCase):
         result = self.run_program("verify", self.target, second)
         self.assertIn("1 equal", result.stderr)
 
+    def test_a_disk_with_backups_at_its_top_is_a_folder_of_backups(self):
+        self.take(1)
+        self.transfer(to=[self.target_disk.path])
+        second = self.disk().path
+        support.send_receive(os.path.join(self.target_disk.path, self.name(1)), second)
+        self.assertIn("1 equal", self.run_program("verify", self.target_disk.path, second).stderr)
+
     def test_a_damaged_disk(self):
         """Contents that btrfs itself knows to be wrong: not equal, not different, but not readable."""
         marker = os.urandom(64 << 10)
