@@ -1,5 +1,6 @@
 """`list`: which snapshots are where, as a table and as JSON."""
 
+import codecs
 import fcntl
 import json
 import os
@@ -13,14 +14,28 @@ import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import remote
-from support import BackupTestCase, as_nobody, command, create, delete, listing, snapshot, subvolume, write_locks
+from support import (
+    NOBODY,
+    BackupTestCase,
+    command,
+    create,
+    delete,
+    listing,
+    scratch_folder,
+    snapshot,
+    subvolume,
+    write_locks,
+)
 from test_names import InZone
 
 from btrfs_backup_ng import (
     BackupError,
     Entry,
+    Events,
     Location,
     Subvolume,
+    Survey,
+    Task,
     backup_state,
     describe_locations,
     format_locations,
@@ -233,12 +248,19 @@ class OnDisk(ListTestCase):
 
     def test_a_snapshot_folder_that_may_not_be_read(self):
         self.take(1)
-        command("chmod", "755", self.source_disk.path, self.source)
-        command("chmod", "700", os.path.dirname(self.snapshots))
-        for arguments in ([self.source], [self.source, self.target]):
-            result = self.run_program("list", "--no-elevate", *arguments, status=1, wrapper=as_nobody())
-            self.assertIn("permission denied", result.stderr)
-            self.assertEqual("not listed", table(result.stdout)["total"][0])
+        for path, mode in ((scratch_folder(), 0o755), (self.source_disk.path, 0o755), (self.source, 0o755),
+                           (os.path.dirname(self.snapshots), 0o700)):
+            os.chmod(path, mode)
+        for destinations in ((), (self.target,)):
+            survey = Survey(Task(verb="list", source=self.source, destinations=destinations), Events())
+            codecs.lookup("ascii")  # which that user might not find
+            os.seteuid(NOBODY)
+            try:
+                source = survey.locations()[0]
+            finally:
+                os.seteuid(0)
+            self.assertEqual((self.source, True, ()), source[:3])
+            self.assertIn("permission denied", source.error.message)
 
     def test_a_source_alone_and_its_snapshot_folder(self):
         taken = self.take(1, 2)
