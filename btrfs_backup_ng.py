@@ -2580,7 +2580,7 @@ class SizeMeter:
 # the facts names the task where several run. Displays are readers of the events and of nothing else. Results
 # (a plan, a listing) are printed on stdout by whoever was asked for them. Progress is an event too, a few a
 # second for each transfer: `snapshot`, `destination`, `done`, `expected` (None while unknown), `rate` (bytes,
-# bytes a second); one of a destination without `done` ends it.
+# bytes a second); one of a destination without `done` ends it. Never: a reader that stops what it is told of.
 ########################################################################################################
 
 class Event(NamedTuple):
@@ -2593,16 +2593,27 @@ class Event(NamedTuple):
 
 
 class Events:
-    """The stream: everything emitted goes to every reader. Threads may emit."""
+    """The stream: everything emitted goes to every reader. Threads may emit.
+
+    A reader that fails is told no more; the others hear of it, and `is_whole` says so.
+    """
 
     def __init__(self, *readers: Callable[[Event], None]) -> None:
-        self.readers, self.mutex = readers, threading.Lock()
+        self.readers, self.mutex = list(readers), threading.Lock()
+        self.is_whole = True
 
     def emit(self, kind: str, level: str, text: str = "", **facts: Any) -> None:
-        event = Event(kind, level, text, facts)
+        event, errors = Event(kind, level, text, facts), []
         with self.mutex:
-            for read in self.readers:
-                read(event)
+            for read in list(self.readers):
+                try:
+                    read(event)
+                except Exception as error:  # a full disk, say
+                    self.readers.remove(read)
+                    errors.append(explain(error, "cannot show what happens"))
+        for failed in errors:
+            self.is_whole = False
+            self.error(failed)
 
     def debug(self, kind: str, text: str, **facts: Any) -> None:
         self.emit(kind, "debug", text, **facts)
@@ -2628,17 +2639,23 @@ class JsonLog:
     """Appends each event that a log may show to a file, a JSON object a line, `time` in seconds since the epoch."""
 
     def __init__(self, path: str) -> None:
-        try:
-            self.file = open(path, "a", encoding="utf-8")
-        except OSError as error:
-            raise os_error("cannot write {}".format(path), error) from None
+        import json
+        self.path, self.format = path, functools.partial(json.dumps, sort_keys=True)
+        self.fd = -1  # until there is something to write
 
     def __call__(self, event: Event) -> None:
-        import json
         if event.level in LEVELS:
             entry = dict(event.facts, time=time.time(), event=event.kind, level=event.level, text=event.text)
-            self.file.write(json.dumps(entry, sort_keys=True) + "\n")
-            self.file.flush()
+            try:
+                self.write(self.format(entry).encode("ascii") + b"\n")
+            except OSError as error:
+                raise os_error("cannot write {}".format(self.path), error, "the run goes on without this log") from None
+
+    def write(self, line: bytes) -> None:
+        if self.fd < 0:
+            self.fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        while line:
+            line = line[os.write(self.fd, line):]
 
 
 ########################################################################################################
@@ -2678,10 +2695,13 @@ def clip(text: str, width: int, from_left: bool = False) -> str:
     """
     if shown_width(text) <= width:
         return text
-    kept = text
-    while kept and shown_width(kept) > width - 1:
-        kept = kept[1:] if from_left else kept[:-1]
-    return ("…" + kept if from_left else kept + "…") if width > 0 else ""
+    left, room = 0, width - 1
+    for c in reversed(text) if from_left else text:
+        room -= shown_width(c)
+        if room < 0:
+            break
+        left += 1
+    return ("…" + text[len(text) - left:] if from_left else text[:left] + "…") if width > 0 else ""
 
 
 def clip_pair(one: str, between: str, other: str, width: int) -> str:
@@ -2909,7 +2929,8 @@ class Terminal:
             sys.stderr.write(text.translate(self.glyphs))
             sys.stderr.flush()
         except (OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nor may flushing at the end of the process fail
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nor may flushing at the end of the process fail
 
 
 def format_event(event: Event) -> List[str]:
@@ -3050,13 +3071,16 @@ class LiveView:
 # Argument lists, never a shell. Each child is a process group of its own, so that a key press on the
 # terminal does not kill the ends of a transfer behind our back; it ends by itself when its pipe does.
 # Every stderr is drained, its tail kept. One function signals other processes. Never: a child left running when
-# we are done with it; a signal to a process that is not known, or was waited for.
+# we are done with it; a signal to a process that is not known, or was waited for; a wait for the end of a pipe
+# whose program has ended, for what that has left behind may hold it for ever.
 ########################################################################################################
 
 ENDING_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # sent by somebody, not by a fault
 PACKAGES = {"btrfs": "btrfs-progs (btrfsprogs on openSUSE)", "ssh": "openssh-client (openssh-clients on Fedora)",
             "xz": "xz-utils (xz on Fedora and openSUSE)", "gpg": "gnupg (gnupg2 on Fedora, gpg2 on openSUSE)"}
 ENDING_GRACE = 5.0  # seconds between asking a process to end and killing it
+PIPE_GRACE = 1.0  # seconds in which what an ended program has said is read
+LOOK_INTERVAL = 0.2  # seconds
 PIPE_SIZE = 1 << 20
 SENDER_BUFFER = 2 << 20
 F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032
@@ -3110,25 +3134,6 @@ def start(argv: Sequence[str], stdin: Any = subprocess.DEVNULL, stdout: Any = su
         raise os_error("cannot run {}".format(argv[0]), error) from None
     except subprocess.SubprocessError as error:
         raise BackupError("cannot prepare {}: {}".format(argv[0], error)) from None
-
-
-def run(argv: Sequence[str]) -> Outcome:
-    """Runs a program to its end; Interrupted ends it first."""
-    process = start(argv)
-    try:
-        out, error = process.communicate()
-    except BaseException:
-        end_process(process)
-        raise
-    return Outcome(process.returncode, os.fsdecode(out), os.fsdecode(error).strip())
-
-
-def check(argv: Sequence[str], doing: str) -> str:
-    """What a program prints; BackupError 'DOING: its last words' where it fails."""
-    outcome = run(argv)
-    if outcome.status != 0:
-        raise program_error(doing, outcome.error, outcome.status)
-    return outcome.out
 
 
 def program_error(doing: str, words: str, status: int) -> BackupError:
@@ -3235,6 +3240,72 @@ def end_children() -> None:
             time.sleep(0.005)
 
 
+class Conversation:
+    """What a program is given on its stdin, if that is a pipe, and says on stdout and stderr until it has ended."""
+
+    def __init__(self, process: "subprocess.Popen", data: bytes = b"") -> None:
+        self.process, self.data = process, data
+        self.poll = select.poll()
+        self.open: Dict[int, Any] = {}  # the pipes by descriptor
+        self.said: Dict[Any, bytes] = {process.stdout: b"", process.stderr: b""}
+        for file in (process.stdin, process.stdout, process.stderr):
+            if file is not None:
+                self.open[file.fileno()] = file
+                os.set_blocking(file.fileno(), False)
+                self.poll.register(file, select.POLLOUT if file is process.stdin else select.POLLIN)
+
+    def run(self) -> Tuple[bytes, bytes]:
+        """All that it says; Interrupted ends it first."""
+        deadline = float("inf")
+        try:
+            while self.open and time.monotonic() < deadline:
+                has_ended = self.process.poll() is not None
+                ready = self.poll.poll(1000 * LOOK_INTERVAL)
+                if has_ended:
+                    deadline = min(deadline, time.monotonic() + PIPE_GRACE) if ready else 0.0
+                for fd, _ in ready:
+                    self.move(fd)
+            self.process.wait()
+        except BaseException:
+            end_process(self.process)
+            raise
+        finally:
+            for fd in list(self.open):
+                self.close(fd)
+        return self.said[self.process.stdout], self.said[self.process.stderr]
+
+    def move(self, fd: int) -> None:
+        """Reads or writes what goes on one pipe; one that is at its end is closed."""
+        file, got = self.open[fd], b""
+        if file is self.process.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                got = self.data = self.data[os.write(fd, self.data):] if self.data else b""
+        else:
+            got = os.read(fd, PIPE_SIZE)
+            self.said[file] += got
+        if not got:
+            self.close(fd)
+
+    def close(self, fd: int) -> None:
+        self.poll.unregister(fd)
+        self.open.pop(fd).close()
+
+
+def run(argv: Sequence[str]) -> Outcome:
+    """Runs a program to its end; Interrupted ends it first."""
+    process = start(argv)
+    out, error = Conversation(process).run()
+    return Outcome(process.returncode, os.fsdecode(out), os.fsdecode(error).strip())
+
+
+def check(argv: Sequence[str], doing: str) -> str:
+    """What a program prints; BackupError 'DOING: its last words' where it fails."""
+    outcome = run(argv)
+    if outcome.status != 0:
+        raise program_error(doing, outcome.error, outcome.status)
+    return outcome.out
+
+
 class HeldSignals:
     """Keeps signals that ask to stop until they do no harm: a stream is torn where one falls between two steps."""
 
@@ -3297,13 +3368,29 @@ class Stage:
         else:
             self.process = start(argv, stdin, stdout, subprocess.PIPE, environment, own_group, prepare)
         self.stderr: Any = self.process.stderr or self.process.stdout
-        self.tail: "collections.deque[bytes]" = collections.deque(maxlen=20)
+        self.tail: "collections.deque[bytes]" = collections.deque([b""], maxlen=20)  # lines, the last as far as it came
+        self.is_over = False
         self.drain = threading.Thread(target=self.read_stderr, daemon=True)
-        self.drain.start()
+        try:
+            self.drain.start()
+        except RuntimeError as error:
+            end_process(self.process)
+            (self.process.stderr or self.process.stdout).close()  # type: ignore[union-attr]
+            raise explain(error, "cannot run {}".format(argv[0])) from None
 
     def read_stderr(self) -> None:
-        for line in iter(lambda: self.stderr.readline(4096), b""):
-            self.tail.append(line)
+        """To its end, or until we are done with a program that has left somebody behind who holds it open."""
+        poll = select.poll()
+        poll.register(self.stderr, select.POLLIN)
+        with self.stderr:
+            while True:
+                ready = poll.poll(1000 * LOOK_INTERVAL)
+                got = os.read(self.stderr.fileno(), 4096) if ready else b""
+                if not got and (ready or self.is_over):
+                    break
+                first, *lines = got.split(b"\n")
+                self.tail[-1] = (self.tail[-1] + first)[-4096:]
+                self.tail.extend(lines)
 
     def has_ended(self) -> bool:
         return self.process.poll() is not None
@@ -3320,16 +3407,16 @@ class Stage:
 
     def error(self) -> BackupError:
         """Why this ended process failed."""
-        self.drain.join(1)
-        words = os.fsdecode(b"".join(self.tail))
+        self.drain.join(PIPE_GRACE)
+        words = os.fsdecode(b"\n".join(self.tail))
         # "At subvol X" and the like are no complaint
         complaints = "\n".join(line for line in words.splitlines() if not re.match(r"At (sub|snap)", line))
         return program_error(self.program, complaints, self.process.returncode)
 
     def end(self) -> None:
         end_process(self.process)
-        self.drain.join(1)
-        self.stderr.close()
+        self.is_over = True
+        self.drain.join(PIPE_GRACE)
 
 
 def make_pipe() -> Tuple[int, int]:
@@ -4679,6 +4766,19 @@ def socket_pair() -> Tuple[int, int]:
     return ours.detach(), theirs.detach()
 
 
+def read_from(fd: int, stage: Stage, buffer: Union[bytearray, memoryview]) -> Optional[int]:
+    """How many bytes of a program came into `buffer`: None while there are none, 0 at its end or the pipe's."""
+    try:
+        return os.readv(fd, [buffer])
+    except BlockingIOError:
+        if not stage.has_ended():
+            return None
+    try:
+        return os.readv(fd, [buffer])  # what came right before
+    except BlockingIOError:
+        return 0
+
+
 class LocalSender:
     """A sending process and what it writes.
 
@@ -4724,10 +4824,7 @@ class LocalSender:
 
     def read(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
         """How many bytes came into `buffer`: None while there are none, 0 at the end."""
-        try:
-            return os.readv(self.read_end, [buffer])
-        except BlockingIOError:
-            return None
+        return read_from(self.read_end, self.stage, buffer)
 
     def finish(self, timeout: float) -> None:
         self.stage.wait(timeout)
@@ -4849,7 +4946,10 @@ class Background:
     def __init__(self, act: Callable[[], Any]) -> None:
         self.act, self.outcome, self.error = act, None, None  # type: Callable[[], Any], Any, Optional[BaseException]
         self.over = threading.Event()
-        threading.Thread(target=self.run, daemon=True).start()
+        try:
+            threading.Thread(target=self.run, daemon=True).start()
+        except RuntimeError:  # no process or memory is left for one
+            self.run()
 
     def run(self) -> None:
         try:
@@ -5355,27 +5455,34 @@ class Measuring:
     def __init__(self, argv: Sequence[str]) -> None:
         self.meter = SizeMeter()
         self.read_end, write_end = make_pipe()
-        self.stage = Stage(argv, subprocess.DEVNULL, write_end)
-        os.close(write_end)
+        try:
+            self.stage = Stage(argv, subprocess.DEVNULL, write_end)
+        except BackupError:
+            os.close(self.read_end)
+            raise
+        finally:
+            os.close(write_end)
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, self.stage.process.pid, 19)
-        self.thread = threading.Thread(target=self.read, daemon=True)
-        self.thread.start()
+        self.reading = Background(self.read)
 
     def read(self) -> None:
-        for chunk in iter(lambda: os.read(self.read_end, PIPE_SIZE), b""):
-            self.meter.feed(chunk)
+        """To the end of what is sent; what is no stream any more ends the send as well, for nobody reads it then."""
+        try:
+            for chunk in iter(lambda: os.read(self.read_end, PIPE_SIZE), b""):
+                self.meter.feed(chunk)
+        finally:
+            os.close(self.read_end)
 
     def wait(self) -> SizeMeter:
         """The finished meter; BackupError where the send failed."""
-        self.thread.join()
+        self.reading.result()
         self.stage.wait(ENDING_GRACE)
         return self.meter
 
     def end(self) -> None:
         self.stage.end()
-        self.thread.join()
-        os.close(self.read_end)
+        self.reading.outlast(PIPE_GRACE)
 
 
 ########################################################################################################
@@ -5541,18 +5648,19 @@ class Pipeline:
 
     def read(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
         """How many bytes came into `buffer`: None while there are none, 0 at the end."""
-        try:
-            return os.readv(self.read_end, [buffer])
-        except BlockingIOError:
-            return None
+        return read_from(self.read_end, self.stages[-1], buffer)
 
     def wait_readable(self, seconds: float) -> None:
         self.poll.poll(1000 * seconds)
 
     def check_alive(self) -> None:
-        for stage in self.stages:
-            if stage.has_ended() and stage.process.returncode != 0:
-                self.finish(ENDING_GRACE)
+        """BackupError where a program has failed; those that still work are not waited for."""
+        failed = [stage for stage in self.stages if stage.has_ended() and stage.process.returncode != 0]
+        for stage in failed:
+            if stage.process.returncode != -signal.SIGPIPE:
+                raise stage.error()
+        if failed:  # the next one is about to end
+            self.finish(ENDING_GRACE)
 
     def finish(self, timeout: float) -> None:
         """Waits for all; raises what the first that failed says, but for the SIGPIPE that another's failure brings."""
@@ -5616,9 +5724,10 @@ def prove_filters(steps: Sequence[str]) -> None:
 # 17 COMMANDS: shell://: a command of the user's takes the stream
 #
 # `sh -c COMMAND`, here, with the stream as `btrfs send` writes it on its stdin and what it is in its
-# environment. It has succeeded when the stream came to its end and the command has read all of it and exited
-# 0. Where the transfer fails the command is killed before its pipe is closed, lest it takes a cut stream for
-# a whole one. Nobody can list what it made of the streams: what it took is remembered in the pins.
+# environment. It has succeeded when the stream came to its end and the command has read all of it and exited 0,
+# which may take as long as it likes, for it may work on what it has read. Where the transfer fails the command is
+# killed before its pipe is closed, lest it takes a cut stream for a whole one. Nobody can list what it made of
+# the streams: what it took is remembered in the pins.
 ########################################################################################################
 
 class ShellReceiver:
@@ -5680,18 +5789,23 @@ class ShellReceiver:
             self.rest = self.feed.reading_end()
             self.feed.close()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether it works on what it has got, of which it has everything."""
+        return self.feed.write_end < 0 and not self.stage.has_ended()
+
     def has_rest(self) -> bool:
         """Whether some of the stream is still in the pipe."""
         return self.rest is not None and bool(select.select([self.rest], [], [], 0)[0]) and bool(os.read(self.rest, 1))
 
-    def finish(self, timeout: float) -> Subvolume:
+    def finish(self, _: float) -> Subvolume:
         """What was taken, as a backup; BackupError unless the command says so and all of it was read."""
         expected = self.stream.expected
         if not self.stream.ended:
             raise BackupError("the stream ended before its end command")
         self.close_pipe()
         try:
-            self.stage.wait(timeout)
+            self.stage.wait(float("inf"))
         except BackupError as error:
             raise ReceiverFailed(error.message, error.hint, error.detail) from None
         if self.has_rest():
@@ -7450,6 +7564,11 @@ class Lane:
             return min(READ_SIZE, self.check.left)
         return self.pace.allowed() if self.receiver.pending < LANE_CHUNKS else 0  # type: ignore[union-attr]
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether the receiver still works on what it has, for as long as it likes."""
+        return bool(getattr(self.receiver, "is_busy", False))
+
     def is_drained(self, end: int) -> bool:
         return self.receiver is not None and self.position == end and not (self.check or self.receiver.pending)
 
@@ -7632,6 +7751,8 @@ class Relay:
         working = [lane for lane in self.lanes.values() if lane.receiver is not None]
         self.on_progress(max((lane.position for lane in working), default=0),
                          max((getattr(lane.receiver, "file_data", 0) for lane in working), default=0))
+        if all(lane.is_busy for lane in working):
+            self.last_moved = now
         if now - self.last_moved > self.stall_timeout and len(working) == len(self.lanes):
             self.give_up_stalled()
 
@@ -7672,7 +7793,8 @@ class Relay:
         for key in drained:
             self.try_lane(key, self.close_lane)
         for key in drained:
-            self.try_lane(key, self.finish_lane)
+            if key in self.lanes and not self.lanes[key].is_busy:
+                self.try_lane(key, self.finish_lane)
         self.last_undrained = time.monotonic()
 
     def close_lane(self, key: str) -> None:
@@ -9551,11 +9673,7 @@ class ShellHost:
         """What a script prints there; BackupError 'DOING: its last words' where it fails."""
         begun = time.monotonic()
         process = start(self.argv(PLAIN_MARK + script, arguments), subprocess.PIPE, subprocess.PIPE)
-        try:
-            out, words = process.communicate(data)
-        except BaseException:
-            end_process(process)
-            raise
+        out, words = Conversation(process, data).run()
         self.events.debug("command", "{}: ran a script ({:.3f} s): {}".format(
             self.machine, time.monotonic() - begun, script))
         if process.returncode != 0:
@@ -13076,28 +13194,6 @@ def describe_differences(folder: str, one: Dict[str, Aspects], other: Dict[str, 
     return lines
 
 
-class Side:
-    """A call that is at work in a thread: its result or its error."""
-
-    def __init__(self, act: Callable[[], Any]) -> None:
-        self.act, self.value = act, None  # type: Callable[[], Any], Any
-        self.error: Optional[BaseException] = None
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
-
-    def run(self) -> None:
-        try:
-            self.value = self.act()
-        except BaseException as error:  # it is raised where the result is wanted
-            self.error = error
-
-    def result(self) -> Any:
-        self.thread.join()
-        if self.error is not None:
-            raise self.error
-        return self.value
-
-
 class VerifyRun:
     """One verification, from the listings to the last result."""
 
@@ -13144,11 +13240,11 @@ class VerifyRun:
         original = self.tree_at(source, checks[0].snapshot)
         copies = [self.tree_at(check.endpoint, check.backup) for check in checks]
         self.events.debug("verifying", "verifying {}".format(original.name))
-        sides = [Side(tree.digest) for tree in [original] + copies]
+        sides = [Background(tree.digest) for tree in [original] + copies]
         for copy, side in zip(copies, sides[1:]):
             self.report(self.compare(original, copy, sides[0], side))
 
-    def compare(self, original: TreeAt, copy: TreeAt, one: Side, other: Side) -> Compared:
+    def compare(self, original: TreeAt, copy: TreeAt, one: Background, other: Background) -> Compared:
         try:
             ours, theirs = one.result(), other.result()
             if ours == theirs:
@@ -14004,10 +14100,12 @@ def run_arguments(arguments: Sequence[str]) -> int:
         events.info("no-view", "no live view: it needs a terminal of at least {} columns and {} lines on stderr".format(
             *SMALLEST_VIEW))
     if len(requests) > 1 or isinstance(view, LiveView):
-        return run_crew(requests, events, view)
-    if task.dry_run and requests[0].files:
-        print_result("task: " + format_request(requests[0]))
-    return run_and_report(run, task, events)
+        status = run_crew(requests, events, view)
+    else:
+        if task.dry_run and requests[0].files:
+            print_result("task: " + format_request(requests[0]))
+        status = run_and_report(run, task, events)
+    return status or int(not events.is_whole)
 
 
 def open_standard_streams() -> None:

@@ -1,13 +1,19 @@
 """The crew hurts nobody: no process that is not its own, no task for another's sake."""
 
 import ast
+import json
 import os
+import signal
+import subprocess
 import sys
+import time
 import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import support
-from support import TestCase
+from support import BackupTestCase, TestCase, names
+
+import btrfs_backup_ng as program
 
 # A process that has nothing to do with the run, alone with it in a PID namespace: where all that may be killed is.
 BESIDE_A_BYSTANDER = """
@@ -56,7 +62,6 @@ class WhoIsSignalled(unittest.TestCase):
         self.assertEqual({self.SIGNALLING}, seen)
 
     def test_no_number_that_is_meant_for_many(self):
-        import btrfs_backup_ng as program
         asked = []
         for name in ("kill", "killpg"):
             self.addCleanup(setattr, os, name, getattr(os, name))
@@ -69,7 +74,6 @@ class WhoIsSignalled(unittest.TestCase):
         self.assertEqual([(12345, 9)], asked)
 
     def test_a_task_that_was_not_started_or_has_ended(self):
-        import btrfs_backup_ng as program
         request, = program.parse_command(["/a", "/b"])
         process = program.TaskProcess("a", request)
         self.assertIsNone(process.pid)
@@ -93,6 +97,159 @@ class Started(TestCase):
                                   wrapper=beside_a_bystander("ulimit -n 40"))
         self.assertNotIn("the bystander was killed", result.stderr)
         self.assertIn("cannot start the task: too many open files", result.stderr)
+
+
+class Torn(unittest.TestCase):
+    """A signal in the midst of writing an event costs that event, and neither the next one nor the crew."""
+
+    def crew(self):
+        said = []
+        requests = program.parse_command(["/a", "/b", ":", "/c", "/d"])
+        crew = program.Crew(requests, program.Events(said.append), lambda: None)
+        return crew, crew.processes[0], said
+
+    def test_what_is_no_event_is_passed_over(self):
+        crew, process, said = self.crew()
+        for line in (b"", b'["sending", "in', b"[1", b"\xff\xfe", b'["sent", "info", "all of it", {}]'):
+            crew.take(process, line)
+        self.assertEqual(["all of it"], [event.text for event in said])
+
+    def test_the_event_after_a_torn_one_begins_a_line(self):
+        read_end, write_end = os.pipe()
+        self.addCleanup(os.close, read_end)
+        self.addCleanup(os.close, write_end)
+        told, write = program.ChildEvents(write_end, False), os.write
+
+        def torn(fd, data):
+            os.write = write
+            write(fd, data[:10])
+            raise program.Interrupted(signal.SIGTERM)
+
+        self.addCleanup(setattr, os, "write", write)
+        os.write = torn
+        with self.assertRaises(program.Interrupted):
+            told(program.Event("sending", "info", "one", {}))
+        for text in ("two", "three"):
+            told(program.Event("sending", "info", text, {}))
+        lines = os.read(read_end, 9999).splitlines()
+        self.assertEqual(["two", "three"], [json.loads(line.decode())[2] for line in lines[1:]])
+
+
+class Logs(BackupTestCase):
+    """A log that cannot be written stops nothing; it is said once, and the status tells."""
+
+    def check_log(self, log, words):
+        name, = self.take(1)
+        result = self.transfer("--log-json", log, status=1)
+        self.assertErrorSays(result, "cannot write " + log, words, "the run goes on without this log")
+        self.assertBackedUp([name])
+
+    def test_on_a_full_disk(self):
+        self.check_log("/dev/full", "no space left on device")
+
+    def test_in_a_folder_that_is_not_there(self):
+        self.check_log(os.path.join(self.source_disk.path, "no", "log"), "no such file or directory")
+
+    def test_of_several_tasks(self):
+        self.take(1)
+        other = support.create(os.path.join(self.source_disk.path, "srv"))
+        result = self.run_program("--log-json", "/dev/full", "-p", "home", self.source, self.target, ":",
+                                  "-p", "srv", other, self.target, status=1)
+        self.assertErrorSays(result, "cannot write /dev/full: no space left on device")
+        self.assertEqual(3, len(names(self.target)), result.stderr)
+
+    def test_an_argument_that_ends_in_debug_asks_for_no_traceback(self):
+        for words, asks in ((["/home", "/mnt/debug"], False), (["-v", "debug", "/a", "/b"], True),
+                            (["-p", "debug", "/a"], False), (["--nonsense"], False)):
+            self.assertEqual(asks, program.wants_debug(words), words)
+
+
+class Programs(unittest.TestCase):
+    """The programs of a transfer."""
+
+    def pipeline(self, *scripts):
+        pipeline = program.Pipeline([["sh", "-c", script] for script in scripts])
+        self.addCleanup(pipeline.end)
+        return pipeline
+
+    def test_the_one_that_failed_is_named_and_the_healthy_is_not_waited_for(self):
+        pipeline = self.pipeline("exec cat", "echo no key in the ring >&2; exit 2")
+        pipeline.stages[1].process.wait()
+        begun = time.monotonic()
+        with self.assertRaises(program.BackupError) as caught:
+            pipeline.check_alive()
+        self.assertLess(time.monotonic() - begun, 3)
+        self.assertIn("no key in the ring", caught.exception.message)
+
+    def test_what_dies_of_anothers_failure_is_not_the_cause(self):
+        pipeline = self.pipeline("while echo x; do :; done", "sleep 0.2; echo the disk is full >&2; exit 2")
+        pipeline.stages[0].process.wait()
+        with self.assertRaises(program.BackupError) as caught:
+            pipeline.check_alive()
+        self.assertIn("the disk is full", caught.exception.message)
+
+    def test_its_output_ends_with_it_whoever_else_holds_the_pipe(self):
+        pipeline = self.pipeline("echo all; sleep 60 &")
+        self.addCleanup(self.end_group, pipeline.stages[0].process.pid)
+        pipeline.feed.close()
+        buffer, said, deadline = bytearray(100), b"", time.monotonic() + 10
+        got = None
+        while got != 0 and time.monotonic() < deadline:
+            pipeline.wait_readable(0.1)
+            got = pipeline.read(buffer)
+            said += bytes(buffer[:got or 0])
+        self.assertEqual((b"all\n", 0), (said, got))
+
+    def end_group(self, group):
+        """What was left behind there."""
+        os.killpg(group, signal.SIGKILL)
+
+    def test_what_a_program_says_ends_with_it(self):
+        begun = time.monotonic()
+        outcome = program.run(["sh", "-c", "echo out; echo err >&2; sleep 60 & echo $$"])
+        self.assertLess(time.monotonic() - begun, 5)
+        out, group = outcome.out.split()
+        self.end_group(int(group))
+        self.assertEqual((0, "out", "err"), (outcome.status, out, outcome.error))
+        self.assertEqual("x" * 200000, program.run(["sh", "-c", "printf %0200000d 0 | tr 0 x"]).out)
+
+    def test_what_a_program_is_told(self):
+        for size in (0, 10, 300000):
+            process = program.start(["cat"], subprocess.PIPE)
+            self.assertEqual((b"y" * size, b""), program.Conversation(process, b"y" * size).run())
+            process = program.start(["true"], subprocess.PIPE)
+            self.assertEqual((b"", b""), program.Conversation(process, b"y" * size).run())
+
+    def test_a_measuring_whose_stream_is_damaged_ends_its_send(self):
+        script = r"printf 'btrfs-stream\0\1\0\0\0'; while printf '%0100d' 7; do :; done"
+        measuring = program.Measuring(["sh", "-c", script])
+        with self.assertRaises(program.StreamDamaged):
+            measuring.wait()
+        measuring.stage.process.wait(10)
+        measuring.end()
+
+    def test_a_thread_that_cannot_be_started_is_done_without(self):
+        def refuse(_):
+            raise RuntimeError("can't start new thread")
+
+        before = program.threading.Thread.start
+        self.addCleanup(setattr, program.threading.Thread, "start", before)
+        program.threading.Thread.start = refuse
+        self.assertEqual(7, program.Background(lambda: 7).result())
+        with self.assertRaises(program.BackupError) as caught:
+            program.Stage(["sleep", "60"], subprocess.DEVNULL, subprocess.DEVNULL)
+        self.assertIn("cannot run sleep: can't start new thread", caught.exception.message)
+        self.assertEqual([], [pid for pid in program.find_children() if self.is_sleep(pid)])
+
+    @staticmethod
+    def is_sleep(pid):
+        with open("/proc/{}/cmdline".format(pid), "rb") as words:
+            return words.read().startswith(b"sleep\x0060")
+
+    def test_clipping_takes_no_longer_for_longer_text(self):
+        begun = time.process_time()
+        self.assertEqual(50, program.shown_width(program.clip("ü" * 20000, 50)))
+        self.assertLess(time.process_time() - begun, 1)
 
 
 if __name__ == "__main__":

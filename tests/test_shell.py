@@ -97,6 +97,58 @@ class Streams(ShellTestCase):
         self.assertEqual(1, result.stderr.count("starting btrfs send"))
 
 
+class WhoStays(ShellTestCase):
+    """What a command leaves behind, or does after its input has ended, is its own affair."""
+
+    def test_a_process_left_behind_that_holds_its_errors(self):
+        first, second = self.take(1, 2)
+        begun = time.monotonic()
+        self.send(to=self.to_file + "; sleep 60 & echo a word >&2")
+        self.assertLess(time.monotonic() - begun, 30)
+        self.assertEqual([first + ".btrfs", second + ".btrfs"], self.files())
+
+    def test_its_words_are_told_all_the_same(self):
+        self.take(1)
+        result = self.send(to=self.to_file + "; sleep 60 & echo the tape is full >&2; exit 3", status=1)
+        self.assertErrorSays(result, "the tape is full")
+
+    def at_work(self, *options, to):
+        """The program, when everything but its command is done, which waits for the file that comes second."""
+        gate = os.path.join(self.folder, "gate")
+        command = "shell://cat > {0}/got; touch {0}/works; while [ ! -e {1} ]; do sleep 0.05; done".format(
+            self.folder, gate)
+        running = self.start("-p", "home", "-S", "--stall-timeout", "1", *options, self.source, *to, command)
+        running.wait_for("the whole stream to be taken", lambda: os.path.exists(os.path.join(self.folder, "works")))
+        return running, gate
+
+    def test_it_may_work_for_longer_than_the_stall_timeout(self):
+        first, = self.take(1)
+        running, gate = self.at_work(to=[self.target])
+        running.wait_for("the other destination to be done", lambda: names(self.target) == [first])
+        time.sleep(2.5)
+        self.assertIsNone(running.process.poll(), "the command was not waited for")
+        with open(gate, "w"):
+            pass
+        result = running.finish(10)
+        self.assertEqual(0, result.status, result.stderr)
+        self.assertBackedUp([first])
+
+    def test_a_signal_ends_it_within_seconds(self):
+        self.take(1)
+        running, _ = self.at_work(to=[])
+        begun = time.monotonic()
+        os.kill(running.pid, signal.SIGINT)
+        result = running.finish(20)
+        self.assertEqual(130, result.status, result.stderr)
+        self.assertLess(time.monotonic() - begun, 8)
+        self.assertEqual({}, running.processes())
+
+    def test_killed_by_a_signal_without_a_name(self):
+        self.take(1)
+        result = self.send(to="shell://cat > /dev/null; kill -40 $$", status=1)
+        self.assertErrorSays(result, "killed by signal 40")
+
+
 class Remembered(ShellTestCase):
 
     def test_what_was_sent_is_not_sent_again_and_is_the_next_parent(self):
