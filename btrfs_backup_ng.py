@@ -2042,13 +2042,13 @@ def after_transfers(listing: Listing, plan: DestinationPlan) -> Listing:
 ########################################################################################################
 # 8 STREAM: the send stream: first command, private partials, size
 #
-# A header of 17 bytes, then commands: `le32 length | le16 command | le32 crc32c | payload` of attributes
-# `le16 type | le16 length | data` (btrfs-progs, send.h). The first says which subvolume `btrfs receive`
-# makes, on which parent: it must be what was planned, the name becomes the partial's, the parent's UUID
-# that of the planned backup (a received UUID may have copies; clone sources are found by it alone, so where
-# it has, a stream that clones from its parent is given up). The rest passes as it came, but for owner, mode
-# and default ACL of the top folder, set last: until END only root may enter, lest a user writes into his own
-# folders, and nothing that receive makes there first may inherit that ACL.
+# A header of 17 bytes, then commands: `le32 length | le16 command | le32 crc32c | payload` of attributes `le16 type |
+# le16 length | data` (btrfs-progs, send.h). The first says which subvolume `btrfs receive` makes, on which parent: it
+# must be what was planned, the name becomes the partial's, the parent's UUID that of the planned backup (a received
+# UUID may have copies; clone sources are found by it alone, so where it has, a stream that clones from its parent is
+# given up). The rest passes as it came, but for owner, mode and default ACL of the top folder, set last: until END
+# only root may enter, and nothing that receive makes there may inherit that ACL. What this machine's own kernel did not
+# write in this run passes a gate. Never: a command passed on that reaches beyond its own subvolume and its parent.
 ########################################################################################################
 
 STREAM_MAGIC = b"btrfs-stream\0"
@@ -2057,19 +2057,22 @@ COMMAND_HEADER = struct.Struct("<IHI")
 COMMAND_START = struct.Struct("<IH")
 HEADER_BYTES = struct.Struct("10s")
 ATTRIBUTE = struct.Struct("<HH")
-SUBVOL, SNAPSHOT, SET_XATTR, WRITE, CLONE, CHMOD, CHOWN, UTIMES, END, UPDATE_EXTENT, ENCODED_WRITE = (
-    1, 2, 13, 15, 16, 18, 19, 20, 21, 22, 25)
-LINK, REMOVE_XATTR, A_XATTR_NAME, A_XATTR_DATA = 10, 14, 13, 14
+(SUBVOL, SNAPSHOT, MKFILE, MKDIR, MKNOD, MKFIFO, MKSOCK, SYMLINK, RENAME, LINK, UNLINK, RMDIR, SET_XATTR, REMOVE_XATTR,
+ WRITE, CLONE, TRUNCATE, CHMOD, CHOWN, UTIMES, END, UPDATE_EXTENT, FALLOCATE, FILEATTR, ENCODED_WRITE) = range(1, 26)
+(A_UUID, A_CTRANSID, A_INO, A_SIZE, A_MODE, A_UID, A_GID, A_RDEV, A_CTIME, A_MTIME, A_ATIME, A_OTIME, A_XATTR_NAME,
+ A_XATTR_DATA, A_PATH, A_PATH_TO, A_PATH_LINK, A_FILE_OFFSET, A_DATA, A_CLONE_UUID, A_CLONE_CTRANSID,
+ A_CLONE_PATH) = range(1, 23)
+A_CLONE_LEN, A_UNENCODED_FILE_LEN, A_ENCRYPTION = 24, 27, 31
 DEFAULT_ACL = b"system.posix_acl_default"
-(A_UUID, A_CTRANSID, A_MODE, A_UID, A_GID, A_PATH, A_PATH_TO, A_PATH_LINK, A_CLONE_UUID, A_CLONE_CTRANSID, A_CLONE_PATH,
- A_UNENCODED_FILE_LEN) = 1, 2, 5, 6, 7, 15, 16, 17, 20, 21, 22, 27
-LARGEST_PATHS = 4 + 4096  # of a command's payload, with its first attribute, a path
-LARGEST_CHECKED = 256 << 10  # of a command that is no write
 LARGEST_FIRST_COMMAND = 64 * 1024
+LARGEST_PATH, LARGEST_NAME = 4095, 255  # bytes (Linux, PATH_MAX and NAME_MAX)
+# relative, and every part of it the name of something: not empty, not `.` or `..`, without a NUL
+PLAIN_PATH = re.compile(rb"(?:(?!\.{1,2}(?:/|\Z))[^/\0]{1,255}(?:/(?!\Z)|\Z))+")
 LARGEST_COMMAND = 1 << 20  # bytes; the kernel's are below 200 KiB
 Chunk = Union[bytes, memoryview]
 CommandSpan = Tuple[int, int, int]  # start, end and number of a command
 Block = Tuple[Chunk, List[CommandSpan]]  # whole commands, and the wanted ones of them
+Judge = Callable[[Chunk, int, int, int], None]  # takes data, and start, end and number of a command in it
 SEND_WRITE_SIZE = 48 * 1024  # data bytes in one WRITE of protocol 1 (Linux, BTRFS_SEND_READ_SIZE)
 # `btrfs receive` before 6.2 keeps these in mind until the file's next chown, which drops them
 CAPABILITY = b"security.capability"
@@ -2152,7 +2155,10 @@ def parse_first_command(start: bytes) -> Optional[FirstCommand]:
     payload = start[end - length:end]
     if crc32c(COMMAND_HEADER.pack(length, number, 0) + payload) != checksum:
         raise BackupError("the first command of the stream is damaged")
-    return FirstCommand(number, parse_attributes(payload), end)
+    attributes = parse_attributes(payload)
+    if len(dict(attributes)) < len(attributes):  # btrfs receive takes the last of two
+        raise BackupError("the first command of the stream says something twice")
+    return FirstCommand(number, attributes, end)
 
 
 class ExpectedStream(NamedTuple):
@@ -2176,6 +2182,21 @@ class ExpectedStream(NamedTuple):
     parent_acl: Optional[str] = None  # the parent's
 
 
+def is_uuid(text: Optional[str]) -> bool:
+    return text is not None and re.fullmatch("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text) is not None
+
+
+def check_expected(expected: ExpectedStream) -> None:
+    """BackupError unless what another machine says of a stream is fit to become the name and ids of a partial here."""
+    name = os.fsencode(expected.name)
+    if not PLAIN_PATH.fullmatch(name) or b"/" in name or name.startswith(b".") or len(name) > LARGEST_NAME:
+        raise BackupError("{} is no name of a snapshot".format(printable(repr(expected.name))))
+    if not is_uuid(expected.uuid) or not all(is_uuid(uuid) for uuid in (expected.parent_uuid, expected.base) if uuid):
+        raise BackupError("the ids of {} are no UUIDs".format(printable(expected.name)))
+    if not (0 <= expected.uid < 1 << 32 and 0 <= expected.gid < 1 << 32 and 0 <= expected.mode <= 0o7777):
+        raise BackupError("owner and mode of {} are none".format(printable(expected.name)))
+
+
 def check_first_command(first: FirstCommand, expected: ExpectedStream) -> None:
     found = (first.name, first.uuid(A_UUID), first.uuid(A_CLONE_UUID) if first.number == SNAPSHOT else None)
     planned = (expected.name, expected.uuid, expected.parent_uuid)
@@ -2187,12 +2208,13 @@ def check_first_command(first: FirstCommand, expected: ExpectedStream) -> None:
 class CommandReader:
     """Cuts a stream that comes in chunks of any size into blocks of whole commands.
 
-    of_top: commands that are wanted where their path is empty, the top folder's. `file_data` counts bytes of file
-    contents, before compression.
+    of_top: commands that are wanted where their path comes first and is empty, the top folder's. judge: sees each
+    whole command once, before it is passed. `file_data` counts bytes of file contents, before compression.
     """
 
-    def __init__(self, wanted: Iterable[int], skip: int = 0, of_top: Iterable[int] = ()) -> None:
-        self.wanted, self.of_top = frozenset(wanted), frozenset(of_top)
+    def __init__(self, wanted: Iterable[int], skip: int = 0, of_top: Iterable[int] = (),
+                 judge: Optional[Judge] = None) -> None:
+        self.wanted, self.of_top, self.judge = frozenset(wanted), frozenset(of_top), judge
         self.skip, self.carry, self.file_data = skip, bytearray(), 0
         self.headers: Optional[List[bytes]] = None  # of the commands that have passed, where somebody takes them
 
@@ -2241,7 +2263,7 @@ class CommandReader:
         """
         at, size, wanted, of_top = 0, len(data), self.wanted, self.of_top
         start_of, header_of = COMMAND_START.unpack_from, HEADER_BYTES.unpack_from
-        note = self.headers.append if self.headers is not None else None
+        note, judge = self.headers.append if self.headers is not None else None, self.judge
         spans: List[CommandSpan] = []
         while at + 10 <= size:
             length, command = start_of(data, at)
@@ -2250,6 +2272,8 @@ class CommandReader:
                 break
             if command == SET_XATTR and at and command in wanted and CAPABILITY in bytes(data[at:after]):
                 break
+            if judge is not None:
+                judge(data, at, after, command)
             if note is not None:
                 note(header_of(data, at)[0])
             if command in wanted:
@@ -2276,34 +2300,174 @@ def contents_length(data: Chunk, at: int, length: int, command: int) -> int:
     return length
 
 
-class PathCheck:
-    """Looks at every path of a stream from somebody who is not trusted: none may lead up."""
+PATHS = frozenset((A_PATH, A_PATH_TO, A_PATH_LINK, A_CLONE_PATH))
+OF_ANY_FOLDER = frozenset((SET_XATTR, REMOVE_XATTR, CHMOD, CHOWN, UTIMES, FILEATTR))  # the top one is called ''
+# The last command and the last attribute of each protocol that is asked for here.
+PROTOCOLS = {1: (END, A_CLONE_LEN), 2: (ENCODED_WRITE, A_ENCRYPTION)}
+# What Linux writes after the path in the commonest commands: pairs of kind and length.
+USUAL = {
+    MKFILE: (struct.Struct("<HH8x"), (A_INO, 8)), MKDIR: (struct.Struct("<HH8x"), (A_INO, 8)),
+    TRUNCATE: (struct.Struct("<HH8x"), (A_SIZE, 8)), CHMOD: (struct.Struct("<HH8x"), (A_MODE, 8)),
+    CHOWN: (struct.Struct("<HH8xHH8x"), (A_UID, 8, A_GID, 8)),
+    UTIMES: (struct.Struct("<HH12xHH12xHH12x"), (A_ATIME, 12, A_MTIME, 12, A_CTIME, 12)),
+    UNLINK: (struct.Struct(""), ()), RMDIR: (struct.Struct(""), ())}  # type: Dict[int, Tuple[struct.Struct, Any]]
 
-    def __init__(self) -> None:
-        self.skip, self.carry = 0, b""
 
-    def feed(self, chunk: Chunk) -> None:
-        """Takes the next bytes, from the first command on; BackupError where one of them is hostile."""
-        data = self.carry + bytes(chunk) if self.carry else chunk
-        at, size = self.skip, len(data)
-        while at + COMMAND_HEADER.size <= size:
-            length, command = COMMAND_START.unpack_from(data, at)
-            seen = min(length, LARGEST_PATHS) if command in (WRITE, ENCODED_WRITE, UPDATE_EXTENT) else length
-            if at + COMMAND_HEADER.size + seen > size:
-                break
-            self.check(command, bytes(data[at + COMMAND_HEADER.size:at + COMMAND_HEADER.size + seen]))
-            at += COMMAND_HEADER.size + length
-        self.skip, self.carry = (at - size, b"") if at >= size else (0, bytes(data[at:]))
-        if len(self.carry) > LARGEST_CHECKED:
-            raise BackupError("the stream holds a command that is too large")
+def hostile(what: str, path: bytes = b"") -> BackupError:
+    return BackupError("the stream holds {}{}".format(what, ": " + printable(os.fsdecode(path)) if path else ""),
+                       "nothing was changed but the partial backup; look at the machine that it comes from")
+
+
+def read_attributes(data: Chunk, start: int, end: int, version: int) -> Dict[int, bytes]:
+    """The attributes of the command from `start` to `end`, cut as `btrfs receive` cuts them; of DATA nothing.
+
+    BackupError where it would take another one than the first, or none.
+    """
+    found: Dict[int, bytes] = {}
+    at = start + COMMAND_HEADER.size
+    while at < end:
+        if version >= 2 and end - at >= 2 and struct.unpack_from("<H", data, at)[0] == A_DATA:
+            kind, size, at = A_DATA, end - at - 2, at + 2
+        elif end - at < ATTRIBUTE.size:
+            raise hostile("a command that is cut off")
+        else:
+            kind, size = ATTRIBUTE.unpack_from(data, at)
+            at += ATTRIBUTE.size
+        if at + size > end or kind in found or not 1 <= kind <= PROTOCOLS[version][1]:
+            raise hostile("a command with an attribute that is repeated, cut off or unknown")
+        found[kind] = b"" if kind == A_DATA else bytes(data[at:at + size])
+        at += size
+    return found
+
+
+Hazard = Tuple[bytes, int]  # the path of a link or special file, and which of the two
+A_LINK, SPECIAL = 1, 2
+
+
+class Hazards:
+    """Where links and special files stand in the subvolume that a stream makes, and in its parent.
+
+    Kept as trees of the folders that lead to them, in which a link or special file is a number. A command is taken
+    as done, for `btrfs receive` ends at the first that fails.
+    """
+
+    SPARED = {RENAME: (A_LINK, SPECIAL), UNLINK: (A_LINK, SPECIAL), CHOWN: (A_LINK, SPECIAL),
+              UTIMES: (A_LINK, SPECIAL), SET_XATTR: (A_LINK, SPECIAL), REMOVE_XATTR: (A_LINK, SPECIAL),
+              FILEATTR: (A_LINK, SPECIAL), CHMOD: (SPECIAL,)}  # what a command may name without opening or following it
+    MADE = {SYMLINK: A_LINK, MKNOD: SPECIAL, MKFIFO: SPECIAL, MKSOCK: SPECIAL}
+
+    def __init__(self, own: Iterable[Hazard], parent: Iterable[Hazard]) -> None:
+        self.top: Dict[bytes, Any] = {}
+        self.parent: Dict[bytes, Any] = {}
+        for tree, hazards in ((self.top, own), (self.parent, parent)):
+            for path, kind in hazards:
+                self.put(tree, path, kind)
 
     @staticmethod
-    def check(command: int, payload: bytes) -> None:
-        kinds = {A_PATH, A_PATH_TO, A_CLONE_PATH} | ({A_PATH_LINK} if command == LINK else set())
-        attributes = parse_attributes(payload)
-        for kind, data in attributes[:1] if command in (WRITE, ENCODED_WRITE, UPDATE_EXTENT) else attributes:
-            if kind in kinds and b".." in data.split(b"/"):
-                raise BackupError("the stream holds a path that leads up: {}".format(printable(os.fsdecode(data))))
+    def find(tree: Any, path: bytes) -> Any:
+        """What is known to stand at a path: a hazard, a folder with some in it, or None."""
+        for part in path.split(b"/"):
+            if isinstance(tree, int):
+                raise hostile("a path through a link or special file", path)
+            tree = tree.get(part) if tree is not None else None
+        return tree
+
+    @staticmethod
+    def put(tree: Dict[bytes, Any], path: bytes, node: Any) -> None:
+        *above, name = path.split(b"/")
+        for part in above:
+            tree = tree.setdefault(part, {})
+        if node is None:
+            tree.pop(name, None)
+        else:
+            tree[name] = node
+
+    def check(self, tree: Dict[bytes, Any], path: bytes, spared: Sequence[int] = ()) -> Any:
+        found = self.find(tree, path)
+        if isinstance(found, int) and found not in spared:
+            raise hostile("a command that would open or follow a link or special file", path)
+        return found
+
+    def follow(self, command: int, attributes: Dict[int, bytes], clones_itself: bool) -> None:
+        """Takes a command as done, whose paths are plain; BackupError where it goes through a hazard."""
+        path = attributes.get(A_PATH, b"")
+        there = self.check(self.top, path, self.SPARED.get(command, ()))
+        if command == CLONE:
+            self.check(self.top if clones_itself else self.parent, attributes.get(A_CLONE_PATH, b""))
+        elif command in self.MADE:
+            self.put(self.top, path, self.MADE[command])
+        elif command == LINK:
+            linked = self.find(self.top, attributes.get(A_PATH_LINK, b""))
+            self.put(self.top, path, linked if isinstance(linked, int) else None)
+        elif command == RENAME:
+            # onto another name of the same file nothing is done at all, and the old one stays
+            self.check(self.top, attributes.get(A_PATH_TO, b""))
+            self.put(self.top, path, None)
+            self.put(self.top, attributes.get(A_PATH_TO, b""), there)
+        elif command in (UNLINK, RMDIR):
+            self.put(self.top, path, None)
+
+
+class StreamGate:
+    """Judges each command of a stream by what `btrfs receive` does with it; BackupError against one that is not honest.
+
+    Receive takes attributes in any order and the last of two, ends a path at a NUL, follows links, opens for writing
+    what WRITE, CLONE, TRUNCATE and MKFILE name, and clones from any subvolume of the filesystem. Linux writes each
+    attribute once and the path first (but in CLONE), and paths that lead down from the top folder, through no link.
+    So nothing else passes. Which links and devices there are only the kernel knows: it must not follow or open them
+    (Confinement); where it cannot be told to, `hazards` keeps account of them.
+    """
+
+    def __init__(self, expected: ExpectedStream, hazards: Optional[Hazards] = None) -> None:
+        self.sources = frozenset(parse_uuid(uuid) for uuid in (expected.uuid, expected.parent_uuid) if uuid)
+        self.own, self.hazards = parse_uuid(expected.uuid), hazards
+        self.version = 0
+        self.passed: Set[bytes] = set()  # some plain paths, as the same come again and again
+
+    def open(self, version: int) -> None:
+        if version not in PROTOCOLS:
+            raise BackupError("the stream is of protocol {}, which was not asked for".format(version))
+        self.version = version
+
+    def judge(self, data: Chunk, start: int, end: int, command: int) -> None:
+        usual = USUAL.get(command)
+        at = start + COMMAND_HEADER.size + ATTRIBUTE.size
+        if usual is not None and end >= at and self.hazards is None:
+            kind, size = ATTRIBUTE.unpack_from(data, start + COMMAND_HEADER.size)
+            shape, wanted = usual
+            if kind == A_PATH and at + size + shape.size == end and shape.unpack_from(data, at + size) == wanted:
+                path = bytes(data[at:at + size])
+                if path not in self.passed:
+                    self.check_path(command, path)
+                return
+        self.judge_slowly(data, start, end, command)
+
+    def judge_slowly(self, data: Chunk, start: int, end: int, command: int) -> None:
+        if command in (SUBVOL, SNAPSHOT):
+            raise hostile("a second subvolume")
+        if not MKFILE <= command <= PROTOCOLS[self.version][0] or command == UPDATE_EXTENT:
+            raise hostile("a command that belongs in no backup (number {})".format(command))
+        if end - start > LARGEST_COMMAND:
+            raise hostile("a command of {} bytes".format(end - start))
+        attributes = read_attributes(data, start, end, self.version)
+        for kind in PATHS & set(attributes) - ({A_PATH_LINK} if command == SYMLINK else set()):
+            self.check_path(command, attributes[kind])
+        if any(b"\0" in attributes.get(kind, b"") for kind in (A_XATTR_NAME, A_PATH_LINK)):
+            raise hostile("a name with a NUL in it")
+        if command not in (CLONE, END) and next(iter(attributes), None) != A_PATH:
+            raise hostile("a command that does not begin with its path")
+        if command == CLONE and attributes.get(A_CLONE_UUID) not in self.sources:
+            raise hostile("a clone from another subvolume than itself and its parent")
+        if self.hazards is not None and command != END:
+            self.hazards.follow(command, attributes, attributes.get(A_CLONE_UUID) == self.own)
+
+    def check_path(self, command: int, path: bytes) -> None:
+        if not (PLAIN_PATH.fullmatch(path) and len(path) <= LARGEST_PATH or not path and command in OF_ANY_FOLDER):
+            raise hostile("a path that leads up or is none", path)
+        if path:
+            if len(self.passed) > 1000:
+                self.passed.clear()
+            self.passed.add(path)
 
 
 def new_hash() -> Any:
@@ -2374,13 +2538,13 @@ class IncomingStream:
     what has passed as the sender wrote it: so that a cut after any chunk is a place to go on from.
     """
 
-    def __init__(self, expected: ExpectedStream, sole_parent: bool = True, trusted: bool = True,
+    def __init__(self, expected: ExpectedStream, sole_parent: bool = True, gate: Optional[StreamGate] = None,
                  resume: ResumePoint = BEGINNING) -> None:
-        self.expected, self.resume = expected, resume
+        self.expected, self.gate, self.resume = expected, gate, resume
         self.opening: Optional[bytes] = None if resume.offset else b""
         self.reader = CommandReader((SUBVOL, SNAPSHOT, SET_XATTR, REMOVE_XATTR, UTIMES, END)
-                                    + (() if sole_parent else (CLONE,)), of_top=(CHMOD, CHOWN))
-        self.path_check = None if trusted else PathCheck()
+                                    + (() if sole_parent else (CLONE,)), of_top=(CHMOD, CHOWN),
+                                    judge=gate.judge if gate else None)
         self.reader.file_data, self.reader.headers = resume.file_data, []
         self.restart: Optional[RestartCheck] = None  # from the first command on
         self.offset, self.hash = resume.offset, new_hash()
@@ -2417,8 +2581,7 @@ class IncomingStream:
         if first is None:
             return []
         check_first_command(first, self.expected)
-        self.version = STREAM_HEADER.unpack_from(self.opening)[1]
-        self.ctransid = first.number_of(A_CTRANSID)
+        self.go_on_with(STREAM_HEADER.unpack_from(self.opening)[1], first.number_of(A_CTRANSID))
         self.hash.update(self.opening[STREAM_HEADER.size:STREAM_HEADER.size + COMMAND_HEADER.size])
         self.offset = first.end
         head = self.opening[:STREAM_HEADER.size] + self.renamed(first) + self.private
@@ -2429,12 +2592,16 @@ class IncomingStream:
         chunk, self.opening = self.opening[first.end:], None
         return [head] + self.edit_rest(chunk)
 
+    def go_on_with(self, version: int, ctransid: int) -> None:
+        """Takes note of what the stream's header and first command say."""
+        self.version, self.ctransid = version, ctransid
+        if self.gate is not None:
+            self.gate.open(version)
+
     def edit_rest(self, chunk: Chunk) -> List[Chunk]:
         """The same, beyond the first command."""
         self.restart = self.restart or RestartCheck(self.expected.name, self.expected.uuid, self.ctransid)
         self.restart.look(chunk)
-        if self.path_check is not None:
-            self.path_check.feed(chunk)
         return self.edit_blocks(self.reader.feed(chunk))
 
     def renamed(self, first: FirstCommand) -> bytes:
@@ -2480,7 +2647,7 @@ class IncomingStream:
     def is_late_acl(self, command: int, whole: bytes) -> bool:
         """Whether a command of the top folder is about its default ACL, which is seen to by us."""
         known = self.expected.default_acl if command == SET_XATTR else self.expected.parent_acl
-        return bool(known) and DEFAULT_ACL in whole
+        return bool(known) and (A_XATTR_NAME, DEFAULT_ACL) in parse_attributes(whole[COMMAND_HEADER.size:])
 
     def edit_commands(self, view: memoryview, spans: Sequence[CommandSpan]) -> List[Chunk]:
         pieces: List[Chunk] = []
@@ -3856,7 +4023,7 @@ def make_readonly(path: str) -> None:
 
 
 def receive_argv(folder: str, debug: bool, confined: bool) -> List[str]:
-    """confined: by chroot to the folder, so that no clone source outside of it can be opened."""
+    """confined: by chroot to the folder, so that an absolute path leads nowhere else."""
     return ["btrfs", "receive"] + ["-vv"] * debug + ["--chroot"] * confined + [folder]
 
 
@@ -4878,27 +5045,30 @@ class PrivateFolder:
             os.close(fd)
 
     def end(self) -> None:
-        os.close(self.fd)
-        with contextlib.suppress(OSError):
-            self.remove_unless_held(self.path)
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+            with contextlib.suppress(OSError):
+                self.remove_unless_held(self.path)
 
 
 class Confinement:
     """A view of one folder's filesystem, for a `btrfs receive` whose stream is not trusted.
 
-    In a mount namespace of its own, where no symbolic link is followed (MS_NOSYMFOLLOW, since Linux 5.10), so
-    that a stream cannot reach out of its own subvolume through a link that it made.
+    In a mount namespace of its own, where no symbolic link is followed (MS_NOSYMFOLLOW, since Linux 5.10) and no
+    device opened: so a stream cannot reach out of its own subvolume through what it has made there.
     """
 
     NEW_NAMESPACE, BIND, REMOUNT, PRIVATE, RECURSIVE, NO_LINKS = 0x20000, 4096, 32, 1 << 18, 16384, 256
     HAS_NO_LINKS = 0x2000  # in statvfs: a kernel that does not know MS_NOSYMFOLLOW takes it without a word
-    KEPT_FLAGS = os.ST_RDONLY | os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC  # as in mount(2)
+    HARMLESS = os.ST_NODEV | os.ST_NOSUID | os.ST_NOEXEC  # as in mount(2)
 
     def __init__(self, folder: str) -> None:
         import ctypes
         mount = mount_around(folder, read_mounts())
         self.mount_point = mount.point if mount is not None else "/"
-        self.flags = self.BIND | self.REMOUNT | self.NO_LINKS | (os.statvfs(folder).f_flag & self.KEPT_FLAGS)
+        self.flags = (self.BIND | self.REMOUNT | self.NO_LINKS | self.HARMLESS
+                      | (os.statvfs(folder).f_flag & os.ST_RDONLY))
         self.private = PrivateFolder()
         self.path = os.path.join(self.private.path, os.path.relpath(folder, self.mount_point))
         libc = ctypes.CDLL(None, use_errno=True)
@@ -4921,6 +5091,33 @@ class Confinement:
 
     def end(self) -> None:
         self.private.end()
+
+
+def confine(folder: str) -> Optional[Confinement]:
+    """A confinement to `folder`, None where the kernel or what this process may do does not allow for one."""
+    if parse_version("v" + os.uname().release) < (5, 10):
+        return None
+    confinement = Confinement(os.path.realpath(folder))
+    try:
+        probe = start(["true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, prepare=confinement.enter)
+        probe.wait()
+        return confinement
+    except BackupError:
+        confinement.end()
+        return None
+
+
+def find_hazards(top: str) -> Iterator[Hazard]:
+    """The links and special files of a subvolume that nobody changes, by their paths in it."""
+    folders = [b""]
+    while folders:
+        folder = folders.pop()
+        for entry in os.scandir(os.path.join(os.fsencode(top), folder)):
+            path = os.path.join(folder, entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif not entry.is_file(follow_symlinks=False):
+                yield path, A_LINK if entry.is_symlink() else SPECIAL
 
 
 def receiver_error(error: BackupError, expected: ExpectedStream) -> ReceiverFailed:
@@ -6681,15 +6878,26 @@ class SkipReport:
                 self.name, format_size(done), format_size(self.offset)), snapshot=self.name)
 
 
+@contextlib.contextmanager
+def receiving_in(folder: str) -> Iterator[contextlib.ExitStack]:
+    """What is to be undone where a receiver cannot be opened."""
+    with contextlib.ExitStack() as undo:
+        try:
+            yield undo
+        except OSError as error:
+            raise os_error("cannot receive in {}".format(folder), error) from None
+        undo.pop_all()
+
+
 class LocalHost:
     """This machine. Paths are real paths; names are names in a folder."""
 
     machine = ""
     skips = True  # open_send can begin in the middle
 
-    def __init__(self, events: Events, confined: bool = False) -> None:
-        """confined: `btrfs receive` sees nothing outside of its folder."""
-        self.events, self.confined = events, confined
+    def __init__(self, events: Events, must_confine: bool = False) -> None:
+        """must_confine: nothing is received where the kernel cannot keep it to its folder."""
+        self.events, self.must_confine = events, must_confine
         self.known_capabilities: Optional[Capabilities] = None
         self.digested: Dict[Tuple[str, int], TreeReader] = {}
         self.digests_mutex = threading.Lock()
@@ -6925,26 +7133,56 @@ class LocalHost:
                                            "cannot look for changes in {}".format(path)))
 
     def open_receive(self, folder: str, expected: ExpectedStream, debug: bool, begin: str = "anew") -> LocalReceiver:
-        """A receiver. begin: "take up" what there is; "anew"; "in one piece", without checkpoints."""
+        """A receiver of a stream that may hold anything; begin: see `receiver`."""
+        check_expected(expected)
+        with receiving_in(folder) as undo:
+            confinement = confine(folder)
+            if confinement is not None:
+                undo.callback(confinement.end)
+            elif self.must_confine:
+                raise BackupError("this system cannot keep a stream from following links",
+                                  "a key that may receive needs root and Linux 5.10 or later")
+            partial = self.open_partial(folder, expected, begin, undo)
+            gate = StreamGate(expected, None if confinement else self.hazards(partial))
+            return self.receiver(partial, gate, confinement, debug, begin)
+
+    def open_own_receive(self, folder: str, expected: ExpectedStream, debug: bool, begin: str) -> LocalReceiver:
+        """The same for a stream that this machine's kernel writes and this process passes on: it is trusted."""
+        with receiving_in(folder) as undo:
+            return self.receiver(self.open_partial(folder, expected, begin, undo), None, None, debug, begin)
+
+    @staticmethod
+    def open_partial(folder: str, expected: ExpectedStream, begin: str, undo: contextlib.ExitStack) -> Partial:
         partial = Partial(folder, expected)
-        try:
-            partial.open(take_up=begin == "take up")
-            sole = expected.base is None or is_sole_received(folder, expected.parent_uuid or "", expected.base)
-            stream = IncomingStream(expected, sole, not self.confined, partial.resume or BEGINNING)
-            stream.version, stream.ctransid = partial.record.version, partial.record.ctransid
-            if self.confined and parse_version("v" + os.uname().release) < (5, 10):
-                raise BackupError("this kernel cannot keep a stream from following links",
-                                  "a key that may receive needs Linux 5.10 or later")
-            confinement = Confinement(os.path.realpath(folder)) if self.confined else None
-            argv = receive_argv(confinement.path if confinement else folder, debug, self.confined)
-            self.events.debug("command", "starting {}".format(" ".join(argv)))
-            return LocalReceiver(argv, stream, partial, begin != "in one piece", confinement)
-        except OSError as error:
-            partial.release()
-            raise os_error("cannot receive in {}".format(folder), error) from None
-        except BaseException:
-            partial.release()
-            raise
+        undo.callback(partial.release)
+        partial.open(take_up=begin == "take up")
+        return partial
+
+    def receiver(self, partial: Partial, gate: Optional[StreamGate], confinement: Optional[Confinement], debug: bool,
+                 begin: str) -> LocalReceiver:
+        """begin: "take up" what there is; "anew"; "in one piece", without checkpoints."""
+        folder, expected = partial.folder, partial.expected
+        sole = expected.base is None or is_sole_received(folder, expected.parent_uuid or "", expected.base)
+        stream = IncomingStream(expected, sole, gate, partial.resume or BEGINNING)
+        if partial.record.piece:
+            stream.go_on_with(partial.record.version, partial.record.ctransid)
+        argv = receive_argv(confinement.path if confinement else folder, debug, confinement is not None)
+        self.events.debug("command", "starting {}".format(" ".join(argv)))
+        return LocalReceiver(argv, stream, partial, begin != "in one piece", confinement)
+
+    def hazards(self, partial: Partial) -> Hazards:
+        """What a stream must not go through, as far as it is there before the stream begins."""
+        folder, base, piece = partial.folder, partial.expected.base, partial.checkpoint
+        parent: List[Hazard] = []
+        if base is not None:
+            mount = mount_around(os.path.realpath(folder), read_mounts())
+            found = [self.subvolume_of_id(folder, subvolid, mount) for subvolid in search_uuid_tree(folder, base, 251)
+                     if mount is not None]
+            if not found or found[0] is None:
+                raise ReceiverFailed("the parent's backup (UUID {}) is not to be seen from {}".format(base, folder),
+                                     "-I sends in full")
+            parent = list(find_hazards(found[0].name))
+        return Hazards(find_hazards(os.path.join(folder, piece.name)) if piece is not None else parent, parent)
 
     def settle_partials(self, folder: str, names: Dict[str, str]) -> List[str]:
         """Has writers of partials that wait at the end of a dead connection end; the names that are being written.
@@ -8605,7 +8843,7 @@ class Agent:
         self.channel = channel
         self.guard = Guard(restriction) if restriction else None
         self.events = Events(self.tell)
-        self.host = LocalHost(self.events, confined=restriction is not None)
+        self.host = LocalHost(self.events, must_confine=restriction is not None)
         self.held: Dict[Tuple[int, int, str], contextlib.ExitStack] = {}
 
     def tell(self, event: Event) -> None:
@@ -9971,6 +10209,16 @@ class Shipment(NamedTuple):
         return self.parent.name if self.parent else None
 
 
+def planned_stream(shipment: Shipment, told: ExpectedStream) -> ExpectedStream:
+    """What the stream of a shipment must say: names and ids as planned here, only the rest as the source tells it."""
+    snapshot, parent = shipment.snapshot, shipment.parent
+    expected = told._replace(name=snapshot.name, uuid=snapshot.stream_id or "", base=None, otime=snapshot.otime,
+                             parent_uuid=parent.stream_id if parent else None,
+                             parent_name=parent.name if parent else None, compressed=shipment.options.compressed)
+    check_expected(expected)
+    return expected
+
+
 class Terms(NamedTuple):
     """How hard it is tried. limit: bytes a second for each destination, 0 for none."""
 
@@ -10021,8 +10269,8 @@ class Delivery:
 
     def run(self) -> Dict[str, Delivered]:
         shipment = self.shipment
-        expected = shipment.host.expected_stream(shipment.folder, shipment.snapshot, shipment.parent)
-        self.expected = expected._replace(compressed=shipment.options.compressed)
+        self.expected = planned_stream(
+            shipment, shipment.host.expected_stream(shipment.folder, shipment.snapshot, shipment.parent))
         with ProgressOf(self.shipment, self.targets, self.events) as self.progress:
             while len(self.done) < len(self.targets):
                 time.sleep(self.pause)
@@ -10047,8 +10295,10 @@ class Delivery:
                 self.send(*self.sharing(opened))
 
     def open(self, target: Target) -> Any:
-        receiver = target.host.open_receive(target.folder, self.expected._replace(base=target.base),
-                                            self.shipment.options.debug, target.begin)
+        is_own = isinstance(target.host, LocalHost) and target.host is self.shipment.host
+        open_receive = target.host.open_own_receive if is_own else target.host.open_receive
+        receiver = open_receive(target.folder, self.expected._replace(base=target.base), self.shipment.options.debug,
+                                target.begin)
         resume = receiver.resume
         if resume is not None:
             self.events.info("taking-up", "taking up {} to {} at {}".format(

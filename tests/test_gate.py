@@ -1,0 +1,255 @@
+"""What a stream that this machine's kernel did not write may hold."""
+
+import itertools
+import os
+import random
+import struct
+import sys
+import unittest
+import uuid
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import btrfs_backup_ng as program
+from btrfs_backup_ng import (
+    A_CLONE_PATH,
+    A_CLONE_UUID,
+    A_DATA,
+    A_FILE_OFFSET,
+    A_INO,
+    A_MODE,
+    A_PATH,
+    A_PATH_LINK,
+    A_PATH_TO,
+    A_SIZE,
+    A_XATTR_DATA,
+    A_XATTR_NAME,
+    CHMOD,
+    CLONE,
+    ENCODED_WRITE,
+    END,
+    LINK,
+    MKDIR,
+    MKFILE,
+    MKNOD,
+    RENAME,
+    RMDIR,
+    SET_XATTR,
+    SNAPSHOT,
+    SUBVOL,
+    SYMLINK,
+    TRUNCATE,
+    UNLINK,
+    UPDATE_EXTENT,
+    UTIMES,
+    WRITE,
+    BackupError,
+    ExpectedStream,
+    Hazards,
+    StreamGate,
+    make_command,
+    parse_uuid,
+)
+
+OWN, PARENT = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
+EXPECTED = ExpectedStream("home20260201-093000", OWN, PARENT, 0, 0, 0o755)
+BAD_PATHS = (b"..", b"../x", b"a/..", b"a/../../x", b"/x", b"/", b"a//b", b"a/", b".", b"./x", b"a/./b", b"a\0b", b"\0",
+             b"a\0/../x", b"n" * 256, b"n/" * 2048 + b"n")
+GOOD_PATHS = (b"x", b"...", b"..x", b"x..", b"a/.b/..c", b"caf\xe9 \n", b"o257-5-0", b"n" * 255, b"a/b/c/d")
+
+
+def number(value=0):
+    return struct.pack("<Q", value)
+
+
+def judge(command, attributes, version=1, hazards=None):
+    """Lets a gate judge one command."""
+    whole = make_command(command, attributes)
+    gate = StreamGate(EXPECTED, hazards)
+    gate.open(version)
+    gate.judge(whole, 0, len(whole), command)
+
+
+class Verdicts(unittest.TestCase):
+
+    def refused(self, command, attributes, version=1):
+        with self.assertRaises(BackupError, msg=(command, attributes)) as caught:
+            judge(command, attributes, version)
+        return caught.exception.message
+
+    def forms(self, path):
+        """Commands that name a path, in every place that one can stand in."""
+        offset, ino = (A_FILE_OFFSET, number()), (A_INO, number(257))
+        for command in (MKFILE, MKDIR, UNLINK, RMDIR, UTIMES, MKNOD):
+            yield command, [(A_PATH, path)]
+            yield command, [(A_PATH, path), ino]
+        yield MKFILE, [(A_PATH, b"x"), ino, (A_PATH_TO, path)]
+        yield TRUNCATE, [(A_PATH, path), (A_SIZE, number())]
+        yield SYMLINK, [(A_PATH, path), ino, (A_PATH_LINK, b"/etc")]
+        yield RENAME, [(A_PATH, path), (A_PATH_TO, b"x")]
+        yield RENAME, [(A_PATH, b"x"), (A_PATH_TO, path)]
+        yield LINK, [(A_PATH, path), (A_PATH_LINK, b"x")]
+        yield LINK, [(A_PATH, b"x"), (A_PATH_LINK, path)]
+        yield WRITE, [(A_PATH, path), offset, (A_DATA, b"evil")]
+        clone = [(A_FILE_OFFSET, number()), (A_CLONE_UUID, parse_uuid(OWN))]
+        yield CLONE, clone + [(A_PATH, path), (A_CLONE_PATH, b"x")]
+        yield CLONE, clone + [(A_PATH, b"x"), (A_CLONE_PATH, path)]
+
+    def test_paths(self):
+        for path in GOOD_PATHS:
+            for command, attributes in self.forms(path):
+                judge(command, attributes)
+        for path in BAD_PATHS:
+            for command, attributes in self.forms(path):
+                self.refused(command, attributes)
+
+    def test_any_order_and_repetition(self):
+        """Receive takes attributes in any order, and the last of two."""
+        chance = random.Random(1)
+        for path in BAD_PATHS[:6]:
+            for command, attributes in self.forms(path):
+                for order in itertools.permutations(attributes):
+                    self.refused(command, order)
+                mixed = [(kind, b"x" if kind in program.PATHS else data) for kind, data in attributes] + attributes
+                chance.shuffle(mixed)
+                self.refused(command, mixed)
+
+    def test_the_path_comes_first(self):
+        self.refused(WRITE, [(A_FILE_OFFSET, number()), (A_PATH, b"x"), (A_DATA, b"d")])
+        self.refused(CHMOD, [(A_MODE, number(0o777)), (A_PATH, b"")])
+        judge(CHMOD, [(A_PATH, b""), (A_MODE, number(0o777))])
+
+    def test_the_top_folder_is_not_made_opened_or_moved(self):
+        for command, attributes in self.forms(b""):
+            if command not in program.OF_ANY_FOLDER:
+                self.refused(command, attributes)
+
+    def test_the_data_of_protocol_2_has_no_length(self):
+        head = struct.pack("<HH1sHH8sH", A_PATH, 1, b"x", A_FILE_OFFSET, 8, number(), A_DATA)
+        for command in (WRITE, ENCODED_WRITE):
+            payload = head + b"data that may look like attributes" + struct.pack("<HH4s", A_PATH, 4, b"../x")
+            whole = program.COMMAND_HEADER.pack(len(payload), command, 0) + payload
+            gate = StreamGate(EXPECTED)
+            gate.open(2)
+            gate.judge(whole, 0, len(whole), command)
+            gate = StreamGate(EXPECTED)
+            gate.open(1)
+            self.assertRaises(BackupError, gate.judge, whole, 0, len(whole), command)
+
+    def test_symbolic_links_may_say_anything_but_nul(self):
+        for target in (b"/", b"../..", b"a//b", b"x" * 4000):
+            judge(SYMLINK, [(A_PATH, b"s"), (A_INO, number()), (A_PATH_LINK, target)])
+        self.refused(SYMLINK, [(A_PATH, b"s"), (A_PATH_LINK, b"a\0b")])
+
+    def test_clones(self):
+        for source, is_fine in ((OWN, True), (PARENT, True), (str(uuid.uuid4()), False)):
+            attributes = [(A_CLONE_UUID, parse_uuid(source)), (A_PATH, b"x"), (A_CLONE_PATH, b"y")]
+            judge(CLONE, attributes) if is_fine else self.refused(CLONE, attributes)
+        self.refused(CLONE, [(A_PATH, b"x"), (A_CLONE_PATH, b"y")])
+        self.refused(CLONE, [(A_CLONE_UUID, parse_uuid(OWN)), (A_PATH, b"x"), (A_CLONE_UUID, uuid.uuid4().bytes)])
+
+    def test_commands_attributes_and_protocols_that_nobody_asked_for(self):
+        self.refused(UPDATE_EXTENT, [(A_PATH, b"x")])
+        for command in (0, 23, 25, 26, 99, 65535):
+            self.refused(command, [(A_PATH, b"x")])
+        for command in (0, 26, 99):
+            self.refused(command, [(A_PATH, b"x")], version=2)
+        self.refused(MKFILE, [(A_PATH, b"x"), (25, b"")])
+        self.refused(MKFILE, [(A_PATH, b"x"), (0, b"")])
+        self.refused(MKFILE, [(A_PATH, b"x"), (32, b"")], version=2)
+        self.assertIn("second subvolume", self.refused(SUBVOL, [(A_PATH, b"x")]))
+        self.assertIn("second subvolume", self.refused(SNAPSHOT, [(A_PATH, b"x")]))
+        for version in (0, 3, 4, 1 << 31):
+            self.assertRaises(BackupError, StreamGate(EXPECTED).open, version)
+
+    def test_what_is_cut_off(self):
+        whole = make_command(RENAME, [(A_PATH, b"x"), (A_PATH_TO, b"y")])
+        for end in range(11, len(whole)):
+            gate = StreamGate(EXPECTED)
+            gate.open(1)
+            if end != 15:  # a whole attribute
+                self.assertRaises(BackupError, gate.judge, whole, 0, end, RENAME)
+
+    def test_a_nul_in_the_name_of_an_attribute(self):
+        self.refused(SET_XATTR, [(A_PATH, b""), (A_XATTR_NAME, b"system.posix_acl_default\0"), (A_XATTR_DATA, b"")])
+
+    def test_the_quick_way_lets_pass_what_the_slow_one_does(self):
+        chance = random.Random(2)
+        for _ in range(3000):
+            path = chance.choice(GOOD_PATHS + BAD_PATHS + (b"",))
+            command, kinds = chance.choice(
+                [(MKFILE, (A_INO,)), (CHMOD, (A_MODE,)), (program.CHOWN, (6, 7)), (UTIMES, (11, 10, 9)), (RMDIR, ())])
+            attributes = [(A_PATH, path)] + [(kind, bytes(chance.choice([8, 12, 0]))) for kind in kinds]
+            whole, quick, slow = make_command(command, attributes), StreamGate(EXPECTED), StreamGate(EXPECTED)
+            verdicts = []
+            for act in (quick.judge, slow.judge_slowly):
+                quick.version = slow.version = 1
+                try:
+                    act(whole, 0, len(whole), command)
+                    verdicts.append(True)
+                except BackupError:
+                    verdicts.append(False)
+            self.assertEqual(verdicts[0], verdicts[1], (command, attributes))
+
+
+class WithoutTheKernelsHelp(unittest.TestCase):
+    """Links and devices, where the kernel cannot be told not to follow and open them."""
+
+    def setUp(self):
+        self.hazards = Hazards([(b"old/link", program.A_LINK), (b"dev", program.SPECIAL)],
+                               [(b"old/link", program.A_LINK), (b"dev", program.SPECIAL)])
+
+    def judge(self, command, *attributes):
+        judge(command, attributes, hazards=self.hazards)
+
+    def refused(self, command, *attributes):
+        with self.assertRaises(BackupError, msg=(command, attributes)):
+            self.judge(command, *attributes)
+
+    def write(self, path):
+        return WRITE, (A_PATH, path), (A_FILE_OFFSET, number()), (A_DATA, b"evil")
+
+    def test_what_the_parent_has(self):
+        for path in (b"old/link", b"old/link/x", b"dev", b"dev/x"):
+            self.refused(*self.write(path))
+        self.judge(*self.write(b"old/other"))
+        self.judge(CHMOD, (A_PATH, b"dev"), (A_MODE, number()))
+        self.refused(CHMOD, (A_PATH, b"old/link"), (A_MODE, number()))
+        self.refused(MKFILE, (A_PATH, b"old/link"), (A_INO, number()))
+
+    def test_what_the_stream_makes_and_moves(self):
+        self.judge(SYMLINK, (A_PATH, b"o1"), (A_PATH_LINK, b"/etc"))
+        self.refused(*self.write(b"o1"))
+        self.judge(RENAME, (A_PATH, b"o1"), (A_PATH_TO, b"a/s"))
+        self.judge(*self.write(b"o1"))
+        self.refused(*self.write(b"a/s/passwd"))
+        self.judge(RENAME, (A_PATH, b"a"), (A_PATH_TO, b"b"))
+        self.judge(*self.write(b"a/s"))
+        self.refused(*self.write(b"b/s"))
+        self.judge(LINK, (A_PATH, b"t"), (A_PATH_LINK, b"b/s"))
+        self.refused(*self.write(b"t"))
+        self.judge(UNLINK, (A_PATH, b"t"))
+        self.judge(MKFILE, (A_PATH, b"t"), (A_INO, number()))
+        self.judge(*self.write(b"t"))
+
+    def test_a_rename_between_names_of_one_file_is_none(self):
+        self.judge(SYMLINK, (A_PATH, b"s"), (A_PATH_LINK, b"/etc"))
+        self.judge(LINK, (A_PATH, b"t"), (A_PATH_LINK, b"s"))
+        self.refused(RENAME, (A_PATH, b"s"), (A_PATH_TO, b"t"))
+
+    def test_devices(self):
+        self.judge(MKNOD, (A_PATH, b"sda"), (A_MODE, number(0o60600)))
+        for command in (WRITE, TRUNCATE, MKFILE):
+            self.refused(command, (A_PATH, b"sda"))
+
+    def test_clones_from_the_parent_go_by_what_is_there(self):
+        def clone(source, path):
+            return CLONE, (A_PATH, b"x"), (A_CLONE_UUID, parse_uuid(source)), (A_CLONE_PATH, path)
+
+        self.judge(UNLINK, (A_PATH, b"old/link"))
+        self.judge(*clone(OWN, b"old/link/x"))
+        self.refused(*clone(PARENT, b"old/link/x"))
+        self.judge(END)
+
+
+if __name__ == "__main__":
+    unittest.main()
