@@ -2064,6 +2064,7 @@ ATTRIBUTE = struct.Struct("<HH")
  A_CLONE_PATH) = range(1, 23)
 A_CLONE_LEN, A_UNENCODED_FILE_LEN, A_ENCRYPTION = 24, 27, 31
 DEFAULT_ACL = b"system.posix_acl_default"
+RESTORING = frozenset(range(3, 22))  # of protocol 1, what follows the first command and brings something back
 LARGEST_FIRST_COMMAND = 64 * 1024
 LARGEST_PATH, LARGEST_NAME = 4095, 255  # bytes (Linux, PATH_MAX and NAME_MAX)
 # relative, and every part of it the name of something: not empty, not `.` or `..`, without a NUL
@@ -2684,6 +2685,7 @@ class WatchedStream:
         self.opening: Optional[bytes] = b""
         self.reader = CommandReader((END,))
         self.restart: Optional[RestartCheck] = None  # from the first command on
+        self.version = 0  # of the protocol
         self.ended = False
 
     def watch(self, chunk: Chunk) -> Chunk:
@@ -2697,6 +2699,7 @@ class WatchedStream:
             return b""
         check_first_command(first, self.expected)
         self.restart = RestartCheck(self.expected.name, self.expected.uuid, first.number_of(A_CTRANSID))
+        self.version = STREAM_HEADER.unpack_from(self.opening)[1]
         held, self.opening = self.opening, None
         self.follow(memoryview(held)[first.end:])
         return held
@@ -7484,6 +7487,9 @@ def check_digest(backup: RawBackup, sha256: str) -> None:
                       "get it from a copy, or choose another backup")
 
 
+LACKING_KEYS = ("No secret key", "Bad passphrase", "no identity matched")  # in the words of gpg and age
+
+
 class RawSender:
     """The stream inside of a stream file, as `btrfs send` would give it; its end is good if both digests are."""
 
@@ -7498,6 +7504,7 @@ class RawSender:
         self.source = host.open_raw_send(folder, backup.file)
         self.buffers = [bytearray(PIPE_SIZE) for _ in range(RING if argvs else 0)]
         self.all_read = False  # whether the file was read to its end
+        self.lacks_key = False  # for which the filters have failed
         self.pipeline: Optional[Pipeline] = None
         if argvs:
             try:
@@ -7570,22 +7577,92 @@ class RawSender:
         check_digest(self.backup, self.file_digest.hexdigest())
 
     def explained(self, error: BackupError) -> BackupError:
-        """Why the filters failed: because of the file, or of a key."""
-        try:
-            self.read_rest()
-            self.check_file()
-        except BackupError as damage:
-            return type(damage)(damage.message, damage.hint, error.detail or error.message)
-        encryption = next((step.partition(":")[0] for step in self.backup.pipeline if ":" in step), "")
-        hints = {"gpg": "is the secret key in gpg's key ring of this user?",
+        """Why the filters failed, in their words: whether the file is damaged only reading all of it can tell."""
+        words = error.message + error.detail
+        method = next((step.partition(":")[0] for step in self.backup.pipeline if is_encryption(step)), "")
+        self.lacks_key = bool(method) and any(sign in words for sign in LACKING_KEYS)
+        hints = {"gpg": "was the passphrase right?" if "Bad passphrase" in words else
+                 "is the secret key in gpg's key ring of this user?",
                  "age": "does {} hold the right key?".format(self.identity)}
-        return BackupError("{}, which is whole, cannot be read: {}".format(self.backup.file, error.message),
-                           hints.get(encryption, error.hint), error.detail)
+        return BackupError("{} cannot be read: {}".format(self.backup.file, error.message),
+                           hints[method] if self.lacks_key else error.hint, error.detail)
 
     def end(self) -> None:
         if self.pipeline:
             self.pipeline.end()
         self.source.end()
+
+
+@functools.lru_cache(maxsize=None)
+def can_dump() -> bool:
+    """Whether there is a `btrfs receive --dump` here, as since btrfs-progs 4.9."""
+    try:
+        outcome = run(["btrfs", "receive", "--help"])
+    except BackupError:
+        return False
+    return "--dump" in outcome.out + outcome.error
+
+
+class StreamProof:
+    """Follows a stream as `btrfs receive` would, and makes nothing of it; BackupError where it cannot be received.
+
+    Its beginning must be the expected one, of protocol 1, and its end the end of what comes; only commands that
+    bring something may be between. Their checksums and attributes are looked at by `btrfs receive --dump`, which
+    needs no btrfs, where there is one. Whether what a command changes is there, only a btrfs can tell.
+    """
+
+    def __init__(self, expected: ExpectedStream, with_dump: bool) -> None:
+        self.stream = WatchedStream(expected)
+        self.stream.reader.headers = []
+        self.dump: Optional[Tuple[Stage, Feed]] = None
+        if with_dump:
+            self.dump = start_fed(["btrfs", "receive", "--dump"], subprocess.DEVNULL)
+            os.set_blocking(self.dump[1].write_end, True)
+
+    def take(self, chunk: Chunk) -> None:
+        passed = self.stream.watch(chunk)
+        self.check_commands(self.stream.reader.take_headers())
+        try:
+            if self.dump is not None:
+                self.dump[1].offer(passed)
+                self.dump[1].pump()
+        except BrokenPipeError:
+            self.finish_dump(ENDING_GRACE)
+            raise BackupError("btrfs receive --dump ended before the stream did") from None
+
+    def check_commands(self, headers: bytes) -> None:
+        if self.stream.version not in (0, 1):
+            raise BackupError("the stream is of protocol {}".format(self.stream.version))
+        odd = {low + 256 * high for low, high in zip(headers[4::10], headers[5::10])} - RESTORING
+        if odd:
+            raise BackupError("the stream holds a command of number {}, which brings nothing back".format(min(odd)))
+
+    def finish_dump(self, timeout: float) -> None:
+        if self.dump is None:
+            return
+        stage, feed = self.dump
+        feed.close()
+        try:
+            stage.wait(timeout)
+        except BackupError as error:  # what was wrong stands first
+            raise BackupError(re.sub(r"^ERROR:\s*", "", (error.detail or error.message).split("\n")[0])) from None
+
+    def finish(self, timeout: float) -> None:
+        """BackupError unless all that was taken is one whole stream."""
+        if not self.stream.ended:
+            raise BackupError("the stream ended before its end command")
+        self.finish_dump(timeout)
+
+    def end(self) -> None:
+        if self.dump is not None:
+            self.dump[1].close()
+            self.dump[0].end()
+
+
+def stream_of(backup: RawBackup) -> ExpectedStream:
+    """What the stream inside of a file must be, by its sidecar."""
+    return ExpectedStream(backup.name, backup.uuid, backup.parent_uuid, backup.uid, backup.gid, backup.mode, None,
+                          backup.parent, backup.otime)
 
 
 class RawPlace:
@@ -7595,6 +7672,7 @@ class RawPlace:
         self.host, self.steps, self.identity = host, tuple(steps), identity
         self.source = ""  # what sidecars call the source
         self.told: Set[Broken] = set()
+        self.sender: Optional[RawSender] = None  # the last one
 
     def look(self, path: str) -> Place:
         """What is at `path`. Its filesystem need not be btrfs: then it is known by where it is mounted."""
@@ -7641,11 +7719,11 @@ class RawPlace:
         backup = self.sidecar(folder, snapshot.name)
         if backup.parent_uuid != (parent.stream_id if parent else None):
             raise BackupError("{} builds on {}".format(backup.file, backup.parent))
-        return ExpectedStream(backup.name, backup.uuid, backup.parent_uuid, backup.uid, backup.gid, backup.mode, None,
-                              backup.parent, backup.otime)
+        return stream_of(backup)
 
     def open_send(self, folder: str, name: str, _: Optional[str], __: SendOptions) -> RawSender:
-        return RawSender(self.host, folder, self.sidecar(folder, name), self.identity)
+        self.sender = RawSender(self.host, folder, self.sidecar(folder, name), self.identity)
+        return self.sender
 
     def measure_send(self, folder: str, name: str, _: Optional[str]) -> KnownSize:
         return KnownSize(self.sidecar(folder, name).stream_size)
@@ -12597,7 +12675,7 @@ class RestoreRun:
                 self.sending.transfer(transfer, [target])
         self.clear_steps()  # where a signal interrupts, the locks tell the next run of them
         if target.failed:
-            raise BackupError("{} was not restored".format(self.backup.name), self.blame(target.plan.transfers)
+            raise BackupError("{} was not restored".format(self.backup.name), self.blame()
                               or "run again when that is mended")
         self.events.emit("restored", "info" if self.task.destinations else "debug", "restored {} to {}".format(
             self.backup.name, target.path), snapshot=self.backup.name, folder=target.path)
@@ -12618,14 +12696,19 @@ class RestoreRun:
         if not errors:
             self.sending.change_locks(clear=[LockChange(name, STEP) for name in self.steps])
 
-    def blame(self, transfers: Sequence[Transfer]) -> str:
-        """Which stream file of a chain is damaged, if one is."""
+    def blame(self) -> str:
+        """Which stream file of a chain is damaged, if the one is that failed."""
         place, folder = self.sending.host, self.sending.folder
-        for transfer in transfers if self.listing.chained else ():
-            backup = place.sidecar(folder, transfer.snapshot.name)
-            if place.digest_raw(folder, backup.file).sha256 != backup.file_sha256:
-                return "{} is damaged: choose another backup, or get it from a copy".format(backup.file)
-        return ""
+        sender = place.sender if self.listing.chained else None
+        if sender is None or sender.lacks_key:
+            return ""
+        backup, sha256 = sender.backup, sender.file_digest.hexdigest()
+        if not sender.all_read:
+            self.events.info("reading", "looking whether {} is damaged".format(backup.file))
+            sha256 = place.digest_raw(folder, backup.file).sha256
+        if sha256 == backup.file_sha256:
+            return ""
+        return "{} is damaged: choose another backup, or get it from a copy".format(backup.file)
 
     def hold_replaced(self, stack: contextlib.ExitStack, lock_name: str) -> None:
         """Keeps backups of the subvolume that is replaced from running meanwhile."""
@@ -13530,8 +13613,8 @@ class VerifyRun:
         for name in sorted(set(wrong) - {entry.subvolume.name for entry in location.entries}):
             if self.task.backup_name in (None, name) and not self.task.latest:
                 self.report(Compared(name, location.endpoint, DIFFERENT, wrong[name], (), True))
-        lengths = chain_lengths(location.listing)
-        for entry in sorted(self.asked_entries(location), key=lambda e: lengths.get(e.subvolume.stream_id, 0)):
+        lengths, asked = chain_lengths(location.listing), self.asked_entries(location)
+        for entry in sorted(self.with_chains(location, asked), key=lambda e: lengths.get(e.subvolume.stream_id, 0)):
             compared = self.verify_stream_file(location.endpoint, entry, wrong)
             parent = bad.get(entry.subvolume.parent_uuid)
             if compared.result == EQUAL and parent:
@@ -13539,7 +13622,8 @@ class VerifyRun:
                                              text="it is whole, but {} that it builds on is not".format(parent))
             if compared.is_fault:
                 bad[entry.subvolume.stream_id] = entry.subvolume.name
-            self.report(compared)
+            if entry in asked:
+                self.report(compared)
         if len(self.results) == before:
             self.report(Compared("", location.endpoint, NOT_CHECKED, "there is nothing to compare", (), True))
 
@@ -13547,6 +13631,16 @@ class VerifyRun:
         entries = [entry for entry in location.entries if self.task.backup_name in (None, entry.snapshot_name)]
         whole = [entry for entry in entries if entry.state == "complete"]
         return whole[-1:] if self.task.latest else entries
+
+    def with_chains(self, location: Location, asked: Sequence[Entry]) -> List[Entry]:
+        """The same with what they build on, without which none can be restored; but where nothing is read."""
+        by_id = {entry.subvolume.stream_id: entry for entry in location.entries if entry.state == "complete"}
+        found = list(asked)
+        for entry in found if not self.task.quick else ():
+            parent = by_id.get(entry.subvolume.parent_uuid)
+            if parent is not None and parent not in found:
+                found.append(parent)
+        return found
 
     def verify_stream_file(self, endpoint: str, entry: Entry, wrong: Dict[str, str]) -> Compared:
         name = entry.subvolume.name
@@ -13570,24 +13664,53 @@ class VerifyRun:
         """What was compared; Damaged where it differs."""
         place, folder = self.survey.run.hosts.of(parse_endpoint(endpoint)), os.path.dirname(entry.path)
         backup = place.sidecar(folder, entry.subvolume.name)
-        if self.task.raw_files or not backup.pipeline:
-            check_digest(backup, place.digest_raw(folder, backup.file).sha256)
-            return "the file, {}".format(format_size(backup.file_size))
-        sender, buffer, last = place.open_send(folder, backup.name, None, SendOptions()), bytearray(PIPE_SIZE), 0.0
-        try:
-            got: Optional[int] = None
-            while got != 0:
-                got = sender.read(buffer)
-                now = time.monotonic()
-                last = now if got or not last else last
-                if got is None:
-                    sender.wait_readable(IDLE_NAP)
-                    if now - last > self.task.stall_timeout:
-                        raise Stalled("reading {} stalled".format(backup.file))
+        if not self.task.raw_files:
+            try:
+                return self.check_stream(place, folder, backup)
+            except Stalled:
+                raise
+            except BackupError:  # which the file may be the cause of
+                check_digest(backup, place.digest_raw(folder, backup.file).sha256)
+                raise
+        check_digest(backup, place.digest_raw(folder, backup.file).sha256)
+        return "the file, {}".format(format_size(backup.file_size))
+
+    def check_stream(self, place: RawPlace, folder: str, backup: RawBackup) -> str:
+        """What was seen of a stream in a file; Damaged where it cannot be restored."""
+        sender, buffer = place.open_send(folder, backup.name, None, SendOptions()), bytearray(PIPE_SIZE)
+        with contextlib.ExitStack() as stack:
+            stack.callback(sender.end)
+            proof = StreamProof(stream_of(backup), can_dump())
+            stack.callback(proof.end)
+            for got in self.read_all(sender, buffer, backup.file):
+                self.prove(backup, proof.take, memoryview(buffer)[:got])
             sender.finish(self.task.stall_timeout)
-        finally:
-            sender.end()
-        return "the file and the stream inside, {}".format(format_size(backup.stream_size))
+            self.prove(backup, proof.finish, self.task.stall_timeout)
+        lacks = "" if can_dump() else ", but not its checksums, which takes btrfs-progs 4.9"
+        return "the file and the stream inside, {}{}".format(format_size(backup.stream_size), lacks)
+
+    @staticmethod
+    def prove(backup: RawBackup, act: Callable[[Any], None], what: Any) -> None:
+        try:
+            act(what)
+        except BackupError as error:
+            raise Damaged("{} cannot be restored: {}".format(backup.file, error.message), error.hint) from None
+
+    def read_all(self, sender: RawSender, buffer: bytearray, file: str) -> Iterator[int]:
+        """How many bytes of a stream came into the buffer, until its end."""
+        last = time.monotonic()
+        while True:
+            got = sender.read(buffer)
+            now = time.monotonic()
+            if got == 0:
+                return
+            if got is not None:
+                last = now
+                yield got
+            elif now - last > self.task.stall_timeout:
+                raise Stalled("reading {} stalled".format(file))
+            else:
+                sender.wait_readable(IDLE_NAP)
 
     def report(self, compared: Compared) -> None:
         """Prints a result; what is wrong is an error as well, with the paths that differ."""

@@ -684,12 +684,12 @@ class Restore(RawTestCase):
         other = Keys()
         self.addCleanup(other.close)
         self.send("--raw-encrypt", "gpg:" + self.keys.gpg)
-        self.damaged("which is whole, cannot be read", "secret key", env=other.env)
+        self.damaged("cannot be read", "secret key in gpg's key ring", env=other.env)
         self.folder = tmpfs(self)
         self.send("--raw-encrypt", "age:" + self.keys.age)
         into = self.into()
         result = self.run_program("restore", "--raw-identity", other.identity, self.path(self.taken[0]), into, status=1)
-        self.assertIn("which is whole, cannot be read", result.stderr)
+        self.assertIn("cannot be read", result.stderr)
         self.assertIn("hold the right key", result.stderr)
         self.assertRestored(into)
         result = self.run_program("restore", self.path(self.taken[0]), into, status=1)
@@ -911,6 +911,63 @@ class Verify(RawTestCase):
         self.assertIn("the stream inside is not the one", self.texts(self.raw, status=1)[self.taken[0]])
         self.assertEqual("equal", self.results("--raw-files", self.raw)[self.taken[0]])
 
+    def put(self, name, data):
+        """Other bytes in a file, and a sidecar that is right for them."""
+        held = program.read_sidecar(self.folder, name + ".btrfs.json")
+        with open(os.path.join(self.folder, held.file), "wb") as file:
+            file.write(data)
+        digest = hashlib.sha256(data).hexdigest()
+        program.write_durably(self.folder, held.file + ".json", program.format_sidecar(held._replace(
+            file_size=len(data), file_sha256=digest, stream_size=len(data), stream_sha256=digest)))
+
+    def test_streams_that_cannot_be_restored_though_the_sidecar_is_right(self):
+        with open(os.path.join(self.source, "zeros"), "wb") as file:
+            file.write(bytes(300000))
+        self.taken += self.take(4)
+        self.send()
+        first, second, _, fourth = [self.read(name) for name in self.taken]
+        end, no_data = fourth[-10:], program.make_command(
+            22, ((15, b"x"), (program.A_CTRANSID, bytes(8)), (4, bytes(8))))
+        other = bytearray(fourth)
+        other[other.index(bytes(200)) + 100] ^= 1
+        in_zeros = fourth.index(bytes(20000))
+        cases = {
+            "cut": fourth[:-10], "cut in a command": fourth[:-300], "nothing": b"", "text": b"text" * 20,
+            "a flipped bit": bytes(other), "a flipped bit in the end": fourth[:-1] + b"x",
+            "of another snapshot": second, "on another parent": second.replace(self.raw_uuid(0), self.raw_uuid(2)),
+            "in full": first, "two of them": fourth + fourth, "more after its end": fourth + b"\0",
+            "an end in its midst": fourth[:-10] + end + end, "begun anew": fourth[:in_zeros + 5000] + fourth,
+            "no data": fourth[:-10] + no_data + end, "another protocol": fourth[:13] + b"\2" + fourth[14:]}
+        for what, data in cases.items():
+            with self.subTest(what=what):
+                self.put(self.taken[3], data)
+                texts = self.texts(self.raw, status=1)
+                self.assertEqual(["equal"] * 3 + ["different"], [texts[n].split(":")[0] for n in self.taken])
+        self.put(self.taken[3], fourth)
+        self.results(self.raw)
+
+    def test_two_that_were_swapped_and_what_builds_on_them(self):
+        self.send()
+        first, second = self.read(self.taken[0]), self.read(self.taken[1])
+        self.put(self.taken[0], second)
+        self.put(self.taken[1], first)
+        self.assertEqual(dict.fromkeys(self.taken, "different"), self.results(self.raw, status=1))
+        texts = self.texts("--latest", self.raw, status=1)
+        self.assertEqual([self.taken[2]], list(texts))
+        self.assertIn("it is whole, but {} that it builds on is not".format(self.taken[1]), texts[self.taken[2]])
+
+    def test_without_btrfs_it_says_what_was_not_seen(self):
+        self.send()
+        texts = self.texts(self.raw, wrapper=support.without_programs("btrfs"))
+        self.assertIn("but not its checksums", texts[self.taken[0]])
+
+    def read(self, name):
+        with open(os.path.join(self.folder, name + ".btrfs"), "rb") as file:
+            return file.read()
+
+    def raw_uuid(self, number):
+        return program.parse_uuid(self.sidecars()[self.taken[number]]["uuid"])
+
     def test_what_is_missing_or_cut(self):
         self.send()
         os.unlink(os.path.join(self.folder, self.taken[0] + ".btrfs"))
@@ -927,7 +984,7 @@ class Verify(RawTestCase):
         self.send("--raw-encrypt", "gpg:" + self.keys.gpg)
         texts = self.texts(self.raw, status=1, env=other.env)
         self.assertEqual({"not checked"}, {text.split(":")[0] for text in texts.values()})
-        self.assertIn("which is whole, cannot be read", texts[self.taken[0]])
+        self.assertIn("cannot be read: gpg", texts[self.taken[0]])
         self.results("--raw-files", self.raw, env=other.env)
         self.flip(self.taken[0], 700)
         texts = self.texts(self.raw, status=1, env=other.env)
