@@ -2064,7 +2064,6 @@ ATTRIBUTE = struct.Struct("<HH")
  A_CLONE_PATH) = range(1, 23)
 A_CLONE_LEN, A_UNENCODED_FILE_LEN, A_ENCRYPTION = 24, 27, 31
 DEFAULT_ACL = b"system.posix_acl_default"
-RESTORING = frozenset(range(3, 22))  # of protocol 1, what follows the first command and brings something back
 LARGEST_FIRST_COMMAND = 64 * 1024
 LARGEST_PATH, LARGEST_NAME = 4095, 255  # bytes (Linux, PATH_MAX and NAME_MAX)
 # relative, and every part of it the name of something: not empty, not `.` or `..`, without a NUL
@@ -2680,10 +2679,10 @@ class IncomingStream:
 class WatchedStream:
     """A stream that passes as it is: checked at its start, followed to its end."""
 
-    def __init__(self, expected: ExpectedStream) -> None:
-        self.expected = expected
+    def __init__(self, expected: ExpectedStream, gate: Optional[StreamGate] = None) -> None:
+        self.expected, self.gate = expected, gate
         self.opening: Optional[bytes] = b""
-        self.reader = CommandReader((END,))
+        self.reader = CommandReader((END,), judge=gate.judge if gate else None)
         self.restart: Optional[RestartCheck] = None  # from the first command on
         self.version = 0  # of the protocol
         self.ended = False
@@ -2700,6 +2699,8 @@ class WatchedStream:
         check_first_command(first, self.expected)
         self.restart = RestartCheck(self.expected.name, self.expected.uuid, first.number_of(A_CTRANSID))
         self.version = STREAM_HEADER.unpack_from(self.opening)[1]
+        if self.gate is not None:
+            self.gate.open(self.version)
         held, self.opening = self.opening, None
         self.follow(memoryview(held)[first.end:])
         return held
@@ -7606,14 +7607,13 @@ def can_dump() -> bool:
 class StreamProof:
     """Follows a stream as `btrfs receive` would, and makes nothing of it; BackupError where it cannot be received.
 
-    Its beginning must be the expected one, of protocol 1, and its end the end of what comes; only commands that
-    bring something may be between. Their checksums and attributes are looked at by `btrfs receive --dump`, which
-    needs no btrfs, where there is one. Whether what a command changes is there, only a btrfs can tell.
+    Its beginning must be the expected one, of protocol 1, its end the end of what comes, and what is between must pass
+    the gate. Checksums are looked at by `btrfs receive --dump`, which needs no btrfs, where there is one. Whether that
+    is there which a command changes only a btrfs can tell.
     """
 
     def __init__(self, expected: ExpectedStream, with_dump: bool) -> None:
-        self.stream = WatchedStream(expected)
-        self.stream.reader.headers = []
+        self.stream = WatchedStream(expected, StreamGate(expected))
         self.dump: Optional[Tuple[Stage, Feed]] = None
         if with_dump:
             self.dump = start_fed(["btrfs", "receive", "--dump"], subprocess.DEVNULL)
@@ -7621,7 +7621,9 @@ class StreamProof:
 
     def take(self, chunk: Chunk) -> None:
         passed = self.stream.watch(chunk)
-        self.check_commands(self.stream.reader.take_headers())
+        if self.stream.version > 1:
+            raise BackupError("the stream is of protocol {}, which not every btrfs receive reads".format(
+                self.stream.version))
         try:
             if self.dump is not None:
                 self.dump[1].offer(passed)
@@ -7629,13 +7631,6 @@ class StreamProof:
         except BrokenPipeError:
             self.finish_dump(ENDING_GRACE)
             raise BackupError("btrfs receive --dump ended before the stream did") from None
-
-    def check_commands(self, headers: bytes) -> None:
-        if self.stream.version not in (0, 1):
-            raise BackupError("the stream is of protocol {}".format(self.stream.version))
-        odd = {low + 256 * high for low, high in zip(headers[4::10], headers[5::10])} - RESTORING
-        if odd:
-            raise BackupError("the stream holds a command of number {}, which brings nothing back".format(min(odd)))
 
     def finish_dump(self, timeout: float) -> None:
         if self.dump is None:
