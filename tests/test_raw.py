@@ -917,7 +917,7 @@ class Verify(RawTestCase):
         with open(os.path.join(self.folder, held.file), "wb") as file:
             file.write(data)
         digest = hashlib.sha256(data).hexdigest()
-        program.write_durably(self.folder, held.file + ".json", program.format_sidecar(held._replace(
+        program.replace_file(self.folder, held.file + ".json", program.format_sidecar(held._replace(
             file_size=len(data), file_sha256=digest, stream_size=len(data), stream_sha256=digest)))
 
     def test_streams_that_cannot_be_restored_though_the_sidecar_is_right(self):
