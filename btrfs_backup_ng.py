@@ -725,6 +725,9 @@ OPTION_TABLE = (
                "taken literally, before the time; default: the host name and -"),
     )),
     Group("Transfer", (
+        Option(("--same-source",), "same_source", "", None,
+               "the backups of this prefix at the destinations are of this source, though nothing shows it, as where "
+               "the machine was rebuilt", whole=True),
         Option(("-T", "--no-transfer"), "no_transfer", "", None, "transfer nothing"),
         Option(("-I", "--no-incremental"), "no_incremental", "", None, "always send in full"),
         Option(("--retries",), "retries", "N", parse_count,
@@ -1068,6 +1071,7 @@ class Task(NamedTuple):
     no_snapshot: bool = False
     snapshot_folder: str = STATE_FOLDER + "/snapshots"
     prefix: Optional[str] = None
+    same_source: bool = False
     no_transfer: bool = False
     no_incremental: bool = False
     retries: int = 5
@@ -1809,6 +1813,63 @@ class DestinationPlan(NamedTuple):
     problems: Tuple[Problem, ...] = ()
 
 
+class FolderNotes(NamedTuple):
+    """What a folder itself tells of the snapshots of one prefix in it.
+
+    sources: what tells the source whose they are, the latest last: UUIDs that its subvolume has had.
+    """
+
+    sources: Tuple[str, ...] = ()
+    locks: Locks = {}
+    pins: PinsOfPrefix = {}
+
+
+NO_NOTES = FolderNotes()
+
+
+class Owner(NamedTuple):
+    """A source that asks whether the backups in a folder are its own. `ids`: what notes there would call it.
+
+    pins: its own of that place, on whatever filesystem.
+    """
+
+    snapshots: Sequence[Subvolume]
+    ids: Tuple[str, ...] = ()
+    pins: Tuple[Pin, ...] = ()
+
+
+OURS, FREE, OF_OTHERS = "ours", "free", "of others"
+
+
+def whose(owner: Owner, listing: Listing, prefix: str, noted: Sequence[str], filesystem: Optional[str]) -> str:
+    """Whose the backups of `prefix` in a folder are: OURS, FREE (there are none) or OF_OTHERS.
+
+    Identity comes first, of snapshots and of what is remembered, so that a source that was restored or replaced goes
+    on; then the note of the folder; without one, as of release 0.7.0, whether the source remembers the place.
+    """
+    ids = backup_index(listing)
+    known = [s.stream_id for s in owner.snapshots] + [pin.uuid for pin in owner.pins]
+    if any(key in ids for key in known) or set(noted) & set(owner.ids):
+        return OURS
+    if any(record.stream_id in known for record in listing.records):  # of a first transfer that was broken off
+        return OURS
+    if noted:
+        names = [partial_of(s.name) or s.name for s in listing.subvolumes]
+        return OF_OTHERS if any(name_time(prefix, name) for name in names) else FREE
+    if any(pin.filesystem in (None, filesystem) for pin in owner.pins):
+        return OURS
+    return OF_OTHERS if backups_of(listing, prefix) else FREE
+
+
+MOST_SOURCE_IDS = 32
+
+
+def claimed(owner: Owner, noted: Sequence[str], found: str) -> Tuple[str, ...]:
+    """What the note of a folder says once `owner` has sent there; `found`: whose it was."""
+    before = () if found == FREE else tuple(key for key in noted if key not in owner.ids)
+    return (before + owner.ids)[-MOST_SOURCE_IDS:]
+
+
 def normal_destination(text: str) -> str:
     """A destination's id as it is compared: locks of other programs may end with a slash."""
     return text if text.startswith("shell://") else text.rstrip("/") or "/"
@@ -2015,13 +2076,32 @@ def plan_source_retention(snapshots: Sequence[Subvolume], prefix: str, policy: P
     return plan_retention({s.name: snapshot_moment(prefix, s) for s in snapshots}, policy, protected, now)
 
 
+def is_unfinished(subvolume: Subvolume) -> bool:
+    """Whether a subvolume is, by its name and state, of a transfer that is under way or was broken off."""
+    name = partial_of(subvolume.name)
+    return prefix_of(name or subvolume.name) is not None and (name is not None or not subvolume.readonly)
+
+
+def known_protections(listing: Listing, prefix: str, notes: FolderNotes) -> Dict[str, str]:
+    """Why backups stay that the policy does not keep, as far as their folder itself tells."""
+    backups = backups_of(listing, prefix)
+    reasons = pin_reasons(notes.pins, backups)
+    reasons.update(lock_reasons(own_locks(notes.locks, prefix)))
+    building = [(s.name, s.parent_uuid) for s in listing.subvolumes if is_unfinished(s)]
+    building += [(partial_name(record.name), record.base) for record in listing.records]
+    for name, base in building:
+        reasons.update({b.name: "the unfinished {} builds on it".format(name) for b in backups if b.uuid == base})
+    return reasons
+
+
 def plan_destination_retention(snapshots: Sequence[Subvolume], listing: Listing, prefix: str, policy: Policy,
-                               now: float) -> List[Verdict]:
-    """Verdicts on the backups of one destination."""
+                               now: float, notes: FolderNotes = NO_NOTES) -> List[Verdict]:
+    """Verdicts on the backups of one destination. notes: what its folder tells."""
     newest = newest_common(snapshots, listing)
-    protected = {}
+    protected = known_protections(listing, prefix, notes)
     if newest is not None:
-        protected = {b.name: "newest in common with the source" for b in listing.subvolumes if corresponds(newest, b)}
+        protected.update({b.name: "newest in common with the source" for b in listing.subvolumes
+                          if corresponds(newest, b)})
     times = backup_moments(prefix, backups_of(listing, prefix), snapshots)
     return keep_chains(plan_retention(times, policy, protected, now), listing)
 
@@ -4106,9 +4186,10 @@ def parse_find_new(text: str) -> int:
 # 13 STATE: locks and pins in the snapshot folder
 #
 # `.outstanding_transfers` holds locks and parent notes in the format of release 0.6.6, so that either
-# program takes over from the other; `.destinations.json` the pins. Each change reads, changes its own
-# entries, writes aside, syncs, renames and syncs the folder, under a flock on the folder. What cannot be
-# read as that format is an error, for without it nothing may be deleted. A run holds a flock on a file
+# program takes over from the other; `.destinations.json` the pins. In a folder of backups `.PREFIX.source`
+# says whose they are. Each change reads, changes its own entries, writes aside, syncs, renames and syncs the
+# folder, under a flock on the folder. What cannot be read as that format is an error, for without it nothing
+# may be deleted. A run holds a flock on a file
 # of its prefix; the kernel drops it however the run ends. All small files of this program, wherever they lie,
 # are read and written by the few functions here, for others may own the folder: no link is followed, nothing but
 # a plain file with a single name is opened, and nothing is waited for without limit.
@@ -4116,6 +4197,7 @@ def parse_find_new(text: str) -> int:
 
 LOCK_FILE = ".outstanding_transfers"
 PIN_FILE = ".destinations.json"
+SOURCE_NOTE = ".source"  # ends the name of the note that says whose backups of a prefix a folder holds
 LARGEST_NOTE, LARGEST_STATE = 1 << 20, 64 << 20  # bytes of a file about one backup, about all
 ASIDE = ".new"  # ends the name of a file that shall replace another
 MUTEX_PATIENCE = 60.0  # seconds; a change takes milliseconds
@@ -4311,6 +4393,42 @@ def is_of_others(found: os.stat_result) -> bool:
     return found.st_uid not in (0, os.geteuid())
 
 
+def parse_sources(text: str) -> Tuple[str, ...]:
+    import json
+    sources = json.loads(text)["sources"]
+    if not isinstance(sources, list) or not all(isinstance(key, str) and len(parse_uuid(key)) == 16 for key in sources):
+        raise ValueError("not UUIDs")
+    return tuple(sources)
+
+
+def format_sources(sources: Sequence[str]) -> str:
+    import json
+    return json.dumps({"version": 1, "sources": list(sources)}, sort_keys=True) + "\n"
+
+
+def source_note_name(prefix: str) -> str:
+    return "." + prefix + SOURCE_NOTE if prefix else SOURCE_NOTE
+
+
+class Claim(NamedTuple):
+    """What a source wants the note about `prefix` in a folder to say, and what it has seen there."""
+
+    prefix: str
+    before: Tuple[str, ...]
+    after: Tuple[str, ...]
+
+
+def check_claim(folder: str, claim: Claim, found: Sequence[str], names: Iterable[str]) -> None:
+    """BackupError unless a note is as it was seen, and those whose backups are among `names` stay in it."""
+    gone = not set(claim.before) <= set(claim.after)
+    if tuple(found) != claim.before or (
+            gone and any(name_time(claim.prefix, partial_of(name) or name) for name in names)):
+        raise BackupError("another source has begun to send backups of prefix {} to {}".format(
+            printable(repr(claim.prefix)), folder), "give each a prefix of its own with -p, or a folder of its own")
+    if len(claim.after) > MOST_SOURCE_IDS or not all(len(parse_uuid(key)) == 16 for key in claim.after):
+        raise BackupError("that names no source")
+
+
 def read_state_file(folder: str, name: str, parse: Callable[[str], Any]) -> Any:
     """What `parse` makes of a state file, {} where there is none."""
     path = os.path.join(folder, name)
@@ -4322,13 +4440,18 @@ def read_state_file(folder: str, name: str, parse: Callable[[str], Any]) -> Any:
         raise plain_error(path, "read", error) from None
 
 
+DAMAGE_HINTS = {
+    LOCK_FILE: "mend it, or move it away if no transfer is unfinished",
+    PIN_FILE: "mend it, or move it away: then snapshots that absent destinations need are no longer protected"}
+
+
 def parse_state(path: str, text: str, parse: Callable[[str], Any]) -> Any:
     """What `parse` makes of the content of the state file at `path`."""
     try:
         return parse(text)
     except FORMAT_ERRORS:
-        hint = ("mend it, or move it away if no transfer is unfinished" if os.path.basename(path) == LOCK_FILE else
-                "mend it, or move it away: then snapshots that absent destinations need are no longer protected")
+        hint = DAMAGE_HINTS.get(os.path.basename(path),
+                                "it says whose the backups are: mend it, or delete it where they are of one source")
         raise BackupError("{} is damaged or not ours, so nothing was changed".format(path), hint) from None
 
 
@@ -7089,6 +7212,20 @@ class LocalHost:
             if after != before:
                 replace_file(folder, PIN_FILE, format_pins(after))
 
+    def read_notes(self, folder: str, prefix: str) -> FolderNotes:
+        """What a folder tells of the snapshots of `prefix` in it; BackupError where it is damaged."""
+        pins = self.read_pins(folder)
+        return FolderNotes(read_state_file(folder, source_note_name(prefix), parse_sources) or (),
+                           own_locks(self.read_locks(folder), prefix),
+                           {key: entry[prefix] for key, entry in pins.items() if prefix in entry})
+
+    def claim(self, folder: str, claim: Claim) -> None:
+        """Notes whose the backups of a prefix in a folder are; BackupError where they are another's by now."""
+        name = source_note_name(claim.prefix)
+        with folder_mutex(folder):
+            check_claim(folder, claim, read_state_file(folder, name, parse_sources) or (), os.listdir(folder))
+            replace_file(folder, name, format_sources(claim.after))
+
     def hold(self, folder: str, prefix: str, wait: float,
              token: str = "") -> ContextManager[None]:
         """A context in which no other run works on `prefix` in `folder`."""
@@ -7725,7 +7862,8 @@ class RawPlace:
 
     def __getattr__(self, name: str) -> Any:
         """What a folder is a folder for: locks, pins, making it."""
-        if name not in ("make_folder", "hold", "read_locks", "change_locks", "read_pins", "change_pins", "events",
+        if name not in ("make_folder", "hold", "read_locks", "change_locks", "read_pins", "change_pins",
+                        "read_notes", "claim", "events",
                         "list_raw", "digest_raw", "health"):
             raise AttributeError(name)
         return getattr(self.host, name)
@@ -8151,8 +8289,8 @@ CHANNEL_NAP = 0.2  # seconds
 GREETING_TIMEOUT = 120.0  # seconds; a password may have to be typed
 POLLRDHUP = 0x2000  # in select since Python 3.7
 WIRE_CLASSES: Dict[str, Any] = {c.__name__: c for c in (
-    Subvolume, Listing, Place, Pin, LockChange, Capabilities, SendOptions, SendSize, ExpectedStream, RawBackup, RawFile,
-    RawFolder, SwapPlace, SwapOrder, SwapNotes, HostFacts, Health, TreeDigest, Mark,
+    Subvolume, Listing, Place, Pin, FolderNotes, Claim, LockChange, Capabilities, SendOptions, SendSize, ExpectedStream,
+    RawBackup, RawFile, RawFolder, SwapPlace, SwapOrder, SwapNotes, HostFacts, Health, TreeDigest, Mark,
     ResumePoint, Record)}
 
 
@@ -8649,6 +8787,7 @@ CALLS = {  # each call of LocalHost, and the groups that it belongs to
     "nested_subvolumes": ("snapshot",), "make_folder": ("receive",), "snapshot": ("snapshot",),
     "delete": ("delete", "receive"), "wait_for_cleaning": ("delete",), "read_locks": ("list", "send"),
     "change_locks": ("send",), "read_pins": ("list", "send"), "change_pins": ("send",), "hold": ("send",),
+    "read_notes": ("list", "send"), "claim": ("receive",),
     "release": ("send",), "expected_stream": ("send",), "measured": ("send",), "data_since": ("send",),
     "open_send": ("send",), "open_receive": ("receive",), "own_sizes": ("list",),
     "idle_partials": ("list",), "list_raw": ("list",), "delete_raw": ("delete", "receive"),
@@ -8809,6 +8948,8 @@ class Guard:
             self.check_receive(arguments["folder"], arguments["expected"])
         elif name in ("change_locks", "change_pins"):
             self.check_notes(arguments)
+        elif name == "claim":
+            check_prefix(arguments["claim"].prefix)
         return list(arguments.values())
 
     def forget(self) -> None:
@@ -10095,6 +10236,18 @@ class ShellHost:
         if after != before:
             self.replace_state(folder, PIN_FILE, format_pins(after))
 
+    def read_notes(self, folder: str, prefix: str) -> FolderNotes:
+        pins = self.read_pins(folder)
+        return FolderNotes(self.read_state(folder, source_note_name(prefix), parse_sources) or (),
+                           own_locks(self.read_locks(folder), prefix),
+                           {key: entry[prefix] for key, entry in pins.items() if prefix in entry})
+
+    def claim(self, folder: str, claim: Claim) -> None:
+        name, listing = source_note_name(claim.prefix), self.list(folder)
+        check_claim(folder, claim, self.read_state(folder, name, parse_sources) or (),
+                    [s.name for s in listing.subvolumes])
+        self.replace_state(folder, name, format_sources(claim.after))
+
     # -- streams
 
     def expected_stream(self, folder: str, snapshot: Subvolume, parent: Optional[Subvolume]) -> ExpectedStream:
@@ -10579,6 +10732,8 @@ class Destination:
         self.path, self.filesystem = self.endpoint.path, None  # type: str, Optional[str]
         self.host: Any = None  # once it was reached
         self.listing: Optional[Listing] = None
+        self.notes = NO_NOTES
+        self.whose = FREE  # as far as is known
         self.busy: FrozenSet[str] = frozenset()  # snapshots whose partials another run is writing
         self.plan = DestinationPlan()
         self.is_new = False
@@ -10626,6 +10781,7 @@ class TaskRun:
         self.snapshots: List[Subvolume] = []
         self.locks: Locks = {}
         self.pins: PinsOfPrefix = {}
+        self.ids: Tuple[str, ...] = ()  # what folders of backups call this source
         self.destinations: List[Destination] = []
         self.notes: List[str] = []
         self.lock_place: Optional[Tuple[LocalHost, str]] = None  # where locks are kept; None: the snapshot folder
@@ -10683,9 +10839,11 @@ class TaskRun:
 
     def read_state(self) -> None:
         """Locks and pins as they shall be; changes them where options ask for it."""
-        self.locks = own_locks(self.host.read_locks(self.folder), self.prefix) if self.folder_exists else {}
-        pins = self.host.read_pins(self.folder) if self.folder_exists else {}
-        self.pins = {key: entry[self.prefix] for key, entry in pins.items() if self.prefix in entry}
+        notes = self.host.read_notes(self.folder, self.prefix) if self.folder_exists else NO_NOTES
+        self.locks, self.pins = notes.locks, dict(notes.pins)
+        inside = self.source_place.inside
+        # backups that are sent on are those of the source that they came from
+        self.ids = notes.sources or ((inside.uuid,) if inside is not None and inside.uuid else ())
         forget = {self.key_of(text) for text in self.task.forget}
         locked = {normal_destination(d) for entry in self.locks.values() for d in entry.get("locks", ())}
         locked.discard(self.folder)  # by a restore into the snapshot folder
@@ -10796,8 +10954,61 @@ class TaskRun:
             if destination.endpoint.kind == "raw" and not self.task.no_transfer:
                 self.check_encryption(destination, destination.host.list_raw(place.path))
             self.settle(destination)
-            destination.listing = destination.host.list(place.path)
+            listing = destination.host.list(place.path)
+            destination.notes = destination.host.read_notes(place.path, self.prefix)
+            self.check_owner(destination, listing)
+            destination.listing = listing
         except BackupError as error:
+            self.report(error, destination)
+
+    def owner(self, destination: Destination) -> Owner:
+        return Owner(self.snapshots, self.ids, self.pins.get(destination.key, ()))
+
+    def check_owner(self, destination: Destination, listing: Listing) -> None:
+        """BackupError where the backups of this prefix at a destination are another source's."""
+        destination.whose = whose(self.owner(destination), listing, self.prefix, destination.notes.sources,
+                                  destination.filesystem)
+        if destination.whose == OF_OTHERS and not self.task.same_source:
+            raise BackupError(
+                "destination {}: its backups of prefix {} are of another source".format(
+                    destination.text, printable(repr(self.prefix))),
+                "give this source another prefix with -p, or another folder; if it is the same source, on a machine "
+                "that was rebuilt: --same-source")
+
+    def look_for_others(self) -> None:
+        """BackupError, before anything is done, where a destination that is new to this source holds another's backups.
+
+        One that cannot be looked at now has its error when it is needed.
+        """
+        for destination in self.destinations:
+            if destination.endpoint.kind == "shell" or destination.key in self.pins:
+                continue
+            look = Destination(destination.text, destination.key)
+            try:
+                host = self.hosts.of(look.endpoint)
+                place = host.look(look.endpoint.path)
+                listing = host.list(place.path) if place.kind == "folder" else Listing()
+                look.filesystem = place.filesystem
+                if listing.subvolumes:
+                    look.notes = host.read_notes(place.path, self.prefix)
+            except BackupError:
+                continue
+            self.check_owner(look, listing)
+
+    def claim(self, destination: Destination) -> None:
+        """Notes at a destination, before the first byte, that its backups of this prefix are of this source."""
+        if destination.endpoint.kind == "shell":
+            return
+        noted = destination.notes.sources
+        after = claimed(self.owner(destination), noted, destination.whose)
+        if after in ((), noted):
+            return
+        try:
+            destination.host.claim(destination.path, Claim(self.prefix, noted, after))
+            destination.notes = destination.notes._replace(sources=after)
+            destination.whose = OURS
+        except BackupError as error:
+            destination.closed = True
             self.report(error, destination)
 
     @property
@@ -10974,6 +11185,7 @@ class TaskRun:
         with self.host.hold(self.folder, self.prefix, self.task.wait):
             self.read_state()
             self.snapshots = snapshots_of(self.host.list(self.folder), self.prefix)
+            self.look_for_others()
             if not self.task.no_snapshot:
                 self.take_snapshot()
                 self.warn_of_nested()
@@ -11036,7 +11248,11 @@ class TaskRun:
                 key = parent.name if parent else None, record.compressed if record else compressed
                 groups.setdefault(key, []).append(destination)
             for (parent_name, is_compressed), destinations in groups.items():
-                self.transfer(Transfer(snapshot, parents[parent_name]), destinations, is_compressed)
+                for destination in destinations:
+                    self.claim(destination)
+                destinations = [d for d in destinations if d.is_open]
+                if destinations:
+                    self.transfer(Transfer(snapshot, parents[parent_name]), destinations, is_compressed)
 
     def parent_now(self, snapshot: Subvolume, destination: Destination) -> Optional[Subvolume]:
         """The parent by what the destination really holds by now: a failed transfer brought none."""
@@ -11148,14 +11364,22 @@ class TaskRun:
     def destination_verdicts(self, destination: Destination, listing: Listing) -> List[Verdict]:
         if destination.endpoint.kind == "shell":
             return []
-        return plan_destination_retention(self.snapshots, listing, self.prefix, self.task.backup_policy, self.clock())
+        notes = destination.notes
+        if not self.task.dry_run and not self.task.backup_policy.keeps_all:  # backups are sent on meanwhile
+            notes = destination.host.read_notes(destination.path, self.prefix)
+        return plan_destination_retention(self.snapshots, listing, self.prefix, self.task.backup_policy, self.clock(),
+                                          notes)
 
     def retain(self) -> None:
         for destination in self.destinations:
-            if destination.listing is not None and not destination.failed:
+            if destination.listing is None or destination.failed:
+                continue
+            try:
                 verdicts = self.destination_verdicts(destination, destination.listing)
-                self.delete(destination.host, destination.path, destination.text, destination.listing.subvolumes,
-                            verdicts)
+            except BackupError as error:
+                self.report(error, destination)
+                continue
+            self.delete(destination.host, destination.path, destination.text, destination.listing.subvolumes, verdicts)
         self.delete(self.host, self.folder, self.task.source, self.snapshots, self.source_verdicts())
 
     def delete(self, host: Any, folder: str, text: str, subvolumes: Sequence[Subvolume],
@@ -11188,6 +11412,7 @@ class TaskRun:
         self.read_state()
         listing = self.host.list(self.folder) if self.folder_exists else Listing()
         self.snapshots = snapshots_of(listing, self.prefix)
+        self.look_for_others()
         if not self.task.no_snapshot:
             name = self.new_name(listing)
             self.snapshots.append(Subvolume(name, "not taken yet", otime=int(self.clock() * 10 ** 9)))
@@ -11634,24 +11859,6 @@ def run_list(task: Task, events: Events) -> int:
 ########################################################################################################
 
 
-def is_unfinished(subvolume: Subvolume) -> bool:
-    """Whether a subvolume is, by its name and state, of a transfer that is under way or was broken off."""
-    name = partial_of(subvolume.name)
-    return prefix_of(name or subvolume.name) is not None and (name is not None or not subvolume.readonly)
-
-
-def known_protections(listing: Listing, prefix: str, locks: Locks, pins: Pins) -> Dict[str, str]:
-    """Why backups stay that the policy does not keep, as far as the folder itself tells."""
-    backups = backups_of(listing, prefix)
-    reasons = pin_reasons({key: entry[prefix] for key, entry in pins.items() if prefix in entry}, backups)
-    reasons.update(lock_reasons(own_locks(locks, prefix)))
-    building = [(s.name, s.parent_uuid) for s in listing.subvolumes if is_unfinished(s)]
-    building += [(partial_name(record.name), record.base) for record in listing.records]
-    for name, base in building:
-        reasons.update({b.name: "the unfinished {} builds on it".format(name) for b in backups if b.uuid == base})
-    return reasons
-
-
 def plan_prune(listing: Listing, prefix: str, policy: Policy, protected: Dict[str, str], now: float) -> List[Verdict]:
     """Verdicts on the backups of `prefix` in a folder."""
     moments = backup_moments(prefix, backups_of(listing, prefix), [])
@@ -11692,8 +11899,7 @@ class Pruning:
     def prune(self, prefix: str) -> None:
         """Looks at what there is now, and deletes what goes of one prefix."""
         listing = self.host.list(self.folder)
-        protected = known_protections(listing, prefix, self.host.read_locks(self.folder),
-                                      self.host.read_pins(self.folder))
+        protected = known_protections(listing, prefix, self.host.read_notes(self.folder, prefix))
         verdicts = plan_prune(listing, prefix, self.task.backup_policy, protected, time.time())
         self.tell_kept(verdicts)
         named = {s.name: s for s in listing.subvolumes}

@@ -28,6 +28,7 @@ from support import (
 
 from btrfs_backup_ng import (
     Events,
+    FolderNotes,
     Listing,
     LocalHost,
     Pin,
@@ -81,7 +82,7 @@ class Plan(unittest.TestCase):
 
     def kept(self, subvolumes, policy=None, prefix="home", locks=None, pins=None, records=()):
         there = Listing(tuple(subvolumes), records=records)
-        protected = known_protections(there, prefix, locks or {}, pins or {})
+        protected = known_protections(there, prefix, FolderNotes((), locks or {}, pins or {}))
         verdicts = plan_prune(there, prefix, policy or Policy(1), protected, NOW)
         return [v.name[-9:-7] for v in verdicts if v.keep]
 
@@ -114,7 +115,7 @@ class Plan(unittest.TestCase):
         """The folder may be the snapshot folder of a run that hands the backups on."""
         backups = [backup(day) for day in (1, 2, 3, 4, 5)]
         locks = {backups[0].name: {"locks": ["/x"]}, backups[1].name: {"parent_locks": ["/x"]}}
-        pins = {"/x": {"home": (Pin("any", "s3", ""),), "root": (Pin("any", "s4", ""),)}}
+        pins = {"/x": (Pin("any", "s3", ""),)}
         self.assertEqual(["01", "02", "03", "05"], self.kept(backups, locks=locks, pins=pins))
 
     def test_prefixes(self):

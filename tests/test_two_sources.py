@@ -1,0 +1,442 @@
+"""Two sources and one folder: the second is recognised and refused, and a source that is the same goes on."""
+
+import json
+import os
+import sys
+import unittest
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import remote
+import support
+import test_restricted
+from support import create, names, snapshot, subvolume
+
+from btrfs_backup_ng import (
+    FREE,
+    NO_NOTES,
+    OF_OTHERS,
+    OURS,
+    BackupError,
+    Claim,
+    Events,
+    FolderNotes,
+    Listing,
+    LocalHost,
+    Owner,
+    Pin,
+    Record,
+    Subvolume,
+    claimed,
+    whose,
+)
+
+MINE = [Subvolume("home20260101-000000", "s1"), Subvolume("home20260102-000000", "s2")]
+
+
+def backups(*ids):
+    return tuple(Subvolume(f"home202602{n:02}-000000", "b" + key, received_uuid=key)
+                 for n, key in enumerate(ids, 1))
+
+
+def pin(uuid, filesystem="f"):
+    return Pin("home20260101-000000", uuid, "", filesystem)
+
+
+PARTIAL = Subvolume(".home20260301-000000.partial", "p", received_uuid="private")
+
+# snapshots, pins, listing, noted -> whose; the source is called "me", the filesystem "f"
+WHOSE = (
+    # nothing there
+    (MINE, (), Listing(), (), FREE),
+    (MINE, (), Listing(), ("other",), FREE),
+    (MINE, (), Listing((), frozenset(["file"])), (), FREE),
+    (MINE, (), Listing((Subvolume("data20260101-000000", "x", received_uuid="y"),)), (), FREE),
+    (MINE, (), Listing((Subvolume("home20260101-000000", "x", readonly=False),)), (), FREE),
+    # a snapshot in common
+    (MINE, (), Listing(backups("s1")), (), OURS),
+    (MINE, (), Listing(backups("x", "s2", "y")), ("other",), OURS),
+    ([Subvolume("home20260101-000000", "here", received_uuid="x")], (), Listing(backups("x")), ("other",), OURS),
+    ([Subvolume("home20260101-000000", "here", received_uuid="bx")], (), Listing(backups("x")), (), OURS),
+    # what was in common once
+    ([], (pin("x"),), Listing(backups("x")), ("other",), OURS),
+    (MINE, (pin("x", "g"),), Listing(backups("x")), (), OURS),
+    # the note
+    (MINE, (), Listing(backups("x")), ("me",), OURS),
+    (MINE, (), Listing(backups("x")), ("other", "me", "third"), OURS),
+    (MINE, (), Listing(backups("x")), ("other",), OF_OTHERS),
+    (MINE, (pin("s1"),), Listing(backups("x")), ("other",), OF_OTHERS),
+    (MINE, (), Listing((PARTIAL,)), ("other",), OF_OTHERS),
+    (MINE, (), Listing((PARTIAL,)), ("me",), OURS),
+    # no note
+    (MINE, (), Listing(backups("x")), (), OF_OTHERS),
+    ([], (), Listing(backups("x")), (), OF_OTHERS),
+    (MINE, (pin("s1"),), Listing(backups("x")), (), OURS),
+    (MINE, (pin("s1", None),), Listing(backups("x")), (), OURS),
+    (MINE, (pin("s1", "g"),), Listing(backups("x")), (), OF_OTHERS),
+    (MINE, (), Listing((PARTIAL,)), (), FREE),
+    (MINE, (), Listing((PARTIAL,), records=(Record("home20260301-000000", "s2"),)), ("other",), OURS),
+)
+
+
+class Whose(unittest.TestCase):
+
+    def test_table(self):
+        for number, (snapshots, pins, listing, noted, expected) in enumerate(WHOSE):
+            with self.subTest(number=number):
+                owner = Owner(snapshots, ("me",), pins)
+                self.assertEqual(expected, whose(owner, listing, "home", noted, "f"))
+
+    def test_what_is_noted(self):
+        owner = Owner((), ("me",))
+        for noted, found, expected in (
+            ((), FREE, ("me",)), (("other",), FREE, ("me",)), (("other",), OURS, ("other", "me")),
+            (("me",), OURS, ("me",)), (("me", "other"), OURS, ("other", "me")),
+        ):
+            self.assertEqual(expected, claimed(owner, noted, found))
+        many = tuple(map(str, range(40)))
+        self.assertEqual(32, len(claimed(owner, many, OURS)))
+        self.assertEqual("me", claimed(owner, many, OURS)[-1])
+
+
+ONE, OTHER = "00000000-0000-0000-0000-000000000001", "00000000-0000-0000-0000-000000000002"
+
+
+class Claims(support.TestCase):
+    """The note itself."""
+
+    def setUp(self):
+        self.folder = self.disk("128M").path
+        self.host = LocalHost(Events())
+
+    def noted(self, prefix="home"):
+        return self.host.read_notes(self.folder, prefix).sources
+
+    def test_each_prefix_has_its_own(self):
+        self.host.claim(self.folder, Claim("home", (), (ONE,)))
+        self.host.claim(self.folder, Claim("", (), (OTHER,)))
+        self.assertEqual([(ONE,), (OTHER,), ()], [self.noted(prefix) for prefix in ("home", "", "h")])
+        self.assertEqual([".home.source", ".source"], sorted(os.listdir(self.folder)))
+
+    def test_the_second_of_two_at_once_is_refused(self):
+        self.host.claim(self.folder, Claim("home", (), (ONE,)))
+        with self.assertRaisesRegex(Exception, "another source"):
+            self.host.claim(self.folder, Claim("home", (), (OTHER,)))
+        self.assertEqual((ONE,), self.noted())
+
+    def test_one_that_has_nothing_there_gives_way(self):
+        self.host.claim(self.folder, Claim("home", (), (ONE,)))
+        self.host.claim(self.folder, Claim("home", (ONE,), (OTHER,)))
+        create(os.path.join(self.folder, ".home20240101-000000.partial"))
+        with self.assertRaisesRegex(Exception, "another source"):
+            self.host.claim(self.folder, Claim("home", (OTHER,), (ONE,)))
+        self.host.claim(self.folder, Claim("home", (OTHER,), (OTHER, ONE)))
+
+    def test_damage_is_said_and_nothing_done(self):
+        for text in ("", "{", "[]", '{"sources": "x"}', '{"sources": [1]}', '{"sources": ["x"]}', '{"sources": {}}'):
+            with open(os.path.join(self.folder, ".home.source"), "w") as file:
+                file.write(text)
+            for act in (self.noted, lambda: self.host.claim(self.folder, Claim("home", (), (ONE,)))):
+                with self.assertRaisesRegex(Exception, "damaged"):
+                    act()
+
+    def test_nothing_is_noted_where_nothing_is(self):
+        self.assertEqual(FolderNotes(), NO_NOTES)
+        self.assertEqual(NO_NOTES, self.host.read_notes(self.folder, "home"))
+        self.assertEqual([], os.listdir(self.folder))
+
+
+class TwoSources(support.BackupTestCase):
+    """Whose snapshots are named after a second source as those of the first are."""
+
+    target_size = "256M"
+    prefix = "home"
+
+    def setUp(self):
+        super().setUp()
+        self.other = create(os.path.join(self.source_disk.path, "srv"))
+        self.other_snapshots = os.path.join(self.other, ".btrfs-backup-ng", "snapshots")
+        os.makedirs(self.other_snapshots)
+
+    def take_other(self, day):
+        return snapshot(self.other, os.path.join(self.other_snapshots, self.name(day)))
+
+    def run_other(self, *options, to=None, **more):
+        return self.run_program("-p", "home", *list(options) + [self.other, to or self.target], **more)
+
+    def assertRefused(self, *options, to=None):
+        """Without anything taken, sent, deleted or noted."""
+        before = support.listing(self.target), names(self.other_snapshots)
+        for more in ((), ("--dry-run",)):
+            result = self.run_other(*list(options) + list(more), to=to, status=1)
+            self.assertErrorSays(result, "another source", "-p", "--same-source")
+            self.assertEqual(before, (support.listing(self.target), names(self.other_snapshots)))
+
+    def test_the_second_is_refused(self):
+        self.take(1)
+        self.transfer()
+        self.assertRefused()
+        self.take_other(2)
+        self.assertRefused("-S", "-n", "1")
+        self.run_other("-p", "srv-")  # as it was told
+        self.run_other("-S", to=self.disk("128M").path)
+        self.transfer("-n", "1")
+
+    def test_and_in_the_other_order(self):
+        self.take_other(1)
+        self.run_other("-S")
+        self.take(2)
+        before = support.listing(self.target)
+        self.transfer("-n", "1", status=1)
+        self.backup(status=1)
+        self.assertEqual(before, support.listing(self.target))
+        self.assertEqual([self.name(2)], names(self.snapshots))
+
+    def test_one_of_two_destinations_refuses_both_before_anything_is_taken(self):
+        self.take(1)
+        self.transfer()
+        free = self.disk("128M").path
+        self.run_other(self.target, to=free, status=1)
+        self.assertEqual(([], []), (names(free), names(self.other_snapshots)))
+
+    def test_backups_of_a_release_without_notes(self):
+        self.take(1)
+        self.transfer()
+        os.unlink(os.path.join(self.target, ".home.source"))
+        self.assertRefused()
+        self.take(2)
+        self.transfer("-n", "1")  # for it has one in common
+        self.assertEqual([self.name(2)], names(self.target))
+        self.assertTrue(os.path.exists(os.path.join(self.target, ".home.source")))
+        os.unlink(os.path.join(self.target, ".home.source"))
+        os.unlink(os.path.join(self.snapshots, ".destinations.json"))
+        self.transfer("-n", "1")  # nor did 0.6.6 have pins
+
+    def test_a_source_that_lost_its_snapshots_goes_on(self):
+        self.take(1)
+        self.transfer()
+        support.delete(self.snapshot_path(self.name(1)))
+        self.take(2)
+        self.transfer("-n", "1")
+        self.assertEqual([self.name(2)], names(self.target))
+
+    def test_also_without_its_notes(self):
+        self.take(1)
+        self.transfer()
+        support.delete(self.snapshot_path(self.name(1)))
+        os.unlink(os.path.join(self.snapshots, ".destinations.json"))
+        self.take(2)
+        self.transfer("-n", "1")
+        self.assertEqual([self.name(2)], names(self.target))
+
+    def test_a_source_replaced_by_its_state_goes_on(self):
+        """A writable snapshot holds the notes there were; the snapshots are beside it."""
+        self.take(1)
+        self.transfer()
+        self.take(2)
+        os.rename(self.source, self.source + ".old")
+        snapshot(os.path.join(self.source + ".old", ".btrfs-backup-ng", "snapshots", self.name(2)), self.source,
+                 readonly=False)
+        for name in names(self.snapshots):
+            os.rmdir(self.snapshot_path(name))  # where the snapshots were
+        self.take(3)
+        self.transfer("-n", "1")
+        self.assertEqual([self.name(3)], names(self.target))
+
+    def test_a_source_restored_in_place_goes_on(self):
+        self.take(1, 2)
+        self.transfer()
+        self.run_program("restore", "--name", self.name(1), self.target, "--in-place", self.source)
+        self.take(3)
+        self.transfer("-n", "1")
+        self.assertIsNotNone(subvolume(self.backup_path(self.name(3))).parent_uuid)
+
+    def test_a_rebuilt_machine_says_that_it_is_the_same(self):
+        self.take(1)
+        self.transfer()
+        self.take_other(2)
+        self.run_other("-S", "--same-source", "-n", "1")
+        self.assertEqual([self.name(2)], names(self.target))
+        self.take_other(3)
+        self.run_other("-S")  # from then on it is known
+
+    def test_a_broken_first_transfer_is_no_other(self):
+        self.write("large", "x" * (8 << 20))
+        self.take(1)
+        run = self.start("-p", "home", "-S", "--limit", "1M", self.source, self.target)
+        run.wait_for("a partial", lambda: support.partials(self.target))
+        run.kill()
+        self.take_other(2)
+        self.assertRefused("-S")
+        self.transfer()
+        self.assertBackedUp([self.name(1)])
+
+    def test_the_other_takes_the_folder_where_nothing_arrived(self):
+        self.take_other(1)
+        with open(os.path.join(self.target, ".home.source"), "w") as file:
+            json.dump({"sources": [ONE]}, file)
+        self.run_other("-S")
+
+    def test_raw_folders(self):
+        raw = "raw://" + self.target
+        self.take(1)
+        self.transfer(to=[raw])
+        self.take_other(2)
+        self.assertRefused("-S", to=raw)
+        self.take(3)
+        self.transfer("-n", "1", to=[raw])
+
+    def test_a_damaged_note_stops_what_is_sent_there(self):
+        self.take(1)
+        self.transfer()
+        self.take(2)
+        path = os.path.join(self.target, ".home.source")
+        with open(path, "w") as file:
+            file.write("{")
+        self.assertErrorSays(self.transfer("-n", "1", status=1), path, "damaged")
+        self.assertEqual([self.name(1)], names(self.target))
+
+
+class Chains(support.BackupTestCase):
+    """What is sent on from a folder of backups is the first source's."""
+
+    target_size = "256M"
+
+    def setUp(self):
+        super().setUp()
+        self.last = self.disk("256M")
+        os.mkdir(os.path.join(self.last.path, "out"))
+        self.out = os.path.join(self.last.path, "out")
+
+    def send_on(self, *options, **more):
+        return self.run_program("-S", "-p", "home", "-f", self.target, *list(options) + [
+            self.target_disk.path, self.out], **more)
+
+    def test_the_note_goes_with_them(self):
+        self.take(1)
+        self.transfer()
+        self.send_on()
+        notes = [os.path.join(folder, ".home.source") for folder in (self.target, self.out)]
+        self.assertEqual(*[open_text(path) for path in notes])
+        self.take(2)
+        self.transfer("-n", "1", to=[self.out, self.target])  # also directly
+        self.send_on()
+
+    def test_what_they_need_stays(self):
+        """The newest in common with the last in the chain, which is away."""
+        self.take(1)
+        self.transfer("-N", "1", "-n", "1")
+        self.send_on()
+        self.last.unmount()
+        self.take(2, 3)
+        plan = self.transfer("-N", "1", "-n", "1", "--dry-run").stdout
+        self.assertNotIn("delete " + self.name(1) + ": older than the newest 1\n", plan.partition("destination")[2])
+        self.transfer("-N", "1", "-n", "1")
+        self.assertEqual([self.name(1), self.name(3)], names(self.target))
+        self.last.mount()
+        self.send_on()
+        self.assertIsNotNone(subvolume(os.path.join(self.out, self.name(3))).parent_uuid)
+
+    def test_what_is_locked_there_stays(self):
+        self.take(1, 2)
+        self.transfer()
+        support.write_locks(self.target, {self.name(1): {"locks": ["/somewhere"], "parent_locks": []}})
+        self.take(3)
+        self.transfer("-n", "1")
+        self.assertEqual([self.name(1), self.name(3)], names(self.target))
+
+    def test_damaged_locks_there_stop_the_deleting(self):
+        self.take(1)
+        self.transfer()
+        support.write_locks(self.target, b"{")
+        self.take(2)
+        self.assertErrorSays(self.transfer("-n", "1", status=1), self.target, "damaged")
+        self.assertEqual([self.name(1)], names(self.target))
+
+
+def open_text(path):
+    with open(path) as file:
+        return file.read()
+
+
+class OverSsh(remote.RemoteTestCase):
+    """The folder, or the sources, are on another host."""
+
+    def setUp(self):
+        super().setUp()
+        self.other = create(os.path.join(self.source_disk.path, "srv"))
+
+    def check(self):
+        self.take(1)
+        self.push("-S")
+        before = support.listing(self.target)
+        for more in ((), ("--dry-run",)):
+            result = self.run_remote("-p", "home", "-n", "1", *list(more) + [self.other, self.remote_target], status=1)
+            self.assertErrorSays(result, "another source", "--same-source")
+        self.assertEqual(before, support.listing(self.target))
+        self.assertEqual([], names(os.path.join(self.other, ".btrfs-backup-ng", "snapshots")))
+        self.take(2)
+        self.push("-S")
+        self.assertBackedUp([self.name(1), self.name(2)])
+
+    def test_pushed(self):
+        self.check()
+
+    def test_stream_files(self):
+        self.take(1)
+        self.push("-S", to=["raw+" + self.remote_target])
+        result = self.run_remote("-p", "home", "-n", "1", self.other, "raw+" + self.remote_target, status=1)
+        self.assertErrorSays(result, "another source", "--same-source")
+        self.take(2)
+        self.push("-S", to=["raw+" + self.remote_target])
+
+    def test_pulled(self):
+        self.take(1)
+        self.pull("-S")
+        result = self.run_remote("-p", "home", self.server.endpoint(self.source_there + "/srv"), self.target, status=1)
+        self.assertErrorSays(result, "another source", "--same-source")
+        self.take(2)
+        self.pull("-S", "-n", "1")
+        self.assertEqual([self.name(2)], names(self.target))
+
+
+class WithoutPython(remote.RemoteTestCase):
+
+    sshd_options = {"hide": ("python*",)}
+
+    def test_pushed(self):
+        other = create(os.path.join(self.source_disk.path, "srv"))
+        self.take(1)
+        self.push("-S")
+        result = self.run_remote("-p", "home", "-n", "1", other, self.remote_target, status=1)
+        self.assertErrorSays(result, "another source", "--same-source")
+        self.take(2)
+        self.push("-S")
+        self.assertBackedUp([self.name(1), self.name(2)])
+
+
+class Restricted(test_restricted.RestrictedTestCase):
+    """A key that may only receive and list."""
+
+    def setUp(self):
+        super().setUp()
+        self.other = create(os.path.join(self.source_disk.path, "srv"))
+
+    test_refused_and_gone_on = OverSsh.check
+
+    def test_another_is_not_driven_out(self):
+        self.take(1)
+        self.push("-S")
+        path = os.path.join(self.target, ".home.source")
+        before = open_text(path)
+        noted = tuple(json.loads(before)["sources"])
+        host, folder = self.connect(), self.under
+        for claim in (Claim("home", noted, (ONE,)), Claim("home", (), (ONE,)), Claim("../home", (), (ONE,)),
+                      Claim("data", (), ("no UUID",)), Claim("data", (), (ONE,) * 40)):
+            with self.assertRaises(BackupError):
+                host.claim(folder, claim)
+        self.assertEqual(before, open_text(path))
+        self.assertEqual([".home.source"], [name for name in os.listdir(self.target) if name.endswith("source")])
+
+
+if __name__ == "__main__":
+    unittest.main()
