@@ -264,6 +264,12 @@ def plural(count: int, noun: str) -> str:
     return "{} {}{}".format(count, noun, "" if count == 1 else "s")
 
 
+def some_of(names: Sequence[str]) -> str:
+    """The first names of many."""
+    shown = ", ".join(printable(name) for name in names[:3])
+    return shown if len(names) <= 3 else "{} and {} more".format(shown, len(names) - 3)
+
+
 def printable(text: str) -> str:
     """`text` on one line: control characters and undecodable bytes as escapes."""
     shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -567,11 +573,11 @@ def parse_age(text: str) -> float:
 
 
 def parse_rate(text: str) -> float:
-    """Bytes a second; K, M and G are powers of 1024."""
-    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)([KMG]?)", text)
+    """Bytes a second; K, M and G are powers of 1024. A bare number would be mistaken for megabytes."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)([KMG])", text)
     if match is None or float(match.group(1)) == 0:
-        raise ValueError("is not a rate above 0 such as 500K, 20M or 1G")
-    return float(match.group(1)) * 1024 ** " KMG".index(match.group(2) or " ")
+        raise ValueError("is not a rate above 0 with its unit, such as 500K, 20M or 1G")
+    return float(match.group(1)) * 1024 ** " KMG".index(match.group(2))
 
 
 def parse_stall_timeout(text: str) -> float:
@@ -658,6 +664,8 @@ def parse_encryption(text: str) -> str:
     method, _, recipient = text.partition(":")
     if method not in ("gpg", "age") or not recipient.strip() or recipient[0] == "-" or not recipient.isprintable():
         raise ValueError("is neither gpg:KEY nor age:RECIPIENT")
+    if method == "age" and not recipient.startswith(("age1", "ssh-", "/")):
+        raise ValueError("names neither a recipient of age (age1... or ssh-...) nor the whole path of a file of them")
     return text
 
 
@@ -803,6 +811,8 @@ AGENT_OPTIONS = (
     Option(("--most-partials",), "most_partials", "N", parse_count,
            "receive nothing into a folder that holds so many broken transfers; default 16"),
 )
+ANY_PREFIX = Option(("-p", "--snapshot-prefix"), "prefix", "P", parse_prefix,
+                    "only what has this prefix, taken literally; default: all prefixes there are")
 RAW_IDENTITY = Option(("--raw-identity",), "raw_identity", "FILE", parse_path,
                       "the key that stream files (raw://) were encrypted for with age")
 VERBS = {
@@ -853,7 +863,7 @@ calls, whatever the client asks for. What it refuses it tells the client, and th
         needs_root=False),
     "doctor": Verb(
         "[options] [SOURCE [DESTINATION ...] | FOLDER]", "check that backups can work and do, say what to do", (
-            Group("What to check", rows("-p", "-f") + (
+            Group("What to check", (ANY_PREFIX,) + rows("-f") + (
                 Option(("--max-age",), "max_age", "AGE", parse_age,
                        "a newest complete backup older than this is a problem: 90min, 26h, 3d, 2w; the first line is "
                        "then one for monitoring"),
@@ -881,7 +891,7 @@ and a source alone, the ages are those of the destinations that the source remem
         )),
     "list": Verb(
         "[options] {SOURCE [DESTINATION ...] | FOLDER ...}", "show which snapshots are where", (
-            Group("What to show", rows("-p", "-f") + (
+            Group("What to show", (ANY_PREFIX,) + rows("-f") + (
                 Option(("--json",), "json", "", None, "the same as JSON, for programs"),)),
             Group("Display", rows("-h", "-v", "-q", "--log-json")),
             Group("Hosts", rows("--ssh-opt", "--ssh-sudo", "--no-elevate")),
@@ -1246,6 +1256,9 @@ def parse_endpoint(text: str) -> Endpoint:
     if scheme:
         return parse_url(text, scheme.group(1), scheme.group(2))
     on_host = HOST_AND_PATH.fullmatch(text)
+    if on_host and on_host.group(1) in SCHEMES:
+        raise UsageError("{} is neither a URL nor a host's name and path".format(printable(text)),
+                         "write {0}://...; a host called {0} is ssh://{0}/PATH".format(on_host.group(1)))
     if on_host and not text.startswith("."):
         return parse_remote(text, "path", on_host.group(1) + on_host.group(2))
     if re.match(r"[^/.:][^/:]*:", text):
@@ -1279,6 +1292,9 @@ def parse_remote(text: str, kind: str, rest: str) -> Endpoint:
     """`[user@]host[:port]/path`, where nothing is ever decoded or lower-cased."""
     authority, slash, path = rest.partition("/")
     match = AUTHORITY.fullmatch(authority)
+    if match is None and AUTHORITY.fullmatch(authority[:-1]) and authority.endswith(":"):
+        raise UsageError("{} names no port after its colon".format(printable(text)),
+                         "ssh://[USER@]HOST[:PORT]/PATH; without a port no colon")
     if match is None:
         raise UsageError("{} names no host".format(printable(text)), "ssh://[USER@]HOST[:PORT]/PATH")
     user, six, host, port = match.groups()
@@ -4654,7 +4670,8 @@ def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None],
                 if pid is not None:
                     ask_to_end(pid)
                 if time.monotonic() >= deadline:
-                    raise Busy("another run is at work in {}".format(folder), "wait for it, or use --wait") from None
+                    raise Busy("another run is at work in {}".format(folder), "it has not ended within {}: wait longer"
+                               .format(format_duration(wait)) if wait else "wait for it, or use --wait") from None
                 if not waited:
                     on_wait()
                 waited = True
@@ -4907,6 +4924,8 @@ def look_at_swap_place(path: str) -> SwapPlace:
     mounted = next((m for m in reversed(mounts) if m.point == place), None)
     if mounted is not None:
         raise BackupError("{} is a mount point, which cannot be swapped".format(path),
+                          "it is the top level of {}: name a subvolume in it".format(mounted.device)
+                          if mounted.root == "/" else
                           "mount the top level of {} (mount -o subvolid=5) and name the subvolume there: its path "
                           "in it is {}".format(mounted.device, mounted.root))
     old = subvolume_at(place)
@@ -8861,8 +8880,9 @@ class Guard:
 
     def check_call(self, name: str) -> None:
         if not set(CALLS.get(name, ())) & set(self.restriction.allow):
-            raise Refused("this key may not {}: it allows {}".format(
-                name.replace("_", " "), ", ".join(self.restriction.allow)), "see --allow in its authorized_keys")
+            what = [AGENT_GROUPS[group] for group in CALLS.get(name, ())] or ["do that"]
+            raise Refused("this key may not {}: it allows {}".format(what[0], ", ".join(self.restriction.allow)),
+                          "see --allow in its authorized_keys")
 
     def open_path(self, path: str, make: bool) -> str:
         """A path of this process that leads to `path`, whatever happens to its names meanwhile.
@@ -10836,6 +10856,17 @@ class TaskRun:
             raise BackupError("the snapshot folder {} is not on the source's filesystem".format(folder.path),
                               "choose another with -f")
         self.folder, self.folder_exists = folder.path, folder.kind == "folder"
+        self.folder_place = folder
+
+    def check_writable(self) -> None:
+        """BackupError where no snapshot or note can be written, for without notes nothing is sent or deleted."""
+        place, inside = self.folder_place, self.folder_place.inside
+        if place.readonly:
+            raise BackupError("{} is mounted read-only".format(self.task.source), "mount it writable; see dmesg")
+        if inside is not None and inside.readonly:
+            raise BackupError("{} is a read-only snapshot, in which nothing can be noted".format(
+                self.task.source if (self.folder + "/").startswith(self.source + "/") else self.folder),
+                "name the subvolume that it is of, or with -f a snapshot folder outside of it")
 
     def read_state(self) -> None:
         """Locks and pins as they shall be; changes them where options ask for it."""
@@ -11158,15 +11189,19 @@ class TaskRun:
                          snapshot=name, source=self.source)
         self.snapshots.append(snapshot)
 
-    def warn_of_nested(self) -> None:
+    def nested_text(self) -> Tuple[str, List[str]]:
+        """What is not in the snapshots, as text, and the paths of it; '' where all is."""
         try:
-            nested = self.host.nested_subvolumes(self.source, self.folder)
+            nested = sorted(self.host.nested_subvolumes(self.source, self.folder))
         except BackupError as error:  # an ordinary user may take snapshots but not list subvolumes
-            self.events.warning("nested", "nested subvolumes were not looked for: {}".format(error.message))
-            return
-        if nested:
-            self.events.warning("nested", "subvolumes nested in {} are not in its snapshots: {}".format(
-                self.task.source, ", ".join(printable(path) for path in sorted(nested))), paths=nested)
+            return "nested subvolumes were not looked for: {}".format(error.message), []
+        return "subvolumes nested in {} are not in its snapshots: {}".format(
+            self.task.source, some_of(nested)) if nested else "", nested
+
+    def warn_of_nested(self) -> None:
+        text, paths = self.nested_text()
+        if text:
+            self.events.warning("nested", text, paths=paths)
 
     def warn_of_future(self) -> None:
         for snapshot in self.snapshots:
@@ -11200,8 +11235,8 @@ class TaskRun:
             self.retain()
         done = ", ".join("{} {}".format(plural(count, noun), verb)
                          for (noun, verb), count in sorted(self.counts.items()))
-        self.events.info("done", "{}: {}".format("done, but not all as asked" if self.failed else "done",
-                                                 done or "nothing to do"))
+        nothing = "nothing was done" if self.failed else "nothing to do"
+        self.events.info("done", "{}: {}".format("finished with errors" if self.failed else "done", done or nothing))
 
     def recover(self, destination: Destination) -> None:
         """Clears what failed transfers left at a destination, under their locks."""
@@ -11426,6 +11461,7 @@ class TaskRun:
         lines += self.notes
         if not self.task.no_snapshot:
             lines.append("  take snapshot {}".format(self.snapshots[-1].name))
+            lines += ["  note: {}".format(text) for text in self.nested_text()[:1] if text]
         for destination in self.destinations:
             if destination.listing is not None:
                 destination.listing = after_transfers(destination.listing, destination.plan)
@@ -11469,7 +11505,7 @@ class TaskRun:
         parent = transfer.parent
         if transfer.snapshot not in self.snapshots[-1:] or self.task.no_snapshot:
             taken = parent is None or parent.uuid != "not taken yet"
-            return "at most {}".format(format_size(self.host.measured(
+            return "about {}".format(format_size(self.host.measured(
                 self.folder, transfer.snapshot.name, parent.name if parent and taken else None).stream_size))
         return "about {}".format(format_size(self.host.data_since(self.source, parent.generation + 1 if parent else 0)))
 
@@ -11479,6 +11515,7 @@ def run_task(task: Task, events: Events, gate: Optional[Gate] = None) -> int:
     run = TaskRun(task, events, gate)
     try:
         run.open_source()
+        run.check_writable()
         if task.dry_run:
             run.gate.snapshot_taken()
             print_result("\n".join(run.show()))
@@ -11728,7 +11765,8 @@ def describe_entry(entry: Entry) -> Dict[str, Any]:
     return {"name": subvolume.name, "path": entry.path,
             "time": None if entry.moment is None else format_time(entry.moment),
             "uuid": subvolume.uuid, "parent_uuid": subvolume.parent_uuid, "received_uuid": subvolume.received_uuid,
-            "state": entry.state, "locks": list(entry.locks), "parent_locks": list(entry.parent_locks)}
+            "state": entry.state, "size": entry.size, "locks": list(entry.locks),
+            "parent_locks": list(entry.parent_locks)}
 
 
 def describe_locations(locations: Iterable[Location]) -> Dict[str, Any]:
@@ -11768,8 +11806,8 @@ def table_rows(locations: Sequence[Location]) -> List[Row]:
     return sorted(rows, key=lambda row: (row.moment, row.name))
 
 
-def cell_text(row: Row, number: int, location: Location, has_source: bool, parent: Optional[str]) -> str:
-    """What stands in the table for a snapshot at a location. parent: the stream id the next transfer builds on."""
+def cell_text(row: Row, number: int, location: Location, has_source: bool, parents: Set[Optional[str]]) -> str:
+    """What stands in the table for a snapshot at a location. parents: stream ids that the next transfers build on."""
     entry = row.cells.get(number)
     if entry is None:
         unknown = "?" if location.error else "-"
@@ -11777,7 +11815,7 @@ def cell_text(row: Row, number: int, location: Location, has_source: bool, paren
     words = ["present" if entry.state == "complete" else entry.state]
     if entry.locks and entry.state == "complete":
         words.append("locked")
-    if entry.parent_locks or (entry.state == "complete" and parent and entry.subvolume.stream_id == parent):
+    if entry.parent_locks or (entry.state == "complete" and entry.subvolume.stream_id in parents):
         words.append("parent")
     return ", ".join(words) + ("  " + format_size(entry.size) if entry.size is not None else "")
 
@@ -11808,6 +11846,13 @@ def format_table(rows: Sequence[Sequence[str]]) -> List[str]:
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
 
 
+def next_parents(snapshots: Sequence[Subvolume], listing: Listing) -> Set[Optional[str]]:
+    """The stream ids of what the next transfer of each prefix builds on."""
+    prefixes = {prefix_of(s.name) for s in snapshots}
+    found = [newest_common([s for s in snapshots if prefix_of(s.name) == prefix], listing) for prefix in prefixes]
+    return {s.stream_id for s in found if s is not None}
+
+
 def format_locations(locations: Sequence[Location], now: float) -> str:
     """The table, its totals below it."""
     has_source = locations[0].is_source
@@ -11815,8 +11860,8 @@ def format_locations(locations: Sequence[Location], now: float) -> str:
     rows = table_rows(locations)
     columns = []
     for number, location in enumerate(locations):
-        base = newest_common(snapshots, location.listing) if has_source and number else None
-        texts = [cell_text(row, number, location, has_source, base.stream_id if base else None) for row in rows]
+        parents = next_parents(snapshots, location.listing) if has_source and number else set()
+        texts = [cell_text(row, number, location, has_source, parents) for row in rows]
         columns.append([location.endpoint] + texts + ["", summary_text(location, texts), newest_text(location, now)])
     names = ["snapshot"] + [row.name for row in rows] + ["", "total", "newest"]
     return "\n".join(format_table(list(zip(names, *columns))))
@@ -11835,12 +11880,9 @@ def run_list(task: Task, events: Events) -> int:
     """Prints what is where; 1 where a location could not be listed."""
     survey = Survey(task, events)
     try:
-        locations = survey.locations()
-        if task.json:
-            print_result(format_json(describe_locations(locations)))
-        else:
-            locations = [survey.with_sizes(location) for location in locations]
-            print_result(format_locations(locations, time.time()))
+        locations = [survey.with_sizes(location) for location in survey.locations()]
+        print_result(format_json(describe_locations(locations)) if task.json else
+                     format_locations(locations, time.time()))
     finally:
         survey.end()
     for location in locations:
@@ -11872,29 +11914,63 @@ def abandoned_partials(listing: Listing, prefix: str, idle: Dict[str, float], li
     return sorted(found, key=by_creation)
 
 
+def lone_lock_names(listing: Listing, prefix: str) -> List[str]:
+    """Snapshots of `prefix` of whose transfers to a folder nothing is left but a lock file."""
+    names = {partial_of(name[:-len(".lock")]) for name in listing.others if name.endswith(".partial.lock")}
+    busy = {partial_of(s.name) for s in listing.subvolumes} | {record.name for record in listing.records}
+    return sorted(name for name in names - busy if name and name_time(prefix, name) is not None)
+
+
 class Pruning:
     """The pruning of one folder."""
 
     def __init__(self, task: Task, hosts: Hosts, text: str, events: Events) -> None:
-        self.task, self.text, self.events = task, text, events
-        self.endpoint = parse_endpoint(text)
-        self.host = hosts.of(self.endpoint)
+        self.task, self.hosts, self.text, self.events = task, hosts, text, events
         self.deleted = self.kept = 0
-        self.failed = False
+        self.statuses: Set[int] = set()  # of what was not done
+        self.told: Set[str] = set()
 
     def run(self) -> None:
-        self.folder, listing = list_endpoint(self.host, self.endpoint)
-        prefixes = folder_prefixes(listing, self.task.prefix)
-        for prefix in prefixes:
+        """Does each prefix by itself: one that another run is at work on, or that fails, does not stop the others."""
+        try:
+            endpoint = parse_endpoint(self.text)
+            self.host = self.hosts.of(endpoint)
+            self.folder, listing = list_endpoint(self.host, endpoint)
+            for prefix in folder_prefixes(listing, self.task.prefix):
+                self.try_to_prune(prefix)
+            if self.deleted and self.task.sync and not self.task.dry_run:
+                self.host.wait_for_cleaning(self.folder)
+            if not self.deleted and not self.kept and not self.statuses:
+                self.tell_empty(listing)
+        except BackupError as error:
+            self.report(error)
+
+    def try_to_prune(self, prefix: str) -> None:
+        try:
             if self.task.dry_run:
                 self.prune(prefix)
             else:
                 with self.host.hold(self.folder, prefix, self.task.wait):
                     self.prune(prefix)
-        if self.deleted and self.task.sync and not self.task.dry_run:
-            self.host.wait_for_cleaning(self.folder)
-        if not self.deleted and not self.kept and not self.failed:
+        except BackupError as error:
+            self.report(error)
+
+    def tell_empty(self, listing: Listing) -> None:
+        """An error where a prefix was asked for: it may be mistyped, and then nothing is ever deleted."""
+        if self.task.prefix is None:
             self.events.warning("empty", "no backups in {}".format(self.text), folder=self.folder)
+            return
+        others = ", ".join("'{}'".format(prefix) for prefix in folder_prefixes(listing, None))
+        self.report(BackupError("no backups of prefix '{}' in {}".format(self.task.prefix, self.text),
+                                "there are some of {}".format(others) if others else "look there with list"))
+
+    def report(self, error: BackupError) -> None:
+        """Tells an error, once where it is the same for each prefix."""
+        self.statuses.add(error.status)
+        text = error.message if self.text in error.message else "{}: {}".format(self.text, error.message)
+        if text not in self.told:
+            self.told.add(text)
+            self.events.error(BackupError(text, error.hint, error.detail))
 
     def prune(self, prefix: str) -> None:
         """Looks at what there is now, and deletes what goes of one prefix."""
@@ -11908,6 +11984,20 @@ class Pruning:
             idle = self.host.idle_partials(self.folder)
             self.delete([(s, "of a transfer that was broken off, unchanged for {}".format(format_age(idle[s.name])))
                          for s in abandoned_partials(listing, prefix, idle, self.task.partials_older_than)], False)
+            self.delete_lone_locks(listing, prefix)
+
+    def delete_lone_locks(self, listing: Listing, prefix: str) -> None:
+        """Deletes what is left of a broken transfer whose partial is gone: a lock file, unless it is held."""
+        lone = lone_lock_names(listing, prefix)
+        if self.task.dry_run:
+            for name in lone:
+                print_result("  delete {}: of a transfer that was broken off".format(partial_lock_name(name)))
+        elif lone:
+            for error in self.host.forget_partials(self.folder, lone):
+                self.report(error)
+            gone = set(lone) - set(lone_lock_names(self.host.list(self.folder), prefix))
+            self.events.info("deleting", "deleted {} at {}: of transfers that were broken off".format(
+                some_of([partial_lock_name(name) for name in sorted(gone)]), self.text), folder=self.folder)
 
     def tell_kept(self, verdicts: Sequence[Verdict]) -> None:
         for verdict in verdicts:
@@ -11929,8 +12019,7 @@ class Pruning:
                              name=subvolume.name, folder=self.folder, reason=reason)
         errors = self.host.delete(self.folder, [subvolume for subvolume, _ in doomed], convert_rw)
         for error in errors:
-            self.failed = True
-            self.events.error(error)
+            self.report(error)
         self.deleted += len(doomed) - len(errors)
 
 
@@ -11950,27 +12039,21 @@ def check_prune(task: Task) -> None:
 def run_prune(task: Task, events: Events) -> int:
     """Prunes each folder; one that fails does not stop the others. The status of what failed, 1 where that differs."""
     hosts = Hosts(task, events)
-    statuses, deleted, kept = set(), 0, 0
+    failures, deleted, kept = set(), 0, 0  # type: Set[int], int, int
     try:
         for text in (task.source,) + task.destinations:
-            try:
-                if task.dry_run:
-                    print_result("folder {}".format(text))
-                pruning = Pruning(task, hosts, text, events)
-                pruning.run()
-                statuses.add(1 if pruning.failed else 0)
-                deleted, kept = deleted + pruning.deleted, kept + pruning.kept
-            except BackupError as error:
-                statuses.add(error.status)
-                events.error(BackupError(error.message if text in error.message else "{}: {}".format(
-                    text, error.message), error.hint, error.detail))
+            if task.dry_run:
+                print_result("folder {}".format(text))
+            pruning = Pruning(task, hosts, text, events)
+            pruning.run()
+            failures |= pruning.statuses
+            deleted, kept = deleted + pruning.deleted, kept + pruning.kept
     finally:
         hosts.end()
     if not task.dry_run:
         events.info("done", "{}: {} deleted, {} kept".format(
-            "done" if statuses == {0} else "done, but not all as asked", plural(deleted, "subvolume"),
+            "finished with errors" if failures else "done", plural(deleted, "subvolume"),
             plural(kept, "backup")))
-    failures = statuses - {0}
     return failures.pop() if len(failures) == 1 else int(bool(failures))
 
 
@@ -12044,7 +12127,8 @@ def run_and_report(run: Callable[[Task, Events], int], task: Task, events: Event
         return told.status
     except Interrupted as interruption:
         end_children()
-        events.warning("interrupted", "interrupted by {}; locks are kept, the next run goes on".format(interruption))
+        goes_on = "; locks are kept, the next run goes on" if task.verb in ("", "restore") else ""
+        events.warning("interrupted", "interrupted by {}{}".format(interruption, goes_on))
         return interruption.status
 
 
@@ -12702,7 +12786,8 @@ class RestoreRun:
         host = self.sending.hosts.of(endpoint)
         place = host.look(path or ".")
         if place.kind != "folder":
-            raise BackupError("no such backup: {}".format(text), "is its filesystem mounted?")
+            raise BackupError("no such backup: {}".format(text), "nothing is mounted at {}".format(place.unmounted)
+                              if place.unmounted else "is its filesystem mounted?")
         folder = place.path
         if not is_folder and name is None:
             if not place.is_top or place.inside is None or folder == "/":
@@ -12866,7 +12951,7 @@ class RestoreRun:
         target = self.target
         self.sending.recover(target)
         if self.is_there():
-            self.events.info("present", "{} is already in {}".format(self.backup.name, target.path))
+            self.events.info("present", "{} is already in {}".format(self.backup.name, self.target_name))
             self.clear_steps()
             return
         self.steps |= {t.snapshot.name for t in target.plan.transfers[:-1]}
@@ -12879,10 +12964,22 @@ class RestoreRun:
             raise BackupError("{} was not restored".format(self.backup.name), self.blame()
                               or "run again when that is mended")
         self.events.emit("restored", "info" if self.task.destinations else "debug", "restored {} to {}".format(
-            self.backup.name, target.path), snapshot=self.backup.name, folder=target.path)
+            self.backup.name, self.target_name), snapshot=self.backup.name, folder=target.path)
+
+    @property
+    def target_name(self) -> str:
+        """The folder with the host that it is on."""
+        return folder_key(self.target.endpoint, self.target.path)
 
     def clear_steps(self) -> None:
-        """Deletes what a chain has brought only to build on, and where it failed what is half there."""
+        """Deletes what a chain has brought only to build on; what is restored is, also where that fails."""
+        try:
+            self.delete_steps()
+        except BackupError as error:
+            self.sending.report(error)
+
+    def delete_steps(self) -> None:
+        """Deletes them, and where the restore failed what is half there."""
         target = self.target
         if not self.listing.chained:
             return
@@ -12893,7 +12990,7 @@ class RestoreRun:
                 if s.name in named and corresponds(named[s.name], s)]
         errors = target.host.delete(target.path, sorted(left, key=by_creation, reverse=True), False)
         for error in errors:
-            self.sending.report(error, target)
+            self.sending.report(error)
         if not errors:
             self.sending.change_locks(clear=[LockChange(name, STEP) for name in self.steps])
 
@@ -12962,7 +13059,7 @@ class RestoreRun:
             return
         if nested:
             self.events.warning("nested", "subvolumes nested in {} stay in the old one: {}".format(
-                place.path, ", ".join(printable(path) for path in sorted(nested))), paths=nested)
+                place.path, some_of(sorted(nested))), paths=nested)
 
     def say_swapped(self, path: str, notes: SwapNotes) -> None:
         kept = "; the old one is {}".format(os.path.join(os.path.dirname(path), notes.old_name))
@@ -12993,7 +13090,7 @@ class RestoreRun:
         measuring = self.sending.host.measure_send(self.sending.folder, transfer.snapshot.name,
                                                    transfer.parent.name if transfer.parent else None)
         try:
-            return "at most {}".format(format_size(measuring.wait().stream_size))
+            return "about {}".format(format_size(measuring.wait().stream_size))
         finally:
             measuring.end()
 
@@ -13016,7 +13113,7 @@ def run_restore(task: Task, events: Events) -> int:
             run.execute()
     finally:
         run.sending.hosts.end()
-    return 0
+    return 1 if run.sending.failed else 0
 
 
 ########################################################################################################
@@ -13156,12 +13253,6 @@ def check_identity(place: Place, snapshots: Sequence[Subvolume]) -> Findings:
         yield Finding(PROBLEM, "snapshots with the same identity: {}".format(some_of(alike)), "delete all but one")
     else:
         yield Finding(OK, "each snapshot has its own")
-
-
-def some_of(names: Sequence[str]) -> str:
-    """The first names of many."""
-    shown = ", ".join(printable(name) for name in names[:3])
-    return shown if len(names) <= 3 else "{} and {} more".format(shown, len(names) - 3)
 
 
 def check_snapshots(snapshots: Sequence[Subvolume], folder: str, now: float) -> Findings:
@@ -14095,6 +14186,7 @@ def format_man() -> str:
     """The manual in man's own language."""
     classic = VERBS[""]
     lines = ['.TH BTRFS\\-BACKUP\\-NG 8 "" "{} {}" "System Administration"'.format(roff(PROGRAM), __version__),
+             ".nh", ".ad l",  # what is copied from it must be what is typed, with no hyphens and blanks of its own
              ".SH NAME", roff(PROGRAM) + " \\- incremental btrfs backups", ".SH SYNOPSIS"]
     for name in VERBS:
         lines += [".B {}".format(roff(usage_of(name))), ".br"]
@@ -14401,7 +14493,8 @@ def program_argv() -> List[str]:
 
 def check_absolute(request: Request) -> None:
     """UsageError for paths that mean another place when systemd starts the program."""
-    for text in request.paths + request.task.forget + request.files:
+    logs = (request.task.log_json,) if request.task.log_json else ()
+    for text in request.paths + request.task.forget + request.files + logs:
         endpoint = parse_endpoint(text)
         if endpoint.kind == "path" and not endpoint.path.startswith("/"):
             raise UsageError("{} is a relative path, and systemd starts in another folder".format(printable(text)),

@@ -45,7 +45,7 @@ from btrfs_backup_ng import (
     table_rows,
 )
 
-KEYS = ["name", "path", "time", "uuid", "parent_uuid", "received_uuid", "state", "locks", "parent_locks"]
+KEYS = ["name", "path", "time", "uuid", "parent_uuid", "received_uuid", "state", "size", "locks", "parent_locks"]
 
 
 def table(text):
@@ -199,7 +199,7 @@ class OnDisk(ListTestCase):
             for entry in location["snapshots"]:
                 known = subvolume(os.path.join(folder, entry["name"]))
                 self.assertEqual(os.path.join(folder, entry["name"]), entry["path"])
-                self.assertEqual((known.uuid, known.parent_uuid, known.received_uuid, "complete", [], []),
+                self.assertEqual((known.uuid, known.parent_uuid, known.received_uuid, "complete", None, [], []),
                                  tuple(entry[key] for key in KEYS[3:]))
         moment = time.mktime((2024, 1, 1, 0, 0, 0, 0, 0, -1))
         offset = time.strftime("%z", time.localtime(moment))

@@ -206,7 +206,7 @@ class OnDisk(BackupTestCase):
         self.assertErrorSays(result, self.target + "/missing", "mounted?")
         for folder in (self.target, second):
             self.assertBackedUp([self.name(2)], folder)
-        self.assertIn("not all as asked", result.stderr)
+        self.assertIn("finished with errors", result.stderr)
 
     def test_no_backups_is_said(self):
         self.assertIn("no backups in " + self.target, self.prune("-n", "1").stderr)

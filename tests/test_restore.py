@@ -225,7 +225,7 @@ class ToAFolder(RestoreTestCase):
         support.delete(self.snapshot_path(second))
         folders = (self.source_disk.path, self.target)
         before = support.listing(*folders)
-        for more, words in (((self.into,), ("make the folder", "incrementally from " + first, "at most")),
+        for more, words in (((self.into,), ("make the folder", "incrementally from " + first, "about")),
                             (("--in-place", self.source), ("incrementally from " + first, "at " + self.source,
                                                            self.source + ".old-"))):
             result = self.restore("--dry-run", self.target, "--latest", *more)
@@ -257,7 +257,7 @@ class Refused(RestoreTestCase):
                 ((self.target, "--latest", self.backup_path(name)), ("read-only",)),
                 ((self.target, "--latest", self.into, "--in-place", os.path.join(self.target, "home")),
                  ("not on the filesystem",)),
-                ((self.target, "--latest", "--in-place", self.source_disk.path), ("mount point", "subvolid=5")),
+                ((self.target, "--latest", "--in-place", self.source_disk.path), ("mount point", "top level")),
                 ((self.target, "--latest", "--in-place", self.into), ("no subvolume",))):
             with self.subTest(arguments=arguments):
                 self.refuse(*arguments, says=says)

@@ -75,7 +75,7 @@ class Drills(remote.RemoteTestCase):
         self.take(1)
         self.transfer()
         result = self.restore(self.target, "--latest", "--in-place", self.server.endpoint(self.source_there), status=1)
-        self.assertErrorSays(result, "mount point", "subvolid=5")
+        self.assertErrorSays(result, "mount point", "top level")
 
     def test_a_host_that_is_away(self):
         self.server.stop()

@@ -464,7 +464,8 @@ class Refusals(RestrictedTestCase):
         self.addCleanup(agent.channel.close)
         with self.assertRaises(Refused):
             agent.method("delete", (self.target, [], False))
-        self.assertEqual(["this key may not delete: it allows list"], [refusal.message for refusal in said])
+        self.assertEqual(["this key may not delete snapshots and backups: it allows list"],
+                         [refusal.message for refusal in said])
 
 
 class TenClients(RestrictedTestCase):

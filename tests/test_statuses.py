@@ -1,0 +1,278 @@
+"""What restore, prune, list and a run answer where something failed: status, message, and that the rest was done."""
+
+import fcntl
+import os
+import re
+import shlex
+import shutil
+import sys
+import unittest
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import remote
+from support import (
+    BackupTestCase,
+    command,
+    create,
+    listing,
+    names,
+    partials,
+    read_locks,
+    scratch_folder,
+    snapshot,
+)
+
+from btrfs_backup_ng import (
+    Listing,
+    Location,
+    Subvolume,
+    UsageError,
+    format_locations,
+    format_man,
+    parse_arguments,
+    parse_command,
+    parse_encryption,
+    parse_endpoint,
+    parse_rate,
+    print_systemd,
+    source_entries,
+)
+
+
+def failing_btrfs(words):
+    """An environment in which `btrfs` fails where its arguments hold `words`."""
+    folder = os.path.join(scratch_folder(), "failing")
+    os.makedirs(folder, exist_ok=True)
+    with open(folder + "/btrfs", "w") as script:
+        script.write('#!/bin/sh\ncase "$*" in *{}*) echo "ERROR: it failed" >&2; exit 1;; esac\nexec {} "$@"\n'.format(
+            shlex.quote(words), shutil.which("btrfs")))
+    os.chmod(folder + "/btrfs", 0o755)
+    return {"PATH": folder + ":" + os.environ["PATH"]}
+
+
+class Words(unittest.TestCase):
+
+    def test_a_rate_has_its_unit(self):
+        for text in ("20", "1.5", "0K", "20MB"):
+            with self.assertRaises(ValueError):
+                parse_rate(text)
+        self.assertEqual(20 << 20, parse_rate("20M"))
+
+    def test_half_a_url_is_no_host(self):
+        for text, right in (("raw:/mnt/nas", "raw://..."), ("ssh:/nas/mnt", "ssh://..."), ("shell:/x", "shell://..."),
+                            ("raw+ssh:/x", "raw+ssh://...")):
+            with self.assertRaises(UsageError) as caught:
+                parse_endpoint(text)
+            self.assertIn(right, caught.exception.hint)
+        self.assertEqual("raw", parse_endpoint("ssh://raw/mnt").login)
+        self.assertEqual("me@raw", parse_endpoint("me@raw:/mnt").login)
+
+    def test_a_colon_without_a_port(self):
+        for text in ("ssh://nas:/mnt/x", "ssh://me@[::1]:/mnt/x"):
+            with self.assertRaises(UsageError) as caught:
+                parse_endpoint(text)
+            self.assertIn("no port", caught.exception.message)
+
+    def test_a_relative_file_of_recipients(self):
+        for text in ("age:./keys", "age:key.txt"):
+            with self.assertRaises(ValueError):
+                parse_encryption(text)
+        for text in ("age:/keys", "age:age1xyz", "age:ssh-ed25519 AAAA", "gpg:KEY"):
+            self.assertEqual(text, parse_encryption(text))
+
+    def test_units_have_no_relative_paths_in_options(self):
+        with self.assertRaises(UsageError) as caught:
+            print_systemd(parse_arguments(["print", "systemd", "--", "--log-json", "log.json", "/home"]))
+        self.assertIn("log.json is a relative path", caught.exception.message)
+
+    def test_the_manual_can_be_copied_from(self):
+        self.assertIn("\n.nh\n.ad l\n", format_man())
+
+    def test_each_prefix_has_its_parent(self):
+        def one(name, number):
+            return Subvolume(name, name, readonly=True, otime=number)
+        here = Listing((one("a-20260101-000000", 1), one("b-20260102-000000", 2)))
+        there = Listing(tuple(s._replace(uuid="x" + s.name, received_uuid=s.uuid) for s in here.subvolumes))
+        source = Location("/s", True, source_entries(here, "/s", None, {}), None, here)
+        backups = Location("/b", False, source_entries(there, "/b", None, {}), None, there)
+        shown = format_locations([source, backups], 2e9)
+        self.assertEqual(2, shown.count("present, parent"), shown)
+
+    def test_verbs_that_look_do_not_ask_for_one_prefix(self):
+        for verb in ("list", "doctor"):
+            self.assertIsNone(parse_command([verb, "/x"])[0].task.prefix)
+
+
+class Prune(BackupTestCase):
+
+    def setUp(self):
+        super().setUp()
+        os.makedirs(self.snapshots)
+        for prefix in ("a-", "b-", "c-"):
+            for day in (1, 2):
+                snapshot(self.source, self.snapshot_path("{}2024010{}-000000".format(prefix, day)))
+            self.run_program("-S", "-p", prefix, self.source, self.target)
+
+    def left(self):
+        return sorted({re.sub("-.*", "", name): None for name in names(self.target) if "0101" in name})
+
+    def test_a_busy_prefix_keeps_no_other(self):
+        with open(os.path.join(self.target, ".a-.lock"), "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            result = self.run_program("prune", "-n", "1", self.target, status=75)
+        self.assertErrorSays(result, "another run is at work")
+        self.assertEqual(["a"], self.left())
+
+    def test_one_that_fails_keeps_no_other(self):
+        result = self.run_program("prune", "-n", "1", self.target, status=1,
+                                  env=failing_btrfs("b-20240101-000000"))
+        self.assertErrorSays(result, "cannot delete", "b-20240101")
+        self.assertIn("finished with errors: 2 subvolumes deleted, 3 backups kept", result.stderr)
+        self.assertEqual(["b"], self.left())
+
+    def test_busy_and_failed_is_failed(self):
+        with open(os.path.join(self.target, ".a-.lock"), "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            self.run_program("prune", "-n", "1", self.target, status=1, env=failing_btrfs("b-20240101-000000"))
+        self.assertEqual(["a", "b"], self.left())
+
+    def test_what_is_wrong_with_the_folder_is_said_once(self):
+        with open(os.path.join(self.target, ".outstanding_transfers"), "w") as locks:
+            locks.write("{")
+        self.assertErrorSays(self.run_program("prune", "-n", "1", self.target, status=1), ".outstanding_transfers")
+
+    def test_a_mistyped_prefix(self):
+        result = self.run_program("prune", "-n", "1", "-p", "d-", self.target, status=1)
+        self.assertErrorSays(result, "no backups of prefix 'd-'", "'a-', 'b-', 'c-'")
+
+    def test_a_lock_file_alone(self):
+        held = self.backup_path(".a-20240109-000000.partial.lock")
+        lone = self.backup_path(".a-20240108-000000.partial.lock")
+        beside = self.backup_path(".a-20240107-000000.partial")
+        create(beside)
+        for path in (held, lone, beside + ".lock"):
+            with open(path, "w"):
+                pass
+        before = listing(self.target)
+        words = ("prune", "-p", "a-", "--partials-older-than", "1h", self.target)
+        self.assertIn(os.path.basename(lone), self.run_program(*words + ("--dry-run",)).stdout)
+        self.assertUnchanged(before, self.target)
+        with open(held) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self.assertIn("deleted " + os.path.basename(lone) + " at", self.run_program(*words).stderr)
+        self.assertEqual((True, False, True), tuple(map(os.path.lexists, (held, lone, beside + ".lock"))))
+        self.assertEqual(1, len(partials(self.target)))
+
+
+class Restore(BackupTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.raw = "raw://" + self.target
+        self.taken = self.take(1, 2)
+        self.transfer(to=[self.raw])
+        self.disk_there = self.disk()
+        self.into = os.path.join(self.disk_there.path, "restored")
+
+    def test_what_was_restored_is_although_a_step_stays(self):
+        """The stream that it builds on cannot be deleted afterwards: that is an error, and not that of the restore."""
+        result = self.run_program("restore", "--latest", self.raw, self.into, status=1,
+                                  env=failing_btrfs("subvolume delete " + os.path.join(self.into, self.taken[0])))
+        self.assertErrorSays(result, "cannot delete", self.taken[0])
+        self.assertIn("restored {} to {}".format(self.taken[1], self.into), result.stderr)
+        self.assertComplete(os.path.join(self.into, self.taken[1]), self.snapshot_path(self.taken[1]))
+        result = self.run_program("restore", "--latest", self.raw, self.into)
+        self.assertIn("is already in", result.stderr)
+        self.assertEqual([self.taken[1]], names(self.into))
+        self.assertEqual({}, read_locks(self.into))
+
+    def test_in_place_all_the_same(self):
+        place = create(os.path.join(self.disk_there.path, "home"))
+        result = self.run_program("restore", "--latest", self.raw, self.into, "--in-place", place, status=1,
+                                  env=failing_btrfs("subvolume delete " + os.path.join(self.into, self.taken[0])))
+        self.assertErrorSays(result, "cannot delete")
+        self.assertTrue(os.path.exists(os.path.join(place, "day2")))
+
+    def test_an_error_is_not_forgotten(self):
+        """Where the backup is there already, and what a broken transfer left beside it cannot be deleted."""
+        self.run_program("restore", "--latest", self.raw, self.into)
+        left = create(os.path.join(self.into, ".{}.2.partial".format(self.taken[1])))
+        with open(os.path.join(self.into, ".outstanding_transfers"), "w") as locks:
+            locks.write('{{"{}": {{"locks": ["{}"], "parent_locks": []}}}}'.format(self.taken[1], self.into))
+        result = self.run_program("restore", "--latest", self.raw, self.into, status=1,
+                                  env=failing_btrfs("subvolume delete " + left))
+        self.assertErrorSays(result, "cannot delete")
+
+    def test_a_disk_that_is_away(self):
+        fstab = "/dev/none {} btrfs defaults 0 0\n".format(os.path.join(scratch_folder(), "away"))
+        path = os.path.join(scratch_folder(), "fstab")
+        with open(path, "w") as file:
+            file.write(fstab)
+        result = self.run_program("restore", "--latest", os.path.join(scratch_folder(), "away", "home"), self.into,
+                                  status=1, wrapper=["unshare", "-m", "sh", "-c",
+                                                     'mount --bind "$0" /etc/fstab && exec "$@"', path])
+        self.assertErrorSays(result, "no such backup", "nothing is mounted at")
+
+
+class RestoreThere(remote.RemoteTestCase):
+
+    def test_the_host_is_named(self):
+        name, = self.take(1)
+        self.transfer()
+        there = self.server.endpoint(os.path.join(self.target_there, "restored"))
+        result = self.run_program("restore", *self.program_options() + [self.target, "--latest", there])
+        self.assertIn("restored {} to {}".format(name, there), result.stderr)
+
+
+class Runs(BackupTestCase):
+
+    def test_nothing_was_done_with_errors(self):
+        self.take(1)
+        create(self.backup_path(".{}.partial".format(self.name(1))))
+        self.assertIn("finished with errors: nothing was done", self.transfer(status=1).stderr)
+
+    def test_nested_subvolumes_are_a_handful_also_in_a_dry_run(self):
+        for number in range(9):
+            create(os.path.join(self.source, "nested{}".format(number)))
+        said = "nested0, nested1, nested2 and 6 more"
+        self.assertIn(said, self.backup(to=[]).stderr)
+        self.assertIn(said, self.backup("--dry-run").stdout)
+
+    def test_a_read_only_source_is_refused_in_a_dry_run_as_well(self):
+        path = os.path.join(self.source_disk.path, "frozen")
+        snapshot(self.source, path)
+        before = listing(self.target)
+        for options in ([], ["--dry-run"], ["-S"], ["-S", "--dry-run"]):
+            result = self.run_program("-p", "home", *options + [path, self.target], status=1)
+            self.assertErrorSays(result, "read-only snapshot", "-f")
+        self.source_disk.remount("ro")
+        for options in ([], ["--dry-run"]):
+            self.assertErrorSays(self.backup(*options, status=1), "mounted read-only")
+        self.assertUnchanged(before, self.target)
+        self.source_disk.remount("rw")
+
+    def test_another_snapshot_folder_serves_a_read_only_source(self):
+        path = os.path.join(self.source_disk.path, "frozen")
+        snapshot(self.source, path)
+        self.run_program("-p", "x", "-f", os.path.join(self.source_disk.path, "snapshots"), path, self.target)
+        self.assertEqual(1, len(names(self.target)))
+
+    def test_waiting_ends_with_what_it_was(self):
+        os.makedirs(self.snapshots)
+        with open(os.path.join(self.snapshots, ".home.lock"), "w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            result = self.backup("--wait", "0.1", status=75)
+            self.assertErrorSays(result, "has not ended within 0.1 s")
+            self.assertErrorSays(self.backup(status=75), "or use --wait")
+
+    def test_sizes_in_json(self):
+        self.take(1)
+        self.transfer()
+        self.assertIn('"size": null', self.run_program("list", "--json", self.target).stdout)
+        for words in ("quota enable", "quota rescan -w"):
+            command("btrfs", *(words.split() + [self.target_disk.path]))
+        self.assertRegex(self.run_program("list", "--json", self.target).stdout, '"size": [0-9]+')
+
+
+if __name__ == "__main__":
+    unittest.main()
