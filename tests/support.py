@@ -208,6 +208,23 @@ class Disk:
         os.unlink(self.image)
 
 
+# Chance and time.
+
+SEED = os.environ.get("SEED") or str(random.SystemRandom().getrandbits(32))
+
+
+def chance(test):
+    """A source of random choices for a test: they follow from SEED, in the environment or taken here, and its name."""
+    if "SEED" not in os.environ:
+        print("SEED=%s %s" % (SEED, test.id()), file=sys.stderr)
+    return random.Random("%s %s" % (SEED, test.id()))
+
+
+def next_second():
+    """Wait for the next second of the clock: the name of a snapshot has the second in which it was taken."""
+    time.sleep(1.01 - time.time() % 1)
+
+
 # Subvolumes, as btrfs-progs see them.
 
 
@@ -366,16 +383,25 @@ class Running:
                 pass
         return found
 
-    def find(self, verb):
-        """The pid of the child that sends or that runs `btrfs receive`, or None.
+    def children(self):
+        """The pids of what the program itself has started, its tasks for example."""
+        return [pid for pid in self.processes() if read_stat(pid)[1:2] == [str(self.pid)]]
 
-        `send --no-data` is no transfer: it measures one.
-        """
-        for pid, argv in self.processes().items():
-            is_program = argv and os.path.basename(argv[0]) == b"btrfs" and verb.encode() in argv[1:3]
-            if (is_program and b"--no-data" not in argv) or b"btrfs-" + verb.encode() in argv:
-                return pid
-        return None
+    def transfers(self, verb):
+        """{pid: argv} of the children that send or that run `btrfs receive`, without what a gate has before it."""
+        words = {pid: argv[argv[:1] == [b"/bin/sh"]:] for pid, argv in self.processes().items()}
+        return {pid: argv for pid, argv in words.items() if argv and is_transfer(argv, verb.encode())}
+
+    def find(self, verb):
+        """The pid of one of these, or None."""
+        return next(iter(self.transfers(verb)), None)
+
+    def read_stderr(self):
+        """What it has said until now."""
+        return os.fsdecode(os.pread(self.stderr.fileno(), 1 << 20, 0))
+
+    def wait_to_say(self, words):
+        return self.wait_for(words + " said", lambda: words in self.read_stderr())
 
     def wait_for(self, what, condition, timeout=30):
         """What the condition says once it is true; fails when the program ends before."""
@@ -390,11 +416,29 @@ class Running:
             time.sleep(0.001)
         raise AssertionError("no %s after %d s: %s" % (what, timeout, self.kill().stderr))
 
+    def left(self, timeout=60):
+        """What still runs when the kernel has had its time to end what was killed."""
+        deadline = time.monotonic() + timeout
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.processes()
+
     def hold(self, verb):
-        """Stop the `btrfs send` or `btrfs receive` as soon as there is one; its pid."""
-        pid = self.wait_for("btrfs " + verb, lambda: self.find(verb))
-        os.kill(pid, signal.SIGSTOP)
-        return pid
+        """Stop the `btrfs send` or `btrfs receive` as soon as there is one; its pid.
+
+        One that is short may be over by then, but for one that runs with `gate`.
+        """
+        return next(iter(self.hold_all(verb, 1)))
+
+    def hold_all(self, verb, count):
+        """Stops them as they appear until so many are held; their pids."""
+        held = set()
+
+        def all_held():
+            held.update(pid for pid in set(self.transfers(verb)) - held if stop(pid))
+            return len(held) >= count
+        self.wait_for("%d btrfs %s at once" % (count, verb), all_held, timeout=120)
+        return held
 
     def finish(self, timeout=60):
         """Wait for the end. A run that hangs is killed, and fails the test."""
@@ -433,6 +477,62 @@ class Running:
         self.kill()
         self.stdout.close()
         self.stderr.close()
+
+
+def is_transfer(argv, verb):
+    """Whether a program sends or receives; `send --no-data` is no transfer: it measures one."""
+    is_program = os.path.basename(argv[0]) == b"btrfs" and verb in argv[1:3] and b"--no-data" not in argv
+    return is_program or b"btrfs-" + verb in argv
+
+
+def read_stat(pid):
+    """The fields of /proc/PID/stat after the program's name: state, parent, ...; [""] of one that is gone."""
+    try:
+        with open("/proc/%d/stat" % pid, "rb") as fields:
+            return os.fsdecode(fields.read().rpartition(b")")[2]).split()
+    except OSError:
+        return [""]
+
+
+def is_stopped(pid):
+    return read_stat(pid)[0] == "T"
+
+
+def is_at_gate(pid):
+    """Whether a process is the script of a gate, which stops by itself."""
+    try:
+        with open("/proc/%d/cmdline" % pid, "rb") as words:
+            return words.read().startswith(b"/bin/sh\0")
+    except OSError:
+        return False
+
+
+def stop(pid):
+    """Whether a process is stopped now, by us or at a gate."""
+    if is_at_gate(pid):
+        return is_stopped(pid)
+    try:
+        os.kill(pid, signal.SIGSTOP)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def gate(verb):
+    """An environment in which each `btrfs VERB` stops itself before it begins; SIGCONT lets it in.
+
+    However short it is, and however slowly we look, we meet it.
+    """
+    folder = os.path.join(scratch_folder(), "gate-" + verb)
+    script = os.path.join(folder, "btrfs")
+    if not os.path.exists(script):
+        os.makedirs(folder)
+        with open(script + ".new", "w") as file:
+            file.write('#!/bin/sh\ncase " $1 $2 " in *" %s "*) kill -STOP $$;; esac\nexec %s "$@"\n'
+                       % (verb, shutil.which("btrfs")))
+        os.chmod(script + ".new", 0o755)
+        os.rename(script + ".new", script)
+    return {"PATH": folder + ":" + os.environ["PATH"]}
 
 
 def as_nobody():
@@ -883,8 +983,8 @@ class BackupTestCase(TestCase):
         """The same without a snapshot: quick, as no two runs have to differ by a second."""
         return self.backup("-S", *options, **more)
 
-    def start_backup(self, *options):
-        return self.start("-p", "home", *(list(options) + [self.source, self.target]))
+    def start_backup(self, *options, **more):
+        return self.start("-p", "home", *(list(options) + [self.source, self.target]), **more)
 
     def write(self, name, content):
         path = os.path.join(self.source, name)

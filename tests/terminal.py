@@ -4,7 +4,6 @@ The screen knows the few sequences that the program uses, and what a real termin
 of its output: lines wrap and scroll. An unknown sequence is an error.
 """
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -217,22 +216,6 @@ class OnTerminal(Running):
         if self.master >= 0:
             os.close(self.master)
         self.reader.join(5)
-
-
-def stop_all(running, verb, count):
-    """Stops the btrfs send or receive processes as they appear until so many are held; their pids."""
-    held = set()
-
-    def all_held():
-        for pid, argv in running.processes().items():
-            is_transfer = verb.encode() in argv[1:3] and b"--no-data" not in argv
-            if pid not in held and argv and os.path.basename(argv[0]) == b"btrfs" and is_transfer:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGSTOP)
-                    held.add(pid)
-        return len(held) >= count
-    running.wait_for("%d btrfs %s at once" % (count, verb), all_held)
-    return held
 
 
 def go_on(pids):

@@ -4,10 +4,10 @@ TORTURE in the environment is the number of random moments at which a run is kil
 """
 
 import os
-import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 import unittest
 
@@ -29,10 +29,7 @@ class FaultTestCase(support.BackupTestCase):
 
     def assertNothingRuns(self, run):
         """No child outlives the program, but for the moment that the kernel needs to end it."""
-        deadline = time.monotonic() + 2
-        while run.processes() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        self.assertEqual({}, run.processes())
+        self.assertEqual({}, run.left())
 
     def start_large_transfer(self, *options):
         """A transfer of a snapshot large enough to be met half-way; its name and the run."""
@@ -53,7 +50,7 @@ class KilledAtRandomMoments(FaultTestCase):
 
     def setUp(self):
         super().setUp()
-        self.random = random.Random()
+        self.random = support.chance(self)
         self.churn = support.Churn(self.source, seed=self.random.getrandbits(32))
         self.churn.fill()
         self.trees = {}
@@ -170,18 +167,19 @@ class Interrupted(FaultTestCase):
                 self.assertEqual((0, b""), (ended.returncode, ended.stderr))
 
     def test_at_random_moments(self):
+        chance = support.chance(self)
         for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
             for moment in range(max(3, MOMENTS // 5)):
                 with self.subTest(signal=number, moment=moment):
-                    self.interrupt_at_random(number, status)
+                    self.interrupt_after(chance.uniform(0, 0.4), number, status)
 
-    def interrupt_at_random(self, number, status):
+    def interrupt_after(self, seconds, number, status):
         before = names(self.snapshots)
         bulk(os.path.join(self.source, "large"), 64)
         run = self.start_backup("-N", "2", "-n", "2")
         # Before there is a snapshot, Python itself may still be starting up.
         run.wait_for("new snapshot", lambda: set(names(self.snapshots)) - set(before))
-        time.sleep(random.uniform(0, 0.4))
+        time.sleep(seconds)
         os.kill(run.pid, number)
         result = run.finish(20)
         self.assertIn(result.status, (0, status), result.stderr)
@@ -478,9 +476,8 @@ class TwoRunsAtOnce(FaultTestCase):
 
     def test_the_second_fails_at_once(self):
         before = support.listing(self.snapshots)
-        started = time.monotonic()
         result = self.backup(status=75)
-        self.assertLess(time.monotonic() - started, 3)
+        self.assertNotIn("waiting", result.stderr)
         self.assertEqual(1, len(result.errors))
         self.assertUnchanged(before, self.snapshots)
         self.go_on()
@@ -488,8 +485,7 @@ class TwoRunsAtOnce(FaultTestCase):
 
     def test_wait_waits_for_the_first(self):
         second = self.start_backup("--wait")
-        time.sleep(0.7)
-        self.assertIsNone(second.process.poll())
+        second.wait_to_say("waiting for another run")
         self.go_on()
         result = second.finish()
         self.assertEqual(0, result.status, result.stderr)
@@ -499,7 +495,7 @@ class TwoRunsAtOnce(FaultTestCase):
     def test_wait_gives_up_after_its_seconds(self):
         started = time.monotonic()
         self.backup("--wait", "1", status=75)
-        self.assertTrue(1 <= time.monotonic() - started < 5)
+        self.assertGreaterEqual(time.monotonic() - started, 1)
 
     def test_another_prefix_is_free_to_run(self):
         other = os.path.join(self.target_disk.path, "work")
@@ -518,14 +514,14 @@ class TwoRunsAtOnce(FaultTestCase):
 class BrokenBtrfs(FaultTestCase):
     """A `btrfs` found earlier on the PATH, one of whose verbs fails."""
 
-    def path_where(self, verb):
-        folder = os.path.join(support.scratch_folder(), "no-" + verb)
-        os.makedirs(folder, exist_ok=True)
-        script = os.path.join(folder, "btrfs")
-        with open(script, "w") as file:
-            file.write('#!/bin/sh\ncase " $* " in *" %s "*) echo "ERROR: out of luck" >&2; exit 1;; esac\n'
-                       'exec %s "$@"\n' % (verb, shutil.which("btrfs")))
-        os.chmod(script, 0o755)
+    def path_where(self, verb, *on):
+        """An environment in which the verb fails; `on` what is so named, else always."""
+        folder = tempfile.mkdtemp(dir=support.scratch_folder())
+        pattern = '"*"'.join((" " + verb + " ",) + on)
+        with open(os.path.join(folder, "btrfs"), "w") as file:
+            file.write('#!/bin/sh\ncase " $* " in *"%s"*) echo "ERROR: out of luck" >&2; exit 1;; esac\n'
+                       'exec %s "$@"\n' % (pattern, shutil.which("btrfs")))
+        os.chmod(file.name, 0o755)
         return {"PATH": folder + ":" + os.environ["PATH"]}
 
     def test_snapshot(self):
@@ -541,6 +537,16 @@ class BrokenBtrfs(FaultTestCase):
         self.transfer()
         self.assertConverged()
 
+    def test_a_snapshot_that_cannot_be_read_stops_no_other(self):
+        """As one with a damaged extent: each destination gets the rest."""
+        other = self.disk("1G").path
+        taken = self.take(1, 2, 3)
+        result = self.transfer("-d", to=[self.target, other], status=1, env=self.path_where("send", taken[0]))
+        for place in (self.target, other):
+            self.assertRegex(result.stderr, "(?m)^error: sending {} to {}: ".format(taken[0], place))
+            self.assertBackedUp(taken[1:], place)
+        self.assertIn("out of luck", result.stderr)
+
     def test_receive(self):
         result = self.backup(status=1, env=self.path_where("receive"))
         self.assertIn("out of luck", result.stderr)
@@ -553,8 +559,21 @@ class BrokenBtrfs(FaultTestCase):
         result = self.transfer("-N", "1", status=1, env=self.path_where("delete"))
         for name in taken[:2]:
             self.assertRegex(result.stderr, "(?m)^error: .*" + name)
+        self.assertEqual(taken, names(self.snapshots))
         self.transfer("-N", "1")
         self.assertEqual(taken[-1:], names(self.snapshots))
+
+    def test_delete_at_one_of_two_destinations(self):
+        other = self.disk("1G").path
+        taken = self.take(1, 2, 3)
+        to = [self.target, other]
+        self.transfer(to=to)
+        result = self.transfer("-n", "1", "-N", "2", to=to, status=1, env=self.path_where("delete", self.target + "/"))
+        for name in taken[:2]:
+            self.assertRegex(result.stderr, "(?m)^error: .*" + name)
+        self.assertEqual((taken, taken[-1:], taken[-2:]), (names(self.target), names(other), names(self.snapshots)))
+        self.transfer("-n", "1", to=to)
+        self.assertEqual(taken[-1:], names(self.target))
 
 
 if __name__ == "__main__":

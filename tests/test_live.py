@@ -11,7 +11,7 @@ import unittest
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import support
 from support import names
-from terminal import OnTerminal, Screen, go_on, stop_all
+from terminal import OnTerminal, Screen, go_on
 from test_tasks import TasksTestCase
 
 from btrfs_backup_ng import Board, Event, clip, fold, format_progress, live_lines, progress_lines, shown_width
@@ -157,9 +157,10 @@ class Lines(LiveTestCase):
     def test_one_line_for_each_transfer_below_the_log(self):
         for columns, lines in ((80, 24), (120, 40)):
             with self.subTest(columns=columns):
-                time.sleep(1)
-                running = self.on_terminal(*self.command(tasks=self.tasks("-I")), columns=columns, lines=lines)
-                held = stop_all(running, "receive", 4)
+                support.next_second()
+                running = self.on_terminal(*self.command(tasks=self.tasks("-I")), columns=columns, lines=lines,
+                                           env=support.gate("receive"))
+                held = running.hold_all("receive", 4)
                 running.wait_to_show(*["{} to ".format(source[-8:]) for source in self.sources])
                 running.wait_for("four lines", lambda shown=running.shown: all(" MiB" in line for line in shown()[-4:]))
                 go_on(held)
@@ -173,8 +174,8 @@ class Lines(LiveTestCase):
                 self.assertFalse(running.screen.was_alternate)
 
     def test_resized_meanwhile(self):
-        running = self.on_terminal(*self.command(), columns=100, lines=30)
-        held = stop_all(running, "receive", 4)
+        running = self.on_terminal(*self.command(), columns=100, lines=30, env=support.gate("receive"))
+        held = running.hold_all("receive", 4)
         running.wait_to_show(*["{} to ".format(source[-8:]) for source in self.sources])
         running.resize(60, 20)
         go_on(held)
@@ -183,17 +184,31 @@ class Lines(LiveTestCase):
 
     def test_no_display_where_it_is_not_wanted(self):
         for options, env in ((["-P"], {}), ([], {"TERM": "dumb"}), (["-q"], {})):
-            time.sleep(1)
-            running = self.on_terminal(*self.command(*options), env=env)
+            support.next_second()
+            running = self.on_terminal(*self.command(*options), env=dict(support.gate("receive"), **env))
+            held = running.hold_all("receive", 4)
+            self.assertEqual([], self.measuring(running))
+            go_on(held)
             result = running.finish()
             self.assertEqual(0, result.status)
             self.assertNotIn("% ", result.stderr)
-            self.assertNotIn(b"--no-data", b"".join(b"".join(argv) for argv in running.processes().values()))
+
+    @staticmethod
+    def measuring(running):
+        """What asks for a stream without its data, which is the measuring of a size for a display."""
+        return [argv for argv in running.processes().values() if b"--no-data" in argv]
+
+    def test_a_size_is_measured_for_a_display(self):
+        """So that what the test above looks for is there."""
+        running = self.on_terminal(*self.command(), env=support.gate("send"))
+        running.wait_for("a measuring", lambda: self.measuring(running))
+        go_on(running.processes())
 
     def test_in_a_locale_of_few_characters(self):
-        running = self.on_terminal(*self.command(), env={"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0",
-                                                         "PYTHONIOENCODING": "ascii:backslashreplace"})
-        held = stop_all(running, "receive", 4)
+        env = dict(support.gate("receive"), LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0",
+                   PYTHONIOENCODING="ascii:backslashreplace")
+        running = self.on_terminal(*self.command(), env=env)
+        held = running.hold_all("receive", 4)
         running.wait_to_show(" MiB")
         go_on(held)
         self.assertEqual(0, running.finish().status)
@@ -208,10 +223,11 @@ class View(LiveTestCase):
     def test_all_is_on_the_screen(self):
         for columns, lines in ((80, 24), (120, 40)):
             with self.subTest(columns=columns):
-                time.sleep(1)
+                support.next_second()
                 tasks = self.tasks("-I")
-                running = self.on_terminal(*self.command("-l", tasks=tasks), columns=columns, lines=lines)
-                held = stop_all(running, "receive", 4)
+                running = self.on_terminal(*self.command("-l", tasks=tasks), columns=columns, lines=lines,
+                                           env=support.gate("receive"))
+                held = running.hold_all("receive", 4)
                 shown = running.wait_to_show("4 tasks: 4 at work", "took snapshot", " MiB")
                 self.assertTrue(running.screen.is_alternate)
                 self.assertFalse(running.screen.cursor_shown)
@@ -242,8 +258,8 @@ class View(LiveTestCase):
         self.assertSane(running)
 
     def test_one_task(self):
-        running = self.on_terminal("-l", *self.tasks()[0])
-        held = stop_all(running, "receive", 1)
+        running = self.on_terminal("-l", *self.tasks()[0], env=support.gate("receive"))
+        held = running.hold_all("receive", 1)
         running.wait_to_show("1 task: 1 at work", "to ")
         go_on(held)
         self.assertEqual(0, running.finish().status)
@@ -251,8 +267,8 @@ class View(LiveTestCase):
         self.assertAllBackedUp(self.sources[0], self.targets[0])
 
     def test_resized_meanwhile(self):
-        running = self.live()
-        held = stop_all(running, "receive", 4)
+        running = self.live(env=support.gate("receive"))
+        held = running.hold_all("receive", 4)
         running.wait_to_show("4 at work")
         for columns, lines in ((120, 40), (60, 12), (100, 30)):
             running.resize(columns, lines)
@@ -264,8 +280,8 @@ class View(LiveTestCase):
         self.assertSane(running)
 
     def end(self, number, status):
-        running = self.live()
-        held = stop_all(running, "receive", 4)
+        running = self.live(env=support.gate("receive"))
+        held = running.hold_all("receive", 4)
         running.wait_to_show("4 at work")
         os.kill(running.pid, number)
         result = running.finish()
@@ -275,8 +291,8 @@ class View(LiveTestCase):
         self.assertGone(running, held)
 
     def test_the_terminal_is_given_back_on_ctrl_c(self):
-        running = self.live()
-        held = stop_all(running, "receive", 4)
+        running = self.live(env=support.gate("receive"))
+        held = running.hold_all("receive", 4)
         running.wait_to_show("4 at work")
         running.type(b"\x03")
         result = running.finish()
@@ -287,8 +303,8 @@ class View(LiveTestCase):
             self.assertEqual(1, len(support.read_locks(os.path.join(source, ".btrfs-backup-ng", "snapshots"))))
 
     def test_the_terminal_is_given_back_on_ctrl_backslash(self):
-        running = self.live()
-        held = stop_all(running, "receive", 4)
+        running = self.live(env=support.gate("receive"))
+        held = running.hold_all("receive", 4)
         running.wait_to_show("4 at work")
         running.type(b"\x1c")
         self.assertEqual(131, running.finish().status)
@@ -298,12 +314,12 @@ class View(LiveTestCase):
     def test_the_terminal_is_given_back_on_signals(self):
         for number, status in ((signal.SIGTERM, 143), (signal.SIGHUP, 129)):
             with self.subTest(number=number):
-                time.sleep(1)
+                support.next_second()
                 self.end(number, status)
 
     def test_the_terminal_is_given_back_by_the_children_of_one_that_was_killed(self):
-        running = self.live()
-        held = stop_all(running, "receive", 4)
+        running = self.live(env=support.gate("receive"))
+        held = running.hold_all("receive", 4)
         running.wait_to_show("4 at work")
         go_on(held)
         os.kill(running.pid, signal.SIGKILL)
@@ -318,8 +334,8 @@ class View(LiveTestCase):
             return stat.read().rpartition(b")")[2].split()[0] == b"T"
 
     def test_the_terminal_is_given_back_on_ctrl_z(self):
-        running = self.live()
-        held = stop_all(running, "receive", 4)
+        running = self.live(env=support.gate("receive"))
+        held = running.hold_all("receive", 4)
         running.wait_to_show("4 at work")
         os.kill(running.pid, signal.SIGTSTP)
         running.wait_for("the main screen", lambda: not running.screen.is_alternate)
@@ -335,16 +351,16 @@ class View(LiveTestCase):
     def test_the_terminal_is_closed(self):
         for options in ((), ("-l",)):
             with self.subTest(options=options):
-                time.sleep(1)
-                running = self.on_terminal(*self.command(*options))
-                held = stop_all(running, "receive", 4)
+                support.next_second()
+                running = self.on_terminal(*self.command(*options), env=support.gate("receive"))
+                held = running.hold_all("receive", 4)
                 running.hang_up()
                 result = running.finish()
                 self.assertEqual(129, result.status)
                 self.assertGone(running, held)
                 for source in self.sources:
                     self.assertNotEqual({}, support.read_locks(os.path.join(source, ".btrfs-backup-ng", "snapshots")))
-        time.sleep(1)
+        support.next_second()
         self.run_tasks()
         for source, target in zip(self.sources, self.targets):
             self.assertAllBackedUp(source, target)
@@ -354,7 +370,7 @@ class View(LiveTestCase):
         self.assertEqual(1, result.stderr.count("no live view"))
         self.assertNotIn("\x1b", result.stderr)
         self.assertEqual(4, sum(len(names(target)) for target in self.targets))
-        time.sleep(1)
+        support.next_second()
         running = self.live(columns=30, lines=6)
         result = running.finish()
         self.assertEqual(0, result.status)

@@ -346,7 +346,7 @@ class HardenedUnits(support.BackupTestCase):
         for changes in (30, 0):
             self.run_program("-p", "home", self.source, self.target, wrapper=wrapper)
             self.churn.change(changes)
-            time.sleep(1)
+            support.next_second()
         for name in support.names(self.target):
             self.assertComplete(os.path.join(self.target, name), os.path.join(self.snapshots, name))
 

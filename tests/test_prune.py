@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import random
 import signal
 import struct
 import sys
@@ -11,6 +10,7 @@ import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import remote
+import support
 from support import (
     BackupTestCase,
     bulk,
@@ -221,7 +221,7 @@ class OnDisk(BackupTestCase):
             self.assertErrorSays(result, self.target, "another run")
             self.assertEqual(2, len(names(self.target)))
             waiting = self.start("prune", "--wait", "30", "-n", "1", self.target)
-            time.sleep(0.3)
+            waiting.wait_to_say("waiting for another run")
             self.assertEqual(2, len(names(self.target)))
         self.assertEqual(0, waiting.finish().status)
         self.assertBackedUp([self.name(2)])
@@ -418,7 +418,7 @@ class KilledAtAnyMoment(BackupTestCase):
 
     def test_the_next_one_converges(self):
         """What the policy keeps is there at every moment; what goes, goes from the oldest."""
-        choose = random.Random(8)
+        choose = support.chance(self)
         for _ in range(max(30, TORTURE)):
             self.backups(range(12))
             before = names(self.target)

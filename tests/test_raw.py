@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -248,7 +247,7 @@ class Files(RawTestCase):
         prefix = os.fsdecode(b"caf\xe9 ")
         for _ in range(2):
             self.run_program("-p", prefix, self.source, self.raw)
-            time.sleep(1)
+            support.next_second()
         self.assertEqual(4, len(self.files()))
         self.assertTrue(all(name.startswith(prefix) for name in self.files()))
 
@@ -635,7 +634,7 @@ class Restore(RawTestCase):
         result = self.run_program("restore", "--latest", "--in-place", place, self.raw)
         self.assertIn("is now as in " + self.taken[3], result.stderr)
         self.assertTreesEqual(os.path.join(place, ".btrfs-backup-ng/snapshots", self.taken[3]), place)
-        time.sleep(1)
+        support.next_second()
         result = self.backup(to=[self.raw])
         self.assertIn("incrementally from " + self.taken[3], result.stderr)
 
@@ -657,7 +656,7 @@ class Restore(RawTestCase):
             file.write(bytes([byte[0] ^ 0x10]))
 
     def test_flipped_bits_are_named_and_nothing_is_left(self):
-        choose = random.Random(3)
+        choose = support.chance(self)
         for options in ([], ["--raw-compress", "zstd"], ["--raw-encrypt", "gpg:" + self.keys.gpg]):
             self.folder = tmpfs(self)
             self.send(*options)
@@ -701,7 +700,7 @@ class Restore(RawTestCase):
         self.taken += self.take(5)
         self.send()
         into = self.into()
-        choose = random.Random(9)
+        choose = support.chance(self)
         for _ in range(8):
             run = self.start("restore", self.path(self.taken[4]), into)
             time.sleep(choose.uniform(0.1, 0.7))
@@ -888,7 +887,7 @@ class Verify(RawTestCase):
     def test_a_flipped_bit_anywhere(self):
         self.send("--raw-compress", "gzip")
         size = self.sidecars()[self.taken[1]]["file_size"]
-        choose = random.Random(4)
+        choose = support.chance(self)
         for at in [0, 9, size - 1] + [choose.randrange(size) for _ in range(4)]:
             with self.subTest(at=at, of=size):
                 self.flip(self.taken[1], at)
@@ -1066,7 +1065,7 @@ class Killed(RawTestCase):
     def check(self, moments, *options):
         support.bulk(os.path.join(self.source, "large"), 6)
         taken = self.take(1, 2, 3)
-        choose = random.Random(7)
+        choose = support.chance(self)
         for moment in range(moments):
             if moment % 4 == 0:
                 self.send("-n", "0", *options)

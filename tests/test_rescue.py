@@ -29,7 +29,7 @@ class RescueTestCase(support.BackupTestCase):
         results = [self.run_program(*arguments, **how)]
         self.write("changed", "between the two")
         between()
-        time.sleep(1)
+        support.next_second()
         results.append(self.run_program(*arguments, **how))
         self.assertIn("incrementally", results[1].stderr)
         self.assertEqual(2, len(support.names(self.target)))
@@ -225,7 +225,7 @@ class WrongClock(RescueTestCase):
         """As after a battery has died: 1970, or a little later."""
         self.at(0)
         self.at(-(time.time() - 100) / self.YEAR)
-        time.sleep(1)
+        support.next_second()
         result = self.at(0)
         self.assertIn("incrementally", result.stderr)
         names = support.names(self.target)
@@ -251,7 +251,7 @@ class WrongClock(RescueTestCase):
         """What counts as newest by its name may be the oldest: nothing is lost that both sides need."""
         for years in (0, -20, -10):
             self.at(years, "-N", "2", "-n", "2")
-        time.sleep(1)
+        support.next_second()
         result = self.at(0, "-N", "2", "-n", "2")
         self.assertIn("incrementally", result.stderr)
         self.assertBackedUp([name for name in support.names(self.target)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import time
 import unittest
@@ -439,7 +438,7 @@ class InPlace(RestoreTestCase):
         self.restore(self.target, "--name", self.name(2), "--in-place", self.source)
         self.write("later", "x")
         self.backup("-N", "1")
-        time.sleep(1)
+        support.next_second()
         self.backup("-N", "1")
         self.assertIn(self.name(2), names(self.snapshots))
         away.mount()
@@ -454,7 +453,7 @@ class InPlace(RestoreTestCase):
         self.restore(self.target, "--latest", "--in-place", self.source)
         for _ in range(2):
             self.backup("-N", "1", to=[])
-            time.sleep(1)
+            support.next_second()
         self.assertIn(self.name(1), names(self.snapshots))
         self.assertIn("incrementally from " + self.name(1), self.transfer().stderr)
 
@@ -499,7 +498,7 @@ class InPlace(RestoreTestCase):
         self.take(1)
         self.transfer()
         self.take(2)
-        running = self.start_backup("-S")
+        running = self.start_backup("-S", env=support.gate("receive"))
         running.hold("receive")
         result = self.restore(self.target, "--latest", "--in-place", self.source, status=75)
         self.assertErrorSays(result, "another run")
@@ -558,7 +557,7 @@ class Killed(RestoreTestCase):
         started = time.monotonic()
         self.restore(self.target, "--name", self.name(1), "--in-place", self.source)
         took = time.monotonic() - started
-        chance, seen = random.Random(7), []
+        chance, seen = support.chance(self), []
         for number in range(ROUNDS):
             moment = took * (number + chance.random()) / ROUNDS
             with self.subTest(moment=moment):

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import random
 import shlex
 import struct
 import subprocess
@@ -87,7 +86,7 @@ class OrdinaryUse(RestrictedTestCase):
         churn.fill()
         self.push()
         churn.change()
-        time.sleep(1.1)
+        support.next_second()
         second = self.push()
         self.assertIn("incrementally", second.stderr)
         self.assertBackedUp(support.names(self.snapshots))
@@ -100,7 +99,7 @@ class OrdinaryUse(RestrictedTestCase):
     def test_deletion_is_refused_and_said_once(self):
         for _ in range(3):
             self.push()
-            time.sleep(1.1)
+            support.next_second()
         before = support.names(self.target)
         result = self.push("-n", "1", status=1)
         self.assertEqual(1, len(result.errors), result.stderr)
@@ -478,7 +477,7 @@ class TenClients(RestrictedTestCase):
 
     def setUp(self):
         super().setUp()
-        self.chance = random.Random(7)
+        self.chance = support.chance(self)
         self.sources = []
         for number in range(self.clients):
             source = support.create(os.path.join(self.source_disk.path, "client%d" % number))
@@ -559,7 +558,7 @@ class Fuzz(RestrictedTestCase):
         path = os.path.join(self.target_disk.path, "backups", "kept")
         support.create(path)
         before = support.tree(self.target_disk.path)
-        chance, begun, rounds = random.Random(11), time.monotonic(), 0
+        chance, begun, rounds = support.chance(self), time.monotonic(), 0
         argv = [support.PYTHON, support.PROGRAM, "agent", "--under", self.target, "--allow", self.allow]
         while time.monotonic() - begun < self.seconds:
             sent = (program.MARKER if chance.random() < 0.9 else b"") + b"".join(self.frames(chance))

@@ -288,7 +288,7 @@ class Failures(ShellTestCase):
         run.wait_for("sleep", lambda: sum(b"sleep" in argv for argv in run.processes().values()) >= 2)
         os.kill(run.pid, signal.SIGTERM)
         self.assertEqual(143, run.finish().status)
-        self.assertEqual({}, run.processes())
+        self.assertEqual({}, run.left())
         self.assertIn(self.name(1), read_locks(self.snapshots))
 
     def test_what_was_sent_before_a_kill_is_remembered(self):

@@ -11,9 +11,9 @@ from typing import List
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import support
-from remote import SshdTestCase, as_program_options, ssh_options
+from remote import SshdTestCase, as_program_options, ssh_options, wait_until
 from support import TestCase, names, partials, read_locks
-from terminal import go_on, stop_all
+from terminal import go_on
 
 from btrfs_backup_ng import format_request, overall_status, parse_command, task_names
 
@@ -77,17 +77,15 @@ class TasksTestCase(TestCase):
                                 os.path.join(source, ".btrfs-backup-ng", "snapshots", name))
         self.assertEqual({}, read_locks(os.path.join(source, ".btrfs-backup-ng", "snapshots")))
 
-    def assertGone(self, running, held=(), timeout=2):
+    def assertGone(self, running, held=()):
         """Nothing that the program has started is left, but what we have `held` since, and goes when it may."""
+        wait_until(lambda: set(running.processes()) <= set(held))
         self.assertLessEqual(set(running.processes()), set(held))
-        self.wait_until_gone(running, held, timeout)
+        self.wait_until_gone(running, held)
 
-    def wait_until_gone(self, running, held=(), timeout=10):
+    def wait_until_gone(self, running, held=()):
         go_on(held)
-        deadline = time.monotonic() + timeout
-        while running.processes() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        self.assertEqual({}, running.processes())
+        self.assertEqual({}, running.left())
 
 
 class Eight(TasksTestCase):
@@ -97,8 +95,8 @@ class Eight(TasksTestCase):
     def test_one_is_broken_the_others_succeed_at_the_same_time(self):
         tasks = self.tasks()
         tasks[3][-1] = os.path.join(self.sources[3], "inside")
-        running = self.start(*self.command(tasks=tasks))
-        go_on(stop_all(running, "receive", 7))  # seven at one moment
+        running = self.start(*self.command(tasks=tasks), env=support.gate("receive"))
+        go_on(running.hold_all("receive", 7))  # seven at one moment
         result = running.finish()
         self.assertEqual(1, result.status, result.stderr)
         for number in range(8):
@@ -134,7 +132,7 @@ class Eight(TasksTestCase):
 
     def test_the_next_run_is_incremental(self):
         self.run_tasks()
-        time.sleep(1)
+        support.next_second()
         self.run_tasks()
         self.assertEqual([False] * 8 + [True] * 8, [bool(event["parent"]) for event in self.events("sending")])
         for source, target in zip(self.sources, self.targets):
@@ -164,8 +162,8 @@ class OverSsh(SshdTestCase, TasksTestCase):
     def test_eight_tasks_on_four_filesystems_two_over_ssh_one_broken(self):
         tasks = self.remote_tasks(push=[1], pull=[2])
         tasks[3][-1] = os.path.join(self.sources[3], "inside")
-        running = self.start(*self.command(tasks=tasks))
-        held = stop_all(running, "receive", 6)  # the seventh runs on the server
+        running = self.start(*self.command(tasks=tasks), env=support.gate("receive"))
+        held = running.hold_all("receive", 6)  # the seventh runs on the server
         running.wait_for("all to be sent", lambda: len(self.events("sending")) == 7)
         go_on(held)
         result = running.finish()
@@ -199,7 +197,7 @@ class OverSsh(SshdTestCase, TasksTestCase):
             self.wait_until_gone(running)
             self.assertNothingLeft(self.server)
             self.forget_log()
-            time.sleep(1)
+            support.next_second()
         self.run_tasks(tasks=self.remote_tasks(push=[1, 3], pull=[2])[1:4])
         for number in (1, 2, 3):
             self.assertAllBackedUp(self.sources[number], self.targets[number])
@@ -220,14 +218,14 @@ class Stopped(TasksTestCase):
     count, mib = 8, 16
 
     def converges(self):
-        time.sleep(1)
+        support.next_second()
         self.run_tasks()
         for source, target in zip(self.sources, self.targets):
             self.assertAllBackedUp(source, target)
 
     def stop(self, number, status):
-        running = self.start(*self.command())
-        held = stop_all(running, "receive", 8)
+        running = self.start(*self.command(), env=support.gate("receive"))
+        held = running.hold_all("receive", 8)
         os.kill(running.pid, number)
         result = running.finish()
         self.assertEqual(status, result.status, result.stderr)
@@ -252,8 +250,8 @@ class Stopped(TasksTestCase):
 
     def test_ctrl_c_reaches_all_at_once(self):
         """A terminal sends it to the whole process group."""
-        running = self.start(*self.command())
-        held = stop_all(running, "receive", 8)
+        running = self.start(*self.command(), env=support.gate("receive"))
+        held = running.hold_all("receive", 8)
         os.killpg(running.pid, signal.SIGINT)
         result = running.finish()
         self.assertEqual(130, result.status, result.stderr)
@@ -264,8 +262,8 @@ class Stopped(TasksTestCase):
         self.converges()
 
     def test_killed_the_children_end_by_themselves(self):
-        running = self.start(*self.command())
-        stop_all(running, "receive", 8)  # so that only who is ended ends
+        running = self.start(*self.command(), env=support.gate("receive"))
+        running.hold_all("receive", 8)  # so that only who is ended ends
         os.kill(running.pid, signal.SIGKILL)
         running.process.wait()
         self.wait_until_gone(running)
@@ -285,6 +283,67 @@ class Stopped(TasksTestCase):
             self.assertGone(running)
             self.forget_log()
         self.converges()
+
+
+class Impatient(TasksTestCase):
+    """With the crew's patience of a minute made short."""
+
+    count, mib = 2, 4
+
+    def begin(self, verb, **patience):
+        """A command whose `btrfs VERB` wait at a gate, with constants of the program's of so many seconds."""
+        line = ("import sys; sys.path.insert(0, {!r}); import btrfs_backup_ng as program\n"
+                "vars(program).update({!r}); sys.exit(program.main(sys.argv[1:]))")
+        program = (support.PYTHON, "-c", line.format(os.path.dirname(support.PROGRAM), patience))
+        return self.start(*self.command(), program=program, env=support.gate(verb))
+
+    def test_a_stopped_task_is_woken_to_end(self):
+        running = self.begin("receive", STOP_GRACE=600.0)
+        held = running.hold_all("receive", 2)
+        for pid in running.children():
+            os.kill(pid, signal.SIGSTOP)
+        os.kill(running.pid, signal.SIGTERM)
+        self.assertEqual(143, running.finish().status)
+        self.assertGone(running, held)
+
+    def test_one_that_does_not_end_is_killed(self):
+        running = self.begin("receive", STOP_GRACE=1.0)
+        running.hold_all("receive", 2)
+        stubborn, other = running.children()
+        os.kill(running.pid, signal.SIGTERM)
+
+        def stop_it_again():  # each time that it is woken
+            if support.read_stat(stubborn)[0] not in ("", "Z"):
+                os.kill(stubborn, signal.SIGSTOP)
+            return "did not end within" in running.read_stderr()
+        running.wait_for("an end of patience", stop_it_again)
+        result = running.finish()
+        self.assertEqual(143, result.status, result.stderr)
+        self.assertEqual(1, result.stderr.count("did not end within 1.0 s, and was killed"), result.stderr)
+        self.wait_until_gone(running)
+
+    def test_one_without_a_snapshot_keeps_the_others_only_so_long(self):
+        running = self.begin("snapshot", SNAPSHOT_PATIENCE=0.5)
+        one, other = running.hold_all("snapshot", 2)
+        go_on([other])
+        running.wait_for("a backup", lambda: any(map(names, self.targets)))
+        self.assertTrue(support.is_stopped(one))
+        go_on([one])
+        result = running.finish()
+        self.assertEqual(0, result.status, result.stderr)
+        for source, target in zip(self.sources, self.targets):
+            self.assertAllBackedUp(source, target)
+
+    def test_one_without_a_snapshot_keeps_the_others(self):
+        running = self.begin("snapshot", SNAPSHOT_PATIENCE=600.0)
+        one, other = running.hold_all("snapshot", 2)
+        go_on([other])
+        running.wait_for("the other's snapshot", lambda: self.events("snapshot"))
+        self.assertEqual([], self.events("sending"))
+        go_on([one])
+        self.assertEqual(0, running.finish().status)
+        self.assertEqual(["snapshot"] * 2 + ["sending"] * 2,
+                         [event["event"] for event in self.events("snapshot", "sending")])
 
 
 SWALLOWING = """
@@ -363,8 +422,8 @@ class EachForItself(TasksTestCase):
         self.assertIn("no such source", result.stderr)
 
     def test_another_command_is_at_work(self):
-        running = self.start("-p", "home-", self.sources[0], self.targets[0])
-        held = stop_all(running, "receive", 1)
+        running = self.start("-p", "home-", self.sources[0], self.targets[0], env=support.gate("receive"))
+        held = running.hold_all("receive", 1)
         result = self.run_tasks(status=75)
         self.assertIn("another run is at work", result.stderr)
         for number in (1, 2, 3):
@@ -382,10 +441,9 @@ class EachForItself(TasksTestCase):
         self.assertAllBackedUp(self.sources[0], self.targets[0])
 
     def test_one_is_killed(self):
-        running = self.start(*self.command())
-        held = stop_all(running, "receive", 4)
-        children = [pid for pid, argv in running.processes().items()
-                    if b"btrfs" not in os.path.basename(argv[0]) and b"btrfs-send" not in argv and pid != running.pid]
+        running = self.start(*self.command(), env=support.gate("receive"))
+        held = running.hold_all("receive", 4)
+        children = running.children()
         self.assertEqual(4, len(children))
         os.kill(children[0], signal.SIGKILL)
         go_on(held)
@@ -394,7 +452,7 @@ class EachForItself(TasksTestCase):
         self.assertIn("killed by SIGKILL", result.stderr)
         self.assertIn("1 of 4 tasks was not done", result.stderr)
         self.assertEqual(3, sum(names(target) != [] for target in self.targets))
-        time.sleep(1)
+        support.next_second()
         self.run_tasks()
         for source, target in zip(self.sources, self.targets):
             self.assertAllBackedUp(source, target)
@@ -407,9 +465,9 @@ class EachForItself(TasksTestCase):
         for event in self.events():
             self.assertIn(event["task"], self.sources)
             self.assertLessEqual({"time", "event", "level", "text", "task"}, set(event))
-        time.sleep(1)
+        support.next_second()
         self.assertEqual("", self.run_tasks("-q").stderr)
-        time.sleep(1)
+        support.next_second()
         self.assertIn(": ran btrfs subvolume snapshot", self.run_tasks("-v", "debug").stderr)
 
     def test_a_dry_run_shows_what_the_tasks_became(self):
