@@ -1615,12 +1615,14 @@ class Mark(NamedTuple):
 class ResumePoint(NamedTuple):
     """How far a partial backup has come: the stream goes on at `offset` if its beginning fits the marks.
 
-    file_data: bytes of file contents so far, for progress. complete: nothing but the final name is missing.
+    file_data: bytes of file contents so far, for progress. complete: nothing but the final name is missing. acl: the
+    default ACL that the top folder has there in the stream, as hex; the partial has none before its end.
     """
 
     marks: Tuple[Mark, ...] = ()
     file_data: int = 0
     complete: bool = False
+    acl: Optional[str] = None
 
     @property
     def offset(self) -> int:
@@ -2258,10 +2260,9 @@ def parse_first_command(start: bytes) -> Optional[FirstCommand]:
 
 
 class ExpectedStream(NamedTuple):
-    """What was planned: the names and ids of a stream, and owner, mode and default ACL of its top folder.
+    """What was planned: the names and ids of a stream, and owner and mode of its top folder.
 
-    `base` is the UUID of the backup that the parent is at the destination, `compressed` how it is sent. ACLs are
-    the extended attribute as hex, None where there is none.
+    `base` is the UUID of the backup that the parent is at the destination, `compressed` how it is sent.
     """
 
     name: str
@@ -2274,8 +2275,6 @@ class ExpectedStream(NamedTuple):
     parent_name: Optional[str] = None
     otime: int = 0  # ns, when the snapshot was taken
     compressed: bool = False
-    default_acl: Optional[str] = None
-    parent_acl: Optional[str] = None  # the parent's
 
 
 def is_uuid(text: Optional[str]) -> bool:
@@ -2627,6 +2626,31 @@ def set_default_acl(acl: Optional[str]) -> bytes:
     return make_command(SET_XATTR, ((A_PATH, b""), (A_XATTR_NAME, DEFAULT_ACL), (A_XATTR_DATA, bytes.fromhex(acl))))
 
 
+def remove_xattr(name: bytes) -> bytes:
+    """The command that takes an extended attribute from the top folder, which must have it."""
+    return make_command(REMOVE_XATTR, ((A_PATH, b""), (A_XATTR_NAME, name)))
+
+
+class Ground(NamedTuple):
+    """What there is where a stream is received.
+
+    sole_parent: nothing else could be taken for its parent. acl: the default ACL of the top folder of what it builds
+    on, as hex. keeps_capabilities: of btrfs-progs 4.1 to 5.10, whose receive gives a file's capabilities to the next
+    file that changes its owner as well, unless that was the same one (as Linux before 5.8 sends them).
+    """
+
+    sole_parent: bool = True
+    acl: Optional[str] = None
+    keeps_capabilities: bool = False
+
+
+PLAIN_GROUND = Ground()
+
+
+def keeps_capabilities(progs: Tuple[int, ...]) -> bool:
+    return (4, 1) <= progs < (5, 11)
+
+
 class IncomingStream:
     """A stream on its way into `btrfs receive`: checked, renamed, private until its end.
 
@@ -2634,37 +2658,40 @@ class IncomingStream:
     what has passed as the sender wrote it: so that a cut after any chunk is a place to go on from.
     """
 
-    def __init__(self, expected: ExpectedStream, sole_parent: bool = True, gate: Optional[StreamGate] = None,
+    def __init__(self, expected: ExpectedStream, ground: Ground = PLAIN_GROUND, gate: Optional[StreamGate] = None,
                  resume: ResumePoint = BEGINNING) -> None:
-        self.expected, self.gate, self.resume = expected, gate, resume
+        self.expected, self.ground, self.gate, self.resume = expected, ground, gate, resume
         self.opening: Optional[bytes] = None if resume.offset else b""
         self.reader = CommandReader((SUBVOL, SNAPSHOT, SET_XATTR, REMOVE_XATTR, UTIMES, END)
-                                    + (() if sole_parent else (CLONE,)), of_top=(CHMOD, CHOWN),
+                                    + (() if ground.sole_parent else (CLONE,))
+                                    + ((CHOWN,) if ground.keeps_capabilities else ()), of_top=(CHMOD, CHOWN),
                                     judge=gate.judge if gate else None)
         self.reader.file_data, self.reader.headers = resume.file_data, []
         self.restart: Optional[RestartCheck] = None  # from the first command on
         self.offset, self.hash = resume.offset, new_hash()
         self.held: Optional[ResumePoint] = None
+        self.acl = resume.acl if resume.offset else ground.acl  # default ACL of the top folder, as the stream has it
+        self.kept: Optional[bytes] = None  # the file whose capabilities receive keeps in mind
         self.version = self.ctransid = 0
         self.ended = False
         self.private = (make_command(CHOWN, ((A_PATH, b""), (A_UID, bytes(8)), (A_GID, bytes(8))))
                         + make_command(CHMOD, ((A_PATH, b""), (A_MODE, struct.pack("<Q", 0o700)))))
         self.public = (make_command(CHOWN, ((A_PATH, b""), (A_UID, struct.pack("<Q", expected.uid)),
                                             (A_GID, struct.pack("<Q", expected.gid))))
-                       + make_command(CHMOD, ((A_PATH, b""), (A_MODE, struct.pack("<Q", expected.mode))))
-                       + set_default_acl(expected.default_acl))
+                       + make_command(CHMOD, ((A_PATH, b""), (A_MODE, struct.pack("<Q", expected.mode)))))
 
     @property
     def closing(self) -> bytes:
         """What makes the backup complete."""
-        return self.public + make_command(END, ())
+        return self.public + set_default_acl(self.acl) + make_command(END, ())
 
     @property
     def point(self) -> ResumePoint:
         """Where the stream can go on when it is cut now."""
         if self.held is not None or self.offset == self.resume.offset:
             return self.held or self.resume
-        return ResumePoint(self.resume.marks + (Mark(self.offset, self.hash.hexdigest()),), self.reader.file_data)
+        return ResumePoint(self.resume.marks + (Mark(self.offset, self.hash.hexdigest()),), self.reader.file_data,
+                           acl=self.acl)
 
     def edit(self, chunk: Chunk) -> List[Chunk]:
         """What `btrfs receive` gets for `chunk`."""
@@ -2681,10 +2708,8 @@ class IncomingStream:
         self.hash.update(self.opening[STREAM_HEADER.size:STREAM_HEADER.size + COMMAND_HEADER.size])
         self.offset = first.end
         head = self.opening[:STREAM_HEADER.size] + self.renamed(first) + self.private
-        if self.expected.parent_acl:
-            # set first, for a backup that some other program made may lack it
-            head += set_default_acl(self.expected.parent_acl) + make_command(
-                REMOVE_XATTR, ((A_PATH, b""), (A_XATTR_NAME, DEFAULT_ACL)))
+        if self.acl is not None:
+            head += remove_xattr(DEFAULT_ACL)
         chunk, self.opening = self.opening[first.end:], None
         return [head] + self.edit_rest(chunk)
 
@@ -2740,10 +2765,45 @@ class IncomingStream:
     def begins_capability(data: Chunk, spans: Sequence[CommandSpan]) -> bool:
         return bool(spans) and spans[0][::2] == (0, SET_XATTR) and CAPABILITY in bytes(data[:spans[0][1]])
 
-    def is_late_acl(self, command: int, whole: bytes) -> bool:
-        """Whether a command of the top folder is about its default ACL, which is seen to by us."""
-        known = self.expected.default_acl if command == SET_XATTR else self.expected.parent_acl
-        return bool(known) and (A_XATTR_NAME, DEFAULT_ACL) in parse_attributes(whole[COMMAND_HEADER.size:])
+    def takes_default_acl(self, command: int, whole: bytes) -> bool:
+        """Whether a command of the top folder is about its default ACL, which is kept for the end."""
+        attributes = dict(parse_attributes(whole[COMMAND_HEADER.size:]))
+        if attributes.get(A_XATTR_NAME) != DEFAULT_ACL:
+            return False
+        self.acl = attributes.get(A_XATTR_DATA, b"").hex() if command == SET_XATTR else None
+        return True
+
+    def free_of_capabilities(self, command: int = END, whole: bytes = b"") -> bytes:
+        """What makes receive forget the capabilities of another file before a command; see Ground.
+
+        The top folder takes them, which has none of its own.
+        """
+        attributes = dict(parse_attributes(whole[COMMAND_HEADER.size:]))
+        kept, self.kept = self.kept, None
+        if command == SET_XATTR and attributes.get(A_XATTR_NAME) == CAPABILITY:
+            self.kept = attributes.get(A_PATH)
+        elif command in (SET_XATTR, REMOVE_XATTR):
+            self.kept = kept
+        if kept is None or kept == attributes.get(A_PATH) and command != UTIMES:
+            return b""
+        return self.private + remove_xattr(CAPABILITY)
+
+    def edit_command(self, command: int, whole: memoryview) -> Optional[Sequence[Chunk]]:
+        """What takes the place of a command; None where it passes as it is."""
+        if command in (SUBVOL, SNAPSHOT):
+            raise BackupError("the stream holds a second subvolume")
+        if command == CLONE:
+            self.check_clone(bytes(whole[COMMAND_HEADER.size:]))
+            return None
+        if command == UTIMES:  # the last of a file, after the chown that drops them
+            self.held = None
+        before = self.free_of_capabilities(command, bytes(whole)) if self.ground.keeps_capabilities else b""
+        if command != UTIMES and len(whole) >= 14 and ATTRIBUTE.unpack_from(whole, 10) == (A_PATH, 0):
+            # the top folder
+            if command in (CHMOD, CHOWN) or self.takes_default_acl(command, bytes(whole)):
+                return [before]
+            return [before, whole, self.private]  # an ACL opens the folder as chmod does
+        return [before, whole] if before else None
 
     def edit_commands(self, view: memoryview, spans: Sequence[CommandSpan]) -> List[Chunk]:
         pieces: List[Chunk] = []
@@ -2754,20 +2814,11 @@ class IncomingStream:
                     raise BackupError("the stream goes on after its end")
                 self.ended, size = True, start
                 break
-            if command == CLONE:
-                self.check_clone(bytes(view[start + COMMAND_HEADER.size:end]))
-                continue
-            if command in (SUBVOL, SNAPSHOT):
-                raise BackupError("the stream holds a second subvolume")
-            if command == UTIMES:  # the last of a file, after the chown that drops them
-                self.held = None
-            if command != UTIMES and end - start >= 14 and ATTRIBUTE.unpack_from(view, start + 10) == (A_PATH, 0):
-                # the top folder
-                is_late = command in (CHMOD, CHOWN) or self.is_late_acl(command, bytes(view[start:end]))
-                # an ACL opens the folder as chmod does
-                pieces += [view[passed:start if is_late else end], b"" if is_late else self.private]
+            instead = self.edit_command(command, view[start:end])
+            if instead is not None:
+                pieces += [view[passed:start], *instead]
                 passed = end
-        pieces.append(view[passed:size])
+        pieces += [view[passed:size], self.free_of_capabilities() if self.ended else b""]
         self.offset += size
         return pieces
 
@@ -4516,7 +4567,10 @@ def parse_record(text: str) -> Record:
     fields = json.loads(text)
     point = fields.pop("point")
     marks = tuple(check_fields(Mark(offset, sha256)) for offset, sha256 in point["marks"])
-    record = check_fields(Record(**fields)._replace(point=ResumePoint(marks, point["file_data"])))
+    acl = point["acl"]  # a record of somebody who did not know of it cannot be gone on with
+    if acl is not None:
+        bytes.fromhex(acl)
+    record = check_fields(Record(**fields)._replace(point=ResumePoint(marks, point["file_data"], acl=acl)))
     for uuid in (record.stream_id, record.private, record.parent_id, record.base):
         if uuid is not None and len(parse_uuid(uuid)) != 16:
             raise ValueError("not a UUID")
@@ -4527,7 +4581,8 @@ def parse_record(text: str) -> Record:
 
 def format_record(record: Record) -> str:
     import json
-    point = {"marks": [list(mark) for mark in record.point.marks], "file_data": record.point.file_data}
+    point = {"marks": [list(mark) for mark in record.point.marks], "file_data": record.point.file_data,
+             "acl": record.point.acl}
     return json.dumps(dict(record._asdict(), point=point), indent=1, sort_keys=True) + "\n"
 
 
@@ -5243,10 +5298,12 @@ def confine(folder: str) -> Optional[Confinement]:
     """A confinement to `folder`, None where the kernel or what this process may do does not allow for one."""
     if parse_version("v" + os.uname().release) < (5, 10):
         return None
-    confinement = Confinement(os.path.realpath(folder))
     try:
-        probe = start(["true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, prepare=confinement.enter)
-        probe.wait()
+        confinement = Confinement(os.path.realpath(folder))
+    except OSError:
+        return None
+    try:
+        start(["true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, prepare=confinement.enter).wait()
         return confinement
     except BackupError:
         confinement.end()
@@ -7257,8 +7314,7 @@ class LocalHost:
         top = os.stat(path)
         return ExpectedStream(snapshot.name, snapshot.stream_id or "", parent.stream_id if parent else None,
                               top.st_uid, top.st_gid, stat.S_IMODE(top.st_mode), None,
-                              parent.name if parent else None, snapshot.otime, False, read_default_acl(path),
-                              read_default_acl(os.path.join(folder, parent.name)) if parent else None)
+                              parent.name if parent else None, snapshot.otime)
 
     def open_send(self, folder: str, name: str, parent: Optional[str], options: SendOptions,
                   resume: Optional[ResumePoint] = None) -> LocalSender:
@@ -7323,25 +7379,32 @@ class LocalHost:
         """begin: "take up" what there is; "anew"; "in one piece", without checkpoints."""
         folder, expected = partial.folder, partial.expected
         sole = expected.base is None or is_sole_received(folder, expected.parent_uuid or "", expected.base)
-        stream = IncomingStream(expected, sole, gate, partial.resume or BEGINNING)
+        ground = Ground(sole, read_default_acl(self.base_path(folder, expected)) if expected.base else None,
+                        keeps_capabilities(self.capabilities().progs))
+        stream = IncomingStream(expected, ground, gate, partial.resume or BEGINNING)
         if partial.record.piece:
             stream.go_on_with(partial.record.version, partial.record.ctransid)
         argv = receive_argv(confinement.path if confinement else folder, debug, confinement is not None)
         self.events.debug("command", "starting {}".format(" ".join(argv)))
         return LocalReceiver(argv, stream, partial, begin != "in one piece", confinement)
 
+    def base_path(self, folder: str, expected: ExpectedStream) -> str:
+        """Where the parent's backup is: as a rule in `folder`, by its own name; ReceiverFailed where it is not seen."""
+        near = os.path.join(folder, os.path.basename(expected.parent_name or ""))
+        found = read_subvolume(near, near) if expected.parent_name else None
+        if found is None or found.uuid != expected.base:
+            mount = mount_around(os.path.realpath(folder), read_mounts())
+            ids = search_uuid_tree(folder, expected.base or "", 251) if mount is not None else []
+            found = self.subvolume_of_id(folder, ids[0], mount) if ids and mount is not None else None
+        if found is None:
+            raise ReceiverFailed("the parent's backup (UUID {}) is not to be seen from {}".format(
+                expected.base, folder), "-I sends in full")
+        return found.name
+
     def hazards(self, partial: Partial) -> Hazards:
         """What a stream must not go through, as far as it is there before the stream begins."""
-        folder, base, piece = partial.folder, partial.expected.base, partial.checkpoint
-        parent: List[Hazard] = []
-        if base is not None:
-            mount = mount_around(os.path.realpath(folder), read_mounts())
-            found = [self.subvolume_of_id(folder, subvolid, mount) for subvolid in search_uuid_tree(folder, base, 251)
-                     if mount is not None]
-            if not found or found[0] is None:
-                raise ReceiverFailed("the parent's backup (UUID {}) is not to be seen from {}".format(base, folder),
-                                     "-I sends in full")
-            parent = list(find_hazards(found[0].name))
+        folder, expected, piece = partial.folder, partial.expected, partial.checkpoint
+        parent = list(find_hazards(self.base_path(folder, expected))) if expected.base is not None else []
         return Hazards(find_hazards(os.path.join(folder, piece.name)) if piece is not None else parent, parent)
 
     def settle_partials(self, folder: str, names: Dict[str, str]) -> List[str]:
@@ -10295,16 +10358,49 @@ class ShellHost:
         return sender
 
     def open_receive(self, folder: str, expected: ExpectedStream, debug: bool, begin: str) -> PlainReceiver:
-        """`btrfs receive` there, fed from here; it always begins anew."""
+        """`btrfs receive` there, fed from here with a stream that may hold anything; it always begins anew."""
+        base = self.base_name(folder, expected)
+        return self.receiver(folder, expected, debug, StreamGate(expected, self.hazards(folder, base)))
+
+    def open_own_receive(self, folder: str, expected: ExpectedStream, debug: bool, _: str) -> PlainReceiver:
+        """The same for a stream that this machine's kernel writes."""
+        return self.receiver(folder, expected, debug, None)
+
+    def receiver(self, folder: str, expected: ExpectedStream, debug: bool, gate: Optional[StreamGate]) -> PlainReceiver:
         listing = self.list(folder)
         if listing.named(expected.name) is not None or expected.name in listing.others:
             raise ReceiverFailed("{} exists at {}".format(expected.name, folder))
         left = [s for s in listing.subvolumes if partial_of(s.name) == expected.name]
         for error in self.delete(folder, left, False) if left else ():
             raise error
-        stream = IncomingStream(expected, expected.base is None or self.is_sole(folder, expected))
+        base = self.base_name(folder, expected)
+        ground = Ground(expected.base is None or self.is_sole(folder, expected),
+                        self.read_default_acl(folder, base) if base else None, keeps_capabilities(self.progs))
         flags = "-vv " if debug else ""
-        return PlainReceiver(self, folder, stream, self.argv('exec btrfs receive ' + flags + '"$a0"', (folder,)))
+        return PlainReceiver(self, folder, IncomingStream(expected, ground, gate),
+                             self.argv('exec btrfs receive ' + flags + '"$a0"', (folder,)))
+
+    def base_name(self, folder: str, expected: ExpectedStream) -> Optional[str]:
+        """What the parent's backup is called in `folder`; None where there is no parent, or it is elsewhere."""
+        found = [s.name for s in self.list(folder).subvolumes if s.uuid == expected.base] if expected.base else []
+        return found[0] if found else None
+
+    def read_default_acl(self, folder: str, name: str) -> Optional[str]:
+        """As hex; None where there is none, or no getfattr to tell."""
+        said = self.run('command -v getfattr > /dev/null || exit 0; '
+                        'getfattr -h -n system.posix_acl_default -e hex "$a0" 2> /dev/null || true',
+                        (os.path.join(folder, name),), "cannot look at {}".format(name))
+        found = re.search("^system.posix_acl_default=0x([0-9a-f]+)$", said, re.MULTILINE)
+        return found.group(1) if found else None
+
+    def hazards(self, folder: str, base: Optional[str]) -> Hazards:
+        """What a stream must not go through; nothing there keeps `btrfs receive` from that."""
+        found: List[Hazard] = []
+        for kind, types in ((A_LINK, "l"), (SPECIAL, "b c p s")) if base is not None else ():
+            said = self.run('cd "$a0" && for t in ' + types + '; do find . -type $t -print0 || exit 1; done',
+                            (os.path.join(folder, base or ""),), "cannot look at {}".format(base))
+            found += [(os.fsencode(path)[2:], kind) for path in said.split("\0") if path]
+        return Hazards(found, found)
 
     def is_sole(self, folder: str, expected: ExpectedStream) -> bool:
         """Whether the base is the only subvolume on the filesystem with its received UUID."""
@@ -10541,8 +10637,9 @@ class Delivery:
                 self.send(*self.sharing(opened))
 
     def open(self, target: Target) -> Any:
-        is_own = isinstance(target.host, LocalHost) and target.host is self.shipment.host
-        open_receive = target.host.open_own_receive if is_own else target.host.open_receive
+        open_receive = target.host.open_receive
+        if isinstance(self.shipment.host, LocalHost):  # this machine's kernel writes it
+            open_receive = getattr(target.host, "open_own_receive", open_receive)
         receiver = open_receive(target.folder, self.expected._replace(base=target.base), self.shipment.options.debug,
                                 target.begin)
         resume = receiver.resume
