@@ -1983,6 +1983,9 @@ def within_chain(parent: Optional[Subvolume], lengths: Dict[Optional[str], int],
     return parent if parent is None or not longest or lengths.get(parent.stream_id, 0) < longest else None
 
 
+NEEDS_IT = "needs it to be restored"
+
+
 def keep_chains(verdicts: Sequence[Verdict], listing: Listing) -> List[Verdict]:
     """The verdicts, where what a kept backup needs to be restored is kept as well."""
     if not listing.chained:
@@ -1997,7 +2000,19 @@ def keep_chains(verdicts: Sequence[Verdict], listing: Listing) -> List[Verdict]:
             needed_by[parent.name] = child.name
             child, parent = parent, by_id.get(parent.parent_uuid)
     return [v if v.keep or v.name not in needed_by else
-            Verdict(v.name, True, "{} needs it to be restored".format(needed_by[v.name])) for v in judged.values()]
+            Verdict(v.name, True, "{} {}".format(needed_by[v.name], NEEDS_IT)) for v in judged.values()]
+
+
+def describe_needed(verdicts: Sequence[Verdict], text: str, policy: Policy) -> str:
+    """That backups at `text` stay which the policy does not keep, and what would let them go; "" where none does."""
+    needed = sum(v.keep and v.reason.endswith(NEEDS_IT) for v in verdicts)
+    kept = sum(v.keep for v in verdicts) - needed
+    if not needed:
+        return ""
+    beyond = ("{} older than the newest {}" if policy == Policy(policy.newest) else "{} not to be kept").format(
+        "is" if needed == 1 else "are", policy.newest)
+    return "{} at {} {} but needed to restore what is kept; --raw-full-every {} would let {} go".format(
+        plural(needed, "backup"), text, beyond, max(kept, 1), "it" if needed == 1 else "them")
 
 
 def name_problem(snapshot: Subvolume, listing: Listing, cleared: Set[str]) -> Optional[Problem]:
@@ -3454,13 +3469,17 @@ def start(argv: Sequence[str], stdin: Any = subprocess.DEVNULL, stdout: Any = su
         raise BackupError("cannot prepare {}: {}".format(argv[0], error)) from None
 
 
+AGES_LAST_WORDS = "report unexpected or unhelpful errors"
+
+
 def program_error(doing: str, words: str, status: int) -> BackupError:
     """An error with the program's last line in the message and, where there is more, all of it below."""
-    lines = [line for line in words.splitlines() if line.strip()]
+    lines = [line for line in words.splitlines() if line.strip() and AGES_LAST_WORDS not in line]
     if status < 0:
         cause = "killed by {}".format(signal_name(-status))
     else:
-        cause = re.sub(r"^ERROR:\s*", "", lines[-1]) if lines else "exit status {}".format(status)
+        own_name = r"^({}:\s*)?(error:\s*)?".format(re.escape(doing))
+        cause = re.sub(own_name, "", lines[-1], flags=re.IGNORECASE) if lines else "exit status {}".format(status)
     # a send may find its tree busy while the filesystem is balanced
     transient = -status in ENDING_SIGNALS or "temporarily unavailable" in cause
     return BackupError("{}: {}".format(doing, cause), hint_for(words), "\n".join(lines) if len(lines) > 1 else "",
@@ -3476,7 +3495,9 @@ def hint_for(words: str) -> str:
              ("not on mount point", "mount the filesystem's top level there, or send in full with -I"),
              ("remount this btrfs filesystem", "the destination is a folder mounted over itself or elsewhere (bind); "
                                                "name it on the filesystem's own mount, or send in full with -I"),
-             ("reachable from inside", "mount the filesystem's top level there, or send in full with -I"))
+             ("reachable from inside", "mount the filesystem's top level there, or send in full with -I"),
+             ("unknown recipient type", "name a recipient (age1..., ssh-ed25519 ...), or a file of them: age:/FILE"),
+             ("Bad file descriptor", "rclone's mounts can be written with --vfs-cache-mode writes"))
     return next((hint for sign, hint in hints if sign in words), "")
 
 
@@ -6535,7 +6556,8 @@ class FileSink:
             self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise self.failure(error) from None
-        fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that it is in use
+        with contextlib.suppress(OSError):  # some filesystems of networks know no locks
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # says that it is in use
         self.digest, self.queue = hashlib.sha256(), queue.Queue()  # type: Any, Any
         self.offered = self.done = self.size = self.told = 0
         self.error: Optional[OSError] = None
@@ -10492,7 +10514,10 @@ class Hosts:
 
     def raw_place(self, host: Any) -> RawPlace:
         steps = [step for step in (self.task.raw_compress, self.task.raw_encrypt) if step]
-        return RawPlace(host, steps, self.task.raw_identity or "")
+        identity = self.task.raw_identity or ""
+        if identity and not os.path.exists(identity):
+            raise BackupError("no such file: {}".format(identity), "--raw-identity takes the file that holds age's key")
+        return RawPlace(host, steps, identity)
 
     def reach(self, endpoint: Endpoint) -> Any:
         connector = SshConnector(endpoint, SshOptions(self.task.ssh_options, self.task.ssh_sudo), self.events,
@@ -11502,6 +11527,12 @@ class TaskRun:
         return plan_destination_retention(self.snapshots, listing, self.prefix, self.task.backup_policy, self.clock(),
                                           notes)
 
+    def describe_needed(self, destination: Destination, verdicts: Sequence[Verdict]) -> str:
+        """What stays beyond the policy, where nothing is done yet that will let it go."""
+        if self.longest_chain(destination):
+            return ""
+        return describe_needed(verdicts, destination.text, self.task.backup_policy)
+
     def retain(self) -> None:
         for destination in self.destinations:
             if destination.listing is None or destination.failed:
@@ -11511,6 +11542,9 @@ class TaskRun:
             except BackupError as error:
                 self.report(error, destination)
                 continue
+            needed = self.describe_needed(destination, verdicts)
+            if needed:
+                self.events.info("needed", needed, destination=destination.key)
             self.delete(destination.host, destination.path, destination.text, destination.listing.subvolumes, verdicts)
         self.delete(self.host, self.folder, self.task.source, self.snapshots, self.source_verdicts())
 
@@ -11593,8 +11627,10 @@ class TaskRun:
             line = "  {}, {}".format(describe_transfer(transfer), self.describe_size(transfer))
             lines.append(line + ", taken up at {}".format(format_size(record.point.offset)) if record else line)
         if not destination.failed:
-            for verdict in self.destination_verdicts(destination, destination.listing):
-                lines += self.describe_verdict(verdict)
+            verdicts = self.destination_verdicts(destination, destination.listing)
+            needed = self.describe_needed(destination, verdicts)
+            lines += [line for verdict in verdicts for line in self.describe_verdict(verdict)]
+            lines += ["  " + needed] if needed else []
         return lines if len(lines) > 1 else lines + ["  nothing to do"]
 
     def describe_size(self, transfer: Transfer) -> str:
@@ -12077,6 +12113,7 @@ class Pruning:
         self.tell_kept(verdicts)
         named = {s.name: s for s in listing.subvolumes}
         self.delete([(named[v.name], v.reason) for v in deletions(verdicts)], self.task.convert_rw)
+        self.tell_needed(verdicts)
         if self.task.partials_older_than is not None:
             idle = self.host.idle_partials(self.folder)
             self.delete([(s, "of a transfer that was broken off, unchanged for {}".format(format_age(idle[s.name])))
@@ -12103,6 +12140,13 @@ class Pruning:
                 print_result("  keep {}: {}".format(verdict.name, verdict.reason))
             elif verdict.keep:
                 self.events.debug("kept", "kept {} at {}: {}".format(verdict.name, self.text, verdict.reason))
+
+    def tell_needed(self, verdicts: Sequence[Verdict]) -> None:
+        needed = describe_needed(verdicts, self.text, self.task.backup_policy)
+        if needed and self.task.dry_run:
+            print_result("  " + needed)
+        elif needed:
+            self.events.info("needed", needed, folder=self.folder)
 
     def delete(self, doomed: Sequence[Tuple[Subvolume, str]], convert_rw: bool) -> None:
         """Deletes subvolumes, each with its reason; a dry run only says so."""

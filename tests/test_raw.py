@@ -1,5 +1,6 @@
 """raw:// destinations: stream files with sidecars, on any filesystem, compressed and encrypted."""
 
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -305,7 +306,12 @@ class FailClosed(RawTestCase):
         self.refused("gpg:backup@example.org", "gpg", env={"GNUPGHOME": "/nonexistent"})
 
     def test_a_recipient_that_is_none(self):
-        self.refused("age:age1nonsense", "age", "malformed recipient")
+        result = self.refused("age:age1nonsense", "age", "malformed recipient")
+        self.assertNotIn("age: age", result.stderr)
+        self.assertNotIn("report unexpected", result.stderr)
+
+    def test_a_file_of_recipients_without_its_path(self):
+        self.refused("age:key.txt", 'age: unknown recipient type: "key.txt"', "age:/FILE")
 
     def test_a_file_of_recipients_that_is_not_there(self):
         self.refused("age:/nonexistent", "age", "no such file")
@@ -498,6 +504,13 @@ class Retention(RawTestCase):
         result = self.send("-n", "1", "-v", "debug")
         self.assertEqual([taken[2], taken[4]], sorted(self.sidecars()), "4 was never sent")
         self.assertIn("{} needs it to be restored".format(taken[4]), result.stderr)
+        needed = "1 backup at {} is older than the newest 1 but needed to restore what is kept; --raw-full-every 1 " \
+                 "would let it go".format(self.raw)
+        self.assertIn(needed, self.send("-n", "1").stderr)
+        self.assertIn(needed, self.send("-n", "1", "--dry-run").stdout)
+        self.assertIn(needed, self.run_program("prune", "-n", "1", self.raw).stderr)
+        self.assertIn(needed, self.run_program("prune", "--dry-run", "-n", "1", self.raw).stdout)
+        self.assertNotIn("needed to restore", self.send("-n", "2", "--raw-full-every", "2").stderr)
 
     def test_three_chains(self):
         taken = []
@@ -668,6 +681,14 @@ class Restore(RawTestCase):
                     self.damaged("{} is damaged".format(os.path.basename(path)))
                     self.flip(path, at)
 
+    def test_a_key_file_that_is_not_there_is_noticed_first(self):
+        self.send("--raw-encrypt", "age:" + self.keys.age)
+        into = self.into()
+        for verb in (["restore", "--latest", self.raw, into], ["verify", self.raw]):
+            result = self.run_program(verb[0], "--raw-identity", "/no/key.txt", *verb[1:], status=1)
+            self.assertErrorSays(result, "no such file: /no/key.txt", "age's key")
+        self.assertEqual([], os.listdir(into))
+
     def test_a_cut_file(self):
         self.send()
         os.truncate(self.file(self.taken[1]), 100)
@@ -684,6 +705,8 @@ class Restore(RawTestCase):
         self.addCleanup(other.close)
         self.send("--raw-encrypt", "gpg:" + self.keys.gpg)
         self.damaged("cannot be read", "secret key in gpg's key ring", env=other.env)
+        self.assertNotIn("looking whether", self.restore(self.path(self.taken[3]), self.into(), status=1,
+                                                         env=other.env).stderr)
         self.folder = tmpfs(self)
         self.send("--raw-encrypt", "age:" + self.keys.age)
         into = self.into()
@@ -802,7 +825,8 @@ class Verbs(RawTestCase):
     def test_prune_keeps_what_a_kept_one_needs(self):
         self.send("--raw-full-every", "3")
         shown = self.verb("prune", "--dry-run", "-n", "2", self.raw).stdout
-        self.assertEqual(self.taken[:3], [line.split()[1].rstrip(":") for line in shown.splitlines()[1:]])
+        self.assertEqual(self.taken[:3], [line.split()[1].rstrip(":") for line in shown.splitlines()
+                                          if line.startswith("  delete")])
         self.verb("prune", "-n", "2", self.raw)
         self.assertEqual([name + ".btrfs" for name in self.taken[3:]], [n for n in self.streams() if n[0] != "."])
         self.assertRestorable(*self.taken[3:])
@@ -1289,6 +1313,76 @@ class Steps(unittest.TestCase):
         for call in ("unlink", "fsync"):
             self.broken_off(call, delete)
             self.assertEqual([], os.listdir(self.folder))
+
+
+class Programs(unittest.TestCase):
+    """What is read, and how it is told, where a filter or a filesystem does not do its part."""
+
+    BACKUP = program.RawBackup("a20240101-000000", "a20240101-000000.btrfs.gpg", "u", None, None, 0, 1, "", 1 << 40, "",
+                               ("gpg:KEY",), 0, 0, 0o755)
+
+    class Endless:
+        """A host with a stream file that has no end, which itself it gives."""
+
+        size = 0
+
+        def open_raw_send(self, *_):
+            return self
+
+        def read(self, buffer):
+            self.size += len(buffer)
+            return len(buffer)
+
+        def end(self):
+            pass
+
+    def fail_with(self, words):
+        """The error of a gpg that says so, and the bytes that were read of the file."""
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        with open(os.path.join(folder, "gpg"), "w") as script:
+            script.write("#!/bin/sh\nhead -c 100 > /dev/null; printf '%s\\n' {} >&2; exit 2\n".format(words))
+        os.chmod(script.name, 0o755)
+        path, host = os.environ["PATH"], self.Endless()  # type: str, Any
+        os.environ["PATH"] = folder + ":" + path
+        try:
+            sender = program.RawSender(host, folder, self.BACKUP, "")
+            with self.assertRaises(program.BackupError) as caught:
+                while True:
+                    sender.read(bytearray(100000))
+                    sender.wait_readable(0.01)
+        finally:
+            os.environ["PATH"] = path
+            sender.end()
+        return caught.exception, sender, host.size
+
+    def test_what_cannot_be_read_is_told_at_once(self):
+        for words, lacks_key, hint in (
+                ("'gpg: decryption failed: No secret key'", True, "key ring"),
+                ("'gpg: public key decryption failed: Bad passphrase' 'gpg: decryption failed: No secret key'", True,
+                 "passphrase"), ("'gpg: packet(3) with unknown version 3'", False, "")):
+            error, sender, size = self.fail_with(words)
+            self.assertTrue(error.message.startswith(self.BACKUP.file + " cannot be read: gpg: "), error.message)
+            self.assertNotIn("gpg: gpg", error.message)
+            self.assertEqual((lacks_key, True), (sender.lacks_key, hint in error.hint))
+            self.assertLess(size, 8 << 20)
+
+    def test_a_filesystem_without_locks(self):
+        def no_locks(*_):
+            raise OSError(errno.ENOLCK, "no locks available")
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        real, program.fcntl.flock = program.fcntl.flock, no_locks
+        try:
+            sink = program.FileSink(folder, "name")
+        finally:
+            program.fcntl.flock = real
+        sink.offer(b"data")
+        self.assertEqual(4, sink.finish(10).size)
+        sink.end()
+
+    def test_what_an_rclone_mount_needs(self):
+        self.assertIn("--vfs-cache-mode writes", program.hint_for(os.strerror(errno.EBADF)))
 
 
 class Pure(unittest.TestCase):
