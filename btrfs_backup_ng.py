@@ -109,7 +109,6 @@ import time
 from typing import (
     Any,
     Callable,
-    ContextManager,
     Dict,
     FrozenSet,
     Iterable,
@@ -4288,6 +4287,7 @@ PIN_FILE = ".destinations.json"
 SOURCE_NOTE = ".source"  # ends the name of the note that says whose backups of a prefix a folder holds
 LARGEST_NOTE, LARGEST_STATE = 1 << 20, 64 << 20  # bytes of a file about one backup, about all
 ASIDE = ".new"  # ends the name of a file that shall replace another
+OPEN_FOLDER = re.compile(r"/proc/[0-9]+/fd/[0-9]+")  # begins a path to what a process has open
 MUTEX_PATIENCE = 60.0  # seconds; a change takes milliseconds
 
 Pins = Dict[str, Dict[str, Tuple[Pin, ...]]]  # {destination: {prefix: pins}}
@@ -4515,6 +4515,82 @@ def check_claim(folder: str, claim: Claim, found: Sequence[str], names: Iterable
             printable(repr(claim.prefix)), folder), "give each a prefix of its own with -p, or a folder of its own")
     if len(claim.after) > MOST_SOURCE_IDS or not all(len(parse_uuid(key)) == 16 for key in claim.after):
         raise BackupError("that names no source")
+
+
+def open_step(folder: int, name: str, readable: bool, mode: Optional[int]) -> int:
+    """A folder in an open one, made with `mode` where it is missing and that is no None. Passing needs no reading."""
+    flags = (os.O_RDONLY if readable else os.O_PATH) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(name, flags, dir_fd=folder)
+    except FileNotFoundError:
+        if mode is None:
+            raise
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(name, mode, dir_fd=folder)
+    return os.open(name, flags, dir_fd=folder)
+
+
+def open_way(path: str, make: bool = False) -> Tuple[int, List[Tuple[str, os.stat_result]]]:
+    """A folder, opened step by step without following any link, and what each step on the way is.
+
+    make: makes what is missing, the last for its user alone. A path that begins with a folder that this process has
+    open begins there. OSError.
+    """
+    known = OPEN_FOLDER.match(path)
+    at = known.group() if known else "/"
+    parts = [part for part in path[len(at):].split("/") if part]
+    fd = os.open(at, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    steps = [(at, os.fstat(fd))]
+    try:
+        for number, part in enumerate(parts, 1):
+            at = os.path.join(at, part)
+            is_last = number == len(parts)
+            inner = open_step(fd, part, is_last, (0o700 if is_last else 0o755) if make else None)
+            os.close(fd)
+            fd = inner
+            steps.append((at, os.fstat(fd)))
+        return fd, steps
+    except OSError as error:
+        os.close(fd)
+        raise OSError(error.errno, error.strerror, at) from None
+
+
+def exposed_steps(steps: Sequence[Tuple[str, os.stat_result]]) -> List[Tuple[str, str]]:
+    """The steps of a way at which others decide what stands there or below: each with why.
+
+    In a folder with the sticky bit everybody may make something, but move only what is his own.
+    """
+    trusted_groups, exposed = (0, os.getegid()), []
+    for (path, found), (_, inner) in zip(steps, list(steps[1:]) + [steps[-1]]):
+        is_shared = found.st_mode & 0o002 or (found.st_mode & 0o020 and found.st_gid not in trusted_groups)
+        is_kept = found.st_mode & stat.S_ISVTX and inner is not found and not is_of_others(inner)
+        if is_of_others(found):
+            exposed.append((path, "belongs to user {}".format(found.st_uid)))
+        elif is_shared and not is_kept:
+            exposed.append((path, "can be written by others"))
+    return exposed
+
+
+def foreign_link(path: str) -> str:
+    """The first link on the way to `path` that somebody else has made than root and the user who runs, or ''.
+
+    Under sudo that is the one who typed the command as well.
+    """
+    users = {"0", str(os.geteuid()), os.environ.get("SUDO_UID", "0")}
+    at, left, most = "/", path.split("/")[::-1], 1000
+    while left and most:
+        part, most = left.pop(), most - 1
+        at = os.path.dirname(at) if part == ".." else os.path.join(at, part) if part not in ("", ".") else at
+        try:
+            found = os.lstat(at)
+            if stat.S_ISLNK(found.st_mode):
+                if str(found.st_uid) not in users:
+                    return at
+                target = os.readlink(at)
+                at, left = "/" if target.startswith("/") else os.path.dirname(at), left + target.split("/")[::-1]
+        except OSError:
+            break
+    return ""
 
 
 def read_state_file(folder: str, name: str, parse: Callable[[str], Any]) -> Any:
@@ -7040,6 +7116,7 @@ class Place(NamedTuple):
     unmounted: str = ""  # a mount point of /etc/fstab on the way to it where nothing is mounted
     mount: str = ""  # where the filesystem that it is on is mounted
     in_memory: bool = False  # whether that is gone at the next boot
+    exposed: Tuple[Tuple[str, str], ...] = ()  # folders on the way to it that others may write to, each with why
 
 
 def is_received_into(folder: str) -> bool:
@@ -7078,9 +7155,9 @@ def find_unmounted(path: str) -> str:
 
 
 def find_mount(folder: str) -> str:
-    while not os.path.ismount(folder):
-        folder = os.path.dirname(folder)
-    return folder
+    """Where the filesystem of an existing folder is mounted; the top of a subvolume is not for that a mount point."""
+    mount = mount_around(folder, read_mounts())
+    return mount.point if mount is not None else "/"
 
 
 def is_in_memory(folder: str) -> bool:
@@ -7126,6 +7203,21 @@ class LocalHost:
         self.known_capabilities: Optional[Capabilities] = None
         self.digested: Dict[Tuple[str, int], TreeReader] = {}
         self.digests_mutex = threading.Lock()
+        self.held: Dict[str, int] = {}  # folders that a run holds, open
+
+    @contextlib.contextmanager
+    def firm(self, folder: str) -> Iterator[str]:
+        """A path to the folder that is held under the name `folder`, whatever bears that name by now.
+
+        It is the name itself where none is held. What is said of it says the name.
+        """
+        path = "/proc/{}/fd/{}".format(os.getpid(), self.held[folder]) if folder in self.held else folder
+        try:
+            yield path
+        except BackupError as error:
+            error.message, error.hint, error.detail = (
+                text.replace(path, folder) for text in (error.message, error.hint, error.detail))
+            raise
 
     def name(self) -> str:
         return os.uname().nodename
@@ -7143,7 +7235,10 @@ class LocalHost:
         return self.known_capabilities
 
     def look(self, path: str) -> Place:
-        """What is at `path`; links are followed, as a user means them."""
+        """What is at `path`; links are followed, as a user means them, but for those that another user has made."""
+        link = foreign_link(os.path.abspath(path))
+        if link:
+            raise BackupError("{} is a link of another user's".format(link), "name the folder that is meant")
         real = os.path.realpath(path)
         try:
             os.stat(real)
@@ -7159,10 +7254,25 @@ class LocalHost:
             filesystem = read_filesystem_id(ground)
             inside, is_top = self.subvolume_around(ground) if filesystem else (None, False)
             flags = os.statvfs(ground).f_flag
+            exposed = self.exposed(ground, kind == "missing")
         except OSError as error:
             raise os_error("cannot look at {}".format(path), error) from None
         return Place(real, kind, filesystem, inside, is_top and kind == "folder", bool(flags & os.ST_RDONLY),
-                     find_unmounted(real), find_mount(ground), is_in_memory(ground))
+                     find_unmounted(real), find_mount(ground), is_in_memory(ground), exposed)
+
+    def exposed(self, folder: str, is_ground: bool) -> Tuple[Tuple[str, str], ...]:
+        """The folders on the way to `folder` where others decide what stands there. is_ground: to one to be made in it.
+
+        BackupError where it is no longer the folder that this host holds.
+        """
+        fd, steps = open_way(folder)
+        held = self.held.get(folder)
+        try:
+            if held is not None and not os.path.samestat(os.fstat(fd), os.fstat(held)):
+                raise BackupError("{} has become another folder meanwhile".format(folder), "look there, and run again")
+        finally:
+            os.close(fd)
+        return tuple(exposed_steps(steps + steps[:1] if is_ground else steps))  # what is made there will be ours
 
     def subvolume_around(self, folder: str) -> Tuple[Optional[Subvolume], bool]:
         """The subvolume that holds `folder`, and whether `folder` is its top."""
@@ -7173,6 +7283,11 @@ class LocalHost:
 
     def list(self, folder: str) -> Listing:
         """What `folder` holds; BackupError where it cannot be read, for that is not an empty folder."""
+        with self.firm(folder) as firm:
+            return self.list_firm(firm)
+
+    @staticmethod
+    def list_firm(folder: str) -> Listing:
         subvolumes, others = [], set()
         try:
             for name in os.listdir(folder):
@@ -7221,40 +7336,44 @@ class LocalHost:
                 and not nested.startswith(STATE_FOLDER + "/")]
 
     def make_folder(self, path: str) -> None:
-        """Makes a folder, its parents as the umask says; no error where it is there."""
+        """Makes a folder, for its user alone, and its parents; no error where it is there."""
         try:
-            os.makedirs(path, 0o700, exist_ok=True)
+            os.close(open_way(path, make=True)[0])
         except OSError as error:
             raise os_error("cannot make the folder {}".format(path), error) from None
 
     def snapshot(self, source: str, folder: str, name: str) -> Subvolume:
-        path = os.path.join(folder, name)
-        self.command(["btrfs", "subvolume", "snapshot", "-r", source, path],
-                     "cannot take a snapshot of {}".format(source))
-        taken = read_subvolume(path, name)
-        if taken is None or not taken.readonly:
-            raise BackupError("the snapshot {} was not made as asked".format(path),
-                              "look at it with btrfs subvolume show")
-        return taken
+        with self.firm(folder) as firm:
+            path = os.path.join(firm, name)
+            self.command(["btrfs", "subvolume", "snapshot", "-r", source, path],
+                         "cannot take a snapshot of {}".format(source))
+            taken = read_subvolume(path, name)
+            if taken is None or not taken.readonly:
+                raise BackupError("the snapshot {} was not made as asked".format(path),
+                                  "look at it with btrfs subvolume show")
+            return taken
 
     def delete(self, folder: str, doomed: Sequence[Subvolume], convert_rw: bool) -> List[BackupError]:
         """Deletes subvolumes of `folder` that still are what they were planned as; an error for each not gone."""
         errors: List[BackupError] = []
         for subvolume in doomed:
-            path = os.path.join(folder, subvolume.name)
             try:
-                found = read_subvolume(path, subvolume.name)
-                if found is None or found.uuid != subvolume.uuid:
-                    raise BackupError("not deleted: {} is no longer what it was".format(path), "run again")
-                if convert_rw and found.readonly:
-                    self.make_writable(path)
-                self.command(["btrfs", "subvolume", "delete", path], "cannot delete {}".format(path))
+                with self.firm(folder) as firm:
+                    self.delete_one(os.path.join(firm, subvolume.name), subvolume, convert_rw)
             except BackupError as error:
                 errors.append(error)
         errors += self.forget_partials(folder, [partial_of(s.name) or "" for s in doomed if partial_of(s.name)])
         if doomed:
             self.command(["btrfs", "filesystem", "sync", folder], "cannot sync {}".format(folder))
         return errors
+
+    def delete_one(self, path: str, subvolume: Subvolume, convert_rw: bool) -> None:
+        found = read_subvolume(path, subvolume.name)
+        if found is None or found.uuid != subvolume.uuid:
+            raise BackupError("not deleted: {} is no longer what it was".format(path), "run again")
+        if convert_rw and found.readonly:
+            self.make_writable(path)
+        self.command(["btrfs", "subvolume", "delete", path], "cannot delete {}".format(path))
 
     def idle_partials(self, folder: str) -> Dict[str, float]:
         """Partial backups in `folder` by name, each with the seconds since it was last changed.
@@ -7288,27 +7407,29 @@ class LocalHost:
         self.command(["btrfs", "subvolume", "sync", folder], "cannot wait for deleted subvolumes of {}".format(folder))
 
     def read_locks(self, folder: str) -> Locks:
-        return read_state_file(folder, LOCK_FILE, parse_locks)
+        with self.firm(folder) as firm:
+            return read_state_file(firm, LOCK_FILE, parse_locks)
 
     def change_locks(self, folder: str, add: Sequence[LockChange], clear: Sequence[LockChange]) -> Locks:
         """Sets and clears locks in the file as it stands now; what comes out is durable."""
-        with folder_mutex(folder):
+        with self.firm(folder) as firm, folder_mutex(firm):
             before = self.read_locks(folder)
             after = clear_locks(add_locks(before, add), clear) if add or clear else before
             if after != before:
-                replace_file(folder, LOCK_FILE, format_locks(after))
+                replace_file(firm, LOCK_FILE, format_locks(after))
         return after
 
     def read_pins(self, folder: str) -> Pins:
-        return read_state_file(folder, PIN_FILE, parse_pins)
+        with self.firm(folder) as firm:
+            return read_state_file(firm, PIN_FILE, parse_pins)
 
     def change_pins(self, folder: str, prefix: str, pins: Dict[str, Optional[Pin]]) -> None:
         """Sets the pins of `prefix` by destination; None forgets."""
-        with folder_mutex(folder):
+        with self.firm(folder) as firm, folder_mutex(firm):
             before = self.read_pins(folder)
             after = changed_pins(before, prefix, pins)
             if after != before:
-                replace_file(folder, PIN_FILE, format_pins(after))
+                replace_file(firm, PIN_FILE, format_pins(after))
 
     def read_notes(self, folder: str, prefix: str) -> FolderNotes:
         """What a folder tells of the snapshots of `prefix` in it; BackupError where it is damaged."""
@@ -7324,11 +7445,24 @@ class LocalHost:
             check_claim(folder, claim, read_state_file(folder, name, parse_sources) or (), os.listdir(folder))
             replace_file(folder, name, format_sources(claim.after))
 
-    def hold(self, folder: str, prefix: str, wait: float,
-             token: str = "") -> ContextManager[None]:
-        """A context in which no other run works on `prefix` in `folder`."""
-        return run_lock(folder, prefix, wait,
-                        lambda: self.events.info("waiting", "waiting for another run in {}".format(folder)), token)
+    @contextlib.contextmanager
+    def hold(self, folder: str, prefix: str, wait: float, token: str = "") -> Iterator[None]:
+        """A context in which no other run works on `prefix` in `folder`, and in which that means the folder it is now.
+
+        Whoever owns a folder above it could put another one in its place.
+        """
+        with contextlib.ExitStack() as stack:
+            if folder not in self.held and not OPEN_FOLDER.match(folder):
+                try:
+                    self.held[folder] = open_way(folder)[0]
+                except OSError as error:
+                    raise os_error("cannot open {}".format(folder), error) from None
+                stack.callback(os.close, self.held[folder])
+                stack.callback(self.held.pop, folder)
+            firm = stack.enter_context(self.firm(folder))
+            stack.enter_context(run_lock(firm, prefix, wait, lambda: self.events.info(
+                "waiting", "waiting for another run in {}".format(folder)), token))
+            yield
 
     def expected_stream(self, folder: str, snapshot: Subvolume, parent: Optional[Subvolume]) -> ExpectedStream:
         """What the stream of a snapshot must say; read right before it is sent."""
@@ -10971,12 +11105,14 @@ class TaskRun:
         self.open_snapshot_folder()
 
     def open_snapshot_folder(self) -> None:
-        folder = self.host.look(os.path.join(self.source, self.task.snapshot_folder))
+        path = os.path.join(self.source, self.task.snapshot_folder)
+        folder = self.host.look(path)
         if folder.kind == "other":
             raise BackupError("the snapshot folder {} is a file".format(folder.path), "choose another with -f")
         if not self.task.skip_fs_checks and folder.filesystem != self.filesystem:
             raise BackupError("the snapshot folder {} is not on the source's filesystem".format(folder.path),
                               "choose another with -f")
+        self.check_way(os.path.normpath(path), folder)
         self.folder, self.folder_exists = folder.path, folder.kind == "folder"
         self.folder_place = folder
 
@@ -10989,6 +11125,28 @@ class TaskRun:
             raise BackupError("{} is a read-only snapshot, in which nothing can be noted".format(
                 self.task.source if (self.folder + "/").startswith(self.source + "/") else self.folder),
                 "name the subvolume that it is of, or with -f a snapshot folder outside of it")
+
+    def check_way(self, path: str, folder: Place) -> None:
+        """BackupError where somebody else could have put what is in the snapshot folder, or another in its place.
+
+        A source may well be another's. What leads from there to its snapshots may not.
+        """
+        inside = path.startswith(self.source.rstrip("/") + "/")
+        exposed = [(step, why) for step, why in folder.exposed
+                   if not inside or step.startswith(self.source.rstrip("/") + "/")]
+        if inside and folder.path != path:
+            exposed.insert(0, (path, "is reached over a link"))
+        if exposed:
+            raise BackupError("{} {}, so its snapshots could be somebody else's".format(*exposed[0]), self.way_out())
+
+    def way_out(self) -> str:
+        """What to type where the snapshot folder cannot be trusted."""
+        top, words = self.source_place.mount.rstrip("/"), "take -f with a folder outside of the source"
+        if (top + "/").startswith(self.source.rstrip("/") + "/"):
+            return words + " that only root may write to"
+        import shlex
+        example = os.path.join(top or "/", ".snapshots", os.path.basename(self.source))
+        return "{}, e.g. -f {}".format(words, shlex.quote(example))
 
     def read_state(self) -> None:
         """Locks and pins as they shall be; changes them where options ask for it."""
@@ -11340,6 +11498,7 @@ class TaskRun:
         self.folder_exists = True
         self.gate.take_turn(" ".join((parse_endpoint(self.task.source).machine, self.folder, self.prefix)))
         with self.host.hold(self.folder, self.prefix, self.task.wait):
+            self.open_snapshot_folder()  # once more, now that it cannot change
             self.read_state()
             self.snapshots = snapshots_of(self.host.list(self.folder), self.prefix)
             self.look_for_others()

@@ -1,0 +1,171 @@
+"""Folders in others' reach: what an ordinary user puts on the way that root takes is never followed."""
+
+import os
+import signal
+import subprocess
+import unittest
+
+import support
+from support import create, names, snapshot
+
+USER = 65534
+DEFAULT = ".btrfs-backup-ng"
+
+
+def as_user(*argv):
+    """Runs a command as an ordinary user; whether it went well. Others' folders are closed to it as to anyone."""
+    words = ["setpriv", "--reuid", str(USER), "--regid", str(USER), "--clear-groups"] + list(argv)
+    return subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
+class PlantedTestCase(support.BackupTestCase):
+    """The source is a user's home, beside that of another, whose backups are made with the same prefix."""
+
+    def setUp(self):
+        super().setUp()
+        os.chmod(support.scratch_folder(), 0o755)
+        os.chown(self.source, USER, USER)
+        self.other = create(os.path.join(self.source_disk.path, "other"))
+        self.other_snapshots = os.path.join(self.other, DEFAULT, "snapshots")
+        os.makedirs(self.other_snapshots, 0o700)
+        with open(os.path.join(self.other, "secret"), "w", encoding="utf-8") as file:
+            file.write("secret")
+        for day in (1, 2, 3):
+            snapshot(self.other, os.path.join(self.other_snapshots, self.name(day)))
+
+    def as_user(self, script):
+        self.assertTrue(as_user("sh", "-ec", 'cd "$0"; ' + script, self.source), script)
+
+    def assertOtherUntouched(self):
+        self.assertEqual([self.name(day) for day in (1, 2, 3)], sorted(os.listdir(self.other_snapshots)))
+
+
+class SnapshotFolder(PlantedTestCase):
+
+    def assertRefused(self, *words, options=()):
+        before = names(self.target)
+        result = self.backup(*options, "-N", "1", status=1)
+        self.assertErrorSays(result, *words)
+        self.assertEqual(before, names(self.target))
+        self.assertOtherUntouched()
+        return result
+
+    def test_a_folder_that_the_user_made_in_place_of_roots(self):
+        self.backup()
+        self.as_user("mv {0} gone; mkdir -p {0}/snapshots".format(DEFAULT))
+        result = self.assertRefused("{} belongs to user 65534, so its snapshots could be somebody else's".format(
+            os.path.join(self.source, DEFAULT)), "-f {}/.snapshots/home".format(self.source_disk.path))
+        option = result.errors[0].rpartition(" ")[2]
+        self.backup("-f", option)
+        self.assertEqual(1, len(names(option)))
+        self.assertEqual([], os.listdir(self.snapshots))
+
+    def test_a_link_to_anothers(self):
+        self.as_user("mkdir {0}; ln -s {1} {0}/snapshots".format(DEFAULT, self.other_snapshots))
+        self.assertRefused("is a link of another user's")
+
+    def test_a_link_of_roots_below_the_source(self):
+        """Whoever may write in the source can move it to where it leads elsewhere."""
+        os.makedirs(os.path.join(self.source_disk.path, "a"))
+        os.symlink(os.path.join(self.source_disk.path, "a"), os.path.join(self.source, DEFAULT))
+        self.assertRefused("is reached over a link")
+
+    def test_folders_that_others_may_write_to(self):
+        for mode in (0o777, 0o1777, 0o775):
+            with self.subTest(oct(mode)):
+                os.makedirs(self.snapshots, exist_ok=True)
+                os.chown(self.snapshots, 0, USER)
+                os.chmod(self.snapshots, mode)
+                self.assertRefused("can be written by others")
+
+    def test_a_folder_elsewhere_in_anothers_reach(self):
+        folder = os.path.join(self.source_disk.path, "theirs")
+        os.mkdir(folder)
+        os.chown(folder, USER, USER)
+        self.assertRefused(folder + " belongs to user 65534", options=("-f", folder + "/snapshots"))
+        shared = os.path.join(self.source_disk.path, "shared")
+        os.mkdir(shared)
+        os.chmod(shared, 0o777)
+        self.assertRefused(shared + " can be written by others", options=("-f", shared + "/snapshots"))
+        os.chmod(shared, 0o1777)
+        self.backup("-f", shared + "/snapshots")
+        self.backup("-S", "-f", shared + "/snapshots")
+
+    def test_what_root_made_and_what_an_ordinary_user_has_for_himself(self):
+        os.makedirs(self.snapshots, 0o755)
+        self.backup()
+        own = create(os.path.join(self.source_disk.path, "own"))
+        os.chown(own, USER, USER)
+        self.run_program("--no-elevate", "-T", "-p", "home", own, wrapper=support.as_nobody())
+        self.run_program("--no-elevate", "-S", "-T", "-p", "home", own, wrapper=support.as_nobody())
+        self.assertEqual(1, len(names(os.path.join(own, DEFAULT, "snapshots"))))
+
+    def test_another_folder_in_place_of_the_one_that_is_held(self):
+        """Between the look at it and its use, and at any time of the run."""
+        self.take(1)
+        self.transfer()
+        support.bulk(os.path.join(self.source, "bulk"), 4)
+        run = self.start_backup("-N", "1", "--limit", "2M")
+        held = run.hold("receive")
+        self.as_user("mv {0} gone; mkdir {0}; ln -s {1} {0}/snapshots".format(DEFAULT, self.other_snapshots))
+        os.kill(held, signal.SIGCONT)
+        result = run.finish()
+        self.assertEqual((0, 0), (result.status, len(result.errors)), result.stderr)
+        self.assertOtherUntouched()
+        self.assertEqual(2, len(names(self.target)))
+        self.assertEqual(names(self.target)[1:], names(os.path.join(self.source, "gone", "snapshots")))
+        self.assertErrorSays(self.backup(status=1), "link of another user's")
+
+    def test_locks_that_the_user_made_run_no_command(self):
+        self.as_user("mkdir -p {0}/snapshots; echo '{{\"{1}\": {{\"locks\": [\"shell://touch {2}/ran\"]}}}}' > "
+                     "{0}/snapshots/.outstanding_transfers".format(DEFAULT, self.name(1), self.target))
+        self.assertRefused("belongs to user", options=("--locked-destinations",))
+        self.assertEqual([], os.listdir(self.target))
+
+
+class DestinationFolder(PlantedTestCase):
+    """One that the user may write to: what is planted there changes nothing else, and makes nothing hang."""
+
+    def setUp(self):
+        super().setUp()
+        os.chown(self.target, USER, USER)
+        self.taken = self.take(1)[0]
+        self.victim = os.path.join(self.target_disk.path, "victim")
+        with open(self.victim, "w", encoding="utf-8") as file:
+            file.write("root's")
+        os.chmod(self.victim, 0o600)
+
+    def test_links_and_pipes_at_each_name_that_is_written(self):
+        at = [".{}.partial{}".format(self.taken, ending) for ending in (
+            "", ".json", ".json.new", ".lock")] + [self.taken]
+        for name in at:
+            for kind, plant in (("link", "ln -s " + self.victim), ("pipe", "mkfifo")):
+                with self.subTest(kind, name=name):
+                    path = os.path.join(self.target, name)
+                    self.assertTrue(as_user("sh", "-ec", plant + ' "$0"', path))
+                    result = self.transfer(status=None, timeout=20)
+                    self.assertIn(result.status, (0, 1))
+                    self.assertEqual(result.status, len(result.errors), result.stderr)
+                    with open(self.victim, encoding="utf-8") as file:
+                        self.assertEqual("root's", file.read())
+                    if os.path.lexists(path) and not os.path.isdir(path):
+                        os.unlink(path)
+                    for left in names(self.target):
+                        support.delete(os.path.join(self.target, left))
+
+    def test_a_record_that_the_user_made_is_not_gone_on_from(self):
+        self.assertTrue(as_user("sh", "-ec", 'echo "{}" > "$0"', os.path.join(
+            self.target, ".{}.partial.json".format(self.taken))))
+        self.transfer()
+        self.assertBackedUp([self.taken])
+
+    def test_a_link_of_the_users_on_the_way(self):
+        inner = os.path.join(self.target, "inner")
+        self.assertTrue(as_user("ln", "-s", self.other_snapshots, inner))
+        result = self.transfer("-n", "1", to=[inner], status=1)
+        self.assertErrorSays(result, inner + " is a link of another user's", "name the folder that is meant")
+        self.assertOtherUntouched()
+
+
+if __name__ == "__main__":
+    unittest.main()
