@@ -3500,6 +3500,11 @@ def hint_for(words: str) -> str:
     return next((hint for sign, hint in hints if sign in words), "")
 
 
+def is_full(error: BackupError) -> bool:
+    """Whether a filesystem has no space left for what was to be done, or a quota allows no more."""
+    return bool(re.search("no space left|quota exceeded", error.message + error.detail, re.IGNORECASE))
+
+
 def signal_process(pid: Optional[int], number: int, with_group: bool = False) -> None:
     """Signals another process, if it is still there, or with all of the group that it leads.
 
@@ -4286,6 +4291,7 @@ LOCK_FILE = ".outstanding_transfers"
 PIN_FILE = ".destinations.json"
 SOURCE_NOTE = ".source"  # ends the name of the note that says whose backups of a prefix a folder holds
 LARGEST_NOTE, LARGEST_STATE = 1 << 20, 64 << 20  # bytes of a file about one backup, about all
+ENOUGH_FOR_STATE = 64 << 10  # bytes
 ASIDE = ".new"  # ends the name of a file that shall replace another
 OPEN_FOLDER = re.compile(r"/proc/[0-9]+/fd/[0-9]+")  # begins a path to what a process has open
 MUTEX_PATIENCE = 60.0  # seconds; a change takes milliseconds
@@ -4630,6 +4636,17 @@ def replace_file(folder: str, name: str, text: str, durably: bool = True, aside:
                 sync_folder(top)
     except OSError as error:
         raise plain_error(os.path.join(folder, name), "write", error) from None
+
+
+def prove_writable(folder: str) -> None:
+    """BackupError where the state files of a folder could not be replaced."""
+    path = os.path.join(folder, LOCK_FILE)
+    try:
+        with opened_folder(folder) as top:
+            write_aside(top, LOCK_FILE + ASIDE, bytes(ENOUGH_FOR_STATE), durably=False)
+            os.unlink(LOCK_FILE + ASIDE, dir_fd=top)
+    except OSError as error:
+        raise plain_error(path, "write", error) from None
 
 
 def write_aside(folder: int, name: str, content: bytes, durably: bool) -> None:
@@ -7419,6 +7436,11 @@ class LocalHost:
                 replace_file(firm, LOCK_FILE, format_locks(after))
         return after
 
+    def prove_writable(self, folder: str) -> None:
+        """BackupError where locks and pins could not be written."""
+        with self.firm(folder) as firm, folder_mutex(firm):
+            prove_writable(firm)
+
     def read_pins(self, folder: str) -> Pins:
         with self.firm(folder) as firm:
             return read_state_file(firm, PIN_FILE, parse_pins)
@@ -9024,8 +9046,8 @@ CALLS = {  # each call of LocalHost, and the groups that it belongs to
     "capabilities": tuple(AGENT_GROUPS), "look": tuple(AGENT_GROUPS), "list": ("list",),
     "nested_subvolumes": ("snapshot",), "make_folder": ("receive",), "snapshot": ("snapshot",),
     "delete": ("delete", "receive"), "wait_for_cleaning": ("delete",), "read_locks": ("list", "send"),
-    "change_locks": ("send",), "read_pins": ("list", "send"), "change_pins": ("send",), "hold": ("send",),
-    "read_notes": ("list", "send"), "claim": ("receive",),
+    "change_locks": ("send",), "prove_writable": ("send",), "read_pins": ("list", "send"), "change_pins": ("send",),
+    "hold": ("send",), "read_notes": ("list", "send"), "claim": ("receive",),
     "release": ("send",), "expected_stream": ("send",), "measured": ("send",), "data_since": ("send",),
     "open_send": ("send",), "open_receive": ("receive",), "own_sizes": ("list",),
     "idle_partials": ("list",), "list_raw": ("list",), "delete_raw": ("delete", "receive"),
@@ -10469,6 +10491,9 @@ class ShellHost:
     def read_pins(self, folder: str) -> Pins:
         return self.read_state(folder, PIN_FILE, parse_pins)
 
+    def prove_writable(self, folder: str) -> None:
+        """What cannot be written is seen only when it is."""
+
     def change_pins(self, folder: str, prefix: str, pins: Dict[str, Optional[Pin]]) -> None:
         before = self.read_pins(folder)
         after = changed_pins(before, prefix, pins)
@@ -11112,9 +11137,7 @@ class TaskRun:
         if not self.task.skip_fs_checks and folder.filesystem != self.filesystem:
             raise BackupError("the snapshot folder {} is not on the source's filesystem".format(folder.path),
                               "choose another with -f")
-        self.check_way(os.path.normpath(path), folder)
-        self.folder, self.folder_exists = folder.path, folder.kind == "folder"
-        self.folder_place = folder
+        self.folder, self.folder_exists, self.folder_place = folder.path, folder.kind == "folder", folder
 
     def check_writable(self) -> None:
         """BackupError where no snapshot or note can be written, for without notes nothing is sent or deleted."""
@@ -11126,11 +11149,12 @@ class TaskRun:
                 self.task.source if (self.folder + "/").startswith(self.source + "/") else self.folder),
                 "name the subvolume that it is of, or with -f a snapshot folder outside of it")
 
-    def check_way(self, path: str, folder: Place) -> None:
-        """BackupError where somebody else could have put what is in the snapshot folder, or another in its place.
+    def check_snapshot_folder(self) -> None:
+        """BackupError where somebody else could have put there what it holds, or the folder itself.
 
         A source may well be another's. What leads from there to its snapshots may not.
         """
+        folder, path = self.folder_place, os.path.normpath(os.path.join(self.source, self.task.snapshot_folder))
         inside = path.startswith(self.source.rstrip("/") + "/")
         exposed = [(step, why) for step, why in folder.exposed
                    if not inside or step.startswith(self.source.rstrip("/") + "/")]
@@ -11498,17 +11522,20 @@ class TaskRun:
         self.folder_exists = True
         self.gate.take_turn(" ".join((parse_endpoint(self.task.source).machine, self.folder, self.prefix)))
         with self.host.hold(self.folder, self.prefix, self.task.wait):
-            self.open_snapshot_folder()  # once more, now that it cannot change
+            self.open_snapshot_folder()  # once more, now that it cannot become another
+            self.check_snapshot_folder()
             self.read_state()
             self.snapshots = snapshots_of(self.host.list(self.folder), self.prefix)
             self.look_for_others()
+            self.with_room(lambda: self.host.prove_writable(self.folder))
             if not self.task.no_snapshot:
-                self.take_snapshot()
+                self.with_room(self.take_snapshot)
                 self.warn_of_nested()
             self.warn_of_future()
             self.gate.snapshot_taken()
             for destination in self.needed_destinations():
-                self.reach(destination)
+                if destination.host is None:
+                    self.reach(destination)
                 self.plan_destination(destination)
                 self.recover(destination)
             self.transfer_all()
@@ -11518,6 +11545,35 @@ class TaskRun:
                          for (noun, verb), count in sorted(self.counts.items()))
         nothing = "nothing was done" if self.failed else "nothing to do"
         self.events.info("done", "{}: {}".format("finished with errors" if self.failed else "done", done or nothing))
+
+    def with_room(self, act: Callable[[], None]) -> None:
+        """Does something at the source; where that is full, once more after what the policy deletes there is gone.
+
+        What failed on a full source must not fail for ever, nor take one more snapshot each time.
+        """
+        try:
+            act()
+        except BackupError as error:
+            if not is_full(error) or not self.free_source():
+                raise
+            act()
+
+    def free_source(self) -> bool:
+        """Deletes at the source what its policy allows by now; whether anything. It needs no file to be written."""
+        for destination in self.destinations:  # what each has in common is protected, noted or not
+            if destination.host is None:
+                self.reach(destination)
+        seen = {d.key: self.pin_of(d, d.listing) for d in self.destinations if d.listing is not None}
+        pins = dict(self.pins)
+        pins.update({key: with_pin(pins.get(key, ()), pin) for key, pin in seen.items() if pin is not None})
+        verdicts = self.source_verdicts(pins)
+        doomed = deletions(verdicts)
+        if doomed:
+            self.events.warning("full", "the filesystem of {} is full: making room first".format(self.task.source))
+            self.delete(self.host, self.folder, self.task.source, self.snapshots, verdicts)
+            self.host.wait_for_cleaning(self.folder)
+            self.snapshots = snapshots_of(self.host.list(self.folder), self.prefix)
+        return bool(doomed)
 
     def recover(self, destination: Destination) -> None:
         """Clears what failed transfers left at a destination, under their locks."""
@@ -11673,9 +11729,9 @@ class TaskRun:
         sent = tuple(s.received_uuid or "" for s in listing.subvolumes) if destination.endpoint.kind == "shell" else ()
         return Pin(newest.name, newest.stream_id or "", moment, destination.filesystem, sent)
 
-    def source_verdicts(self) -> List[Verdict]:
-        return plan_source_retention(self.snapshots, self.prefix, self.task.snapshot_policy, self.locks,
-                                     self.pins, self.clock())
+    def source_verdicts(self, pins: PinsOfPrefix) -> List[Verdict]:
+        return plan_source_retention(self.snapshots, self.prefix, self.task.snapshot_policy, self.locks, pins,
+                                     self.clock())
 
     def destination_verdicts(self, destination: Destination, listing: Listing) -> List[Verdict]:
         if destination.endpoint.kind == "shell":
@@ -11705,7 +11761,7 @@ class TaskRun:
             if needed:
                 self.events.info("needed", needed, destination=destination.key)
             self.delete(destination.host, destination.path, destination.text, destination.listing.subvolumes, verdicts)
-        self.delete(self.host, self.folder, self.task.source, self.snapshots, self.source_verdicts())
+        self.delete(self.host, self.folder, self.task.source, self.snapshots, self.source_verdicts(self.pins))
 
     def delete(self, host: Any, folder: str, text: str, subvolumes: Sequence[Subvolume],
                verdicts: Sequence[Verdict]) -> None:
@@ -11756,7 +11812,7 @@ class TaskRun:
             if destination.listing is not None:
                 destination.listing = after_transfers(destination.listing, destination.plan)
         self.remember(self.destinations)
-        for verdict in self.source_verdicts():
+        for verdict in self.source_verdicts(self.pins):
             lines += self.describe_verdict(verdict)
         for destination in self.needed_destinations():
             lines += self.describe_destination(destination)
@@ -11808,6 +11864,7 @@ def run_task(task: Task, events: Events, gate: Optional[Gate] = None) -> int:
     try:
         run.open_source()
         run.check_writable()
+        run.check_snapshot_folder()
         if task.dry_run:
             run.gate.snapshot_taken()
             print_result("\n".join(run.show()))

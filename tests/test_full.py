@@ -1,0 +1,102 @@
+"""Filesystems without free space: the source is freed by what its policy may delete, a destination is called full."""
+
+import contextlib
+import os
+import shutil
+import unittest
+
+import support
+from support import command, names
+
+
+def fill(path):
+    """Takes all space for data that there is."""
+    with open(path, "wb") as file:
+        end = 0
+        for size in (16 << 20, 1 << 20, 64 << 10, 4096):
+            with contextlib.suppress(OSError):
+                while True:
+                    os.posix_fallocate(file.fileno(), end, size)
+                    end += size
+    os.sync()
+
+
+def fill_metadata(folder):
+    """Takes the space for metadata by files so small that they are part of it."""
+    os.mkdir(folder)
+    with contextlib.suppress(OSError):
+        for number in range(100000):
+            with open(os.path.join(folder, "%06d" % number + "n" * 200), "wb", 0) as file:
+                file.write(bytes(2000))
+
+
+class Source(support.BackupTestCase):
+
+    source_size = "128M"
+
+    def setUp(self):
+        super().setUp()
+        for number in range(3):
+            support.bulk(os.path.join(self.source, "bulk"), 2, number)
+            self.backup()
+        fill(os.path.join(self.source, "fill"))
+        self.assertRaises(OSError, self.write, "small", "x" * 70000)
+        self.before = names(self.snapshots)
+
+    def test_the_policy_frees_it_before_the_snapshot_and_else_it_grows_no_worse(self):
+        result = self.backup(status=1)
+        self.assertErrorSays(result, "cannot write", ".outstanding_transfers: no space left on device",
+                             "free some space there")
+        self.assertEqual(self.before, names(self.snapshots))
+        result = self.backup("-N", "1")
+        self.assertIn("is full", result.stderr)
+        self.assertLess(result.stderr.index("deleting " + self.before[0]), result.stderr.index("took snapshot"))
+        self.assertEqual(1, len(names(self.snapshots)))
+        self.assertEqual(4, len(names(self.target)))
+        self.assertComplete(self.backup_path(names(self.target)[-1]), self.snapshot_path(names(self.snapshots)[0]))
+
+    def test_what_is_in_common_or_under_way_stays(self):
+        """Also where nothing notes it: what the destinations hold is looked at first."""
+        support.delete(self.backup_path(self.before[2]))
+        os.unlink(os.path.join(self.snapshots, ".destinations.json"))
+        self.backup("-S", "-N", "1")
+        self.assertEqual(self.before[-1:], names(self.snapshots))
+        self.assertEqual(names(self.target), self.before)
+        self.assertIsNotNone(support.subvolume(self.backup_path(self.before[2])).parent_uuid)
+
+
+class Destination(support.BackupTestCase):
+
+    target_size = "128M"
+
+    def test_it_is_called_full_each_time_and_goes_on_afterwards(self):
+        self.take(1)
+        path, small = (os.path.join(self.target_disk.path, name) for name in ("fill", "small"))
+        fill(path)
+        fill_metadata(small)
+        for _ in range(2):
+            result = self.transfer(status=1)
+            self.assertErrorSays(result, "no space left on device")
+            self.assertNotIn("another run", result.stderr)
+            self.assertEqual([], [name for name in os.listdir(self.target) if name.endswith(".lock")])
+        os.unlink(path)
+        command("btrfs", "filesystem", "sync", self.target_disk.path)
+        shutil.rmtree(small)
+        self.transfer()
+        self.assertBackedUp([self.name(1)])
+
+
+class ReadOnly(support.BackupTestCase):
+
+    def test_a_dry_run_says_what_the_run_would(self):
+        self.take(1)
+        said = []
+        self.source_disk.remount("ro")
+        for options in (["--dry-run"], []):
+            said.append(self.transfer(*options, status=1).errors)
+        self.assertEqual(said[0], said[1])
+        self.assertIn("read-only", said[0][0])
+
+
+if __name__ == "__main__":
+    unittest.main()
