@@ -11040,6 +11040,7 @@ class Destination:
         self.is_new = False
         self.failed = False  # something was not done as asked: nothing is deleted here
         self.closed = False  # no transfer is tried any more
+        self.was_reached = False  # it was tried to
 
     @property
     def is_open(self) -> bool:
@@ -11266,6 +11267,7 @@ class TaskRun:
         It needs no lock of its own: `btrfs receive` makes a partial only where none of its name exists, so
         that of two writers of one name the later fails at its first command.
         """
+        destination.was_reached = True
         try:
             if destination.endpoint.kind == "shell":
                 destination.host = self.shell_place(destination)
@@ -11534,7 +11536,7 @@ class TaskRun:
             self.warn_of_future()
             self.gate.snapshot_taken()
             for destination in self.needed_destinations():
-                if destination.host is None:
+                if not destination.was_reached:
                     self.reach(destination)
                 self.plan_destination(destination)
                 self.recover(destination)
@@ -11561,7 +11563,7 @@ class TaskRun:
     def free_source(self) -> bool:
         """Deletes at the source what its policy allows by now; whether anything. It needs no file to be written."""
         for destination in self.destinations:  # what each has in common is protected, noted or not
-            if destination.host is None:
+            if not destination.was_reached:
                 self.reach(destination)
         seen = {d.key: self.pin_of(d, d.listing) for d in self.destinations if d.listing is not None}
         pins = dict(self.pins)
