@@ -1313,11 +1313,13 @@ def parse_remote(text: str, kind: str, rest: str) -> Endpoint:
 # Options and paths mix in any order. An option's value is the next word as it stands, whatever it begins
 # with or holds. A `:` separates tasks, alone or glued to a path, where it is no part of a URL or of
 # `host:/path`; `\:` is a colon in a path, and what begins with `./` is one path. `@FILE` reads arguments,
-# a line each, where nothing is escaped and no `:` is glued; a `--` in it holds to its end. Display options
-# hold for all tasks. Verbs take one task. Mistakes in a file are named with its line.
+# a line each, where nothing is escaped and no `:` is glued; a `--` in it holds to its end; a verb
+# passes over what does not concern it in the file of a backup. Display options hold for all tasks. Verbs
+# take one task. Mistakes in a file are named with its line.
 ########################################################################################################
 
 LARGEST_ARGUMENT_FILE = 1 << 20  # bytes
+JOB_VERBS = frozenset(("doctor", "list", "verify"))  # which take the places of a backup, and so its file
 SEPARATORS = (":", "::")
 BLANKS = " \t"
 SEPARATOR = re.compile(r"(?<!\\):+")
@@ -1416,6 +1418,8 @@ class Arguments:
 
     def __init__(self, verb: str) -> None:
         self.verb, self.flags = verb, flags_of(VERBS[verb].groups)
+        # in a file: what does not concern a verb that looks at the source and destinations of a job is passed over
+        self.flags_in_files = dict(FLAGS, **self.flags) if verb in JOB_VERBS else self.flags
         self.drafts: List[Draft] = []
         self.files: List[str] = []  # as the command line names them
         self.open_files: List[str] = []  # real paths of those that are being read
@@ -1463,7 +1467,7 @@ class Arguments:
         elif line.startswith("@"):
             self.add_file(os.path.join(folder, line[1:].strip(BLANKS)))
         else:
-            for flag, value in split_line(line, self.flags):
+            for flag, value in split_line(line, self.flags_in_files):
                 self.add_option(flag, value, collections.deque())
 
     def add_file(self, path: str) -> None:
@@ -1492,7 +1496,7 @@ class Arguments:
 
     def add_option(self, flag: str, value: Optional[str], left: "collections.deque[str]") -> None:
         """An option with its value, which may be the first of the words that are `left`."""
-        option = find_option(flag, self.flags)
+        option = find_option(flag, self.flags_in_files if self.open_files else self.flags)
         if option.parse is None:
             if value is not None:
                 raise UsageError("{} takes no value".format(flag), "see --help")
@@ -1505,6 +1509,8 @@ class Arguments:
             value = left.popleft()
         fields = self.drafts[-1].fields
         parsed = option.implied if value is None else parse_value(option, value)
+        if option not in self.flags.values():
+            return
         fields[option.field] = fields.get(option.field, ()) + (parsed,) if option.many else parsed
         name = option.flags[-1]
         self.drafts[-1].words.append((option.field, name if value is None else name + "=" + value))
@@ -4750,7 +4756,8 @@ def folder_mutex(folder: str) -> Iterator[None]:
         while not try_flock(fd):
             if time.monotonic() > deadline:
                 raise BackupError("another program holds a lock on the folder {}".format(folder),
-                                  "fuser -v names it; chmod go= keeps others out")
+                                  "see which: {}; to keep others out: {}".format(
+                                      typed(["fuser", "-v", folder]), typed(["chmod", "go=", folder])))
             time.sleep(0.01)
         yield
 
@@ -9673,7 +9680,7 @@ def ssh_hints(machine: str) -> Tuple[Tuple[str, str, str], ...]:
     return (
         ("Could not resolve hostname", "no such host", "is the name right, and the network up?"),
         ("REMOTE HOST IDENTIFICATION HAS CHANGED", "its host key has changed",
-         "if that is meant to be: ssh-keygen -R {}".format(known)),
+         "if that is meant to be: ssh-keygen -R {}".format(quoted(known))),
         ("Host key verification failed", "its host key is not known",
          "log in once by hand, as the same user: ssh {}".format(login)),
         ("Permission denied (", "it lets us not in",
@@ -12499,10 +12506,9 @@ def overall_status(statuses: Sequence[int]) -> int:
 
 def format_request(request: Request, *more: str) -> str:
     """The command line of one task, for a shell; without the options that hold for the whole command."""
-    import shlex
     plain = all(split_word(path) == (path, None) and path[:1] not in ("-", "@") for path in request.paths)
-    words = ["btrfs-backup-ng"] + list(more) + list(request.words) + ([] if plain else ["--"]) + list(request.paths)
-    return " ".join(printable(shlex.quote(word)) for word in words)
+    return typed(["btrfs-backup-ng"] + list(more) + list(request.words) + ([] if plain else ["--"])
+                 + list(request.paths))
 
 
 def task_names(requests: Sequence[Request]) -> List[str]:

@@ -98,6 +98,25 @@ class Words(unittest.TestCase):
         shown = format_locations([source, backups], 2e9)
         self.assertEqual(2, shown.count("present, parent"), shown)
 
+    def test_a_verb_reads_the_file_of_a_backup(self):
+        """What does not concern it is passed over, in the file alone; a mistake in it still is one."""
+        path = os.path.join(scratch_folder(), "job")
+        with open(path, "w") as file:
+            file.write("-N 3\n--keep-backups 14d 8w\n-p home-\n--convert-rw\n/home\n/mnt/backup\n--ssh-opt Port=22\n")
+        for verb in ("list", "doctor", "verify"):
+            task = parse_arguments([verb, "@" + path])
+            self.assertEqual(("home-", "/home", ("/mnt/backup",), ("Port=22",), 0),
+                             (task.prefix, task.source, task.destinations, task.ssh_options, task.num_snapshots))
+            with self.assertRaises(UsageError):
+                parse_arguments([verb, "-N", "3", "@" + path])
+        with self.assertRaises(UsageError):
+            parse_arguments(["restore", "@" + path])
+        with open(path, "a") as file:
+            file.write("-n many\n")
+        with self.assertRaises(UsageError) as caught:
+            parse_arguments(["list", "@" + path])
+        self.assertIn(path + ":8: ", caught.exception.message)
+
     def test_verbs_that_look_do_not_ask_for_one_prefix(self):
         for verb in ("list", "doctor"):
             self.assertIsNone(parse_command([verb, "/x"])[0].task.prefix)
