@@ -809,6 +809,8 @@ AGENT_OPTIONS = (
     Option(("--allow",), "allow", "LIST", parse_groups, "only calls of these groups, with commas between them"),
     Option(("--most-partials",), "most_partials", "N", parse_count,
            "receive nothing into a folder that holds so many broken transfers; default 16"),
+    Option(("--as",), "known_as", "NAME", parse_line,
+           "note destinations of the machine NAME alone, as uname -n says there"),
 )
 ANY_PREFIX = Option(("-p", "--snapshot-prefix"), "prefix", "P", parse_prefix,
                     "only what has this prefix, taken literally; default: all prefixes there are")
@@ -1114,6 +1116,7 @@ class Task(NamedTuple):
     under: str = ""
     allow: Tuple[str, ...] = ()
     most_partials: int = 16
+    known_as: str = ""
     quick: bool = False
 
     @property
@@ -1632,6 +1635,12 @@ class ResumePoint(NamedTuple):
     @property
     def offset(self) -> int:
         return self.marks[-1].offset if self.marks else 0
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether each mark lies behind the one before."""
+        offsets = [0] + [mark.offset for mark in self.marks]
+        return all(one < other for one, other in zip(offsets, offsets[1:]))
 
 
 BEGINNING = ResumePoint()
@@ -4284,10 +4293,10 @@ def parse_find_new(text: str) -> int:
 # 13 STATE: locks and pins in the snapshot folder
 #
 # `.outstanding_transfers` holds locks and parent notes in the format of release 0.6.6, so that either
-# program takes over from the other; `.destinations.json` the pins. In a folder of backups `.PREFIX.source`
-# says whose they are. Each change reads, changes its own entries, writes aside, syncs, renames and syncs the
-# folder, under a flock on the folder. What cannot be read as that format is an error, for without it nothing
-# may be deleted. A run holds a flock on a file
+# program takes over from the other; `.destinations.json` the pins, `.own-destinations.json` the far destinations
+# whose notes no puller may change; in a folder of backups `.PREFIX.source` says whose they are. Each change
+# reads, changes its own entries, writes aside, syncs, renames and syncs the folder, under a flock on it. What
+# cannot be read as that format is an error, for without it nothing may be deleted. A run holds a flock on a file
 # of its prefix; the kernel drops it however the run ends. All small files of this program, wherever they lie,
 # are read and written by the few functions here, for others may own the folder: no link is followed, nothing but
 # a plain file with a single name is opened, and nothing is waited for without limit.
@@ -4300,8 +4309,10 @@ LARGEST_NOTE, LARGEST_STATE = 1 << 20, 64 << 20  # bytes of a file about one bac
 ENOUGH_FOR_STATE = 64 << 10  # bytes
 ASIDE = ".new"  # ends the name of a file that shall replace another
 OPEN_FOLDER = re.compile(r"/proc/[0-9]+/fd/[0-9]+")  # begins a path to what a process has open
+MOST_TEXT = 1 << 16  # characters of one text
 MUTEX_PATIENCE = 60.0  # seconds; a change takes milliseconds
 
+OWN_FILE = ".own-destinations.json"
 Pins = Dict[str, Dict[str, Tuple[Pin, ...]]]  # {destination: {prefix: pins}}
 FORMAT_ERRORS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # of what is read
 
@@ -4332,7 +4343,9 @@ def is_of_type(value: Any, hint: Any) -> bool:
         return isinstance(value, dict) and all(
             is_of_type(key, arguments[0]) and is_of_type(item, arguments[1]) for key, item in value.items())
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    if hint is str:
+        return isinstance(value, str) and len(value) <= MOST_TEXT and "\0" not in value
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
@@ -4603,6 +4616,27 @@ def foreign_link(path: str) -> str:
         except OSError:
             break
     return ""
+
+
+def parse_own(text: str) -> Dict[str, List[str]]:
+    import json
+    document = json.loads(text)
+    return {"destinations": [str(destination) for destination in document["destinations"]]}
+
+
+def read_own_destinations(folder: str) -> List[str]:
+    """The destinations on other machines that this machine's own runs have noted in `folder`."""
+    return list(read_state_file(folder, OWN_FILE, parse_own).get("destinations", ()))
+
+
+def note_own_destinations(folder: str, destinations: Iterable[str]) -> None:
+    """Keeps in mind which notes a key that others have must never touch."""
+    import json
+    far = {destination for destination in destinations if destination.startswith(("ssh://", "raw+ssh://"))}
+    known = read_own_destinations(folder) if far else []
+    if not far <= set(known):
+        replace_file(folder, OWN_FILE, json.dumps(
+            {"version": 1, "destinations": sorted(far | set(known))}, indent=1) + "\n")
 
 
 def read_state_file(folder: str, name: str, parse: Callable[[str], Any]) -> Any:
@@ -7220,6 +7254,7 @@ class LocalHost:
 
     machine = ""
     skips = True  # open_send can begin in the middle
+    serves = False  # others, as an agent: what is noted are destinations of theirs
 
     def __init__(self, events: Events, must_confine: bool = False) -> None:
         """must_confine: nothing is received where the kernel cannot keep it to its folder."""
@@ -7440,6 +7475,7 @@ class LocalHost:
             before = self.read_locks(folder)
             after = clear_locks(add_locks(before, add), clear) if add or clear else before
             if after != before:
+                self.note_own(firm, [change.destination for change in add])
                 replace_file(firm, LOCK_FILE, format_locks(after))
         return after
 
@@ -7447,6 +7483,10 @@ class LocalHost:
         """BackupError where locks and pins could not be written."""
         with self.firm(folder) as firm, folder_mutex(firm):
             prove_writable(firm)
+
+    def note_own(self, folder: str, destinations: Iterable[str]) -> None:
+        if not self.serves:
+            note_own_destinations(folder, destinations)
 
     def read_pins(self, folder: str) -> Pins:
         with self.firm(folder) as firm:
@@ -7458,6 +7498,7 @@ class LocalHost:
             before = self.read_pins(folder)
             after = changed_pins(before, prefix, pins)
             if after != before:
+                self.note_own(firm, [destination for destination, pin in pins.items() if pin is not None])
                 replace_file(firm, PIN_FILE, format_pins(after))
 
     def read_notes(self, folder: str, prefix: str) -> FolderNotes:
@@ -8543,7 +8584,10 @@ def outlast_all(works: Sequence[Background], seconds: float) -> None:
 # what it is, from a table: nothing is pickled or evaluated. A channel carries one call or one stream at a
 # time; a stream is Data frames, then Finish or Abort. Whatever comes before the marker line is noise of a
 # login shell. Both ends use the same classes: a StreamSource is read like `btrfs send`, a StreamSink is
-# fed like `btrfs receive`. Never: a frame above LARGEST_FRAME, a value of another type than its call takes.
+# fed like `btrfs receive`. No side believes the other: each value, wherever it stands, has the type that is
+# declared for it and the bounds that its field has, or it is nonsense, and that was the last word that is heard
+# of that side. Never: a frame above LARGEST_FRAME or, but for listings, LARGEST_CALL; a wait for a side of which
+# nothing comes, however long.
 ########################################################################################################
 
 MARKER = b"\nbtrfs-backup-ng wire 1\n"
@@ -8551,6 +8595,10 @@ MOST_NOISE = 256 << 10
 FRAME = struct.Struct(">cI")
 CALL, RESULT, FAILED, EVENT, DATA, FINISH, ABORT = b"C", b"R", b"X", b"L", b"D", b"F", b"A"
 LARGEST_FRAME = 64 << 20  # a listing of some 100,000 subvolumes
+LARGEST_CALL = 1 << 20  # also of what is answered, but for listings
+MOST_ITEMS = 4 << 20  # in one frame: each takes far more memory than bytes there
+MOST_UNASKED = 1 << 30  # bytes that may come before an answer, of events and of a stream that was given up
+MOST_TOLD = 4096  # characters of an error
 DEEPEST_VALUE = 20
 CHANNEL_NAP = 0.2  # seconds
 GREETING_TIMEOUT = 120.0  # seconds; a password may have to be typed
@@ -8565,6 +8613,16 @@ class ConnectionLost(ReceiverFailed):
     """The connection to a host broke; another one may work."""
 
     transient = True
+
+
+class Nonsense(ConnectionLost):
+    """What another host says is nothing that it may say: nothing further of it is heard, nor asked again."""
+
+    transient = False
+
+    def __init__(self, message: str, hint: str = "is the program there of another version, or not ours?",
+                 detail: str = "", transient: bool = False) -> None:
+        super().__init__(message, hint, detail, transient)
 
 
 def error_classes() -> Dict[str, Any]:
@@ -8616,11 +8674,64 @@ def unpack_class(name: str, items: List[Any]) -> Any:
     if name == "dict":
         return dict(items)
     if name == "error":
-        kind, message, hint, detail = map(str, items[:4])
+        kind, message, hint, detail = (str(item)[:MOST_TOLD] for item in items[:4])
         return error_classes().get(kind, BackupError)(message, hint, detail, items[4:] == [True])
     if name in ("tuple", "set"):
         return tuple(items) if name == "tuple" else frozenset(items)
-    return check_fields(WIRE_CLASSES[name](*items))
+    return check_bounds(check_fields(WIRE_CLASSES[name](*items)))
+
+
+def is_file_name(text: str) -> bool:
+    return len(os.fsencode(text)) <= 255 and "/" not in text and text not in (".", "..")
+
+
+UUID_TEXT, SHA256_TEXT, HEX_TEXT = (re.compile(pattern) for pattern in (
+    "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "[0-9a-f]{64}", "([0-9a-f]{2})*"))
+
+
+def text_rules() -> Dict[str, Callable[[str], Any]]:
+    """What a text must be by the name of the field that it stands in, in whatever class; '' may stand anywhere."""
+    rules: Dict[str, Callable[[str], Any]] = {
+        "path": lambda text: text.startswith("/"), "kind": lambda text: text in ("folder", "missing", "other")}
+    for fields, rule in (
+            ("name names snapshot parent parent_name file sizes partials others piece finished old_name nodename",
+             is_file_name),
+            ("uuid parent_uuid received_uuid stream_id base parent_id private filesystem sent restored_uuid old_uuid "
+             "new_uuid sources before after", UUID_TEXT.fullmatch),
+            ("sha256 stream_sha256 file_sha256", SHA256_TEXT.fullmatch),
+            ("default_acl parent_acl", HEX_TEXT.fullmatch)):
+        rules.update(dict.fromkeys(fields.split(), rule))
+    return rules
+
+
+TEXT_RULES = text_rules()
+BOUNDS = {"mode": 0o10000, "uid": 1 << 32, "gid": 1 << 32, "version": 1 << 32, "otime": 1 << 63, "clock": 1 << 40}
+
+
+def check_bounds(value: Any) -> Any:
+    """A NamedTuple as it is; ValueError, which names the field, where one is out of its bounds."""
+    for field in value._fields:
+        found = getattr(value, field)
+        for item in found if isinstance(found, (tuple, frozenset, dict)) else (found,):
+            if isinstance(item, str) and item and not TEXT_RULES.get(field, bool)(item) or (
+                    isinstance(item, (int, float)) and not 0 <= item < BOUNDS.get(field, 1 << 64)):
+                raise ValueError("{}.{} is out of bounds".format(type(value).__name__, field))
+    return value
+
+
+def check_values(value: Any) -> Any:
+    """The same value, each class in it checked."""
+    if isinstance(value, (tuple, list, frozenset)):
+        for item in value:
+            check_values(item)
+    return check_bounds(check_fields(value)) if hasattr(value, "_fields") else value
+
+
+def parse_whole(digits: str) -> int:
+    """An integer of JSON, which may be as long as a frame there."""
+    if len(digits) > 20:
+        raise ValueError("a number is too large")
+    return int(digits)
 
 
 class Channel:
@@ -8634,6 +8745,8 @@ class Channel:
         self.inbox = b""  # bytes read beyond the marker
         self.outbox: "collections.deque[memoryview]" = collections.deque()
         self.queued = self.written = 0  # bytes that were ever put into and taken from the outbox
+        self.received = 0  # bytes that were ever read
+        self.largest = LARGEST_CALL  # bytes of a frame that may come
         self.data_left = 0  # bytes of a Data frame that are still to be read
         self.head = bytearray()
         self.on_event: Callable[[Any], None] = lambda event: None
@@ -8656,7 +8769,10 @@ class Channel:
 
     def send_value(self, kind: bytes, value: Any) -> None:
         import json
-        self.send(kind, json.dumps(pack_value(value)).encode("ascii"))
+        payload = json.dumps(pack_value(value)).encode("ascii")
+        if len(payload) > (LARGEST_CALL if kind == CALL else LARGEST_FRAME):
+            raise BackupError("{} cannot be told as much at once: {}".format(self.peer, format_size(len(payload))))
+        self.send(kind, payload)
 
     def flush_some(self) -> int:
         """Writes what goes without waiting; how many bytes that were."""
@@ -8700,6 +8816,9 @@ class Channel:
     def lost(self) -> BackupError:
         return ConnectionLost("the connection to {} was lost".format(self.peer))
 
+    def nonsense(self, what: str) -> BackupError:
+        return Nonsense("{} makes no sense: {}".format(self.peer, what))
+
     def read_some(self, size: int) -> Optional[bytes]:
         """Up to `size` bytes, None while there are none; ConnectionLost at the end."""
         if self.inbox:
@@ -8713,13 +8832,14 @@ class Channel:
             found = b""
         if not found:
             raise self.lost()
+        self.received += len(found)
         return found
 
     def skip_noise(self, deadline: float) -> bytes:
         """Reads up to the marker; what came before it."""
         noise = b"\n"
         while MARKER not in noise:
-            if len(noise) > MOST_NOISE:
+            if len(noise) > MOST_NOISE or time.monotonic() > deadline:
                 raise BackupError("{} answers something else than this program".format(self.peer),
                                   "does its login shell print without end?", os.fsdecode(noise[:200]))
             try:
@@ -8736,6 +8856,8 @@ class Channel:
         return noise
 
     def wait(self, seconds: float) -> None:
+        if self.read_end < 0:
+            raise self.lost()
         if not self.inbox:
             poll_fds([(self.read_end, select.POLLIN)], seconds)
 
@@ -8749,8 +8871,8 @@ class Channel:
                 got = self.read_some(FRAME.size - len(self.head))
             else:
                 kind, length = FRAME.unpack_from(self.head)
-                if length > LARGEST_FRAME:
-                    raise ConnectionLost("{} sent something that is no frame".format(self.peer))
+                if length > (LARGEST_FRAME if kind == DATA else self.largest):
+                    raise self.nonsense("a frame of {}".format(format_size(length)))
                 if kind == DATA:
                     self.head, self.data_left = bytearray(), length
                     return kind, b""
@@ -8767,17 +8889,23 @@ class Channel:
 
     def value(self, payload: bytes) -> Any:
         import json
+        if sum(map(payload.count, (b"[", b"{", b","))) > MOST_ITEMS:
+            raise self.nonsense("a value without end")
         try:
-            found = unpack_value(json.loads(payload.decode("ascii")))
-        except (ValueError, RecursionError) as error:
-            raise ConnectionLost("{} sent something that is no value: {}".format(self.peer, error)) from None
+            found = unpack_value(json.loads(payload.decode("ascii"), parse_int=parse_whole))
+        except (ValueError, OverflowError, RecursionError) as error:
+            raise self.nonsense("{:.200}".format(str(error))) from None
         for item in found if isinstance(found, list) else [found]:
             if isinstance(item, BackupError):
                 self.on_error(item)
         return found
 
-    def await_frame(self, timeout: float) -> Tuple[bytes, bytes]:
-        """The next frame but Data, which is thrown away. Stalled after `timeout` seconds without a byte."""
+    def await_frame(self, timeout: float, most: float = MOST_UNASKED) -> Tuple[bytes, bytes]:
+        """The next frame but Data, which is thrown away. Stalled after `timeout` seconds without a byte.
+
+        most: bytes that may come with it and before it.
+        """
+        begun = seen = self.received
         deadline = time.monotonic() + timeout
         while True:
             self.flush_some()
@@ -8786,9 +8914,13 @@ class Channel:
             frame = self.next_frame() if not self.data_left else None
             if frame is not None and frame[0] != DATA:
                 return frame
-            if frame is None:
+            if self.received - begun > most:
+                raise self.nonsense("no answer, but {}".format(format_size(self.received - begun)))
+            if self.received != seen:
+                seen, deadline = self.received, time.monotonic() + timeout
+            elif frame is None:
                 if time.monotonic() > deadline:
-                    raise Stalled("{} stalled: no answer for {}".format(self.peer, format_duration(timeout)))
+                    raise Stalled("{} stalled: nothing came for {}".format(self.peer, format_duration(timeout)))
                 self.wait(CHANNEL_NAP)
 
     def read_data(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
@@ -8808,6 +8940,7 @@ class Channel:
         if not got:
             raise self.lost()
         self.data_left -= got
+        self.received += got
         return got
 
     def result(self, timeout: float) -> Any:
@@ -8817,11 +8950,13 @@ class Channel:
         if kind == FAILED and isinstance(value, BackupError):
             raise value
         if kind != RESULT:
-            raise ConnectionLost("{} answered out of turn".format(self.peer))
+            raise self.nonsense("an answer out of turn")
         return value
 
     def close(self) -> None:
-        for fd in {self.read_end, self.write_end}:
+        """Closes both ends, once: their numbers may be another file's afterwards."""
+        ends, self.read_end, self.write_end = {self.read_end, self.write_end}, -1, -1
+        for fd in ends - {-1}:
             with contextlib.suppress(OSError):
                 os.close(fd)
 
@@ -8835,6 +8970,7 @@ def poll_fds(interests: Iterable[Tuple[int, int]], seconds: float) -> List[Tuple
 
 # those of COMPRESSORS that are used on the way, the better first, and what they are told besides
 COMPRESSIONS: Dict[str, Tuple[str, ...]] = {"zstd": (), "lz4": (), "gzip": ("-1",)}
+MOST_DRAINED = 64 << 20  # bytes that may be under way when a stream is given up
 
 
 class StreamSource:
@@ -8917,7 +9053,7 @@ class StreamSource:
         if isinstance(error, BackupError):
             raise error
         if kind != ABORT:
-            raise ConnectionLost("{} sent a frame out of turn".format(self.channel.peer))
+            raise self.channel.nonsense("a frame out of turn")
         raise BackupError("{} gave the transfer up".format(self.channel.peer))
 
     def finish(self, timeout: float) -> None:
@@ -8926,7 +9062,7 @@ class StreamSource:
     def drain(self, timeout: float) -> None:
         """Throws away what is still under way, up to the last frame of the stream."""
         while not self.is_over:
-            self.is_over = self.channel.await_frame(timeout)[0] in (FINISH, FAILED, ABORT)
+            self.is_over = self.channel.await_frame(timeout, MOST_DRAINED)[0] in (FINISH, FAILED, ABORT)
 
     def end(self) -> None:
         if self.unpacked is not None:
@@ -9066,7 +9202,24 @@ CALLS = {  # each call of LocalHost, and the groups that it belongs to
     "find_base": (), "look_at_swap_place": (), "swap_in": (), "finish_swap": ()}  # for no key that is restricted
 SENDERS = frozenset(("open_send", "open_raw_send"))
 RECEIVERS = frozenset(("open_receive", "open_raw_receive"))
-CALL_FAILURES = (BackupError, OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+LISTINGS = frozenset((  # what is answered may be large
+    "list", "list_raw", "own_sizes", "nested_subvolumes", "idle_partials", "idle_raw_partials", "read_locks",
+    "change_locks", "read_pins", "read_notes", "folder_digests", "describe_folder", "delete", "delete_raw"))
+NAMED = frozenset(("idle_partials", "idle_raw_partials", "settle_partials"))  # what they give are names
+CALL_FAILURES = (BackupError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+                 RecursionError, MemoryError, struct.error)
+
+
+def checked_result(call: str, result: Any) -> Any:
+    """What a call gave, if it is what LocalHost's gives; ValueError else. Its classes were checked on arrival."""
+    hint = type_hints(getattr(LocalHost, {"release": "hold"}.get(call, call)))["return"]
+    if call in SENDERS or call in ("hold", "release"):
+        hint = type(None)
+    if not is_of_type(result, hint):
+        raise ValueError("an answer to {} that is none".format(call.replace("_", " ")))
+    if call in NAMED and not all(map(is_file_name, result)):
+        raise ValueError("an answer to {} with names that are none".format(call.replace("_", " ")))
+    return result
 
 
 class Refused(BackupError):
@@ -9074,11 +9227,15 @@ class Refused(BackupError):
 
 
 class Restriction(NamedTuple):
-    """What a key may do: the calls of some groups, below one folder, with so many partials at once."""
+    """What a key may do: the calls of some groups, below one folder, with so many partials at once.
+
+    known_as: the name of the machine whose destinations alone it may note; '' is any but this machine's own.
+    """
 
     under: str
     allow: Tuple[str, ...]
     most_partials: int = 16
+    known_as: str = ""
 
 
 PATH_ARGUMENTS = frozenset(("path", "folder", "source", "beside"))
@@ -9138,8 +9295,12 @@ class Guard:
         Refused unless it is below the folder, as far as it exists, by plain folders alone. What is missing is
         made, or MissingFolder: a name alone might lead elsewhere a moment later.
         """
-        fd, at, mounts = open_folder(self.under), self.under, frozenset(mount.point for mount in read_mounts())
         parts = self.parts_below(path)
+        try:
+            fd, at = open_folder(self.under), self.under
+        except OSError as error:
+            raise os_error("cannot look at {}".format(self.under), error, "is its filesystem mounted?") from None
+        mounts = frozenset(mount.point for mount in read_mounts())
         try:
             for part in parts:
                 at = os.path.join(at, part)
@@ -9173,10 +9334,10 @@ class Guard:
         for top in (self.restriction.under.rstrip("/"), self.under.rstrip("/")):
             if (path.rstrip("/") + "/").startswith(top + "/"):
                 parts = [part for part in path[len(top):].split("/") if part]
-                if ".." in parts or "." in parts or not all(part.isprintable() for part in parts):
+                if ".." in parts or "." in parts or "\n" in path:
                     break
                 return parts
-        raise Refused("{} is not below {}".format(path, self.restriction.under))
+        raise Refused("{} is not below {}".format(printable(path), self.restriction.under))
 
     @staticmethod
     def check_step(fd: int, at: str, part: str, mounts: FrozenSet[str]) -> None:
@@ -9220,6 +9381,27 @@ class Guard:
             check_prefix(arguments["claim"].prefix)
         return list(arguments.values())
 
+    def allowed_part(self, name: str, arguments: Sequence[Any], found: Any) -> Any:
+        """What of an answer the other side may see: of notes its own, unless it may delete, when all protect."""
+        if self.missing:
+            return found._replace(path=self.missing, kind="missing", is_top=False)
+        if name not in ("read_locks", "change_locks", "read_pins", "read_notes") or "delete" in self.restriction.allow:
+            return found
+        own = read_own_destinations(arguments[0])
+        if name == "read_pins":
+            return self.own_pins(found, own)
+        if name == "read_notes":
+            return found._replace(locks=self.own_locks(found.locks, own), pins=self.own_pins(found.pins, own))
+        return self.own_locks(found, own)
+
+    def own_pins(self, pins: Dict[str, Any], own: Sequence[str]) -> Dict[str, Any]:
+        return {destination: entry for destination, entry in pins.items() if self.may_note(destination, own)}
+
+    def own_locks(self, locks: Locks, own: Sequence[str]) -> Locks:
+        seen = {snapshot: {kind: [destination for destination in noted if self.may_note(destination, own)]
+                           for kind, noted in entry.items()} for snapshot, entry in locks.items()}
+        return {snapshot: entry for snapshot, entry in seen.items() if any(entry.values())}
+
     def forget(self) -> None:
         """Closes what a call needed."""
         self.opened.close()
@@ -9253,14 +9435,20 @@ class Guard:
         if len(read_raw_folder(folder).partials) >= self.restriction.most_partials:
             raise Refused("{} holds too many broken transfers".format(folder), "delete its .*.partial")
 
-    @staticmethod
-    def check_notes(arguments: Dict[str, Any]) -> None:
-        """The machine's own destinations are not a puller's to note or to forget."""
+    def check_notes(self, arguments: Dict[str, Any]) -> None:
+        """The machine's own destinations, and other machines', are not a puller's to note or to forget."""
         destinations = list(arguments.get("pins", ())) + [
             change.destination for kind in ("add", "clear") for change in arguments.get(kind, ())]
-        own = [d for d in destinations if not d.startswith(("ssh://", "raw+ssh://"))]
-        if own:
-            raise Refused("this key may not change notes of {}".format(own[0]))
+        own = read_own_destinations(arguments["folder"])
+        others = [destination for destination in destinations if not self.may_note(destination, own)]
+        if others:
+            raise Refused("this key may not change notes of {}".format(others[0]),
+                          "see --as in its authorized_keys" if self.restriction.known_as else "")
+
+    def may_note(self, destination: str, own: Sequence[str]) -> bool:
+        """Whether notes of a destination belong to whoever has this key. own: the destinations of this machine."""
+        name = self.restriction.known_as + "/" if self.restriction.known_as else ""
+        return destination.startswith(("ssh://" + name, "raw+ssh://" + name)) and destination not in own
 
 
 class Greeting(NamedTuple):
@@ -9318,6 +9506,23 @@ def log_refusal(refusal: Refused) -> None:
     syslog.syslog(syslog.LOG_WARNING, printable("refused {}: {}".format(whose, refusal.message)))
 
 
+PULSE = 10.0  # seconds
+
+
+def work_of(pid: int) -> List[bytes]:
+    """What changes as long as a process, its first thread at least, or one that it has started does something."""
+    found = []
+    try:
+        with open("/proc/{0}/task/{0}/stat".format(pid), "rb") as about:
+            found.append(about.read().rpartition(b")")[2])
+        with open("/proc/{0}/task/{0}/status".format(pid), "rb") as about:
+            found += [line for line in about if b"ctxt_switches" in line]
+        with open("/proc/{0}/task/{0}/children".format(pid), "rb") as children:
+            return found + [work for child in children.read().split() for work in work_of(int(child))]
+    except OSError:  # it has ended, or the kernel does not tell of children (CONFIG_PROC_CHILDREN)
+        return found + [str(time.monotonic()).encode("ascii")]
+
+
 class Agent:
     """Serves one channel until it ends."""
 
@@ -9326,11 +9531,38 @@ class Agent:
         self.guard = Guard(restriction) if restriction else None
         self.events = Events(self.tell)
         self.host = LocalHost(self.events, must_confine=restriction is not None)
+        self.host.serves = True
         self.held: Dict[Tuple[int, int, str], contextlib.ExitStack] = {}
+        self.telling, self.is_at_work = threading.RLock(), False
 
     def tell(self, event: Event) -> None:
-        self.channel.send_value(EVENT, tuple(event))
-        self.channel.flush_some()
+        if self.guard is not None:
+            event = event._replace(text=self.guard.in_words(event.text))
+        with self.telling:
+            self.channel.send_value(EVENT, tuple(event))
+            self.channel.flush_some()
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """While something is done that may take long without a word of it."""
+        self.is_at_work = True
+        try:
+            yield
+        finally:
+            with self.telling:  # what follows is written without it
+                self.is_at_work = False
+
+    def beat(self) -> None:
+        """Tells the other side that a call is at work, as long as it moves: a disk that hangs must show."""
+        work: List[bytes] = []
+        with contextlib.suppress(ConnectionLost):
+            while True:
+                time.sleep(PULSE)
+                before, work = work, work_of(os.getpid())
+                with self.telling:
+                    if self.is_at_work and work != before:
+                        self.channel.send_value(EVENT, tuple(Event("alive", "debug", "", {})))
+                        self.channel.flush_some()
 
     def greet(self) -> None:
         self.channel.send_raw(MARKER)
@@ -9343,9 +9575,10 @@ class Agent:
         """Answers calls until the channel ends."""
         self.greet()
         self.channel.skip_noise(float("inf"))
+        threading.Thread(target=self.beat, daemon=True).start()
         try:
             while True:
-                kind, payload = self.channel.await_frame(float("inf"))
+                kind, payload = self.channel.await_frame(float("inf"), float("inf"))
                 if kind == CALL:
                     self.answer(payload)
                 elif kind != ABORT:  # one that came too late
@@ -9363,7 +9596,9 @@ class Agent:
             elif name in SENDERS:
                 self.send(name, arguments, compression)
             else:
-                self.channel.send_value(RESULT, self.method(name, arguments)())
+                with self.at_work():
+                    result = self.method(name, arguments)()
+                self.channel.send_value(RESULT, result)
         except (ConnectionLost, Interrupted):
             raise
         except CALL_FAILURES as error:
@@ -9374,15 +9609,20 @@ class Agent:
         self.channel.flush(float("inf"))
 
     def refuse(self, error: BaseException) -> None:
-        if not isinstance(error, BackupError):
-            error = BackupError("the call failed: {}: {}".format(type(error).__name__, error))
+        if isinstance(error, OSError):
+            error = os_error("cannot do that" if error.filename is None else "{}".format(error.filename), error)
+        elif not isinstance(error, BackupError):
+            error = BackupError("this agent cannot do such a call: {}".format(error), "is it of another version?")
         if self.guard is not None:
             in_words, transient = self.guard.in_words, error.transient
             error = type(error)(in_words(error.message), in_words(error.hint), in_words(error.detail), transient)
         self.channel.send_value(FAILED, error)
 
     def parse_call(self, payload: bytes) -> Tuple[str, Tuple[Any, ...], str]:
-        name, arguments, compression = self.channel.value(payload)
+        try:
+            name, arguments, compression = self.channel.value(payload)
+        except Nonsense as error:
+            raise Refused(error.message, "is it of another version?") from None
         if not isinstance(arguments, tuple) or not isinstance(name, str) or compression not in ("", *COMPRESSIONS):
             raise TypeError("no call")
         return name, arguments, compression
@@ -9397,9 +9637,9 @@ class Agent:
         if self.guard is None:
             return functools.partial(done_by, *arguments)
         try:
-            act = functools.partial(done_by, *self.guard.checked(name, dict(zip(type_hints(declared), arguments))))
-            missing = self.guard.missing
-            return (lambda: act()._replace(path=missing, kind="missing", is_top=False)) if missing else act
+            checked = self.guard.checked(name, dict(zip(type_hints(declared), arguments)))
+            guard = self.guard
+            return lambda: guard.allowed_part(name, checked, done_by(*checked))
         except Refused as refusal:
             log_refusal(refusal)
             raise
@@ -9428,7 +9668,8 @@ class Agent:
         """
         source = StreamSource(self.channel, compression)
         try:
-            receiver = self.method(name, arguments)()
+            with self.at_work():
+                receiver = self.method(name, arguments)()
             resume = getattr(receiver, "resume", None)
             self.channel.send_value(RESULT, resume)
             source.start = resume.offset if resume else 0
@@ -9446,7 +9687,8 @@ class Agent:
 
     def send(self, name: str, arguments: Sequence[Any], compression: str) -> None:
         """A stream from a sender of this host into the channel."""
-        sender = self.method(name, arguments)()
+        with self.at_work():
+            sender = self.method(name, arguments)()
         self.channel.send_value(RESULT, None)
         relayed = Relay(sender, {"": StreamSink(self.channel, compression)}, float("inf"),
                         lambda size, data: None).run()
@@ -9605,8 +9847,9 @@ sys.argv = ["btrfs-backup-ng", "agent"]
 raise SystemExit(program.main(["agent"]))
 '''
 CONNECT_TIMEOUT = 20  # seconds
-MOST_TOLD = 4096  # characters of what a host says
 ENDING_TIMEOUT = 10.0  # seconds for the far side to say that it has ended a transfer
+MOST_DOOMED = 400  # in one call, whatever their names
+LONGEST_WAIT = 1e9  # seconds for another run; infinity does not travel
 
 
 class NoPython(BackupError):
@@ -9673,7 +9916,7 @@ def ssh_words(machine: str) -> Tuple[str, str]:
 
 
 def ssh_hints(machine: str) -> Tuple[Tuple[str, str, str], ...]:
-    """(what ssh or the shell there says, what is wrong, what to do)."""
+    """(a pattern of what ssh or the shell there says, what is wrong, what to do)."""
     login, known = ssh_words(machine)
     sudoers = "allow python3 without one in its sudoers, see README"
     no_sudo = ("there is no sudo", "log in as root, without --ssh-sudo")
@@ -9683,7 +9926,7 @@ def ssh_hints(machine: str) -> Tuple[Tuple[str, str, str], ...]:
          "if that is meant to be: ssh-keygen -R {}".format(quoted(known))),
         ("Host key verification failed", "its host key is not known",
          "log in once by hand, as the same user: ssh {}".format(login)),
-        ("Permission denied (", "it lets us not in",
+        (r"Permission denied \([a-z,-]+\)", "it lets us not in",
          "set up a key for this user (under sudo that is root): ssh-copy-id"),
         ("Too many authentication failures", "it lets us not in", "name the key: --ssh-opt IdentityFile=..."),
         ("Connection refused", "connection refused", "is sshd running there, and the port right?"),
@@ -9712,7 +9955,7 @@ PASSING_SIGNS = frozenset((
 def no_agent_error(machine: str, status: Optional[int], words: str, noise: str) -> BackupError:
     """Why no agent answered, from how ssh ended, what it said, and what the host printed."""
     for sign, cause, hint in ssh_hints(machine):
-        if sign in words:
+        if re.search(sign, words):
             kind = ConnectionLost if sign in PASSING_SIGNS else BackupError
             return kind("{}: {}".format(machine, cause), hint, words)
     if re.search(r"[Uu]nknown option:? -I|invalid syntax|Missing parentheses", words):  # Python before 3.4 has no -I
@@ -9723,7 +9966,7 @@ def no_agent_error(machine: str, status: Optional[int], words: str, noise: str) 
     if status == 127 or re.search(r"python3[^\n]*(not found|No such file)|[Uu]nknown command[^\n]*python3", words):
         return NoPython("{} has no python3".format(machine), "install Python 3.6 or later there")
     said = (words or noise).strip()
-    last = said.splitlines()[-1] if said else "nothing"
+    last = said.splitlines()[-1][:MOST_TOLD] if said else "nothing"
     return BackupError("{}: its login gave no agent but said: {}".format(machine, last),
                        "is its login shell restricted?", said if "\n" in said else "")
 
@@ -9764,6 +10007,8 @@ class Connection:
                 self.channel.flush(GREETING_TIMEOUT)
                 noise += self.channel.skip_noise(deadline)
             greeting = self.channel.result(GREETING_TIMEOUT)
+        except Nonsense:
+            raise
         except ConnectionLost:
             raise self.explain(noise) from None
         if not isinstance(greeting, Greeting):
@@ -9778,7 +10023,7 @@ class Connection:
     def wants_source(self, deadline: float) -> bool:
         """Whether what follows the marker is no greeting but a line of STAGE_2."""
         line = b""
-        while not line.endswith(b"\n"):
+        while not line.endswith(b"\n") and len(line) < 20:
             more = self.channel.read_some(1)
             if more is None:
                 if time.monotonic() > deadline:
@@ -9830,28 +10075,28 @@ class RemoteReceiver(StreamSink):
         if kind == RESULT and not self.is_open:
             self.is_open = True
             self.resume = value if isinstance(value, ResumePoint) else None
+            if self.resume and not self.resume.is_sound:
+                raise self.channel.nonsense("a place in the stream that is none")
             return None
         self.is_over = True
         if kind == FAILED and isinstance(value, (ReceiverFailed, StreamDamaged)):
             raise value
         if kind == FAILED and isinstance(value, BackupError):
             raise ReceiverFailed(value.message, value.hint, value.detail, value.transient)
-        if kind != RESULT:
-            raise ConnectionLost("{} answered out of turn".format(self.channel.peer))
+        if kind != RESULT or not isinstance(value, self.gives):
+            raise self.channel.nonsense("an answer out of turn")
         return value
 
     def await_opening(self) -> None:
         """Waits until `resume` is known."""
         while not self.is_open:
-            self.take_answer(*self.channel.await_frame(float("inf")))
+            self.take_answer(*self.channel.await_frame(self.host.patience))
 
     def finish(self, timeout: float) -> Any:
         self.flush(timeout)
         made = None
         while not self.is_over:
             made = self.take_answer(*self.channel.await_frame(timeout))
-        if not isinstance(made, self.gives):
-            raise ConnectionLost("{} answered out of turn".format(self.channel.peer))
         return made
 
     def end(self) -> None:
@@ -9938,17 +10183,26 @@ def told_event(told: Any) -> Optional[Event]:
     return Event(kind, level, text, facts)
 
 
+def batches(doomed: Sequence[Subvolume]) -> List[List[Subvolume]]:
+    """The same subvolumes, no more at once than a call holds."""
+    return [list(doomed[start:start + MOST_DOOMED]) for start in range(0, len(doomed), MOST_DOOMED)]
+
+
 class AgentHost:
     """A host that an agent does the calls of: the same calls as LocalHost's, by the same names."""
 
     skips = True
 
     def __init__(self, machine: str, connect: Callable[[bool], Connection], events: Events,
-                 compress: str = "no") -> None:
-        """connect: makes a connection; its argument says whether it is the first."""
+                 compress: str = "no", patience: float = float("inf")) -> None:
+        """connect: makes a connection; its argument says whether it is the first.
+
+        patience: seconds for which nothing may come while a call is at work.
+        """
         self.machine, self.connect, self.events, self.compress = machine, connect, events, compress
+        self.patience = patience
         self.token = os.urandom(16).hex()
-        self.mutex = threading.Lock()
+        self.mutex, self.holding = threading.Lock(), threading.Lock()
         self.idle: List[Connection] = []
         self.all: List[Connection] = []
         self.holds: List[Tuple[str, str]] = []
@@ -9959,6 +10213,25 @@ class AgentHost:
     # -- connections
 
     def borrow(self) -> Connection:
+        """A connection; where that which held the run locks is gone, they are held again first."""
+        connection = self.find_connection()
+        with self.holding:
+            if self.holder is None and self.holds:
+                self.hold_again(connection)
+        return connection
+
+    def hold_again(self, connection: Connection) -> None:
+        """Takes the run locks by another connection; raises where another run has one: nothing is done without."""
+        try:
+            for folder, prefix in self.holds:
+                self.ask(connection, "hold", (folder, prefix, 3 * ENDING_TIMEOUT, self.token), "")
+            self.holder = connection
+        except BaseException as error:
+            connection.is_broken = isinstance(error, (ConnectionLost, Stalled, Interrupted))
+            self.give_back(connection)
+            raise
+
+    def find_connection(self) -> Connection:
         """An idle connection, or a new one."""
         with self.mutex:
             while self.idle:
@@ -9970,10 +10243,6 @@ class AgentHost:
             self.greeting: Greeting = connection.greeting
             connection.channel.on_event, connection.channel.on_error = self.pass_on, self.locate
             self.all.append(connection)
-        if self.holder is None:
-            self.holder = connection
-            for folder, prefix in self.holds:
-                self.ask(connection, "hold", (folder, prefix, 3 * ENDING_TIMEOUT, self.token), "")
         return connection
 
     def give_back(self, connection: Connection) -> None:
@@ -10009,11 +10278,17 @@ class AgentHost:
 
     # -- calls
 
-    @staticmethod
-    def ask(connection: Connection, name: str, arguments: Tuple[Any, ...], compression: str,
-            timeout: float = float("inf")) -> Any:
-        connection.channel.send_value(CALL, (name, arguments, compression))
-        return connection.channel.result(timeout)
+    def ask(self, connection: Connection, name: str, arguments: Tuple[Any, ...], compression: str,
+            timeout: Optional[float] = None) -> Any:
+        """What a call gives; Nonsense where that cannot be."""
+        channel = connection.channel
+        channel.send_value(CALL, (name, arguments, compression))
+        channel.largest = LARGEST_FRAME if name in LISTINGS else LARGEST_CALL
+        found = channel.result(self.patience if timeout is None else timeout)
+        try:
+            return checked_result(name, found)
+        except ValueError as error:
+            raise channel.nonsense(str(error)) from None
 
     def call(self, name: str, *arguments: Any) -> Any:
         """What a call gives on the other host; its errors are raised here."""
@@ -10047,8 +10322,8 @@ class AgentHost:
         """Holds the run lock there, by the agent at the other end of one connection, as long as that stands."""
         connection = self.borrow()
         try:
+            self.ask(connection, "hold", (folder, prefix, min(wait, LONGEST_WAIT), self.token), "")
             self.holder = connection
-            self.ask(connection, "hold", (folder, prefix, wait, self.token), "")
             self.holds.append((folder, prefix))
         except (ConnectionLost, Stalled, Interrupted):
             connection.is_broken = True
@@ -10061,6 +10336,12 @@ class AgentHost:
             self.holds.remove((folder, prefix))
             with contextlib.suppress(BackupError):
                 self.release(folder, prefix)
+
+    def delete(self, folder: str, doomed: Sequence[Subvolume], convert_rw: bool) -> List[BackupError]:
+        return [error for some in batches(doomed) for error in self.call("delete", folder, some, convert_rw)]
+
+    def delete_raw(self, folder: str, doomed: Sequence[Subvolume]) -> List[BackupError]:
+        return [error for some in batches(doomed) for error in self.call("delete_raw", folder, some)]
 
     def release(self, folder: str, prefix: str) -> None:
         """Lets go of a run lock, at the agent that holds it, which may be busy only with what was given up."""
@@ -10690,7 +10971,7 @@ class Hosts:
                                  self.share)
         self.stack.callback(connector.end)
         try:
-            host: Any = AgentHost(endpoint.machine, connector, self.events, self.task.compress)
+            host: Any = AgentHost(endpoint.machine, connector, self.events, self.task.compress, self.task.stall_timeout)
         except NoPython as error:
             host = ShellHost(connector, self.events)
             self.events.warning("plain", "{}: plain commands do the main job there; nothing is resumed or verified, "
@@ -15053,6 +15334,8 @@ def print_authorized_keys(task: Task) -> str:
                                              ",".join(task.allow)]
     if task.most_partials != Task().most_partials:
         words += ["--most-partials", str(task.most_partials)]
+    if task.known_as:
+        words += ["--as", task.known_as]
     command = " ".join(map(shlex.quote, words)).replace('"', '\\"')
     return "\n".join('restrict,command="{}" {}'.format(command, key) for key in keys)
 
@@ -15083,7 +15366,7 @@ def check_agent(task: Task) -> None:
 
 
 def run_agent(task: Task, _events: Events) -> int:
-    serve_agent(Restriction(task.under, task.allow, task.most_partials) if task.under else None)
+    serve_agent(Restriction(task.under, task.allow, task.most_partials, task.known_as) if task.under else None)
     return 0
 
 

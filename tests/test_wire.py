@@ -32,14 +32,16 @@ from btrfs_backup_ng import (
     unpack_value,
 )
 
+UUID = "01234567-89ab-cdef-0123-456789abcdef"
+
 
 class Values(unittest.TestCase):
     """What travels arrives as it was, and nothing else arrives."""
 
     GOOD = (None, True, 0, -1, 1 << 60, 1.5, float("inf"), "", "a\udcff\n\"", [], [1, "a", None], (), (1, (2,)), {},
             {"a": [1], "b": {"c": ()}}, frozenset(), frozenset(["a", "b"]),
-            Subvolume("a", None), Listing((Subvolume("a", "b"),), frozenset(["c"])), Place("/", "folder"),
-            Pin("a", "b", "c"), LockChange("a", "b"), Capabilities(True, False, (6, 2)), SendOptions())
+            Subvolume("a", None), Listing((Subvolume("a", UUID),), frozenset(["c"])), Place("/", "folder"),
+            Pin("a", UUID, "c"), LockChange("a", "b"), Capabilities(True, False, (6, 2)), SendOptions())
 
     BAD = ('{"is": "Subvolume", "of": []}',
            '{"is": "Subvolume", "of": [1, 2]}', '{"is": "os", "of": []}',
