@@ -39,7 +39,7 @@ SECTIONS = {
     "NAMES": ["test_names", "test_planning", "test_retention_time"],
     "RETENTION": ["test_retention_time", "test_planning", "test_options"],
     "ARGUMENTS": ["test_options"],
-    "IDENTITY": ["test_planning", "test_stream"],
+    "IDENTITY": ["test_planning", "test_retention_time"],
     "PLANNING": ["test_planning", "test_retention_time", "test_state"],
     "STREAM": ["test_stream"],
     "STATE": ["test_state"],

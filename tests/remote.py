@@ -54,7 +54,7 @@ def require(reason):
         raise unittest.SkipTest(reason)
 
 
-def wait_until(condition, timeout=10.0):
+def wait_until(condition, timeout=support.HANGS):
     """What the condition says once it is true, else its last word after so many seconds."""
     deadline = time.monotonic() + timeout
     while True:
@@ -373,7 +373,7 @@ class Sshd:
                 left += children[pid]
         return {pid: everything[pid].argv for pid in found - {self.process.pid} if pid in everything}
 
-    def left_over(self, timeout=10.0):
+    def left_over(self, timeout=support.HANGS):
         """processes() once there are none, or those that have not ended after so many seconds."""
         deadline = time.monotonic() + timeout
         while True:

@@ -51,6 +51,7 @@ FLAGS = os.environ.get("BTRFS_BACKUP_NG_FLAGS", "-E -s").split()
 TOOL_FOLDER = b".btrfs-backup-ng"
 NOBODY = 65534
 MIB = 1 << 20
+HANGS = 120  # seconds after which what we wait for does not come; no measure of speed, for others may be at work
 
 
 def command(*argv):
@@ -403,7 +404,7 @@ class Running:
     def wait_to_say(self, words):
         return self.wait_for(words + " said", lambda: words in self.read_stderr())
 
-    def wait_for(self, what, condition, timeout=30):
+    def wait_for(self, what, condition, timeout=HANGS):
         """What the condition says once it is true; fails when the program ends before."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
@@ -416,9 +417,9 @@ class Running:
             time.sleep(0.001)
         raise AssertionError("no %s after %d s: %s" % (what, timeout, self.kill().stderr))
 
-    def left(self, timeout=60):
+    def left(self):
         """What still runs when the kernel has had its time to end what was killed."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + HANGS
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.01)
         return self.processes()
@@ -437,10 +438,10 @@ class Running:
         def all_held():
             held.update(pid for pid in set(self.transfers(verb)) - held if stop(pid))
             return len(held) >= count
-        self.wait_for("%d btrfs %s at once" % (count, verb), all_held, timeout=120)
+        self.wait_for("%d btrfs %s at once" % (count, verb), all_held)
         return held
 
-    def finish(self, timeout=60):
+    def finish(self, timeout=HANGS):
         """Wait for the end. A run that hangs is killed, and fails the test."""
         try:
             self.process.wait(timeout)
@@ -917,7 +918,7 @@ class TestCase(unittest.TestCase):
         self.addCleanup(running.close)
         return running
 
-    def run_program(self, *arguments, status=0, timeout=60, **options):
+    def run_program(self, *arguments, status=0, timeout=HANGS, **options):
         """The program's Result. `status` is what it has to exit with, None for anything."""
         result = self.start(*arguments, **options).finish(timeout)
         self.assertNotIn("Traceback", result.stderr)

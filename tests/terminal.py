@@ -17,7 +17,7 @@ import termios
 import threading
 import unicodedata
 
-from support import FAST_PROGRAM, PYTHON, Running, scratch_folder
+from support import FAST_PROGRAM, HANGS, PYTHON, Running, scratch_folder
 
 SEQUENCE = re.compile(r"\x1b(?:\[(\??)([0-9;]*)([A-Za-z]))")
 
@@ -190,7 +190,7 @@ class OnTerminal(Running):
                 raise self.failure
             return self.screen.text()
 
-    def wait_to_show(self, *words, timeout=30):
+    def wait_to_show(self, *words, timeout=HANGS):
         """The screen once all the words are on it."""
         def has_them():
             lines = self.shown()
@@ -205,7 +205,7 @@ class OnTerminal(Running):
         os.close(self.master)
         self.master = -1
 
-    def finish(self, timeout=60):
+    def finish(self, timeout=HANGS):
         result = Running.finish(self, timeout)
         if self.master >= 0:
             self.reader.join(5)

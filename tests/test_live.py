@@ -5,11 +5,11 @@ import random
 import signal
 import sys
 import termios
-import time
 import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import support
+from remote import wait_until
 from support import names
 from terminal import OnTerminal, Screen, go_on
 from test_tasks import TasksTestCase
@@ -325,7 +325,7 @@ class View(LiveTestCase):
         os.kill(running.pid, signal.SIGKILL)
         running.process.wait()
         self.wait_until_gone(running)
-        time.sleep(0.2)
+        wait_until(lambda: not running.screen.is_alternate and running.screen.cursor_shown)
         self.assertSane(running)
 
     @staticmethod

@@ -8,7 +8,18 @@ import unittest
 from typing import Dict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from btrfs_backup_ng import parse_time, partial_name, partial_of, snapshot_name, snapshot_time
+from btrfs_backup_ng import (
+    parse_time,
+    partial_lock_name,
+    partial_name,
+    partial_of,
+    piece_of,
+    prefix_of,
+    record_name,
+    snapshot_name,
+    snapshot_of_record,
+    snapshot_time,
+)
 
 # The zones' rules written out, as not every machine has their files.
 BERLIN = "CET-1CEST,M3.5.0,M10.5.0/3"
@@ -48,13 +59,22 @@ class ParseTime(InZone):
         ("260131-093000", (2026, 1, 31, 9, 30, 0)),
         ("680101-000000", (2068, 1, 1, 0, 0, 0)),
         ("690101-000000", (1969, 1, 1, 0, 0, 0)),
+        ("700101-000000", (1970, 1, 1, 0, 0, 0)),
+        ("991231-000000", (1999, 12, 31, 0, 0, 0)),
+        ("000229-000000", (2000, 2, 29, 0, 0, 0)),
+        ("00010101-000000", (1, 1, 1, 0, 0, 0)),
     )
+
+    LAST_DAYS = {2023: (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31),
+                 2024: (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)}
 
     NO_TIMES = (
         "", "-", "x",
         "2025111-1111", "2025111-111111", "202511-1111", "20250111-1111",  # strptime takes the first
         "20250230-000000", "20230229-000000", "19000229-000000", "250230-000000",
         "20250001-000000", "20251301-000000", "20250100-000000", "20250132-000000", "20250431-000000",
+        "20250199-000000", "20259901-000000", "20250101-250000", "20250101-990000", "20250101-006100",
+        "20250101-009900", "20250101-000099", "21000229-000000",
         "20250101-240000", "20250101-006000", "20250101-000060", "20250101-000061", "20250101-000062",
         "00000101-000000", "00000000-000000",
         "202501310930", "20250131093000", "250131093000", "20250131-0930", "20250131-09300",
@@ -71,6 +91,14 @@ class ParseTime(InZone):
         for text, parts in self.TIMES:
             with self.subTest(text=text):
                 self.assertEqual(parts, tuple(parse_time(text) or ())[:6])
+
+    def test_each_month_has_its_days(self):
+        for year, lasts in self.LAST_DAYS.items():
+            for month, last in enumerate(lasts, 1):
+                with self.subTest(year=year, month=month):
+                    text = "{}{:02}{:02}-000000"
+                    self.assertEqual((year, month, last, 0, 0, 0), parse_time(text.format(year, month, last)))
+                    self.assertIsNone(parse_time(text.format(year, month, last + 1)))
 
     def test_everything_else(self):
         for text in self.NO_TIMES:
@@ -144,6 +172,14 @@ class Prefix(InZone):
             with self.subTest(prefix=prefix, name=name):
                 self.assertEqual(utc("2026-01-31 08:30:00"), snapshot_time(prefix, name))
 
+    def test_the_prefix_of_any_name(self):
+        for name, prefix in (("home20260131-093000", "home"), ("home260131-093000", "home"), ("20260131-093000", ""),
+                             ("260131-093000", ""), ("home2020260131-093000", "home20"), ("a-20260131-093000", "a-"),
+                             ("home", None), ("", None), ("0131-093000", None), ("20260231-093000", None),
+                             ("home20260131-093000.partial", None), ("home20260131-09300", None)):
+            with self.subTest(name=name):
+                self.assertEqual(prefix, prefix_of(name))
+
     def test_others(self):
         for prefix, name in self.OTHERS:
             with self.subTest(prefix=prefix, name=name):
@@ -189,6 +225,13 @@ class Moments(InZone):
                 snapshot_time("", before)
                 self.assertEqual(utc("2024-10-27 00:30:00"), snapshot_time("", "20241027-023000"))
 
+    def test_where_the_clock_is_put_back_by_half_an_hour(self):
+        self.set_zone(LORD_HOWE)
+        for before in ("20240701-120000", "20241201-120000"):
+            with self.subTest(before=before):
+                snapshot_time("", before)
+                self.assertEqual(utc("2024-04-06 14:45:00"), snapshot_time("", "20240407-014500"))
+
     def test_every_name_says_when_it_was_made(self):
         """For the first time, where the clock showed the same twice."""
         for zone, day in ((BERLIN, "2024-03-31"), (BERLIN, "2024-10-27"), (LORD_HOWE, "2024-04-06"),
@@ -233,6 +276,20 @@ class Partial(unittest.TestCase):
         for name in self.OTHERS:
             with self.subTest(name=name):
                 self.assertIsNone(partial_of(name))
+
+    def test_pieces(self):
+        for name, piece in ((".a.partial", 1), (".a.2.partial", 2), (".a.17.partial", 17), (".a.2.3.partial", 3),
+                            ("a", 1)):
+            with self.subTest(name=name):
+                self.assertEqual(piece, piece_of(name))
+        self.assertEqual([".a.partial", ".a.2.partial", ".a.3.partial"], [partial_name("a", n) for n in (1, 2, 3)])
+
+    def test_what_belongs_to_a_partial(self):
+        self.assertEqual((".a.partial.json", ".a.partial.lock"), (record_name("a"), partial_lock_name("a")))
+        self.assertEqual("a", snapshot_of_record(".a.partial.json"))
+        for name in ("a.partial.json", ".a.partial", ".a.json", ".a.partial.lock", ".a.partial.json.new", ""):
+            with self.subTest(name=name):
+                self.assertIsNone(snapshot_of_record(name))
 
     def test_there_and_back(self):
         self.assertEqual(".home20260131-093000.partial", partial_name("home20260131-093000"))

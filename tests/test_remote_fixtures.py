@@ -154,15 +154,11 @@ class TheNetworkBetween(remote.SshdTestCase):
         self.assertEqual(1, self.between.connections)
 
     def test_delay(self):
-        started = time.monotonic()
-        self.ssh("true")
-        direct = time.monotonic() - started
         self.between.delay = 0.05
         started = time.monotonic()
         self.ssh("true")
         # Handshake, banner, key exchange, authentication and command take more than five round trips.
         self.assertGreater(time.monotonic() - started, 0.5)
-        self.assertLess(direct, 2.0)
 
     def test_rate(self):
         self.between.rate = 1000000

@@ -273,7 +273,7 @@ class Hostile(RestrictedTestCase):
         with subprocess.Popen(self.server.argv("touch " + shlex.quote(mark)), stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as client:
             self.assertEqual(program.MARKER, client.stdout.read(len(program.MARKER)))
-            client.communicate(timeout=20)
+            client.communicate(timeout=support.HANGS)
         self.assertFalse(os.path.exists(mark))
         port = remote.free_port()
         argv = self.server.argv("x", options=["ExitOnForwardFailure=yes"])
@@ -315,7 +315,7 @@ class HostileStreams(RestrictedTestCase):
         receiver = self.host.open_receive(self.under, expected, False)
         try:
             receiver.offer(memoryview(stream))
-            return receiver.finish(20)
+            return receiver.finish()
         finally:
             receiver.end()
 

@@ -93,7 +93,7 @@ class Pieces(support.TestCase):
             try:
                 self.feed(receiver, stream[offset:cut])
                 if cut == len(stream):
-                    receiver.finish(60)
+                    receiver.finish()
             finally:
                 receiver.end()
             at = cut
@@ -218,7 +218,7 @@ class Local(ResumeTestCase):
         run = self.start_backup("-S", "--limit", "60M")
         self.wait_for_data(run, name, arrived)
         os.kill(run.pid, number)
-        result = run.finish(20)
+        result = run.finish()
         self.assertEqual(128 + number, result.status)
         self.assertEqual([".{}.partial".format(name)], partials(self.target))
         self.assertEqual([".{}.partial".format(name), ".{}.partial.json".format(name)], hidden(self.target))
@@ -251,7 +251,7 @@ class Local(ResumeTestCase):
             run = self.start_backup("-S", "--limit", "150M")
             self.wait_for_data(run, name, 20)
             run.process.terminate()
-            result = run.finish(20)
+            result = run.finish()
             self.assertEqual(143, result.status)
             offsets.append(self.record(name)["point"]["marks"][-1][0])
             self.assertEqual(len(offsets), len(self.record(name)["point"]["marks"]), result.stderr)
@@ -332,7 +332,7 @@ class Killed(ResumeTestCase):
                 os.kill(run.find(verb), signal.SIGKILL)
                 if verb == "send":
                     os.kill(receiver, signal.SIGCONT)
-                result = run.finish(30)
+                result = run.finish()
                 self.assertEqual(0, result.status, result.stderr)
                 self.assertIn("broke off: btrfs {}: killed by SIGKILL; trying again".format(verb), result.stderr)
                 self.assertEqual(verb == "send", "taking up " + name in result.stderr)
@@ -348,7 +348,7 @@ class Killed(ResumeTestCase):
         sender = run.hold("send")  # which waits, as nothing is read any more
         os.kill(sender, signal.SIGCONT)
         os.kill(receiver, signal.SIGCONT)
-        result = run.finish(60)
+        result = run.finish()
         self.assertEqual(0, result.status, result.stderr)
         self.assertIn("broke off: the stream is damaged", result.stderr)
         self.assertConverged()
@@ -360,7 +360,7 @@ class Killed(ResumeTestCase):
             pid = run.hold("receive")
             os.kill(pid, signal.SIGKILL)
             run.wait_for("its end", lambda pid=pid: run.find("receive") != pid)
-        result = run.finish(30)
+        result = run.finish()
         self.assertEqual(1, result.status)
         self.assertEqual(1, result.stderr.count("trying again"))
         self.transfer()
@@ -405,7 +405,7 @@ class Deduplicated(ResumeTestCase):
         run = self.start_backup("-S", "--limit", "60M")
         self.wait_for_data(run, name, 75)
         run.process.terminate()
-        self.assertEqual(143, run.finish(20).status)
+        self.assertEqual(143, run.finish().status)
         path = self.snapshot_path(name)
         self.deduplicate(os.path.join(path, "copy0"), os.path.join(path, "copy1"))
         result = self.transfer()

@@ -191,7 +191,7 @@ class OverSsh(SshdTestCase, TasksTestCase):
             running = self.start(*self.command(tasks=tasks))
             running.wait_for("transfers", lambda: len(self.events("sending")) >= 3)
             os.kill(running.pid, signal_number)
-            result = running.finish(30)
+            result = running.finish()
             self.assertEqual(status, result.status, result.stderr)
             self.assertNotIn("was killed", result.stderr)
             self.wait_until_gone(running)
