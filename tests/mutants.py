@@ -41,7 +41,7 @@ SECTIONS = {
     "ARGUMENTS": ["test_options"],
     "IDENTITY": ["test_planning", "test_retention_time"],
     "PLANNING": ["test_planning", "test_retention_time", "test_state"],
-    "STREAM": ["test_stream"],
+    "STREAM": ["test_gate", "test_stream"],
     "STATE": ["test_state"],
 }
 PARTS = {"STATE": r"LockChange|parse_\w+|format_\w+|add_locks|clear_locks|locks_of|changed_pins|run_lock_name"}

@@ -148,7 +148,7 @@ def sweep_accounts():
     """Remove the accounts of test processes that are dead."""
     for account in pwd.getpwall():
         match = re.fullmatch(ACCOUNT + r"([0-9]+)x[0-9]+s?", account.pw_name)
-        if match and not os.path.exists("/proc/" + match.group(1)):
+        if match and not support.is_in_use(int(match.group(1))):
             remove_account(account.pw_name)
 
 
@@ -172,7 +172,7 @@ class User:
     def __init__(self, shell="/bin/sh", sudo=False):
         sweep_accounts()
         number = next(self.numbers)
-        self.name = "%s%dx%d%s" % (ACCOUNT, os.getpid(), number, "s" if sudo else "")
+        self.name = "%s%dx%d%s" % (ACCOUNT, support.scratch_number(), number, "s" if sudo else "")
         self.home = os.path.join(folder_for_keys(), self.name)
         os.mkdir(self.home, 0o755)
         change_accounts("useradd", "-M", "-N", "-d", self.home, "-s", shell, "-p", "*", self.name)

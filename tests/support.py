@@ -80,11 +80,12 @@ def why_not():
     return None
 
 
-# Scratch folders. One per test process, named after its pid, so that the next run can remove
-# what a killed one left mounted.
+# Scratch folders. One per test process, which holds a flock on it, so that the next run can remove what a
+# killed one left mounted; a process id alone would not tell, for it may be one of another PID namespace.
 
 SCRATCH_PREFIX = "btrfs-backup-ng-test-"
 _scratch = None
+_scratch_lock = None
 
 
 def scratch_bases():
@@ -100,22 +101,51 @@ def has_room(base):
 
 def scratch_folder():
     """This process's folder for images and mount points; gone when the process ends."""
-    global _scratch
+    global _scratch, _scratch_lock
     if _scratch is None:
         sweep()
         base = next((b for b in scratch_bases() if has_room(b)), tempfile.gettempdir())
-        _scratch = os.path.join(base, SCRATCH_PREFIX + str(os.getpid()))
-        os.mkdir(_scratch, 0o700)
+        new = tempfile.mkdtemp(prefix="new-" + SCRATCH_PREFIX, dir=base)
+        _scratch_lock = os.open(new, os.O_RDONLY)
+        fcntl.flock(_scratch_lock, fcntl.LOCK_EX)
+        paths = (os.path.join(base, SCRATCH_PREFIX + str(number)) for number in itertools.count(os.getpid()))
+        _scratch = next(path for path in paths if not os.path.exists(path))
+        os.rename(new, _scratch)
         atexit.register(discard, _scratch)
     return _scratch
+
+
+def scratch_number():
+    return int(scratch_folder().rpartition("-")[2])
+
+
+def is_in_use(number):
+    """Whether a test process that lives has the scratch folder of that number, or is this process."""
+    locked = any(is_locked(os.path.join(base, SCRATCH_PREFIX + str(number))) for base in scratch_bases())
+    return locked or os.path.exists("/proc/%d" % number)
+
+
+def is_locked(folder):
+    """Whether a process holds a flock on a folder."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
 
 
 def sweep():
     """Remove the scratch folders of test processes that are dead."""
     for base in scratch_bases():
         for folder in glob.glob(os.path.join(base, SCRATCH_PREFIX + "*")):
-            owner = folder[folder.rindex("-") + 1:]
-            if owner.isdigit() and not os.path.exists("/proc/" + owner):
+            number = folder[folder.rindex("-") + 1:]
+            if number.isdigit() and not is_in_use(int(number)):
                 discard(folder)
 
 

@@ -315,7 +315,7 @@ class HostileStreams(RestrictedTestCase):
         receiver = self.host.open_receive(self.under, expected, False)
         try:
             receiver.offer(memoryview(stream))
-            return receiver.finish()
+            return receiver.finish(60)
         finally:
             receiver.end()
 

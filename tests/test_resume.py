@@ -93,7 +93,7 @@ class Pieces(support.TestCase):
             try:
                 self.feed(receiver, stream[offset:cut])
                 if cut == len(stream):
-                    receiver.finish()
+                    receiver.finish(60)
             finally:
                 receiver.end()
             at = cut

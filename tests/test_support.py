@@ -103,6 +103,14 @@ class NothingStaysBehind(support.TestCase):
         self.assertFalse(list(support.loops_below(folder)))
         self.assertFalse(os.path.exists(folder))
 
+    def test_what_one_that_lives_has_is_not(self):
+        """Not even by one in another PID namespace, where our process ids are unknown."""
+        disk = self.disk("128M")
+        subprocess.check_call(["unshare", "--pid", "--fork", "--mount", "--mount-proc", sys.executable, "-c",
+                               "import support; support.sweep()"], cwd=support.HERE)
+        self.assertTrue(os.path.ismount(disk.path))
+        self.assertTrue(os.path.exists(disk.image))
+
     def test_a_disk_grows_goes_away_and_comes_back(self):
         disk = self.disk("128M")
         disk.grow("256M")
