@@ -342,6 +342,11 @@ def names(folder):
     return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
 
+def hidden(folder):
+    """What lies in a folder of backups beside them: partials, records, locks. Not the note that says whose they are."""
+    return sorted(name for name in os.listdir(folder) if name.startswith(".") and not name.endswith(".source"))
+
+
 def partials(folder):
     return sorted(name for name in os.listdir(folder) if name.endswith(".partial"))
 

@@ -35,7 +35,7 @@ class FanOut(support.BackupTestCase):
     def assertAllBackedUp(self):
         for target in self.targets:
             self.assertBackedUp(names(self.snapshots), target)
-            self.assertEqual([], [name for name in os.listdir(target) if name.startswith(".")])
+            self.assertEqual([], support.hidden(target))
         self.assertEqual({}, support.read_locks(self.snapshots))
 
     def hold_receive_into(self, run, target):

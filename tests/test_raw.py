@@ -101,7 +101,8 @@ class RawTestCase(support.BackupTestCase):
         return self.transfer(*options, to=[self.raw], **dict({"env": self.keys.env}, **more))
 
     def files(self):
-        return sorted(os.listdir(self.folder))
+        """All in the folder, but the note that says whose the backups are."""
+        return sorted(name for name in os.listdir(self.folder) if not name.endswith(".source"))
 
     def streams(self):
         return [name for name in self.files() if not name.endswith(".json")]

@@ -41,11 +41,6 @@ def boundaries(stream):
     return found[:-1]
 
 
-def hidden(folder):
-    """What lies in a folder beside backups: partials, records, locks."""
-    return sorted(name for name in os.listdir(folder) if name.startswith("."))
-
-
 class Pieces(support.TestCase):
     """Real streams, given to receivers of the program in pieces that are cut at random."""
 
@@ -116,7 +111,7 @@ class Pieces(support.TestCase):
                 self.send_pieces(path, parent, cuts, compressed)
                 backup = os.path.join(self.target, os.path.basename(path))
                 self.assertComplete(backup, path)
-                self.assertEqual([], hidden(self.target))
+                self.assertEqual([], support.hidden(self.target))
             parent = path
         # what follows in the ordinary way builds on it
         last = support.snapshot(self.top, os.path.join(self.source, "home-last"))
@@ -143,7 +138,7 @@ class Pieces(support.TestCase):
         receiver = self.host.open_receive(self.target, expected, False, ANEW)
         self.feed(receiver, stream[:boundaries(stream)[50]])
         receiver.end()
-        kept = hidden(self.target)
+        kept = support.hidden(self.target)
         self.assertEqual(2, len(kept), kept)
         for changed in (expected._replace(uuid=subvolume(other).uuid), expected._replace(compressed=True),
                         expected._replace(parent_uuid=subvolume(other).uuid)):
@@ -151,12 +146,12 @@ class Pieces(support.TestCase):
             receiver = self.host.open_receive(self.target, changed, False, TAKE_UP)
             self.assertIsNone(receiver.resume)
             receiver.end()
-            self.assertEqual([], hidden(self.target))
+            self.assertEqual([], support.hidden(self.target))
             self.assertNotEqual(copy, support.listing(self.target))
             receiver = self.host.open_receive(self.target, expected, False, ANEW)
             self.feed(receiver, stream[:boundaries(stream)[50]])
             receiver.end()
-            self.assertEqual(kept, hidden(self.target))
+            self.assertEqual(kept, support.hidden(self.target))
 
     def test_two_writers_of_one_partial(self):
         one, = self.snapshots(1)
@@ -188,7 +183,7 @@ class ResumeTestCase(support.BackupTestCase):
     def assertConverged(self):
         self.assertEqual({}, support.read_locks(self.snapshots))
         self.assertBackedUp(names(self.snapshots))
-        self.assertEqual([], hidden(self.target))
+        self.assertEqual([], support.hidden(self.target))
 
     def received(self, name):
         """About how many bytes of file contents the partials of a snapshot hold."""
@@ -221,7 +216,7 @@ class Local(ResumeTestCase):
         result = run.finish()
         self.assertEqual(128 + number, result.status)
         self.assertEqual([".{}.partial".format(name)], partials(self.target))
-        self.assertEqual([".{}.partial".format(name), ".{}.partial.json".format(name)], hidden(self.target))
+        self.assertEqual([".{}.partial".format(name), ".{}.partial.json".format(name)], support.hidden(self.target))
         left = subvolume(os.path.join(self.target, ".{}.partial".format(name)))
         self.assertTrue(left.readonly)
         self.assertNotEqual(subvolume(self.snapshot_path(name)).uuid, left.received_uuid)
@@ -308,7 +303,7 @@ class Local(ResumeTestCase):
     def test_the_destination_is_given_up(self):
         self.interrupt(signal.SIGTERM)
         self.transfer("-T", "--forget-destination", self.target, to=[])
-        self.assertEqual([], hidden(self.target))
+        self.assertEqual([], support.hidden(self.target))
         self.assertEqual({}, support.read_locks(self.snapshots))
 
     def test_what_retention_no_longer_wants_is_not_kept(self):
@@ -317,7 +312,7 @@ class Local(ResumeTestCase):
         self.take(10, 11)
         self.transfer("-n", "1")
         self.assertEqual([self.name(11)], names(self.target))
-        self.assertEqual([], hidden(self.target))
+        self.assertEqual([], support.hidden(self.target))
         self.assertEqual({}, support.read_locks(self.snapshots))
 
 

@@ -115,7 +115,7 @@ class RandomFaults(remote.RemoteTestCase):
         for target in targets:
             self.assertEqual(newest, names(target)[-1], kind)
             self.assertComplete(os.path.join(target, newest), self.snapshot_path(newest))
-            self.assertEqual([], [name for name in os.listdir(target) if name.startswith(".")], kind)
+            self.assertEqual([], support.hidden(target), kind)
         self.assertTrue(wait_until(lambda: not self.server.processes(), 30), "left over after " + kind)
 
 

@@ -70,7 +70,7 @@ class ResumeTestCase(remote.RemoteTestCase):
     def assertConverged(self):
         self.between.cut()  # sshd waits long at the end of one that was lost in silence
         self.assertBackedUp([self.name(1), self.name2])
-        self.assertEqual([], [name for name in os.listdir(self.target) if name.startswith(".")])
+        self.assertEqual([], support.hidden(self.target))
         self.assertEqual({}, support.read_locks(self.snapshots))
         self.assertNothingLeft(self.server)
 
