@@ -2982,6 +2982,24 @@ def format_error(error: BackupError) -> str:
     return "\n".join([line] + ["    " + printable(words) for words in error.detail.splitlines()])
 
 
+@contextlib.contextmanager
+def apart(events: Events, tell: Callable[[BackupError], Any], doing: str) -> Iterator[None]:
+    """The one seam around what is done at one destination, folder or snapshot: its trouble is its own.
+
+    Whatever goes wrong inside, of whatever type, is told as one error, and what comes after goes on. Interrupted and
+    a reader of results who has left pass.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if not isinstance(error, (BackupError, OSError)):
+            import traceback
+            events.debug("traceback", traceback.format_exc())
+        tell(explain(error, doing))
+
+
 class JsonLog:
     """Appends each event that a log may show to a file, a JSON object a line, `time` in seconds since the epoch."""
 
@@ -7419,8 +7437,8 @@ class LocalHost:
             try:
                 with self.firm(folder) as firm:
                     self.delete_one(os.path.join(firm, subvolume.name), subvolume, convert_rw)
-            except BackupError as error:
-                errors.append(error)
+            except Exception as error:
+                errors.append(explain(error, "cannot delete {}".format(os.path.join(folder, subvolume.name))))
         errors += self.forget_partials(folder, [partial_of(s.name) or "" for s in doomed if partial_of(s.name)])
         if doomed:
             self.command(["btrfs", "filesystem", "sync", folder], "cannot sync {}".format(folder))
@@ -7537,7 +7555,10 @@ class LocalHost:
     def expected_stream(self, folder: str, snapshot: Subvolume, parent: Optional[Subvolume]) -> ExpectedStream:
         """What the stream of a snapshot must say; read right before it is sent."""
         path = os.path.join(folder, snapshot.name)
-        top = os.stat(path)
+        try:
+            top = os.lstat(path)
+        except OSError as error:
+            raise os_error("cannot look at {}".format(path), error, "was it deleted meanwhile?") from None
         return ExpectedStream(snapshot.name, snapshot.stream_id or "", parent.stream_id if parent else None,
                               top.st_uid, top.st_gid, stat.S_IMODE(top.st_mode), None,
                               parent.name if parent else None, snapshot.otime)
@@ -8356,10 +8377,11 @@ class Relay:
         with self.signals:
             try:
                 self.move_all()
-            except BackupError as error:
-                self.result = self.result._replace(source_error=error)
+            except Exception as error:
+                broken = explain(error, "btrfs send")
+                self.result = self.result._replace(source_error=broken)
                 for key in list(self.lanes):
-                    self.leave(key, error)
+                    self.leave(key, broken)
             finally:
                 self.stopped.set()
                 self.leaving += [Background(functools.partial(self.end_lane, lane)) for lane in self.lanes.values()]
@@ -8432,8 +8454,10 @@ class Relay:
             return act(key) or 0 if key in self.lanes else 0
         except StreamDamaged:  # for all lanes
             raise
-        except BackupError as error:
-            self.fail(key, error)
+        except Exception as error:
+            if key not in self.lanes:
+                raise
+            self.fail(key, explain(error, getattr(self.lanes[key].receiver, "program", "receiving")))
             return 0
 
     # -- lanes that come and go
@@ -8489,7 +8513,7 @@ class Relay:
 
     def end_lane(self, lane: Lane) -> None:
         if lane.reopening is not None:
-            with contextlib.suppress(BackupError):
+            with contextlib.suppress(Exception):
                 lane.receiver = lane.reopening.result()
         if lane.receiver is not None:
             lane.receiver.end()
@@ -10953,9 +10977,9 @@ class Hosts:
         if machine not in self.known:
             try:
                 self.known[machine] = self.reach(endpoint) if machine else LocalHost(self.events)
-            except BackupError as error:
-                self.errors[machine] = error
-                raise
+            except Exception as error:
+                self.errors[machine] = explain(error, "cannot reach {}".format(machine))
+                raise self.errors[machine] from None
         host = self.known[machine]
         return self.raw_place(host) if endpoint.kind == "raw" else host
 
@@ -11082,9 +11106,6 @@ class Delivery:
         self.begun = time.monotonic()
 
     def run(self) -> Dict[str, Delivered]:
-        shipment = self.shipment
-        self.expected = planned_stream(
-            shipment, shipment.host.expected_stream(shipment.folder, shipment.snapshot, shipment.parent))
         with ProgressOf(self.shipment, self.targets, self.events) as self.progress:
             while len(self.done) < len(self.targets):
                 time.sleep(self.pause)
@@ -11094,19 +11115,30 @@ class Delivery:
 
     def go_round(self, keys: Sequence[str]) -> None:
         """One send to as many of the destinations as can share it."""
+        shipment = self.shipment
+        try:
+            self.expected = planned_stream(
+                shipment, shipment.host.expected_stream(shipment.folder, shipment.snapshot, shipment.parent))
+        except Exception as error:
+            self.fail_at_source(keys, error, 0)
+            return
         with contextlib.ExitStack() as stack:
             opened: Dict[str, Any] = {}
             for key in keys:
-                try:
-                    opened[key] = self.open(self.targets[key])
-                    stack.callback(opened[key].end)
-                    if opened[key].resume is not None and opened[key].resume.complete:
-                        self.book(key, opened.pop(key).finish(self.terms.stall_timeout))
-                except BackupError as error:
-                    opened.pop(key, None)
-                    self.fail(key, error, 0)
+                with apart(self.events, functools.partial(self.fail, key, position=0), "cannot receive"):
+                    receiver = self.open(self.targets[key])
+                    stack.callback(self.close, key, receiver)
+                    if receiver.resume is not None and receiver.resume.complete:
+                        self.book(key, receiver.finish(self.terms.stall_timeout))
+                    else:
+                        opened[key] = receiver
             if opened:
                 self.send(*self.sharing(opened))
+
+    def close(self, key: str, receiver: Any) -> None:
+        """What goes wrong when all is over changes nothing of what came out."""
+        with apart(self.events, lambda error: self.events.debug("end", format_error(error), destination=key), "ending"):
+            receiver.end()
 
     def open(self, target: Target) -> Any:
         open_receive = target.host.open_receive
@@ -11139,9 +11171,8 @@ class Delivery:
         try:
             sender = shipment.host.open_send(shipment.folder, shipment.snapshot.name, shipment.parent_name,
                                              shipment.options, *([resume] if resume else []))
-        except BackupError as error:
-            for key in lanes:
-                self.fail(key, error, resume.offset if resume else 0, at_source=True)
+        except Exception as error:
+            self.fail_at_source(list(lanes), error, resume.offset if resume else 0)
             return
         relayed = Relay(sender, lanes, self.terms.stall_timeout, lambda size, file_data: None,
                         Manner(self.terms.limit, self.reopen, self.progress.tell)).run()
@@ -11166,13 +11197,17 @@ class Delivery:
         """The target for a further try."""
         return target if target.begin == IN_ONE_PIECE else target._replace(begin=TAKE_UP if self.terms.resume else ANEW)
 
+    def fail_at_source(self, keys: Sequence[str], error: Exception, position: int) -> None:
+        for key in keys:
+            self.fail(key, explain(error, "cannot send"), position, at_source=True)
+
     def fail(self, key: str, error: BackupError, position: int, at_source: bool = False) -> None:
         """Plans another try, or gives up."""
         if isinstance(error, (StreamDiffers, NoPieces)) and self.targets[key].begin != IN_ONE_PIECE:
             begin = ANEW if isinstance(error, StreamDiffers) else IN_ONE_PIECE
             self.targets[key] = self.targets[key]._replace(begin=begin)
             self.events.warning("starting-over", "sending {} to {} starts over: {}".format(
-                self.expected.name, self.targets[key].text, error.message), destination=key)
+                self.shipment.snapshot.name, self.targets[key].text, error.message), destination=key)
             return
         pause = self.pause_after(key, error, position)
         if pause is None:
@@ -11187,8 +11222,8 @@ class Delivery:
         pause = tries.next_pause(position) if error.transient else None
         if pause is not None:
             self.events.warning("broken", "sending {} to {} broke off: {}; trying again in {} ({} of {})".format(
-                self.expected.name, self.targets[key].text, error.message, format_duration(pause),
-                tries.retries - tries.left, tries.retries), snapshot=self.expected.name, destination=key)
+                self.shipment.snapshot.name, self.targets[key].text, error.message, format_duration(pause),
+                tries.retries - tries.left, tries.retries), snapshot=self.shipment.snapshot.name, destination=key)
         return pause
 
     def reopen(self, key: str, error: BackupError, position: int) -> Optional[Tuple[float, Callable[[], Any]]]:
@@ -11212,9 +11247,11 @@ class ProgressOf:
             key: collections.deque(maxlen=25) for key in targets}
 
     def __enter__(self) -> "ProgressOf":
+        shipment = self.shipment
         if self.is_wanted:
-            self.measuring = self.shipment.host.measure_send(
-                self.shipment.folder, self.shipment.snapshot.name, self.shipment.parent_name)
+            with apart(self.events, lambda error: self.events.debug("measuring", format_error(error)), "measuring"):
+                self.measuring = shipment.host.measure_send(
+                    shipment.folder, shipment.snapshot.name, shipment.parent_name)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -11377,6 +11414,16 @@ class TaskRun:
         self.lock_place: Optional[Tuple[LocalHost, str]] = None  # where locks are kept; None: the snapshot folder
 
     # -- saying what happens
+
+    def at(self, destination: Optional[Destination], doing: str = "") -> ContextManager[None]:
+        """Around all that is done at one destination, or (None) at the source, while others may go on."""
+
+        def tell(error: BackupError) -> None:
+            if destination is not None:
+                destination.closed = True
+            self.report(error, destination, doing + ": " if doing and doing not in error.message else "")
+
+        return apart(self.events, tell, doing or (destination.text if destination else self.task.source))
 
     def report(self, error: BackupError, destination: Optional[Destination] = None, prefix: str = "") -> None:
         """An error of one destination or deletion; the run goes on and ends non-zero."""
@@ -11550,13 +11597,13 @@ class TaskRun:
     # -- destinations
 
     def reach(self, destination: Destination) -> None:
-        """Checks and lists a destination, making its folder where that is allowed; failing is its own affair.
+        """Checks and lists a destination, making its folder where that is allowed.
 
         It needs no lock of its own: `btrfs receive` makes a partial only where none of its name exists, so
         that of two writers of one name the later fails at its first command.
         """
         destination.was_reached = True
-        try:
+        with self.at(destination):
             if destination.endpoint.kind == "shell":
                 destination.host = self.shell_place(destination)
                 destination.listing = destination.host.list(destination.path)
@@ -11583,8 +11630,6 @@ class TaskRun:
             destination.notes = destination.host.read_notes(place.path, self.prefix)
             self.check_owner(destination, listing)
             destination.listing = listing
-        except BackupError as error:
-            self.report(error, destination)
 
     def owner(self, destination: Destination) -> Owner:
         return Owner(self.snapshots, self.ids, self.pins.get(destination.key, ()))
@@ -11616,7 +11661,7 @@ class TaskRun:
                 look.filesystem = place.filesystem
                 if listing.subvolumes:
                     look.notes = host.read_notes(place.path, self.prefix)
-            except BackupError:
+            except Exception:
                 continue
             self.check_owner(look, listing)
 
@@ -11628,13 +11673,10 @@ class TaskRun:
         after = claimed(self.owner(destination), noted, destination.whose)
         if after in ((), noted):
             return
-        try:
+        with self.at(destination):
             destination.host.claim(destination.path, Claim(self.prefix, noted, after))
             destination.notes = destination.notes._replace(sources=after)
             destination.whose = OURS
-        except BackupError as error:
-            destination.closed = True
-            self.report(error, destination)
 
     @property
     def source_text(self) -> str:
@@ -11787,8 +11829,8 @@ class TaskRun:
         """What is not in the snapshots, as text, and the paths of it; '' where all is."""
         try:
             nested = sorted(self.host.nested_subvolumes(self.source, self.folder))
-        except BackupError as error:  # an ordinary user may take snapshots but not list subvolumes
-            return "nested subvolumes were not looked for: {}".format(error.message), []
+        except Exception as error:  # an ordinary user may take snapshots but not list subvolumes
+            return "nested subvolumes were not looked for: {}".format(explain(error, "cannot list").message), []
         return "subvolumes nested in {} are not in its snapshots: {}".format(
             self.task.source, some_of(nested)) if nested else "", nested
 
@@ -11824,13 +11866,15 @@ class TaskRun:
             self.warn_of_future()
             self.gate.snapshot_taken()
             for destination in self.needed_destinations():
-                if not destination.was_reached:
-                    self.reach(destination)
-                self.plan_destination(destination)
-                self.recover(destination)
+                with self.at(destination):
+                    if not destination.was_reached:
+                        self.reach(destination)
+                    self.plan_destination(destination)
+                    self.recover(destination)
             self.transfer_all()
-            self.remember(self.destinations)
-            self.retain()
+            with self.at(None):
+                self.remember(self.destinations)
+                self.retain()
         done = ", ".join("{} {}".format(plural(count, noun), verb)
                          for (noun, verb), count in sorted(self.counts.items()))
         nothing = "nothing was done" if self.failed else "nothing to do"
@@ -11896,13 +11940,14 @@ class TaskRun:
 
     def transfer_all(self) -> None:
         """Sends snapshot by snapshot; destinations that lack one on the same parent share its stream."""
-        for snapshot in self.snapshots:
+        for snapshot in list(self.snapshots):
             groups: Dict[Tuple[Optional[str], bool], List[Destination]] = {}
             parents: Dict[Optional[str], Optional[Subvolume]] = {}
-            lacking = [d for d in self.destinations
-                       if d.is_open and any(t.snapshot.name == snapshot.name for t in d.plan.transfers)]
-            compressed = self.task.compress == "no" and all(
-                self.can_be_compressed(d) for d in lacking if d.record_of(snapshot.name) is None)
+            able = self.able_to_compress([
+                d for d in self.destinations if d.is_open and snapshot in self.snapshots
+                and any(t.snapshot.name == snapshot.name for t in d.plan.transfers)])
+            lacking = [d for d in self.destinations if d.key in able]
+            compressed = all(able[d.key] for d in lacking if d.record_of(snapshot.name) is None)
             for destination in lacking:
                 record = destination.record_of(snapshot.name)
                 parent = parent_of_record(record, self.snapshots) if record else self.parent_now(snapshot, destination)
@@ -11916,6 +11961,14 @@ class TaskRun:
                 if destinations:
                     self.transfer(Transfer(snapshot, parents[parent_name]), destinations, is_compressed)
 
+    def able_to_compress(self, destinations: Sequence[Destination]) -> Dict[str, bool]:
+        """Whether each destination may get compressed data; one that cannot tell is not in it."""
+        able = {}
+        for destination in destinations:
+            with self.at(destination):
+                able[destination.key] = self.task.compress == "no" and self.can_be_compressed(destination)
+        return able
+
     def parent_now(self, snapshot: Subvolume, destination: Destination) -> Optional[Subvolume]:
         """The parent by what the destination really holds by now: a failed transfer brought none."""
         if self.task.no_incremental or destination.listing is None:
@@ -11924,14 +11977,40 @@ class TaskRun:
         return within_chain(parent, chain_lengths(destination.listing), self.longest_chain(destination))
 
     def transfer(self, transfer: Transfer, destinations: List[Destination], compressed: Optional[bool] = None) -> None:
-        """Sends one snapshot to some destinations, under locks; compressed data where all can do that, unless told."""
+        """Sends one snapshot to some destinations, compressed data where all can do that, unless told."""
         records = [record for record in (d.record_of(transfer.snapshot.name) for d in destinations) if record]
         if compressed is None:
             compressed = records[0].compressed if records else (
                 self.task.compress == "no" and all(map(self.can_be_compressed, destinations)))
+        name = transfer.snapshot.name
+        try:
+            delivered = self.deliver(transfer, destinations, compressed)
+        except Exception as error:
+            for destination in destinations:
+                with self.at(destination, "sending {} to {}".format(name, destination.text)):
+                    raise error
+            return
+        for destination in destinations:
+            with self.at(destination, "sending {} to {}".format(name, destination.text)):
+                self.conclude(transfer, destination, delivered[destination.key])
+        if any(one.at_source for one in delivered.values()):
+            with self.at(None):
+                self.look_again(transfer, destinations)
+
+    def look_again(self, transfer: Transfer, destinations: Sequence[Destination]) -> None:
+        """Where a send failed: what was deleted meanwhile is neither sent any more nor built on."""
+        there = {s.uuid for s in self.host.list(self.folder).subvolumes}
+        gone = {s.uuid for s in self.snapshots if s.uuid not in there}
+        self.snapshots[:] = [s for s in self.snapshots if s.uuid in there]
+        if transfer.parent is not None and transfer.parent.uuid in gone and transfer.snapshot.uuid in there:
+            for destination in [d for d in destinations if d.is_open]:
+                self.transfer(Transfer(transfer.snapshot, self.parent_now(transfer.snapshot, destination)),
+                              [destination])
+
+    def deliver(self, transfer: Transfer, destinations: List[Destination], compressed: bool) -> Dict[str, Delivered]:
+        """What became of one snapshot on its way to some destinations, under locks."""
         name, parent = transfer.snapshot.name, transfer.parent.name if transfer.parent else None
-        changes = [LockChange(name, d.key, parent) for d in destinations]
-        self.change_locks(add=changes)
+        self.change_locks(add=[LockChange(name, d.key, parent) for d in destinations])
         for destination in destinations:
             self.events.info("sending", "sending {} to {}{}".format(
                 name, destination.text, ", incrementally from {}".format(parent) if parent else " in full"),
@@ -11941,14 +12020,7 @@ class TaskRun:
         terms = Terms(self.task.stall_timeout, self.task.retries, not self.task.no_resume, self.task.limit)
         targets = [Target(d.key, d.text, d.host, d.path, self.base_of(transfer.parent, d),
                           TAKE_UP if d.record_of(name) else ANEW) for d in destinations]
-        try:
-            delivered = Delivery(shipment, targets, terms, self.events).run()
-        except BackupError as error:
-            for destination in destinations:
-                self.report(error, destination, "sending {} to {}: ".format(name, destination.text))
-            return
-        for destination in destinations:
-            self.conclude(transfer, destination, delivered[destination.key])
+        return Delivery(shipment, targets, terms, self.events).run()
 
     def delete_partial(self, transfer: Transfer, destination: Destination) -> None:
         """Deletes what a given up transfer left, under its lock."""
@@ -12040,6 +12112,7 @@ class TaskRun:
 
     def retain(self) -> None:
         for destination in self.destinations:
+<<<<<<< HEAD
             if destination.listing is None or destination.failed:
                 continue
             try:
@@ -12052,6 +12125,14 @@ class TaskRun:
                 self.events.info("needed", needed, destination=destination.key)
             self.delete(destination.host, destination.path, destination.text, destination.listing.subvolumes, verdicts)
         self.delete(self.host, self.folder, self.task.source, self.snapshots, self.source_verdicts(self.pins))
+=======
+            if destination.listing is not None and not destination.failed:
+                with self.at(destination):
+                    verdicts = self.destination_verdicts(destination, destination.listing)
+                    self.delete(destination.host, destination.path, destination.text, destination.listing.subvolumes,
+                                verdicts)
+        self.delete(self.host, self.folder, self.task.source, self.snapshots, self.source_verdicts())
+>>>>>>> 175e8ef (One seam around all that is done at one destination, folder or snapshot: its trouble is its own)
 
     def delete(self, host: Any, folder: str, text: str, subvolumes: Sequence[Subvolume],
                verdicts: Sequence[Verdict]) -> None:
@@ -12090,7 +12171,8 @@ class TaskRun:
         self.warn_of_future()
         for destination in self.needed_destinations():
             self.reach(destination)
-            self.plan_destination(destination)
+            with self.at(destination):
+                self.plan_destination(destination)
             self.change_locks(clear=[LockChange(r.snapshot, destination.key) for r in destination.plan.recoveries
                                      if not r.problem])
         lines = ["source {}, snapshots in {}".format(self.task.source, self.folder)]
@@ -12339,13 +12421,13 @@ class Survey:
             if self.task.destinations:
                 return not is_backup_folder(host, place, self.task.snapshot_folder)
             return place.is_top and host.look(os.path.join(place.path, self.task.snapshot_folder)).kind == "folder"
-        except BackupError:  # which it meets again, and tells
+        except Exception:  # which it meets again, and tells
             return True
 
     def survey_source(self) -> Location:
         """The snapshots; what is known of them also where the locks cannot be read."""
-        location = Location(self.task.source, True)
-        try:
+        location, errors = Location(self.task.source, True), []  # type: Location, List[BackupError]
+        with apart(self.run.events, errors.append, self.task.source):
             self.run.open_source()
             if not self.run.folder_exists:
                 return location
@@ -12353,12 +12435,12 @@ class Survey:
             location = location._replace(listing=listing, entries=source_entries(
                 listing, self.run.folder, self.task.prefix, {}))
             self.locks = self.run.host.read_locks(self.run.folder)
-        except BackupError as error:
-            return location._replace(error=error)
-        return location._replace(entries=source_entries(listing, self.run.folder, self.task.prefix, self.locks))
+            return location._replace(entries=source_entries(listing, self.run.folder, self.task.prefix, self.locks))
+        return location._replace(error=errors[0])
 
     def survey_folder(self, text: str) -> Location:
-        try:
+        errors: List[BackupError] = []
+        with apart(self.run.events, errors.append, text):
             endpoint = parse_endpoint(text)
             host = self.run.hosts.of(endpoint)
             folder, listing = list_endpoint(host, endpoint)
@@ -12368,8 +12450,7 @@ class Survey:
                 entries = backup_entries(listing, folder, self.task.prefix, self.source, self.locks,
                                          self.run.key_of(text) if self.locks else "")
             return Location(text, False, entries, None, listing)
-        except BackupError as error:
-            return Location(text, False, (), error)
+        return Location(text, False, (), errors[0])
 
     def with_sizes(self, location: Location) -> Location:
         """The location with what is known about sizes; where that is nothing it is no error."""
@@ -12378,7 +12459,7 @@ class Survey:
         try:
             host = self.run.hosts.of(parse_endpoint(location.endpoint))
             sizes = host.own_sizes(os.path.dirname(location.entries[0].path))
-        except BackupError:
+        except Exception:
             return location
         return location._replace(entries=tuple(
             entry._replace(size=sizes.get(entry.subvolume.subvolid)) for entry in location.entries))
@@ -12571,7 +12652,7 @@ class Pruning:
 
     def run(self) -> None:
         """Does each prefix by itself: one that another run is at work on, or that fails, does not stop the others."""
-        try:
+        with apart(self.events, self.report, self.text):
             endpoint = parse_endpoint(self.text)
             self.host = self.hosts.of(endpoint)
             self.folder, listing = list_endpoint(self.host, endpoint)
@@ -12581,18 +12662,14 @@ class Pruning:
                 self.host.wait_for_cleaning(self.folder)
             if not self.deleted and not self.kept and not self.statuses:
                 self.tell_empty(listing)
-        except BackupError as error:
-            self.report(error)
 
     def try_to_prune(self, prefix: str) -> None:
-        try:
+        with apart(self.events, self.report, self.text):
             if self.task.dry_run:
                 self.prune(prefix)
             else:
                 with self.host.hold(self.folder, prefix, self.task.wait):
                     self.prune(prefix)
-        except BackupError as error:
-            self.report(error)
 
     def tell_empty(self, listing: Listing) -> None:
         """An error where a prefix was asked for: it may be mistyped, and then nothing is ever deleted."""
@@ -13044,7 +13121,9 @@ class Masters:
     def __init__(self, requests: Sequence[Request]) -> None:
         paths = [path for request in requests for path in request.paths]
         is_remote = len(requests) > 1 and any(parse_endpoint(path).login for path in paths)
-        self.private = PrivateFolder() if is_remote else None
+        self.private: Optional[PrivateFolder] = None  # none where there is no place for it: then nothing is shared
+        with contextlib.suppress(OSError):
+            self.private = PrivateFolder() if is_remote else None
         self.folder = self.private.path if self.private else ""
         self.all: List[Master] = []
         self.numbers = itertools.count()
@@ -13700,8 +13779,9 @@ class RestoreRun:
         snapshots = os.path.join(place.path, self.task.snapshot_folder)
         try:
             nested = self.target.host.nested_subvolumes(place.path, snapshots)
-        except BackupError as error:
-            self.events.warning("nested", "nested subvolumes were not looked for: {}".format(error.message))
+        except Exception as error:
+            self.events.warning("nested", "nested subvolumes were not looked for: {}".format(
+                explain(error, "cannot list").message))
             return
         if nested:
             self.events.warning("nested", "subvolumes nested in {} stay in the old one: {}".format(
@@ -14021,11 +14101,10 @@ class Doctor:
             return call(*arguments)
         except Refused as error:
             self.record(name, where, Finding(NOT_CHECKED, error.message, error.hint))
-        except BackupError as error:
+        except Exception as failure:
+            error = explain(failure, "not to be looked at")
             text = "; ".join([error.message] + error.detail.splitlines()[-2:])
             self.record(name, where, Finding(PROBLEM, text, error.hint))
-        except OSError as error:
-            self.record(name, where, Finding(PROBLEM, str(error)))
         return None
 
     def examine(self, name: str, where: str, check: Callable[..., Findings], *arguments: Any) -> bool:
@@ -14266,7 +14345,7 @@ class Doctor:
             return is_backup_folder(host, place, self.task.snapshot_folder)
         except Refused:
             return not place.is_top
-        except BackupError:
+        except Exception:  # which is met again, and told
             return False
 
     def examine_all(self) -> List[Checked]:
@@ -14522,8 +14601,9 @@ class VerifyRun:
                 return Compared(copy.name, copy.endpoint, EQUAL, "{} files and folders, {}".format(
                     ours.entries, format_size(ours.size)))
             return self.name_differences(original, copy)
-        except BackupError as error:
-            return Compared(copy.name, copy.endpoint, NOT_CHECKED, format_error(error), (), True)
+        except Exception as error:
+            return Compared(copy.name, copy.endpoint, NOT_CHECKED, format_error(explain(error, "cannot compare")), (),
+                            True)
 
     @staticmethod
     def name_differences(original: TreeAt, copy: TreeAt) -> Compared:
@@ -14595,8 +14675,8 @@ class VerifyRun:
             return Compared(name, endpoint, EQUAL, self.check_stream_file(endpoint, entry))
         except Damaged as damage:
             return Compared(name, endpoint, DIFFERENT, format_error(damage), (), True)
-        except BackupError as error:
-            return Compared(name, endpoint, NOT_CHECKED, format_error(error), (), True)
+        except Exception as error:
+            return Compared(name, endpoint, NOT_CHECKED, format_error(explain(error, "cannot read it")), (), True)
 
     def check_stream_file(self, endpoint: str, entry: Entry) -> str:
         """What was compared; Damaged where it differs."""
