@@ -14099,12 +14099,12 @@ class Doctor:
         """What a call gives; None where it fails, which is the finding of check `name` then."""
         try:
             return call(*arguments)
-        except Refused as error:
-            self.record(name, where, Finding(NOT_CHECKED, error.message, error.hint))
-        except Exception as failure:
-            error = explain(failure, "not to be looked at")
-            text = "; ".join([error.message] + error.detail.splitlines()[-2:])
-            self.record(name, where, Finding(PROBLEM, text, error.hint))
+        except Refused as refusal:
+            self.record(name, where, Finding(NOT_CHECKED, refusal.message, refusal.hint))
+        except Exception as error:
+            told = explain(error, "cannot look")
+            text = "; ".join([told.message] + told.detail.splitlines()[-2:])
+            self.record(name, where, Finding(PROBLEM, text, told.hint))
         return None
 
     def examine(self, name: str, where: str, check: Callable[..., Findings], *arguments: Any) -> bool:

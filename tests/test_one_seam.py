@@ -99,7 +99,7 @@ class OneSeam(BackupTestCase):
                 return hosts.known.setdefault("faulty", faulty)
             return host
 
-        program.Hosts.of = of
+        setattr(program.Hosts, "of", of)  # noqa: B010
 
     def run_verb(self, *words):
         """(status, what was told as errors, everything told, what was printed) of a command in this process."""
