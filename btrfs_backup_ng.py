@@ -12053,7 +12053,10 @@ class TaskRun:
             self.report(error or BackupError("not completed"), destination,
                         "sending {} to {}: ".format(name, destination.text))
             return
-        destination.listing = destination.listing._replace(subvolumes=destination.listing.subvolumes + (backup,))
+        listing = destination.listing  # where nothing is left of what this went on from
+        destination.listing = listing._replace(
+            subvolumes=tuple(s for s in listing.subvolumes if partial_of(s.name) != name) + (backup,),
+            records=tuple(record for record in listing.records if record.name != name))
         if destination.endpoint.kind == "shell":
             self.remember([destination])
         self.change_locks(clear=[LockChange(name, destination.key, parent)])
