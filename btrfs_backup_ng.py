@@ -109,6 +109,7 @@ import time
 from typing import (
     Any,
     Callable,
+    ContextManager,
     Dict,
     FrozenSet,
     Iterable,
@@ -12115,27 +12116,17 @@ class TaskRun:
 
     def retain(self) -> None:
         for destination in self.destinations:
-<<<<<<< HEAD
-            if destination.listing is None or destination.failed:
-                continue
-            try:
-                verdicts = self.destination_verdicts(destination, destination.listing)
-            except BackupError as error:
-                self.report(error, destination)
-                continue
-            needed = self.describe_needed(destination, verdicts)
-            if needed:
-                self.events.info("needed", needed, destination=destination.key)
-            self.delete(destination.host, destination.path, destination.text, destination.listing.subvolumes, verdicts)
-        self.delete(self.host, self.folder, self.task.source, self.snapshots, self.source_verdicts(self.pins))
-=======
             if destination.listing is not None and not destination.failed:
                 with self.at(destination):
-                    verdicts = self.destination_verdicts(destination, destination.listing)
-                    self.delete(destination.host, destination.path, destination.text, destination.listing.subvolumes,
-                                verdicts)
-        self.delete(self.host, self.folder, self.task.source, self.snapshots, self.source_verdicts())
->>>>>>> 175e8ef (One seam around all that is done at one destination, folder or snapshot: its trouble is its own)
+                    self.retain_at(destination, destination.listing)
+        self.delete(self.host, self.folder, self.task.source, self.snapshots, self.source_verdicts(self.pins))
+
+    def retain_at(self, destination: Destination, listing: Listing) -> None:
+        verdicts = self.destination_verdicts(destination, listing)
+        needed = self.describe_needed(destination, verdicts)
+        if needed:
+            self.events.info("needed", needed, destination=destination.key)
+        self.delete(destination.host, destination.path, destination.text, listing.subvolumes, verdicts)
 
     def delete(self, host: Any, folder: str, text: str, subvolumes: Sequence[Subvolume],
                verdicts: Sequence[Verdict]) -> None:

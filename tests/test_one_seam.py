@@ -36,7 +36,7 @@ class Faults:
         if len(self.calls) - 1 == self.at:
             raise self.error
         made = method(*arguments, **more)
-        return Wrapped(made, self) if name in ("open_receive", "open_send") else made
+        return Wrapped(made, self) if name in ("open_receive", "open_own_receive", "open_send") else made
 
 
 class Wrapped:
