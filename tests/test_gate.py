@@ -251,5 +251,69 @@ class WithoutTheKernelsHelp(unittest.TestCase):
         self.judge(END)
 
 
+class AtTheEdges(unittest.TestCase):
+    """What passes and what does not, on both sides of each limit."""
+
+    def verdict(self, command, attributes, version=1):
+        try:
+            judge(command, attributes, version)
+        except BackupError:
+            return False
+        return True
+
+    def test_kinds_of_attributes(self):
+        for version, last in ((1, 24), (2, 31)):
+            for kind in (0, 1, 2, last - 1, last, last + 1, 65535):
+                with self.subTest(version=version, kind=kind):
+                    self.assertEqual(1 <= kind <= last, self.verdict(MKFILE, [(A_PATH, b"x"), (kind, b"")], version))
+
+    def test_kinds_of_commands(self):
+        known = set(range(MKFILE, END + 1)) - {UPDATE_EXTENT}
+        for version, also in ((1, set()), (2, {program.FALLOCATE, program.FILEATTR, ENCODED_WRITE})):
+            for command in range(30):
+                path = b"" if command == END else b"x"
+                attributes = {SYMLINK: [(A_PATH_LINK, b"y")], LINK: [(A_PATH_LINK, b"y")], RENAME: [(A_PATH_TO, b"y")],
+                              CLONE: [(A_CLONE_UUID, parse_uuid(OWN)), (A_CLONE_PATH, b"y")]}.get(command, [])
+                with self.subTest(version=version, command=command):
+                    self.assertEqual(command in known | also, self.verdict(
+                        command, ([] if command == END else [(A_PATH, path)]) + attributes, version))
+
+    def test_cut_off_at_the_end_of_what_there_is(self):
+        for version in (1, 2):
+            whole = make_command(RENAME, [(A_PATH, b"x"), (A_PATH_TO, b"y")])
+            for end in set(range(11, len(whole))) - {15}:
+                gate = StreamGate(EXPECTED)
+                gate.open(version)
+                with self.subTest(version=version, end=end), self.assertRaises(BackupError):
+                    gate.judge(whole[:end], 0, end, RENAME)
+
+    def test_no_data(self):
+        head = struct.pack("<HH1sHH8sH", A_PATH, 1, b"x", A_FILE_OFFSET, 8, number(), A_DATA)
+        whole = program.COMMAND_HEADER.pack(len(head), WRITE, 0) + head
+        gate = StreamGate(EXPECTED)
+        gate.open(2)
+        gate.judge(whole, 0, len(whole), WRITE)
+
+    def test_the_largest_command(self):
+        head = struct.pack("<HH1sHH8sH", A_PATH, 1, b"x", A_FILE_OFFSET, 8, number(), A_DATA)
+        for more, is_fine in ((0, True), (1, False)):
+            size = program.LARGEST_COMMAND - 10 - len(head) + more
+            whole = program.COMMAND_HEADER.pack(len(head) + size, WRITE, 0) + head + bytes(size)
+            gate = StreamGate(EXPECTED)
+            gate.open(2)
+            with self.subTest(more=more):
+                if is_fine:
+                    gate.judge(whole, 0, len(whole), WRITE)
+                else:
+                    self.assertRaises(BackupError, gate.judge, whole, 0, len(whole), WRITE)
+
+    def test_what_is_said(self):
+        with self.assertRaises(BackupError) as caught:
+            judge(WRITE, [(A_PATH, b"../\xff"), (A_FILE_OFFSET, number()), (A_DATA, b"evil")])
+        self.assertIn(": ../\\udcff", caught.exception.message)
+        self.assertIn("look at the machine that it comes from", caught.exception.hint)
+        self.assertEqual("the stream holds a second subvolume", program.hostile("a second subvolume").message)
+
+
 if __name__ == "__main__":
     unittest.main()

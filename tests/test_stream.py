@@ -697,6 +697,28 @@ with open(sys.argv[1], "wb") as file:
                 self.assertTrue(file.read() == b"".join(expected.edit(data)) + expected.closing)
 
 
+class Contents(unittest.TestCase):
+    """How much of a file each write stands for."""
+
+    def test_examples(self):
+        for path in (b"x", b"caf\xe9/" * 20):
+            head = [(PATH, path), (FILE_OFFSET, u64(1 << 40))]
+            encoded = make_command(ENCODED_WRITE, head + [(UNENCODED_FILE_LEN, u64(131072)), (DATA, b"packed")])
+            other = make_command(ENCODED_WRITE, head + [(UNENCODED_LEN, u64(131072)), (DATA, b"packed")])
+            for command, data, expected in (
+                    (WRITE, make_command(WRITE, head + [(DATA, b"d" * 5000)]), 5000),
+                    (WRITE, make_command(WRITE, head + [(DATA, b"")]), 0),
+                    (ENCODED_WRITE, encoded, 131072), (ENCODED_WRITE, b"before" + encoded + b"behind", 131072),
+                    (ENCODED_WRITE, other, len(other) - 10),
+                    (ENCODED_WRITE, encoded[:len(encoded) - 10], 131072),  # no more has come yet
+                    (ENCODED_WRITE, encoded[:len(encoded) - 11], len(encoded) - 10),
+                    (WRITE, struct.pack("<IHI", 3, WRITE, 0) + b"abc", 3)):
+                at = 6 if data.startswith(b"before") else 0
+                length = len(data) - at - 10 if command == WRITE else len(other if data is other else encoded) - 10
+                with self.subTest(path=path, command=command, size=len(data)):
+                    self.assertEqual(expected, program.contents_length(data, at, length, command))
+
+
 class Size(unittest.TestCase):
 
     @staticmethod
