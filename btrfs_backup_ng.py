@@ -3529,7 +3529,6 @@ def hint_for(words: str) -> str:
              ("remount this btrfs filesystem", "the destination is a folder mounted over itself or elsewhere (bind); "
                                                "name it on the filesystem's own mount, or send in full with -I"),
              ("reachable from inside", "mount the filesystem's top level there, or send in full with -I"),
-             ("unknown recipient type", "name a recipient (age1..., ssh-ed25519 ...), or a file of them: age:/FILE"),
              ("Bad file descriptor", "rclone's mounts can be written with --vfs-cache-mode writes"))
     return next((hint for sign, hint in hints if sign in words), "")
 
