@@ -24,10 +24,10 @@ import struct
 import subprocess
 import threading
 import time
-import unittest
 from typing import Any, Dict, List, NamedTuple
 
 import support
+from support import require
 
 MARK = "BTRFS_BACKUP_NG_TEST_SSHD"
 SYSTEM_FOLDERS = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]
@@ -43,15 +43,7 @@ def why_not():
     for program in ("sshd", "ssh", "ssh-keygen", "unshare"):
         if not find_program(program):
             return "needs the program " + program
-    return support.why_not()
-
-
-def require(reason):
-    """Skip the test for the reason, if there is one; in CI that is a failure."""
-    if reason and os.environ.get("CI"):
-        raise AssertionError("must not be skipped in CI: " + reason)
-    if reason:
-        raise unittest.SkipTest(reason)
+    return support.why_not() or support.why_no_mounts()
 
 
 def wait_until(condition, timeout=support.HANGS):

@@ -80,6 +80,22 @@ def why_not():
     return None
 
 
+def require(reason):
+    """Skip the test for the reason, if there is one; in CI that is a failure."""
+    if reason and os.environ.get("CI"):
+        raise AssertionError("must not be skipped in CI: " + reason)
+    if reason:
+        raise unittest.SkipTest(reason)
+
+
+def why_no_mounts():
+    """The reason why nothing here can have mounts of its own, as `unshare --mount` gives them, or None."""
+    with open("/proc/self/mountinfo", errors="surrogateescape") as mounts:
+        if any(line.split(" ")[4] == "/" for line in mounts):
+            return None
+    return "needs a root that is a mount point; for a chroot: mount --bind FOLDER FOLDER; chroot FOLDER"
+
+
 # Scratch folders. One per test process, which holds a flock on it, so that the next run can remove what a
 # killed one left mounted; a process id alone would not tell, for it may be one of another PID namespace.
 
@@ -300,6 +316,15 @@ def snapshot(source, path, readonly=True):
 
 def delete(path):
     command("btrfs", "subvolume", "delete", path)
+
+
+def make_writable(path):
+    """What nobody should do to a backup. btrfs-progs before 5.14.2 ask for no force."""
+    words = ("-ts", path, "ro", "false")
+    try:
+        command("btrfs", "property", "set", "-f", *words)
+    except RuntimeError:
+        command("btrfs", "property", "set", *words)
 
 
 def send_receive(path, folder, parent=None):
@@ -596,6 +621,7 @@ def installed(*names):
 
 def in_own_mounts(script):
     """The words before a command to run by a script in a mount namespace of its own, as its "$@"."""
+    require(why_no_mounts())
     return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
 
 
@@ -936,11 +962,7 @@ class TestCase(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        reason = why_not()
-        if reason and os.environ.get("CI"):
-            raise AssertionError("must not be skipped in CI: " + reason)
-        if reason:
-            raise unittest.SkipTest(reason)
+        require(why_not())
 
     def disk(self, *args, **options):
         disk = Disk(*args, **options)

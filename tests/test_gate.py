@@ -236,6 +236,26 @@ class WithoutTheKernelsHelp(unittest.TestCase):
         self.judge(LINK, (A_PATH, b"t"), (A_PATH_LINK, b"s"))
         self.refused(RENAME, (A_PATH, b"s"), (A_PATH_TO, b"t"))
 
+    def test_what_is_said_of_a_link_does_not_make_it_plain(self):
+        self.judge(SYMLINK, (A_PATH, b"s"), (A_PATH_LINK, b"/etc"))
+        for command, *more in ((program.CHOWN, (6, number()), (7, number())), (UTIMES,),
+                               (SET_XATTR, (A_XATTR_NAME, b"user.x"), (A_XATTR_DATA, b"1")),
+                               (program.REMOVE_XATTR, (A_XATTR_NAME, b"user.x"))):
+            self.judge(command, (A_PATH, b"s"), *more)
+            self.refused(*self.write(b"s"))
+
+    def test_commands_of_protocol_2(self):
+        for command in (ENCODED_WRITE, program.FALLOCATE):
+            for path, is_fine in ((b"old/link", False), (b"dev", False), (b"old/link/x", False), (b"old/x", True)):
+                whole = make_command(command, [(A_PATH, path), (A_FILE_OFFSET, number())])
+                gate = StreamGate(EXPECTED, self.hazards)
+                gate.open(2)
+                with self.subTest(command=command, path=path):
+                    if is_fine:
+                        gate.judge(whole, 0, len(whole), command)
+                    else:
+                        self.assertRaises(BackupError, gate.judge, whole, 0, len(whole), command)
+
     def test_devices(self):
         self.judge(MKNOD, (A_PATH, b"sda"), (A_MODE, number(0o60600)))
         for command in (WRITE, TRUNCATE, MKFILE):
@@ -286,6 +306,40 @@ class AtTheEdges(unittest.TestCase):
                 gate.open(version)
                 with self.subTest(version=version, end=end), self.assertRaises(BackupError):
                     gate.judge(whole[:end], 0, end, RENAME)
+
+    def test_what_only_looks_usual(self):
+        """Of the shape that the quick way knows, but of other attributes."""
+        for command, (_, wanted) in program.USUAL.items():
+            rest = [(kind, b"../../../etc"[-size:]) for kind, size in zip(wanted[::2], wanted[1::2])]
+            self.assertTrue(self.verdict(command, [(A_PATH, b"x")] + rest))
+            self.assertFalse(self.verdict(command, [(A_PATH, b"../x")] + rest))
+            for first in (A_PATH_LINK, A_PATH_TO, A_INO + 1, A_PATH - 1, A_PATH + 1):
+                with self.subTest(command=command, first=first):
+                    self.assertFalse(self.verdict(command, [(first, b"../x")] + rest))
+            for number_, (_, data) in enumerate(rest):
+                for other in (A_PATH_TO, A_PATH_LINK, program.A_CLONE_PATH):
+                    changed = rest[:number_] + [(other, data)] + rest[number_ + 1:]
+                    with self.subTest(command=command, number=number_, other=other):
+                        self.assertFalse(self.verdict(command, [(A_PATH, b"x")] + changed))
+
+    def test_wherever_it_stands_in_what_has_come(self):
+        before = bytes(program.LARGEST_COMMAND + 1)
+        for command, attributes in ((MKFILE, [(A_PATH, b"x"), (A_INO, number())]), (MKFILE, [(A_PATH, b"../x")]),
+                                    (WRITE, [(A_PATH, b"x"), (A_FILE_OFFSET, number()), (A_DATA, b"d")]),
+                                    (MKFILE, [(A_PATH, b"../x"), (A_INO, number())]), (RMDIR, [(A_PATH, b"x")])):
+            whole = make_command(command, attributes)
+            verdicts = []
+            for data, start in ((whole, 0), (before + whole + before, len(before))):
+                gate = StreamGate(EXPECTED)
+                gate.open(1)
+                try:
+                    gate.judge(data, start, start + len(whole), command)
+                    verdicts.append("")
+                except BackupError as error:
+                    verdicts.append(error.message)
+            with self.subTest(command=command, attributes=attributes):
+                self.assertEqual(verdicts[0], verdicts[1])
+                self.assertEqual(b".." in attributes[0][1], bool(verdicts[0]))
 
     def test_no_data(self):
         head = struct.pack("<HH1sHH8sH", A_PATH, 1, b"x", A_FILE_OFFSET, 8, number(), A_DATA)

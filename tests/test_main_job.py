@@ -484,7 +484,7 @@ class Identity(support.BackupTestCase):
     def test_a_backup_that_was_made_writable_is_no_parent(self):
         first, = self.take(1)
         self.transfer()
-        support.command("btrfs", "property", "set", "-f", self.backup_path(first), "ro", "false")
+        support.make_writable(self.backup_path(first))
         os.unlink(os.path.join(self.backup_path(first), "day1"))
         second, = self.take(2)
         self.transfer(status=1)
@@ -497,7 +497,7 @@ class Identity(support.BackupTestCase):
         folder = tempfile.mkdtemp(dir=self.target_disk.path)
         support.send_receive(self.snapshot_path(name), folder)
         forged = os.path.join(folder, name)
-        support.command("btrfs", "property", "set", "-f", "-ts", forged, "ro", "false")
+        support.make_writable(forged)
         bulk(os.path.join(forged, "large"), 1, seed="forged")
         support.set_received_uuid(forged, uuid.UUID(subvolume(self.snapshot_path(name)).uuid).bytes)
         os.rename(forged, path)

@@ -289,7 +289,7 @@ class Local(ResumeTestCase):
     def test_a_partial_that_was_changed(self):
         name, _ = self.interrupt(signal.SIGTERM)
         path = os.path.join(self.target, ".{}.partial".format(name))
-        support.command("btrfs", "property", "set", "-f", "-ts", path, "ro", "false")
+        support.make_writable(path)
         self.assertNotIn("taking up", self.transfer().stderr)
         self.assertConverged()
 
