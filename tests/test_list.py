@@ -247,13 +247,14 @@ class OnDisk(ListTestCase):
         self.assertEqual(["-", "present"], table(self.list(self.source, self.target).stdout)[taken[0]])
 
     def test_a_snapshot_folder_that_may_not_be_read(self):
+        """Neither where its folder may not be opened, nor where that may be read but not entered."""
         self.take(1)
-        for path, mode in ((scratch_folder(), 0o755), (self.source_disk.path, 0o755), (self.source, 0o755),
-                           (os.path.dirname(self.snapshots), 0o700)):
-            os.chmod(path, mode)
-        for destinations in ((), (self.target,)):
+        codecs.lookup("ascii")  # which that user might not find
+        for path in (scratch_folder(), self.source_disk.path, self.source):
+            os.chmod(path, 0o755)
+        for mode, destinations in ((0o700, ()), (0o744, ()), (0o744, (self.target,))):
+            os.chmod(os.path.dirname(self.snapshots), mode)
             survey = Survey(Task(verb="list", source=self.source, destinations=destinations), Events())
-            codecs.lookup("ascii")  # which that user might not find
             os.seteuid(NOBODY)
             try:
                 source = survey.locations()[0]

@@ -39,13 +39,13 @@ from btrfs_backup_ng import (
 )
 
 
-def failing_btrfs(words):
-    """An environment in which `btrfs` fails where its arguments hold `words`."""
+def failing_btrfs(name):
+    """An environment in which `btrfs` deletes no subvolume of that name, whatever folder it is in."""
     folder = os.path.join(scratch_folder(), "failing")
     os.makedirs(folder, exist_ok=True)
     with open(folder + "/btrfs", "w") as script:
-        script.write('#!/bin/sh\ncase "$*" in *{}*) echo "ERROR: it failed" >&2; exit 1;; esac\nexec {} "$@"\n'.format(
-            shlex.quote(words), shutil.which("btrfs")))
+        script.write('#!/bin/sh\ncase "$*" in "subvolume delete "*/{}) echo "ERROR: it failed" >&2; exit 1;; esac\n'
+                     'exec {} "$@"\n'.format(shlex.quote(name), shutil.which("btrfs")))
     os.chmod(folder + "/btrfs", 0o755)
     return {"PATH": folder + ":" + os.environ["PATH"]}
 
@@ -196,7 +196,7 @@ class Restore(BackupTestCase):
     def test_what_was_restored_is_although_a_step_stays(self):
         """The stream that it builds on cannot be deleted afterwards: that is an error, and not that of the restore."""
         result = self.run_program("restore", "--latest", self.raw, self.into, status=1,
-                                  env=failing_btrfs("subvolume delete " + os.path.join(self.into, self.taken[0])))
+                                  env=failing_btrfs(self.taken[0]))
         self.assertErrorSays(result, "cannot delete", self.taken[0])
         self.assertIn("restored {} to {}".format(self.taken[1], self.into), result.stderr)
         self.assertComplete(os.path.join(self.into, self.taken[1]), self.snapshot_path(self.taken[1]))
@@ -208,7 +208,7 @@ class Restore(BackupTestCase):
     def test_in_place_all_the_same(self):
         place = create(os.path.join(self.disk_there.path, "home"))
         result = self.run_program("restore", "--latest", self.raw, self.into, "--in-place", place, status=1,
-                                  env=failing_btrfs("subvolume delete " + os.path.join(self.into, self.taken[0])))
+                                  env=failing_btrfs(self.taken[0]))
         self.assertErrorSays(result, "cannot delete")
         self.assertTrue(os.path.exists(os.path.join(place, "day2")))
 
@@ -219,7 +219,7 @@ class Restore(BackupTestCase):
         with open(os.path.join(self.into, ".outstanding_transfers"), "w") as locks:
             locks.write('{{"{}": {{"locks": ["{}"], "parent_locks": []}}}}'.format(self.taken[1], self.into))
         result = self.run_program("restore", "--latest", self.raw, self.into, status=1,
-                                  env=failing_btrfs("subvolume delete " + left))
+                                  env=failing_btrfs(os.path.basename(left)))
         self.assertErrorSays(result, "cannot delete")
 
     def test_a_disk_that_is_away(self):
