@@ -208,7 +208,7 @@ class Machine:
                  "mkdir -p dev proc sys run tmp root etc var mnt home usr",
                  "for at in dev sys usr; do mount --rbind /$at $at; done", "mount -t proc none proc",
                  "for at in run tmp var mnt; do mount -t tmpfs none $at; done",
-                 "mkdir -p mnt/top mnt/nas mnt/restore run/sshd var/cache var/tmp var/empty",
+                 "mkdir -p mnt/top mnt/nas/home mnt/restore run/sshd var/cache var/tmp var/empty",
                  "mount -t tmpfs none usr/local/bin"]
         for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
             if os.path.islink("/" + name):
