@@ -2436,6 +2436,7 @@ USUAL = {
     CHOWN: (struct.Struct("<HH8xHH8x"), (A_UID, 8, A_GID, 8)),
     UTIMES: (struct.Struct("<HH12xHH12xHH12x"), (A_ATIME, 12, A_MTIME, 12, A_CTIME, 12)),
     UNLINK: (struct.Struct(""), ()), RMDIR: (struct.Struct(""), ())}  # type: Dict[int, Tuple[struct.Struct, Any]]
+USUAL_WRITE = struct.Struct("<HH8xHH")  # between path and data in protocol 1
 
 
 def hostile(what: str, path: bytes = b"") -> BackupError:
@@ -2555,17 +2556,30 @@ class StreamGate:
         self.version = version
 
     def judge(self, data: Chunk, start: int, end: int, command: int) -> None:
-        usual = USUAL.get(command)
-        at = start + COMMAND_HEADER.size + ATTRIBUTE.size
-        if usual is not None and end >= at and self.hazards is None:
+        if self.hazards is None and end - start >= COMMAND_HEADER.size + ATTRIBUTE.size:
             kind, size = ATTRIBUTE.unpack_from(data, start + COMMAND_HEADER.size)
-            shape, wanted = usual
-            if kind == A_PATH and at + size + shape.size == end and shape.unpack_from(data, at + size) == wanted:
-                path = bytes(data[at:at + size])
-                if path not in self.passed:
-                    self.check_path(command, path)
+            at = start + COMMAND_HEADER.size + ATTRIBUTE.size
+            if kind == A_PATH and self.is_usual(data, at + size, end, command):
+                paths = [bytes(data[at:at + size])]
+                if command == RENAME:
+                    paths.append(bytes(data[at + size + ATTRIBUTE.size:end]))
+                for path in paths:
+                    if path not in self.passed:
+                        self.check_path(command, path)
                 return
         self.judge_slowly(data, start, end, command)
+
+    def is_usual(self, data: Chunk, at: int, end: int, command: int) -> bool:
+        """Whether what stands between the path and the end of a command is just what Linux writes there."""
+        usual = USUAL.get(command)
+        if usual is not None:
+            return at + usual[0].size == end and usual[0].unpack_from(data, at) == usual[1]
+        if command == RENAME:
+            left = end - at - ATTRIBUTE.size
+            return left >= 0 and ATTRIBUTE.unpack_from(data, at) == (A_PATH_TO, left)
+        left = end - at - USUAL_WRITE.size
+        return (command == WRITE and self.version == 1 and 0 <= left < 1 << 16
+                and USUAL_WRITE.unpack_from(data, at) == (A_FILE_OFFSET, 8, A_DATA, left))
 
     def judge_slowly(self, data: Chunk, start: int, end: int, command: int) -> None:
         if command in (SUBVOL, SNAPSHOT):

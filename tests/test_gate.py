@@ -5,8 +5,10 @@ import os
 import random
 import struct
 import sys
+import tempfile
 import unittest
 import uuid
+from unittest import mock
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import btrfs_backup_ng as program
@@ -177,8 +179,11 @@ class Verdicts(unittest.TestCase):
         for _ in range(3000):
             path = chance.choice(GOOD_PATHS + BAD_PATHS + (b"",))
             command, kinds = chance.choice(
-                [(MKFILE, (A_INO,)), (CHMOD, (A_MODE,)), (program.CHOWN, (6, 7)), (UTIMES, (11, 10, 9)), (RMDIR, ())])
+                [(MKFILE, (A_INO,)), (CHMOD, (A_MODE,)), (program.CHOWN, (6, 7)), (UTIMES, (11, 10, 9)), (RMDIR, ()),
+                 (WRITE, (A_FILE_OFFSET, A_DATA)), (RENAME, (A_PATH_TO,))])
             attributes = [(A_PATH, path)] + [(kind, bytes(chance.choice([8, 12, 0]))) for kind in kinds]
+            if command == RENAME:
+                attributes[1] = A_PATH_TO, chance.choice(GOOD_PATHS + BAD_PATHS + (b"",))
             whole, quick, slow = make_command(command, attributes), StreamGate(EXPECTED), StreamGate(EXPECTED)
             verdicts = []
             for act in (quick.judge, slow.judge_slowly):
@@ -189,6 +194,73 @@ class Verdicts(unittest.TestCase):
                 except BackupError:
                     verdicts.append(False)
             self.assertEqual(verdicts[0], verdicts[1], (command, attributes))
+
+
+class Planned(unittest.TestCase):
+    """Names and ids are those of the plan, whatever the machine that sends says."""
+
+    SNAPSHOT = program.Subvolume("home20260201-093000", OWN)
+
+    def planned(self, snapshot=SNAPSHOT, parent=None, **told):
+        shipment = program.Shipment(None, "/f", snapshot, parent, program.SendOptions(compressed=True))
+        return program.planned_stream(shipment, EXPECTED._replace(**told))
+
+    def test_what_is_told_is_taken_from_the_plan(self):
+        evil = {"name": "/../cron.d/x", "uuid": "* * * * * root evil\n", "parent_uuid": "../x", "parent_name": "/x",
+                "base": "x"}
+        self.assertEqual(ExpectedStream("home20260201-093000", OWN, None, 1, 2, 0o750, compressed=True),
+                         self.planned(uid=1, gid=2, mode=0o750, **evil))
+        parent = program.Subvolume("home20260101-093000", PARENT)
+        planned = self.planned(parent=parent, **evil)
+        self.assertEqual((PARENT, "home20260101-093000", None),
+                         (planned.parent_uuid, planned.parent_name, planned.base))
+
+    def test_a_plan_of_names_and_ids_that_are_none(self):
+        for change in ({"name": "../x"}, {"name": ".."}, {"name": ""}, {"name": ".hidden"}, {"name": "a\0b"},
+                       {"name": "n" * 256}, {"uuid": "evil\n"}, {"uuid": None}, {"uuid": OWN + "\n"}):
+            with self.assertRaises(BackupError, msg=change):
+                self.planned(self.SNAPSHOT._replace(**change))
+        for told in ({"uid": -1}, {"gid": 1 << 32}, {"mode": 0o100644}, {"mode": -1}):
+            with self.assertRaises(BackupError, msg=told):
+                self.planned(**told)
+
+    def test_a_receiver_opens_nothing_for_them(self):
+        with tempfile.TemporaryDirectory() as folder:
+            hostile = EXPECTED._replace(name="/../x", uuid="* * * * * root evil\n")
+            self.assertRaises(BackupError, program.LocalHost(program.Events()).open_receive, folder, hostile, False)
+            self.assertEqual([], os.listdir(folder))
+
+    def test_the_first_command_says_nothing_twice(self):
+        first = [(A_PATH, EXPECTED.name.encode()), (program.A_UUID, parse_uuid(OWN)), (program.A_UUID, bytes(16))]
+        opening = program.STREAM_HEADER.pack(program.STREAM_MAGIC, 1) + make_command(SUBVOL, first)
+        self.assertRaises(BackupError, program.parse_first_command, opening)
+
+
+class Trusted(unittest.TestCase):
+    """Only a stream that this machine's kernel writes, and this process receives here, passes unseen."""
+
+    class Target(program.LocalHost):
+        def open_receive(self, *_):
+            raise BackupError("judged")
+
+        def open_own_receive(self, *_):
+            raise BackupError("trusted")
+
+    def opened(self, source):
+        target = program.Target("k", "t", self.Target(program.Events()), "/f", None, program.ANEW)
+        shipment = program.Shipment(source, "/s", Planned.SNAPSHOT, None, program.SendOptions())
+        delivery = program.Delivery(shipment, [target], program.Terms(1, 0, True, 0), program.Events())
+        delivery.expected = EXPECTED
+        with self.assertRaises(BackupError) as caught:
+            delivery.open(target)
+        return caught.exception.message
+
+    def test_who_is(self):
+        here = program.LocalHost(program.Events())
+        self.assertEqual("trusted", self.opened(here))
+        self.assertEqual("judged", self.opened(program.RawPlace(here, [], "")))
+        self.assertEqual("judged", self.opened(mock.Mock(spec=program.AgentHost)))
+        self.assertEqual("judged", self.opened(mock.Mock(spec=program.ShellHost)))
 
 
 class WithoutTheKernelsHelp(unittest.TestCase):
