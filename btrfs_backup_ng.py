@@ -9950,7 +9950,7 @@ def ssh_words(machine: str) -> Tuple[str, str]:
     match = re.fullmatch(r"((?:.*@)?)(\[[^\]]*\]|[^:]*)(?::([0-9]+))?", machine)
     user, host, port = match.groups() if match else ("", machine, None)
     host = host.strip("[]")
-    return ("-p {} {}{}".format(port, user, host), "'[{}]:{}'".format(host, port)) if port else (user + host, host)
+    return ("-p {} {}{}".format(port, user, host), "[{}]:{}".format(host, port)) if port else (user + host, host)
 
 
 def ssh_hints(machine: str) -> Tuple[Tuple[str, str, str], ...]:
