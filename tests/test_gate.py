@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import random
 import struct
 import sys
 import tempfile
@@ -11,6 +10,8 @@ import uuid
 from unittest import mock
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import support
+
 import btrfs_backup_ng as program
 from btrfs_backup_ng import (
     A_CLONE_PATH,
@@ -106,7 +107,7 @@ class Verdicts(unittest.TestCase):
 
     def test_any_order_and_repetition(self):
         """Receive takes attributes in any order, and the last of two."""
-        chance = random.Random(1)
+        chance = support.chance(self)
         for path in BAD_PATHS[:6]:
             for command, attributes in self.forms(path):
                 for order in itertools.permutations(attributes):
@@ -175,7 +176,7 @@ class Verdicts(unittest.TestCase):
         self.refused(SET_XATTR, [(A_PATH, b""), (A_XATTR_NAME, b"system.posix_acl_default\0"), (A_XATTR_DATA, b"")])
 
     def test_the_quick_way_lets_pass_what_the_slow_one_does(self):
-        chance = random.Random(2)
+        chance = support.chance(self)
         for _ in range(3000):
             path = chance.choice(GOOD_PATHS + BAD_PATHS + (b"",))
             command, kinds = chance.choice(

@@ -1,13 +1,13 @@
 """Identity, retention and planning: observed state in, a plan out."""
 
 import os
-import random
 import sys
 import time
 import unittest
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import support
 from test_names import InZone, utc
 
 from btrfs_backup_ng import (
@@ -507,7 +507,7 @@ class PlanTransfers(unittest.TestCase):
 
     def test_any_subset(self):
         """Each missing one is sent once, from what is there by then; afterwards nothing is left to do."""
-        chance = random.Random(5)
+        chance = support.chance(self)
         taken = snapshots(*range(1, 13))
         for _ in range(100):
             there = [s for s in taken if chance.random() < 0.5]

@@ -5,7 +5,6 @@ TORTURE in the environment is the number of random cuts and kills.
 
 import json
 import os
-import random
 import signal
 import struct
 import subprocess
@@ -45,9 +44,8 @@ class Pieces(support.TestCase):
     """Real streams, given to receivers of the program in pieces that are cut at random."""
 
     def setUp(self):
-        self.chance = random.Random()
+        self.chance = support.chance(self)
         self.seed = self.chance.getrandbits(32)
-        self.chance.seed(self.seed)
         self.source_disk = self.disk("1G")
         self.source, self.target = self.source_disk.path, os.path.join(self.disk("1G").path, "backups")
         os.mkdir(self.target)

@@ -4,7 +4,6 @@ TORTURE in the environment is the number of faults, 100 for all that was promise
 """
 
 import os
-import random
 import signal
 import time
 import unittest
@@ -24,9 +23,8 @@ class RandomFaults(remote.RemoteTestCase):
 
     def setUp(self):
         super().setUp()
-        self.random = random.Random()
+        self.random = support.chance(self)
         self.seed = self.random.getrandbits(32)
-        self.random.seed(self.seed)
         self.between = self.proxy(self.server.port)
         self.set_endpoints(port=self.between.port)
         self.churn = support.Churn(self.source, self.seed)

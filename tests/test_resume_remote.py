@@ -4,7 +4,6 @@ TORTURE in the environment makes them long: 256 MiB, ten cuts, twenty kills.
 """
 
 import os
-import random
 import re
 import signal
 import time
@@ -32,7 +31,7 @@ class ResumeTestCase(remote.RemoteTestCase):
 
     def setUp(self):
         super().setUp()
-        self.random = random.Random()
+        self.random = support.chance(self)
         self.take(1)
         self.push("-S")
         self.between = self.proxy(self.server.port)

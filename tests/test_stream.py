@@ -497,7 +497,7 @@ class BegunAnew(unittest.TestCase):
         return None, passing.ended
 
     def test_at_any_byte(self):
-        data, chance = self.whole(), random.Random(7)
+        data, chance = self.whole(), support.chance(self)
         torn = range(len(stream([], first_command(parent=None))) + 1, len(data) - len(THE_END), 1 if TORTURE else 7)
         for take in (WatchedStream, IncomingStream):
             taken = [at for at in torn
@@ -576,7 +576,7 @@ class Capabilities(unittest.TestCase):
         return OldReceive(b"".join(incoming.edit(stream(commands) + THE_END)) + incoming.closing)
 
     def test_each_file_has_its_own(self):
-        chance = random.Random(5)
+        chance = support.chance(self)
         self.assertEqual([False, True, True, False],
                          [program.keeps_capabilities(v) for v in ((3, 12), (4, 1), (5, 10, 1), (5, 11))])
         strangers = 0
@@ -769,7 +769,7 @@ class RealStreams(support.TestCase):
         self.source_disk = self.disk()
         self.source, self.target = self.source_disk.path, self.disk().path
         self.top = support.create(os.path.join(self.source, "home"))
-        self.chance = random.Random(3)
+        self.chance = support.chance(self)
 
     def write_large(self):
         with open(os.path.join(self.top, "large"), "wb") as file:

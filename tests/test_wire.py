@@ -2,12 +2,13 @@
 
 import json
 import os
-import random
 import sys
 import threading
 import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import support
+
 import btrfs_backup_ng as program
 from btrfs_backup_ng import (
     BackupError,
@@ -93,7 +94,7 @@ class Frames(unittest.TestCase):
         return one, other
 
     def test_noise_before_the_marker(self):
-        chance = random.Random(1)
+        chance = support.chance(self)
         for noise in (b"", b"hello\n", b"btrfs-backup-ng\n", program.MARKER[1:-2], b"\n\n\n", bytes(range(256)) * 500):
             one, other = self.pair()
             other.send_raw(noise)
