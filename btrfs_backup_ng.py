@@ -1697,13 +1697,22 @@ def vouched_pieces(record: Record, subvolumes: Sequence[Subvolume]) -> List[Subv
 
 
 def by_creation(subvolume: Subvolume) -> Tuple[int, int, str]:
-    return subvolume.otime, subvolume.otransid, subvolume.name
+    """What subvolumes are sorted by: when the original was created, of which for a received one its name tells."""
+    prefix = prefix_of(subvolume.name) if subvolume.received_uuid is not None else None
+    named = snapshot_time(prefix, subvolume.name) if prefix is not None else None
+    return subvolume.otime if named is None else int(named * 10 ** 9), subvolume.otransid, subvolume.name
 
 
 def snapshots_of(listing: Listing, prefix: str) -> List[Subvolume]:
     """The snapshots of `prefix` in a snapshot folder, oldest first."""
     found = [s for s in listing.subvolumes if s.readonly and name_time(prefix, s.name)]
     return sorted(found, key=by_creation)
+
+
+def snapshot_prefixes(listing: Listing) -> Dict[str, int]:
+    """How many snapshots of each prefix a folder holds."""
+    prefixes = [prefix_of(s.name) for s in listing.subvolumes if s.readonly]
+    return dict(collections.Counter(prefix for prefix in prefixes if prefix is not None))
 
 
 def corresponds(snapshot: Subvolume, backup: Subvolume) -> bool:
@@ -1713,11 +1722,14 @@ def corresponds(snapshot: Subvolume, backup: Subvolume) -> bool:
 
 
 def backup_index(listing: Listing) -> Dict[str, Subvolume]:
-    """The complete backups of a folder by each id that a snapshot can be known by."""
-    index = {}
-    for backup in listing.subvolumes:
-        if backup.readonly and partial_of(backup.name) is None:
-            index.update({key: backup for key in (backup.uuid, backup.received_uuid) if key})
+    """The complete backups of a folder by each id that a snapshot can be known by; of several copies the oldest.
+
+    `btrfs receive` looks for a parent among received UUIDs first, so what was received comes before its original.
+    """
+    complete = [b for b in listing.subvolumes if b.readonly and partial_of(b.name) is None]
+    complete.sort(key=lambda backup: (backup.otime, backup.otransid), reverse=True)
+    index = {backup.uuid: backup for backup in complete if backup.uuid}
+    index.update({backup.received_uuid: backup for backup in complete if backup.received_uuid})
     return index
 
 
@@ -1734,11 +1746,12 @@ def ambiguous_ids(snapshots: Sequence[Subvolume]) -> Set[str]:
 
 
 def parent_ids(snapshots: Sequence[Subvolume], listing: Listing) -> Set[str]:
-    """The ids of snapshots that can serve as parent for a folder: complete and unmistakable on both sides."""
-    backups = [b for b in listing.subvolumes if b.readonly and partial_of(b.name) is None]
-    copies = collections.Counter(key for b in backups for key in {b.uuid, b.received_uuid} if key)
-    once = {s.stream_id for s in snapshots if s.stream_id and copies[s.stream_id] == 1}
-    return once - ambiguous_ids(snapshots)
+    """The ids of snapshots that can serve as parent for a folder: complete on both sides, and unmistakable here.
+
+    There the UUID of one of several copies is said; where clones in the stream need more, the receiver says so.
+    """
+    index = backup_index(listing)
+    return {s.stream_id for s in snapshots if s.stream_id in index} - ambiguous_ids(snapshots)
 
 
 def snapshot_moment(prefix: str, snapshot: Subvolume) -> float:
@@ -11488,6 +11501,9 @@ class TaskRun:
             raise BackupError("the snapshot folder {} is not on the source's filesystem".format(folder.path),
                               "choose another with -f")
         self.folder, self.folder_exists, self.folder_place = folder.path, folder.kind == "folder", folder
+        if self.task.verb == "" and self.task.no_snapshot and not self.folder_exists and (
+                self.task.snapshot_folder != Task().snapshot_folder):
+            raise BackupError("no such snapshot folder: {}".format(folder.path), "see -f; without -S it is made")
 
     def check_writable(self) -> None:
         """BackupError where no snapshot or note can be written, for without notes nothing is sent or deleted."""
@@ -11796,6 +11812,22 @@ class TaskRun:
         """The destinations that something may be done at: without transfer and retention none."""
         return [] if self.task.no_transfer and self.task.backup_policy.keeps_all else self.destinations
 
+    def look_at_idle(self) -> None:
+        """Lists destinations that nothing is done at, where that is possible: what they have in common stays here."""
+        if self.needed_destinations() or self.task.snapshot_policy.keeps_all:
+            return
+        for destination in self.destinations:
+            if destination.endpoint.kind == "shell":
+                continue
+            try:
+                destination.host = self.hosts.of(destination.endpoint)
+                place = destination.host.look(destination.endpoint.path)
+                if place.kind == "folder":
+                    destination.path, destination.filesystem = place.path, place.filesystem
+                    destination.listing = destination.host.list(place.path)
+            except BackupError as error:
+                self.events.debug("idle", "{} was not looked at: {}".format(destination.text, error.message))
+
     def plan_destination(self, destination: Destination) -> None:
         if self.task.no_transfer or destination.listing is None:
             return
@@ -11830,6 +11862,18 @@ class TaskRun:
             time.sleep(0.05)
             name = snapshot_name(self.prefix, self.clock())
         return name
+
+    def check_found(self) -> None:
+        """Reports where no snapshot is taken and there is none: a mistyped prefix must not be done with for ever."""
+        task = self.task
+        if self.snapshots or not task.no_snapshot or task.forget or task.remove_locks or task.locked_destinations:
+            return
+        found = snapshot_prefixes(self.host.list(self.folder) if self.folder_exists else Listing())
+        there = ", ".join("{} of {}".format(count, printable(repr(prefix))) for prefix, count in sorted(found.items()))
+        self.report(BackupError(
+            "no snapshot of prefix {} in {}{}".format(printable(repr(self.prefix)), self.folder,
+                                                      "; there are {}".format(there) if there else ""),
+            "give the prefix with -p" if there else "without -S one is taken"))
 
     def take_snapshot(self) -> None:
         name = self.new_name(self.host.list(self.folder))
@@ -11873,6 +11917,7 @@ class TaskRun:
             self.read_state()
             self.snapshots = snapshots_of(self.host.list(self.folder), self.prefix)
             self.look_for_others()
+            self.check_found()
             self.with_room(lambda: self.host.prove_writable(self.folder))
             if not self.task.no_snapshot:
                 self.with_room(self.take_snapshot)
@@ -11885,6 +11930,7 @@ class TaskRun:
                         self.reach(destination)
                     self.plan_destination(destination)
                     self.recover(destination)
+            self.look_at_idle()
             self.transfer_all()
             with self.at(None):
                 self.remember(self.destinations)
@@ -12172,6 +12218,7 @@ class TaskRun:
         listing = self.host.list(self.folder) if self.folder_exists else Listing()
         self.snapshots = snapshots_of(listing, self.prefix)
         self.look_for_others()
+        self.check_found()
         if not self.task.no_snapshot:
             name = self.new_name(listing)
             self.snapshots.append(Subvolume(name, "not taken yet", otime=int(self.clock() * 10 ** 9)))
@@ -12182,6 +12229,7 @@ class TaskRun:
                 self.plan_destination(destination)
             self.change_locks(clear=[LockChange(r.snapshot, destination.key) for r in destination.plan.recoveries
                                      if not r.problem])
+        self.look_at_idle()
         lines = ["source {}, snapshots in {}".format(self.task.source, self.folder)]
         lines += self.notes
         if not self.task.no_snapshot:

@@ -83,5 +83,84 @@ class DisksInTurn(support.BackupTestCase):
         self.assertEqual([self.name(3)], names(self.snapshots))
 
 
+class WithoutTransfer(support.BackupTestCase):
+
+    target_size = "128M"
+
+    def test_what_a_destination_has_in_common_is_looked_for(self):
+        """No run has noted it yet, as after release 0.6.6."""
+        self.take(1)
+        self.transfer()
+        os.unlink(os.path.join(self.snapshots, ".destinations.json"))
+        self.take(2, 3)
+        for more in ((), ("--dry-run",)):
+            result = self.transfer("-T", "-N", "1", *more)
+            self.assertNotIn(self.name(1), result.stdout + result.stderr)
+        self.assertEqual([self.name(1), self.name(3)], names(self.snapshots))
+
+    def test_one_that_is_away_is_no_error(self):
+        self.take(1)
+        self.transfer()
+        self.target_disk.unmount()
+        self.take(2, 3)
+        self.transfer("-T", "-N", "1")
+        self.assertEqual([self.name(1), self.name(3)], names(self.snapshots))
+        self.assertEqual([], names(self.target))
+
+
+class Copies(support.BackupTestCase):
+
+    target_size = "128M"
+
+    def test_one_of_the_newest_backup_costs_no_full_transfer(self):
+        self.take(1)
+        self.transfer()
+        kept = support.snapshot(self.backup_path(self.name(1)), self.backup_path("keep-" + self.name(1)))
+        self.take(2)
+        self.transfer()
+        self.assertEqual(subvolume(self.backup_path(self.name(1))).uuid,
+                         subvolume(self.backup_path(self.name(2))).parent_uuid)
+        support.delete(self.backup_path(self.name(1)))
+        support.delete(self.backup_path(self.name(2)))
+        self.transfer("-n", "1")  # what is left will do
+        self.assertEqual(subvolume(kept).uuid, subvolume(self.backup_path(self.name(2))).parent_uuid)
+
+    def test_a_folder_of_backups_is_copied_in_the_order_of_time(self):
+        """However it came about: here the oldest was sent last."""
+        self.take(1, 3)
+        self.transfer()
+        self.take(2)
+        self.transfer()
+        copy = self.disk("128M").path
+        self.run_program("-S", "-p", "home", "-f", self.target, self.target_disk.path, copy)
+        backups = [subvolume(os.path.join(copy, self.name(day))) for day in (1, 2, 3)]
+        self.assertEqual([None, backups[0].uuid, backups[1].uuid], [backup.parent_uuid for backup in backups])
+
+
+class NothingThere(support.BackupTestCase):
+    """What was asked for is not there: that is no success."""
+
+    target_size = "128M"
+
+    def test_a_mistyped_prefix(self):
+        self.take(1, 2)
+        for options in (["-S"], ["-S", "-T", "-N", "1"], ["-S", "--dry-run"]):
+            result = self.run_program("-p", "hoem", *options + [self.source, self.target], status=1)
+            self.assertErrorSays(result, "no snapshot of prefix 'hoem'", "2 of 'home'", "-p")
+
+    def test_no_snapshots_at_all(self):
+        self.assertErrorSays(self.transfer(status=1), "no snapshot of prefix 'home'")
+
+    def test_a_snapshot_folder_that_is_not_there(self):
+        result = self.transfer("-f", ".snapshot", status=1)
+        self.assertErrorSays(result, "no such snapshot folder", ".snapshot")
+        self.assertFalse(os.path.exists(os.path.join(self.source, ".snapshot")))
+
+    def test_nothing_to_retry_is_well(self):
+        self.transfer("--locked-destinations", to=[])
+        self.transfer("-T", "--remove-locks")
+        self.transfer("-T", "--forget-destination", "/nowhere")
+
+
 if __name__ == "__main__":
     unittest.main()
