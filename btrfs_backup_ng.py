@@ -8648,7 +8648,8 @@ CALL, RESULT, FAILED, EVENT, DATA, FINISH, ABORT = b"C", b"R", b"X", b"L", b"D",
 LARGEST_FRAME = 64 << 20  # a listing of some 100,000 subvolumes
 LARGEST_CALL = 1 << 20  # also of what is answered, but for listings
 MOST_ITEMS = 4 << 20  # in one frame: each takes far more memory than bytes there
-MOST_UNASKED = 1 << 30  # bytes that may come before an answer, of events and of a stream that was given up
+MOST_EVENTS = 1000  # a second
+LEAST_FRAME = 4096  # bytes
 MOST_TOLD = 4096  # characters of an error
 DEEPEST_VALUE = 20
 CHANNEL_NAP = 0.2  # seconds
@@ -8743,11 +8744,12 @@ UUID_TEXT, SHA256_TEXT, HEX_TEXT = (re.compile(pattern) for pattern in (
 def text_rules() -> Dict[str, Callable[[str], Any]]:
     """What a text must be by the name of the field that it stands in, in whatever class; '' may stand anywhere."""
     rules: Dict[str, Callable[[str], Any]] = {
+        "filesystem": lambda text: UUID_TEXT.fullmatch(text) or text.startswith("/dev/"),  # where it is not known
         "path": lambda text: text.startswith("/"), "kind": lambda text: text in ("folder", "missing", "other")}
     for fields, rule in (
             ("name names snapshot parent parent_name file sizes partials others piece finished old_name nodename",
              is_file_name),
-            ("uuid parent_uuid received_uuid stream_id base parent_id private filesystem sent restored_uuid old_uuid "
+            ("uuid parent_uuid received_uuid stream_id base parent_id private sent restored_uuid old_uuid "
              "new_uuid sources before after", UUID_TEXT.fullmatch),
             ("sha256 stream_sha256 file_sha256", SHA256_TEXT.fullmatch),
             ("default_acl parent_acl", HEX_TEXT.fullmatch)):
@@ -8796,7 +8798,8 @@ class Channel:
         self.inbox = b""  # bytes read beyond the marker
         self.outbox: "collections.deque[memoryview]" = collections.deque()
         self.queued = self.written = 0  # bytes that were ever put into and taken from the outbox
-        self.received = 0  # bytes that were ever read
+        self.received = self.events = 0  # bytes, and events, that were ever read
+        self.begun = time.monotonic()
         self.largest = LARGEST_CALL  # bytes of a frame that may come
         self.data_left = 0  # bytes of a Data frame that are still to be read
         self.head = bytearray()
@@ -8931,7 +8934,7 @@ class Channel:
                     payload, self.head = bytes(self.head[FRAME.size:]), bytearray()
                     if kind != EVENT:
                         return kind, payload
-                    self.on_event(self.value(payload))
+                    self.take_event(payload)
                     continue
                 got = self.read_some(FRAME.size + length - len(self.head))
             if got is None:
@@ -8951,13 +8954,12 @@ class Channel:
                 self.on_error(item)
         return found
 
-    def await_frame(self, timeout: float, most: float = MOST_UNASKED) -> Tuple[bytes, bytes]:
+    def await_frame(self, timeout: float, most: float = 0) -> Tuple[bytes, bytes]:
         """The next frame but Data, which is thrown away. Stalled after `timeout` seconds without a byte.
 
-        most: bytes that may come with it and before it.
+        most: bytes of Data that may come before it; each frame counts as LEAST_FRAME at least.
         """
-        begun = seen = self.received
-        deadline = time.monotonic() + timeout
+        seen, deadline = self.received, time.monotonic() + timeout
         while True:
             self.flush_some()
             if self.data_left:
@@ -8965,14 +8967,22 @@ class Channel:
             frame = self.next_frame() if not self.data_left else None
             if frame is not None and frame[0] != DATA:
                 return frame
-            if self.received - begun > most:
-                raise self.nonsense("no answer, but {}".format(format_size(self.received - begun)))
+            if frame is not None:
+                most -= max(self.data_left, LEAST_FRAME)
+                if most < 0:
+                    raise self.nonsense("a stream that nobody has asked for")
             if self.received != seen:
                 seen, deadline = self.received, time.monotonic() + timeout
             elif frame is None:
                 if time.monotonic() > deadline:
                     raise Stalled("{} stalled: nothing came for {}".format(self.peer, format_duration(timeout)))
                 self.wait(CHANNEL_NAP)
+
+    def take_event(self, payload: bytes) -> None:
+        self.events += 1
+        if self.events > MOST_EVENTS * (10 + time.monotonic() - self.begun):
+            raise self.nonsense("it talks without end")
+        self.on_event(self.value(payload))
 
     def read_data(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
         """Bytes of a Data frame into `buffer`; how many, None while there are none."""
@@ -10533,9 +10543,16 @@ class SshConnector:
 class PlainSender(LocalSender):
     """`btrfs send` by a plain command over ssh, whose output begins after the marker."""
 
-    def __init__(self, argv: Sequence[str]) -> None:
+    def __init__(self, argv: Sequence[str], explained: Callable[[BackupError, int], BackupError]) -> None:
         super().__init__(argv, socket_pair())
+        self.explained = explained
         self.head: Optional[bytes] = b"\n"  # while the marker is sought
+
+    def finish(self, timeout: float) -> None:
+        try:
+            super().finish(timeout)
+        except BackupError as error:
+            raise self.explained(error, self.stage.process.returncode) from None
 
     def read(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
         while self.head is not None:
@@ -10592,7 +10609,7 @@ class PlainReceiver:
         try:
             self.stage.wait(ENDING_GRACE)
         except BackupError as error:
-            return receiver_error(self.host.explained(error), self.stream.expected)
+            return receiver_error(self.host.explained(error, self.stage.process.returncode), self.stream.expected)
         return ReceiverFailed("btrfs receive ended before the stream did")
 
     def check_alive(self) -> None:
@@ -10621,7 +10638,8 @@ class PlainReceiver:
         try:
             self.stage.wait(timeout)
         except BackupError as error:
-            raise receiver_error(self.host.explained(error), self.stream.expected) from None
+            raise receiver_error(self.host.explained(error, self.stage.process.returncode),
+                                 self.stream.expected) from None
         return self.host.complete(self.folder, self.stream.expected)
 
     def end(self) -> None:
@@ -10643,6 +10661,15 @@ def shell_command(script: str, arguments: Sequence[str]) -> str:
     return "sh -c '" + "".join(spelled) + script + "'"
 
 
+SSH_FAILED = 255  # of ssh itself, else it ends as the command does
+PLAIN_READ = (
+    'if [ -L "$a0" ]; then echo "it is a link" >&2; exit 1; fi; '
+    'if [ -e "$a0" ]; then [ -f "$a0" ] || { echo "it is no plain file" >&2; exit 1; }; echo found; cat "$a0"; fi')
+# `cat` ends as well where the connection does: then less has come than was sent. No link is followed (-C: O_EXCL).
+PLAIN_REPLACE = (
+    'umask 077; rm -f "$a0.new"; (set -C; cat > "$a0.new") || exit 1; '
+    '[ "$(wc -c < "$a0.new")" -eq "$a1" ] || { echo "it did not arrive whole" >&2; exit 1; }; '
+    'if [ -d "$a0" ]; then echo "it is a folder" >&2; exit 1; fi; sync && mv "$a0.new" "$a0" && sync')
 PLAIN_MARK = 'printf "\\nbtrfs-backup-ng wire 1\\n"; '
 PLAIN_LOOK = (
     'k=missing; if [ -e "$a0" ] || [ -L "$a0" ]; then k=other; fi; if [ -d "$a0" ]; then k=folder; fi; '
@@ -10711,7 +10738,9 @@ class ShellHost:
         except BaseException:
             self.end()
             raise
-        self.nodename, version, *protocol = facts.splitlines()
+        self.nodename, version, *protocol = facts.splitlines() + [""] * (2 - len(facts.splitlines()))
+        if not self.nodename or not is_file_name(self.nodename):
+            raise Nonsense("{} has no name".format(self.machine))
         self.progs = parse_version(version)
         self.protocol = int(protocol[0]) if protocol and protocol[0].isdigit() else 1
 
@@ -10729,17 +10758,20 @@ class ShellHost:
         self.events.debug("command", "{}: ran a script ({:.3f} s): {}".format(
             self.machine, time.monotonic() - begun, script))
         if process.returncode != 0:
-            raise self.explained(program_error(doing, os.fsdecode(words).strip(), process.returncode))
+            raise self.explained(program_error(doing, os.fsdecode(words).strip(), process.returncode),
+                                 process.returncode)
         _, mark, said = (b"\n" + out).partition(MARKER)
         if not mark:
             raise BackupError("{}: {} does not answer as sh does".format(doing, self.machine),
                               "is its login shell restricted?")
         return os.fsdecode(said)
 
-    def explained(self, error: BackupError) -> BackupError:
-        """The same error, with what ssh's own words mean."""
+    def explained(self, error: BackupError, status: int) -> BackupError:
+        """The same error, with what an exit status of ssh's own and its words mean, which are few by a shared way."""
         words = error.message + "\n" + error.detail
-        if "Connection to" in words and "closed" in words or "client_loop" in words:
+        if status == SSH_FAILED and any(re.search(sign, words) for sign, _, _ in ssh_hints(self.machine)):
+            return no_agent_error(self.machine, status, words, "")
+        if status == SSH_FAILED:
             return ConnectionLost("the connection to {} was lost".format(self.machine), "", error.detail)
         if re.search(r"btrfs: *(command )?not found", words):
             return BackupError("{}: the program btrfs is not installed there".format(self.machine),
@@ -10764,11 +10796,18 @@ class ShellHost:
     def capabilities(self) -> Capabilities:
         return Capabilities(self.protocol >= 2 and self.progs >= (5, 19), self.progs >= (6, 2), self.progs)
 
+    def understood(self, parse: Callable[[str], Any], text: str) -> Any:
+        """What `parse` makes of the words of this host; Nonsense where that cannot be."""
+        try:
+            return check_values(parse(text))
+        except FORMAT_ERRORS as error:
+            raise Nonsense("{} makes no sense: {:.200}".format(self.machine, str(error))) from None
+
     def look(self, path: str) -> Place:
-        return parse_plain_look(self.run(PLAIN_LOOK, (path,), "cannot look at {}".format(path)))
+        return self.understood(parse_plain_look, self.run(PLAIN_LOOK, (path,), "cannot look at {}".format(path)))
 
     def list(self, folder: str) -> Listing:
-        return parse_plain_list(self.run(PLAIN_LIST, (folder,), "cannot list {}".format(folder)))
+        return self.understood(parse_plain_list, self.run(PLAIN_LIST, (folder,), "cannot list {}".format(folder)))
 
     def make_folder(self, path: str) -> None:
         self.run('mkdir -p -m 700 "$a0"', (path,), "cannot make the folder {}".format(path))
@@ -10777,7 +10816,7 @@ class ShellHost:
         path = os.path.join(folder, name)
         text = self.run('btrfs subvolume snapshot -r "$a0" "$a1" >&2 && btrfs subvolume show "$a1"', (source, path),
                         "cannot take a snapshot of {}".format(source))
-        return parse_subvolume_show(text, name)
+        return self.understood(lambda text: parse_subvolume_show(text, name), text)
 
     def delete(self, folder: str, doomed: Sequence[Subvolume], convert_rw: bool) -> List[BackupError]:
         """Deletes subvolumes of `folder` that still are what they were planned as; an error for each not gone."""
@@ -10796,8 +10835,8 @@ class ShellHost:
         return errors
 
     def subvolume(self, path: str, name: str) -> Subvolume:
-        return parse_subvolume_show(self.run('btrfs subvolume show "$a0"', (path,), "cannot look at {}".format(path)),
-                                    name)
+        text = self.run('btrfs subvolume show "$a0"', (path,), "cannot look at {}".format(path))
+        return self.understood(lambda text: parse_subvolume_show(text, name), text)
 
     def wait_for_cleaning(self, folder: str) -> None:
         self.run('btrfs subvolume sync "$a0"', (folder,), "cannot wait for deleted subvolumes of {}".format(folder))
@@ -10809,13 +10848,13 @@ class ShellHost:
 
     def read_state(self, folder: str, name: str, parse: Callable[[str], Any]) -> Any:
         path = os.path.join(folder, name)
-        text = self.run('if [ -e "$a0" ]; then cat "$a0"; fi', (path,), "cannot read {}".format(path))
-        return parse_state(path, text, parse) if text else {}
+        found, _, text = self.run(PLAIN_READ, (path,), "cannot read {}".format(path)).partition("\n")
+        return parse_state(path, text, parse) if found else {}
 
     def replace_state(self, folder: str, name: str, text: str) -> None:
         path = os.path.join(folder, name)
-        self.run('cat > "$a0.new" && sync && mv "$a0.new" "$a0" && sync', (path,), "cannot write {}".format(path),
-                 text.encode("utf-8", "surrogateescape"))
+        data = text.encode("utf-8", "surrogateescape")
+        self.run(PLAIN_REPLACE, (path, str(len(data))), "cannot write {}".format(path), data)
 
     def read_locks(self, folder: str) -> Locks:
         return self.read_state(folder, LOCK_FILE, parse_locks)
@@ -10855,9 +10894,14 @@ class ShellHost:
 
     def expected_stream(self, folder: str, snapshot: Subvolume, parent: Optional[Subvolume]) -> ExpectedStream:
         path = os.path.join(folder, snapshot.name)
-        uid, gid, mode = self.run('stat -c "%u %g %a" "$a0"', (path,), "cannot look at {}".format(path)).split()
-        return ExpectedStream(snapshot.name, snapshot.stream_id or "", parent.stream_id if parent else None,
-                              int(uid), int(gid), int(mode, 8))
+        text = self.run('stat -c "%u %g %a" "$a0"', (path,), "cannot look at {}".format(path))
+
+        def parse(text: str) -> ExpectedStream:
+            uid, gid, mode = text.split()
+            return ExpectedStream(snapshot.name, snapshot.stream_id or "", parent.stream_id if parent else None,
+                                  int(uid), int(gid), int(mode, 8))
+
+        return self.understood(parse, text)
 
     def open_send(self, folder: str, name: str, parent: Optional[str], options: SendOptions,
                   resume: Optional[ResumePoint] = None) -> PlainSender:
@@ -10868,7 +10912,8 @@ class ShellHost:
         if parent is not None:
             onto = '-p "$a1" '
             arguments.append(os.path.join(folder, parent))
-        sender = PlainSender(self.argv(PLAIN_MARK + "exec btrfs send " + flags + onto + '"$a0"', arguments))
+        sender = PlainSender(self.argv(PLAIN_MARK + "exec btrfs send " + flags + onto + '"$a0"', arguments),
+                             self.explained)
         if resume is not None:
             try:
                 sender.skip(resume, SkipReport(self.events, name, resume.offset))
@@ -10954,8 +10999,6 @@ class ShellHost:
                 else:
                     meter.feed(bytes(buffer[:got]))
             sender.finish(ENDING_GRACE)
-        except BackupError as error:
-            raise self.explained(error) from None
         finally:
             sender.end()
         return SendSize(meter.stream_size, meter.file_data, meter.ended)

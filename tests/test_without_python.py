@@ -2,12 +2,17 @@
 
 import os
 import signal
+import sys
 import unittest
+from typing import Any
 
 import pythons
 import remote
 import support
 from support import subvolume
+
+sys.path.insert(0, os.path.dirname(support.HERE))
+import btrfs_backup_ng as program
 
 
 class WithoutPython(remote.RemoteTestCase):
@@ -169,6 +174,59 @@ class WhatGoesWrong(remote.RemoteTestCase):
         self.set_endpoints(port=between.port)
         between.cut_after(20 << 20)
         self.check_end(self.start_push("--retries", "0"), (1,))
+
+    def test_a_cut_connection_is_tried_again(self):
+        """Each way: what ends by ssh's own status is the connection, whatever ssh says of it."""
+        for run in (self.push, self.pull):
+            with self.subTest(run=run.__name__):
+                between = self.proxy(self.server.port)
+                self.set_endpoints(port=between.port)
+                between.cut_after(20 << 20)
+                result = run("-S", "--retries", "3")
+                self.assertIn("trying again", result.stderr)
+                for name in support.names(self.target):
+                    support.delete(self.backup_path(name))
+
+    def test_state_there_is_replaced_by_the_whole_text_or_not_at_all(self):
+        host = self.plain_host()
+        folder, lock_file = self.source_there, os.path.join(self.source_disk.path, ".outstanding_transfers")
+        host.change_locks(folder, [program.LockChange("one", "/b")], [])
+        with open(lock_file) as state:
+            before = state.read()
+        run = host.run
+        host.run = lambda script, arguments, doing, data=b"": run(script, arguments, doing, data[:-5])
+        with self.assertRaisesRegex(program.BackupError, "did not arrive whole"):
+            host.change_locks(folder, [program.LockChange("two", "/b")], [])
+        host.run = run
+        with open(lock_file) as state:
+            self.assertEqual(before, state.read())
+        remote.write_file(lock_file, "")
+        with self.assertRaisesRegex(program.BackupError, "damaged"):
+            host.read_locks(folder)
+
+    def test_no_link_is_written_or_read_through(self):
+        host, victim = self.plain_host(), os.path.join(self.source_disk.path, "victim")
+        remote.write_file(victim, "{}")
+        lock_file = os.path.join(self.source_disk.path, ".outstanding_transfers")
+        os.symlink("victim", lock_file + ".new")
+        host.change_locks(self.source_there, [program.LockChange("one", "/b")], [])
+        self.assertFalse(os.path.islink(lock_file))
+        with open(victim) as file:
+            self.assertEqual("{}", file.read())
+        os.unlink(lock_file)
+        os.symlink("victim", lock_file)
+        with self.assertRaisesRegex(program.BackupError, "link"):
+            host.read_locks(self.source_there)
+
+    def plain_host(self):
+        endpoint = program.parse_endpoint(self.server.endpoint(self.source_there))
+        events = program.Events()
+        options = program.SshOptions(tuple(remote.ssh_options()), False)
+        connector = program.SshConnector(endpoint, options, events)
+        self.addCleanup(connector.end)
+        host: Any = program.ShellHost(connector, events)
+        self.addCleanup(host.end)
+        return host
 
     def test_the_program_is_killed(self):
         running = self.under_way(self.start_push())
