@@ -1,6 +1,8 @@
 """Folders in others' reach: what an ordinary user puts on the way that root takes is never followed."""
 
+import contextlib
 import os
+import random
 import signal
 import subprocess
 import unittest
@@ -16,6 +18,18 @@ def as_user(*argv):
     """Runs a command as an ordinary user; whether it went well. Others' folders are closed to it as to anyone."""
     words = ["setpriv", "--reuid", str(USER), "--regid", str(USER), "--clear-groups"] + list(argv)
     return subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def remove(path):
+    """Whatever it is."""
+    if support.is_subvolume(path):
+        support.delete(path)
+    elif os.path.islink(path) or not os.path.isdir(path):
+        os.unlink(path)
+    else:
+        for name in os.listdir(path):
+            remove(os.path.join(path, name))
+        os.rmdir(path)
 
 
 class PlantedTestCase(support.BackupTestCase):
@@ -165,6 +179,126 @@ class DestinationFolder(PlantedTestCase):
         result = self.transfer("-n", "1", to=[inner], status=1)
         self.assertErrorSays(result, inner + " is a link of another user's", "name the folder that is meant")
         self.assertOtherUntouched()
+
+
+# What the user's process does while root's run works: it changes names, as fast as it can, on what root will use.
+RESTLESS = """
+import os, random, sys
+source, target, name, victim, other, seed = sys.argv[1:]
+random.seed(int(seed))
+state = os.path.join(source, ".btrfs-backup-ng")
+while True:
+    names = [".%s.partial%s" % (name, end) for end in ("", "", "", ".json", ".json.new", ".lock")] + [name]
+    path = random.choice([state, os.path.join(state, "snapshots")] + [os.path.join(target, one) for one in names])
+    try:
+        if random.random() < 0.5:
+            os.rename(path, path + "-gone")
+            os.symlink(random.choice([victim, other, os.path.dirname(victim), "nowhere"]), path)
+        else:
+            os.unlink(path)
+            os.rename(path + "-gone", path)
+    except OSError:
+        pass
+"""
+
+
+class AtRandom(PlantedTestCase):
+    """Anything at any name and at every step of the way, before root's run and while it works.
+
+    TORTURE=N in the environment: N runs.
+    """
+
+    RUNS = int(os.environ.get("TORTURE") or 5)
+
+    def setUp(self):
+        super().setUp()
+        for name in ["victim", "new"] + ["file%d" % number for number in range(100)]:
+            self.write(name, "the user's")
+        self.backup()
+        os.chown(self.target, USER, USER)
+        self.name, self.state = names(self.target)[0], os.stat(os.path.join(self.source, DEFAULT)).st_ino
+        self.victims = os.path.join(self.target_disk.path, "victims")
+        os.mkdir(self.victims)
+        self.victim = os.path.join(self.victims, "victim")
+        for path, owner in ((self.victim, 0), (os.path.join(self.victims, "other"), 1001)):
+            with open(path, "w", encoding="utf-8") as file:
+                file.write("{}")
+            os.chown(path, owner, owner)
+            os.chmod(path, 0o666 if owner else 0o600)
+        self.others = support.tree(self.other), support.tree(self.victims), self.inodes()
+
+    def inodes(self):
+        """What would show that a file was written anew, though with the same content."""
+        found = [os.stat(os.path.join(self.victims, name)) for name in sorted(os.listdir(self.victims))]
+        return [(status.st_ino, status.st_mtime_ns, status.st_ctime_ns if status.st_nlink == 1 else 0)
+                for status in found], sorted(os.listdir(self.other_snapshots))
+
+    def places(self):
+        notes = [".outstanding_transfers", ".destinations.json", ".home.lock", ".home.source"]
+        partial = [".{}.partial{}".format(self.name, end) for end in ("", ".json", ".lock")]
+        ours = [os.path.join(self.target, name + end) for name in notes + partial for end in ("", ".new")]
+        state = os.path.join(self.source, DEFAULT)
+        return ours + [os.path.join(self.target, self.name)] + [state] * 4 + [self.snapshots] * 4 + [
+            os.path.join(self.snapshots, name) for name in notes + [self.name]]
+
+    def plant(self, rng, path):
+        aims = [self.victim, self.victims, self.other, self.other_snapshots, self.victims + "/new", "."]
+        content = rng.choice(["", "{}", "[1]", '{"%s": {"locks": ["shell://touch %s/ran"]}}' % (self.name, self.victims)])
+        script = rng.choice(["ln -s '{}' \"$0\"".format(rng.choice(aims)), 'mkfifo "$0"', 'mkdir "$0"',
+                             "ln '{}' \"$0\"".format(rng.choice(aims)), "printf %s '{}' > \"$0\"".format(content),
+                             "printf %s '{}' > \"$0\"; chmod {} \"$0\"".format(content, rng.choice(["0", "777"])),
+                             'mkdir "$0" && mkdir "$0/snapshots" && mkfifo "$0/snapshots/.outstanding_transfers"',
+                             "python3 -c 'import socket, sys; socket.socket(1).bind(sys.argv[1])' \"$0\""])
+        move = 'if [ -e "$0" ]; then mv "$0" "$0-gone"; fi; '
+        as_user("sh", "-c", move + script, path)
+        return script
+
+    def put_back(self):
+        """The folders as they were; what is left of the user's goes."""
+        found = {os.lstat(os.path.join(self.source, name)).st_ino: name for name in os.listdir(self.source)}
+        for name in os.listdir(self.source):
+            if name.startswith(DEFAULT) and name != found[self.state]:
+                remove(os.path.join(self.source, name))
+        os.rename(os.path.join(self.source, found[self.state]), os.path.join(self.source, DEFAULT))
+        for name in os.listdir(self.target):
+            remove(os.path.join(self.target, name))
+
+    def arguments(self, rng):
+        options = [["-S"], ["-S", "-N", "1"], ["-S", "-N", "1", "-n", "1"], ["-S", "--locked-destinations"]]
+        if rng.random() < 0.2:
+            return ["prune", "-n", "1", "-p", "home", self.target]
+        return rng.choice(options) + ["-p", "home", "--stall-timeout", "10", self.source, self.target]
+
+    def test_nothing_of_others_changes_and_nothing_hangs(self):
+        outcomes = {0: 0, 1: 0}
+        for number in range(self.RUNS):
+            seed = "{}-{}".format(os.environ.get("SEED", "0"), number)
+            rng = random.Random(seed)
+            planted = [(path, self.plant(rng, path)) for path in rng.sample(self.places(), rng.choice((0, 0, 1, 1, 2)))]
+            argv = self.arguments(rng)
+            with self.subTest(seed, argv=argv, planted=planted), self.restless(rng.random() < 0.5, number):
+                result = self.run_program(*argv, status=None, timeout=60)
+                self.assertIn(result.status, (0, 1), result.stderr)
+                self.assertEqual(result.status == 1, bool(result.errors), result.stderr)
+                outcomes[result.status] += 1
+                self.assertTreesEqual(self.others[0], self.other)
+                self.assertTreesEqual(self.others[1], self.victims)
+                self.assertEqual(self.others[2], self.inodes())
+            self.put_back()
+        print("{} runs, {} of which ended in errors".format(self.RUNS, outcomes[1]))
+
+    @contextlib.contextmanager
+    def restless(self, at_work, seed):
+        """A process of the user's that renames what root works with."""
+        argv = ["setpriv", "--reuid", str(USER), "--regid", str(USER), "--clear-groups", "python3", "-c", RESTLESS,
+                self.source, self.target, self.name, self.victim, self.other_snapshots, str(seed)]
+        process = subprocess.Popen(argv) if at_work else None
+        try:
+            yield
+        finally:
+            if process is not None:
+                process.kill()
+                process.wait()
 
 
 if __name__ == "__main__":
