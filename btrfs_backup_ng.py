@@ -4641,6 +4641,32 @@ def exposed_steps(steps: Sequence[Tuple[str, os.stat_result]]) -> List[Tuple[str
     return exposed
 
 
+def is_exposed(folder: str) -> bool:
+    """Whether others decide what bears the names in a folder. OSError."""
+    fd, steps = open_way(folder)
+    os.close(fd)
+    return bool(exposed_steps(steps))
+
+
+@contextlib.contextmanager
+def firm_path(path: str, uuid: Optional[str]) -> Iterator[str]:
+    """A path that leads to the subvolume with this UUID at `path` alone, whatever others make of the name meanwhile.
+
+    Where nobody else has a say it is the path itself. OSError; BackupError where it is another subvolume.
+    """
+    folder, name = os.path.split(path)
+    fd, steps = open_way(folder)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, fd)
+        if exposed_steps(steps):
+            inner = open_step(fd, name, True, None)
+            stack.callback(os.close, inner)
+            path = "/proc/{}/fd/{}".format(os.getpid(), inner)
+            if os.fstat(inner).st_ino != SUBVOLUME_INODE or subvolume_of_fd(inner, name).uuid != uuid:
+                raise BackupError("{} has become another".format(os.path.join(folder, name)), "look there")
+        yield path
+
+
 def foreign_link(path: str) -> str:
     """The first link on the way to `path` that somebody else has made than root and the user who runs, or ''.
 
@@ -5726,7 +5752,8 @@ class Partial:
 
     def delete(self, piece: Subvolume) -> None:
         path = os.path.join(self.folder, piece.name)
-        check(["btrfs", "subvolume", "delete", path], "cannot delete {}".format(path))
+        with firm_path(path, piece.uuid) as firm:
+            check(["btrfs", "subvolume", "delete", firm], "cannot delete {}".format(path))
 
     def next_piece(self) -> str:
         self.take_lock()
@@ -5747,13 +5774,15 @@ class Partial:
     def keep(self, piece: str, stream: IncomingStream, point: ResumePoint) -> None:
         """Makes a piece that was cut at `point` one to go on from, also after a power failure."""
         path, before, private = os.path.join(self.folder, piece), self.checkpoint, format_uuid(os.urandom(16))
-        if self.look_at(piece).readonly or private is None:
+        found = self.look_at(piece)
+        if found.readonly or private is None:
             raise ReceiverFailed("{} is not as it was left".format(piece))
         try:
-            set_received_uuid(path, private)
+            with firm_path(path, found.uuid) as firm:
+                set_received_uuid(os.path.join(firm, "."), private)
+                make_readonly(firm)
         except OSError as error:
             raise os_error("cannot keep {}".format(path), error) from None
-        make_readonly(path)
         sync_filesystem(self.folder)
         self.record = self.record._replace(piece=piece, private=private, point=point, version=stream.version,
                                            ctransid=stream.ctransid)
@@ -7475,9 +7504,13 @@ class LocalHost:
         found = read_subvolume(path, subvolume.name)
         if found is None or found.uuid != subvolume.uuid:
             raise BackupError("not deleted: {} is no longer what it was".format(path), "run again")
-        if convert_rw and found.readonly:
-            self.make_writable(path)
-        self.command(["btrfs", "subvolume", "delete", path], "cannot delete {}".format(path))
+        try:
+            with firm_path(path, found.uuid) as firm:
+                if convert_rw and found.readonly:
+                    self.make_writable(firm)
+                self.command(["btrfs", "subvolume", "delete", firm], "cannot delete {}".format(path))
+        except OSError as error:
+            raise os_error("cannot delete {}".format(path), error) from None
 
     def idle_partials(self, folder: str) -> Dict[str, float]:
         """Partial backups in `folder` by name, each with the seconds since it was last changed.
@@ -7637,9 +7670,18 @@ class LocalHost:
             return self.receiver(partial, gate, confinement, debug, begin)
 
     def open_own_receive(self, folder: str, expected: ExpectedStream, debug: bool, begin: str) -> LocalReceiver:
-        """The same for a stream that this machine's kernel writes and this process passes on: it is trusted."""
+        """The same for a stream that this machine's kernel writes and this process passes on: it is trusted.
+
+        Not so a folder in which others may put a link in the place of what is received.
+        """
         with receiving_in(folder) as undo:
-            return self.receiver(self.open_partial(folder, expected, begin, undo), None, None, debug, begin)
+            confinement = confine(folder) if is_exposed(folder) else None
+            if confinement is not None:
+                undo.callback(confinement.end)
+            elif is_exposed(folder):
+                raise BackupError("others may write to {}, and this system cannot keep them from leading a transfer "
+                                  "elsewhere".format(folder), "that needs Linux 5.10; or let root alone write there")
+            return self.receiver(self.open_partial(folder, expected, begin, undo), None, confinement, debug, begin)
 
     @staticmethod
     def open_partial(folder: str, expected: ExpectedStream, begin: str, undo: contextlib.ExitStack) -> Partial:

@@ -216,7 +216,7 @@ class AtRandom(PlantedTestCase):
             self.write(name, "the user's")
         self.backup()
         os.chown(self.target, USER, USER)
-        self.name, self.state = names(self.target)[0], os.stat(os.path.join(self.source, DEFAULT)).st_ino
+        self.backup_name, self.state = names(self.target)[0], os.stat(os.path.join(self.source, DEFAULT)).st_ino
         self.victims = os.path.join(self.target_disk.path, "victims")
         os.mkdir(self.victims)
         self.victim = os.path.join(self.victims, "victim")
@@ -235,15 +235,16 @@ class AtRandom(PlantedTestCase):
 
     def places(self):
         notes = [".outstanding_transfers", ".destinations.json", ".home.lock", ".home.source"]
-        partial = [".{}.partial{}".format(self.name, end) for end in ("", ".json", ".lock")]
+        partial = [".{}.partial{}".format(self.backup_name, end) for end in ("", ".json", ".lock")]
         ours = [os.path.join(self.target, name + end) for name in notes + partial for end in ("", ".new")]
         state = os.path.join(self.source, DEFAULT)
-        return ours + [os.path.join(self.target, self.name)] + [state] * 4 + [self.snapshots] * 4 + [
-            os.path.join(self.snapshots, name) for name in notes + [self.name]]
+        return ours + [os.path.join(self.target, self.backup_name)] + [state] * 4 + [self.snapshots] * 4 + [
+            os.path.join(self.snapshots, name) for name in notes + [self.backup_name]]
 
     def plant(self, rng, path):
         aims = [self.victim, self.victims, self.other, self.other_snapshots, self.victims + "/new", "."]
-        content = rng.choice(["", "{}", "[1]", '{"%s": {"locks": ["shell://touch %s/ran"]}}' % (self.name, self.victims)])
+        lock = '{"%s": {"locks": ["shell://touch %s/ran"]}}' % (self.backup_name, self.victims)
+        content = rng.choice(["", "{}", "[1]", lock])
         script = rng.choice(["ln -s '{}' \"$0\"".format(rng.choice(aims)), 'mkfifo "$0"', 'mkdir "$0"',
                              "ln '{}' \"$0\"".format(rng.choice(aims)), "printf %s '{}' > \"$0\"".format(content),
                              "printf %s '{}' > \"$0\"; chmod {} \"$0\"".format(content, rng.choice(["0", "777"])),
@@ -291,7 +292,7 @@ class AtRandom(PlantedTestCase):
     def restless(self, at_work, seed):
         """A process of the user's that renames what root works with."""
         argv = ["setpriv", "--reuid", str(USER), "--regid", str(USER), "--clear-groups", "python3", "-c", RESTLESS,
-                self.source, self.target, self.name, self.victim, self.other_snapshots, str(seed)]
+                self.source, self.target, self.backup_name, self.victim, self.other_snapshots, str(seed)]
         process = subprocess.Popen(argv) if at_work else None
         try:
             yield
