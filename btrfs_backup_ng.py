@@ -5449,7 +5449,11 @@ class PrivateFolder:
         with contextlib.suppress(OSError):
             self.sweep(parent)
         self.path = tempfile.mkdtemp(prefix=self.PREFIX, dir=parent)
-        self.fd = open_folder(self.path)
+        try:
+            self.fd = open_folder(self.path)
+        except OSError:
+            os.rmdir(self.path)
+            raise
         fcntl.flock(self.fd, fcntl.LOCK_EX)
 
     def sweep(self, parent: str) -> None:
@@ -13235,7 +13239,7 @@ class Master:
         try:
             self.stage = Stage(list(argv[:1]) + more + list(argv[1:]) + ["cat"], read_end, subprocess.DEVNULL,
                                prepare=ignore_interrupts if has_terminal() else None)
-        except BackupError:
+        except BaseException:
             os.close(self.write_end)
             raise
         finally:
@@ -13288,7 +13292,7 @@ class Masters:
         else:
             try:
                 master = Master(self.folder, next(self.numbers), argv)
-            except BackupError:
+            except Exception:  # nor is it shared where there is no descriptor or process for it
                 process.tell(UNSHARED)
                 return
             self.all.append(master)

@@ -135,6 +135,43 @@ class Torn(unittest.TestCase):
         self.assertEqual(["two", "three"], [json.loads(line.decode())[2] for line in lines[1:]])
 
 
+class Waiting(unittest.TestCase):
+    """Tasks that wait for a connection that others share."""
+
+    def test_one_that_has_ended_meanwhile_is_told_nothing(self):
+        requests = program.parse_command(["/a", "/b", ":", "/c", "/d"])
+        gone, waiting = (program.TaskProcess("a", request) for request in requests)
+        for process in (gone, waiting):
+            process.start([], lambda events, terminal: len(os.read(0, 5)))
+        gone.tell(b"go  \n")
+        os.waitid(os.P_PID, gone.pid or 0, os.WEXITED | os.WNOWAIT)
+        self.assertEqual(5, gone.look())
+        gone.close()
+        master = object.__new__(program.Master)
+        master.number, master.path, master.waiting = 0, "/", [gone, waiting]
+        master.stage = program.Stage(["sleep", "60"], subprocess.DEVNULL, subprocess.DEVNULL)
+        self.addCleanup(master.stage.end)
+        self.assertTrue(master.answer())
+        os.waitid(os.P_PID, waiting.pid or 0, os.WEXITED | os.WNOWAIT)
+        self.assertEqual(5, waiting.look())
+        waiting.close()
+
+    def test_a_connection_that_cannot_be_made_is_not_shared(self):
+        crew = program.Crew(program.parse_command(["/a", "/b", ":", "/c", "/d"]), program.Events(), lambda: None)
+        told = []
+        crew.processes[0].tell = told.append
+        pipe = os.pipe
+        self.addCleanup(setattr, os, "pipe", pipe)
+
+        def no_pipe():
+            raise OSError(24, "Too many open files")
+
+        os.pipe = no_pipe
+        crew.masters.argv = lambda *_: ["ssh", "x"]
+        crew.masters.ask(crew.processes[0], "x", {})
+        self.assertEqual(([program.UNSHARED], []), (told, crew.masters.all))
+
+
 class Logs(BackupTestCase):
     """A log that cannot be written stops nothing; it is said once, and the status tells."""
 

@@ -7,6 +7,8 @@ the other gets what is due to it, all is told in lines, the status tells, and th
 import errno
 import io
 import os
+import shutil
+import signal
 import sys
 import unittest
 from typing import Any, Dict, List
@@ -193,6 +195,39 @@ class Backup(OneSeam):
         self.each_fault(self.dry_run_once)
 
 
+class ParentGone(OneSeam):
+
+    def test_a_parent_that_is_deleted_right_before_the_send(self):
+        before, path = program.LocalHost.expected_stream, self.snapshot_path(self.names[1])
+
+        def expected_stream(host: Any, folder: str, snapshot: Any, parent: Any) -> Any:
+            if parent is not None and parent.name == self.names[1] and os.path.exists(path):
+                support.delete(path)
+            return before(host, folder, snapshot, parent)
+
+        self.addCleanup(setattr, program.LocalHost, "expected_stream", before)
+        setattr(program.LocalHost, "expected_stream", expected_stream)  # noqa: B010
+        status, errors, told, _ = self.run_verb("-p", "home", "-S", self.source, self.target)
+        self.assertEqual((1, 1), (status, len(errors)), told)
+        self.assertEqual(self.names, names(self.target))
+        self.assertEqual((0, []), self.run_verb("-p", "home", "-S", self.source, self.target)[:2])
+
+    def test_a_connection_that_breaks_when_the_stream_is_asked_about(self):
+        """Is tried again, as one that breaks later is."""
+        before, broken = program.LocalHost.expected_stream, []  # type: Any, List[int]
+
+        def expected_stream(*arguments: Any) -> Any:
+            if not broken:
+                broken.append(1)
+                raise program.ConnectionLost("the connection to x was lost")
+            return before(*arguments)
+
+        self.addCleanup(setattr, program.LocalHost, "expected_stream", before)
+        setattr(program.LocalHost, "expected_stream", expected_stream)  # noqa: B010
+        self.assertEqual((0, []), self.run_verb("-p", "home", "-S", self.source, self.target)[:2])
+        self.assertEqual(self.names, names(self.target))
+
+
 class Looking(OneSeam):
     """Verbs that go over several places."""
 
@@ -267,6 +302,86 @@ class Looking(OneSeam):
             self.assertEqual([], partials(folder), what)
 
         self.each_fault(act)
+
+
+SYNC_FAILS = """#!/bin/sh
+# btrfs, but for a filesystem sync of one folder, which fails as with an I/O error
+case "$*" in
+*"filesystem sync {folder}"*) echo "ERROR: could not sync filesystem: Input/output error" >&2; exit 1;;
+esac
+exec {btrfs} "$@"
+"""
+
+
+class Meanwhile(BackupTestCase):
+    """Real troubles, with the real program."""
+
+    def setUp(self):
+        super().setUp()
+        self.other_disk = self.disk("512M")
+        self.other = os.path.join(self.other_disk.path, "b")
+        os.mkdir(self.other)
+
+    def with_sync_failing_at(self, folder):
+        programs = os.path.join(support.scratch_folder(), "programs%d" % id(self))
+        os.makedirs(programs, exist_ok=True)
+        path = os.path.join(programs, "btrfs")
+        with open(path, "w") as file:
+            file.write(SYNC_FAILS.format(folder=folder, btrfs=shutil.which("btrfs")))
+        os.chmod(path, 0o755)
+        self.addCleanup(shutil.rmtree, programs)
+        return {"PATH": programs + ":" + os.environ["PATH"]}
+
+    def delete_while_the_first_is_sent(self, deleted, *tasks):
+        """The program's end, where that snapshot was deleted by somebody while the first one was under way."""
+        support.bulk(os.path.join(self.source, "bulk"), 40)
+        taken = self.take(1, 2, 3, 4)
+        running = self.start("-p", "home", "-S", self.source, self.target, self.other, *tasks)
+        held = running.hold("receive")
+        support.delete(self.snapshot_path(taken[deleted]))
+        os.kill(held, signal.SIGCONT)
+        result = running.finish()
+        self.assertNotRegex(result.stderr, "Traceback|internal error|unexpected")
+        return taken, result
+
+    def check_without(self, taken, deleted, result):
+        self.assertEqual(1, result.status, result.stderr)
+        left = [name for name in taken if name != taken[deleted]]
+        self.assertIn(taken[deleted], "".join(result.errors))
+        for target in (self.target, self.other):
+            self.assertEqual(left, names(target), result.stderr)
+        self.transfer(to=[self.target, self.other])
+        for target in (self.target, self.other):
+            self.assertBackedUp(left, target)
+
+    def test_a_snapshot_is_deleted_that_is_still_to_come(self):
+        taken, result = self.delete_while_the_first_is_sent(1)
+        self.check_without(taken, 1, result)
+
+    def test_with_several_tasks(self):
+        srv = support.create(os.path.join(self.source_disk.path, "srv"))
+        taken, result = self.delete_while_the_first_is_sent(1, ":", "-p", "srv", srv, self.other_disk.path + "/srv")
+        self.check_without(taken, 1, result)
+
+    def test_clearing_a_broken_transfer_fails(self):
+        first, = self.take(1)
+        support.create(os.path.join(self.target, ".%s.partial" % first))
+        support.write_locks(self.snapshots, {first: {"locks": [self.target]}})
+        result = self.transfer(to=[self.target, self.other], status=1,
+                               env=self.with_sync_failing_at(self.target))
+        self.assertErrorSays(result, "cannot sync", "input/output error", self.target)
+        self.assertBackedUp([first], self.other)
+        self.transfer(to=[self.target, self.other])
+        self.assertBackedUp([first])
+
+    def test_retention_fails_at_one(self):
+        taken = self.take(1, 2, 3)
+        self.transfer(to=[self.target, self.other])
+        result = self.transfer("-n", "1", "-N", "1", to=[self.target, self.other], status=1,
+                               env=self.with_sync_failing_at(self.target))
+        self.assertErrorSays(result, "cannot sync", self.target)
+        self.assertEqual(taken[2:], names(self.other))
+        self.assertEqual(taken[2:], names(self.snapshots))
 
 
 if __name__ == "__main__":
