@@ -159,7 +159,7 @@ class Waiting(unittest.TestCase):
     def test_a_connection_that_cannot_be_made_is_not_shared(self):
         crew = program.Crew(program.parse_command(["/a", "/b", ":", "/c", "/d"]), program.Events(), lambda: None)
         told = []
-        crew.processes[0].tell = told.append
+        setattr(crew.processes[0], "tell", told.append)  # noqa: B010
         pipe = os.pipe
         self.addCleanup(setattr, os, "pipe", pipe)
 
@@ -167,7 +167,7 @@ class Waiting(unittest.TestCase):
             raise OSError(24, "Too many open files")
 
         os.pipe = no_pipe
-        crew.masters.argv = lambda *_: ["ssh", "x"]
+        setattr(crew.masters, "argv", lambda *_: ["ssh", "x"])  # noqa: B010
         crew.masters.ask(crew.processes[0], "x", {})
         self.assertEqual(([program.UNSHARED], []), (told, crew.masters.all))
 
