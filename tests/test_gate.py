@@ -421,6 +421,11 @@ class AtTheEdges(unittest.TestCase):
         gate.open(2)
         gate.judge(whole, 0, len(whole), WRITE)
 
+    def test_the_longest_path(self):
+        for more, is_fine in ((0, True), (1, False)):
+            path = (b"n/" * program.LARGEST_PATH)[:program.LARGEST_PATH - 3] + b"nnn" + b"n" * more
+            self.assertEqual(is_fine, self.verdict(RMDIR, [(A_PATH, path)]), len(path))
+
     def test_the_largest_command(self):
         head = struct.pack("<HH1sHH8sH", A_PATH, 1, b"x", A_FILE_OFFSET, 8, number(), A_DATA)
         for more, is_fine in ((0, True), (1, False)):
