@@ -36,7 +36,7 @@ PROGRAM = os.path.join(os.path.dirname(TESTS), "btrfs_backup_ng.py")
 
 # {section: the test files that are about it}. Of sections that do more than think, the part that thinks.
 SECTIONS = {
-    "NAMES": ["test_names", "test_planning", "test_retention_time"],
+    "NAMES": ["test_names"],
     "RETENTION": ["test_retention_time", "test_planning", "test_options"],
     "ARGUMENTS": ["test_options"],
     "IDENTITY": ["test_planning", "test_retention_time"],

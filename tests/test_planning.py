@@ -11,11 +11,15 @@ import support
 from test_names import InZone, utc
 
 from btrfs_backup_ng import (
+    Broken,
     DestinationPlan,
     Listing,
+    Mark,
     Pin,
     Policy,
+    Record,
     Recovery,
+    ResumePoint,
     Subvolume,
     Transfer,
     after_transfers,
@@ -35,7 +39,9 @@ from btrfs_backup_ng import (
     plan_retention,
     plan_source_retention,
     plan_transfers,
+    snapshot_moment,
     snapshots_of,
+    vouched_pieces,
     with_pin,
 )
 
@@ -172,6 +178,51 @@ class WhatAFolderHolds(unittest.TestCase):
 # Letters are names, with the times 1, 2, 3 …; it is 100. Capital letters are from the future.
 TIMES = {"c": 3.0, "a": 1.0, "e": 5.0, "b": 2.0, "d": 4.0}
 FUTURE = {"Y": 102.0, "Z": 1e9}
+
+
+class Values(unittest.TestCase):
+
+    def test_what_is_meant_where_nothing_is_said(self):
+        self.assertEqual(("a", "b", None, None, True, 0, 0, 0, 0), tuple(Subvolume("a", "b")))
+        self.assertEqual(("a", "b", None, None, False, 1, 0, "", None, ((), 0, False, None), "", ""),
+                         tuple(Record("a", "b")))
+        self.assertEqual(((), frozenset(), False, (), ()), tuple(Listing()))
+        self.assertFalse(Broken("a", "b").is_lost)
+
+    def test_how_far_a_transfer_has_come(self):
+        for offsets, is_sound, offset in (((), True, 0), ((5,), True, 5), ((5, 9, 20), True, 20), ((0,), False, 0),
+                                          ((5, 5), False, 5), ((9, 5), False, 5), ((5, 9, 7), False, 7),
+                                          ((1,), True, 1)):
+            point = ResumePoint(tuple(Mark(number, "x") for number in offsets))
+            with self.subTest(offsets=offsets):
+                self.assertEqual((is_sound, offset), (point.is_sound, point.offset))
+
+    def test_names_in_a_listing(self):
+        records = (Record("a", "1"), Record("b", "2"), Record("c", "3"))
+        listing = Listing((Subvolume("a", "1"), Subvolume("b", "2"), Subvolume("c", "3")), records=records)
+        for number, name in enumerate("abc"):
+            self.assertEqual(records[number], listing.record_of(name))
+            self.assertEqual(str(number + 1), listing.named(name).uuid)
+        self.assertEqual((None, None), (listing.record_of("d"), listing.named("d")))
+
+    def test_what_a_record_vouches_for(self):
+        record = Record("b", "stream", piece=".b.partial", private="private", finished=".b.2.partial")
+        one = Subvolume(".b.partial", "1", received_uuid="private")
+        two = Subvolume(".b.2.partial", "2", received_uuid="stream")
+        for others in (one._replace(name=".a.partial"), one._replace(name=".c.partial"), one._replace(readonly=False),
+                       one._replace(received_uuid=None), one._replace(received_uuid="stream"),
+                       two._replace(received_uuid="private"), one._replace(name="b")):
+            with self.subTest(others=others):
+                self.assertEqual([one, two], vouched_pieces(record, [one, others, two]))
+        for name in (".a.partial", ".c.partial"):
+            self.assertEqual([], vouched_pieces(record._replace(piece=name), [one._replace(name=name)]))
+
+    def test_the_moment_of_a_snapshot(self):
+        named = time.mktime((2026, 1, 5, 0, 0, 0, 0, 0, -1))
+        for shift, is_creation in ((0, True), (7200, True), (-7200, True), (7201, False), (-7201, False), (9e6, False)):
+            made = snapshot(5, otime=int((named + shift) * 1e9))
+            with self.subTest(shift=shift):
+                self.assertEqual(named + shift if is_creation else named, snapshot_moment("home", made))
 
 
 class Retention(unittest.TestCase):
