@@ -389,6 +389,7 @@ class AtTheEdges(unittest.TestCase):
             for first in (A_PATH_LINK, A_PATH_TO, A_INO + 1, A_PATH - 1, A_PATH + 1):
                 with self.subTest(command=command, first=first):
                     self.assertFalse(self.verdict(command, [(first, b"../x")] + rest))
+                    self.assertFalse(self.verdict(command, [(first, b"x")] + rest))
             for number_, (_, data) in enumerate(rest):
                 for other in (A_PATH_TO, A_PATH_LINK, program.A_CLONE_PATH):
                     changed = rest[:number_] + [(other, data)] + rest[number_ + 1:]
