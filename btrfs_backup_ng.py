@@ -7744,7 +7744,7 @@ class LocalHost:
     def find_base(self, folder: str, ids: Sequence[str]) -> Optional[Tuple[str, Subvolume]]:
         """The first of `ids` that a read-only subvolume on the filesystem of `folder` has, and that subvolume.
 
-        By UUID or received UUID, wherever `btrfs receive` can reach it from `folder`; its name is its path. Receive
+        By UUID or received UUID, wherever `btrfs receive` can reach it from `folder`. Receive
         looks for a received UUID first, so one that was itself sent to the same filesystem would be mistaken.
         A partial is none, for it may be deleted: one that lacks nothing but its name has the received UUID already.
         """
@@ -7768,7 +7768,7 @@ class LocalHost:
     def subvolume_of_id(self, folder: str, subvolid: int, mount: Mount) -> Optional[Subvolume]:
         outcome = run(["btrfs", "inspect-internal", "subvolid-resolve", str(subvolid), folder])
         path = reachable_path(outcome.out.rstrip("\n"), mount) if outcome.status == 0 else None
-        found = read_subvolume(path, path) if path else None
+        found = read_subvolume(path, os.path.basename(path)) if path else None
         return found if found is not None and found.subvolid == subvolid else None
 
     def digest_tree(self, folder: str, name: str, label: str) -> TreeDigest:
@@ -13632,6 +13632,11 @@ def parents_in_order(backup: Subvolume, listing: Listing) -> List[Subvolume]:
     return older[::-1] + [b for b in ordered if moment(b) > moment(backup)]
 
 
+def elsewhere(base: Subvolume) -> Subvolume:
+    """A subvolume of another folder of the same filesystem, under a name that none in a folder has."""
+    return base._replace(name="/" + base.name)
+
+
 class RestoreRun:
     """One restore, from the choice of the backup to the last rename."""
 
@@ -13769,7 +13774,7 @@ class RestoreRun:
             self.parent = next(b for b in candidates if b.stream_id == found[0])
             # the transfer takes its base from there, and of several with this id the last
             self.target.listing = self.target.listing._replace(
-                subvolumes=self.target.listing.subvolumes + (found[1],))
+                subvolumes=self.target.listing.subvolumes + (elsewhere(found[1]),))
 
     def links(self) -> Tuple[Transfer, ...]:
         """The streams that come before the backup's own, oldest first, as far as the target lacks what they make."""
@@ -13792,7 +13797,8 @@ class RestoreRun:
         found = None if self.task.no_incremental else self.target.host.find_base(around, [link.stream_id or ""])
         if found is None or found[1].received_uuid != link.stream_id or self.target.listing is None:
             return False
-        self.target.listing = self.target.listing._replace(subvolumes=self.target.listing.subvolumes + (found[1],))
+        self.target.listing = self.target.listing._replace(
+            subvolumes=self.target.listing.subvolumes + (elsewhere(found[1]),))
         return True
 
     # -- doing it
