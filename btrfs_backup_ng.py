@@ -7758,7 +7758,7 @@ class LocalHost:
                 for base in bases:
                     if (base is not None and base.readonly and partial_of(os.path.basename(base.name)) is None
                             and not search_uuid_tree(folder, base.uuid or key, 252)):
-                        return key, base
+                        return key, base._replace(name=os.path.basename(base.name))
             except OSError as error:
                 self.events.debug("search", "cannot look for subvolumes on the filesystem of {}: {}".format(
                     folder, error.strerror))
@@ -7766,9 +7766,10 @@ class LocalHost:
         return None
 
     def subvolume_of_id(self, folder: str, subvolid: int, mount: Mount) -> Optional[Subvolume]:
+        """A subvolume of the filesystem of `folder`, its path as its name; None where it is not to be reached."""
         outcome = run(["btrfs", "inspect-internal", "subvolid-resolve", str(subvolid), folder])
         path = reachable_path(outcome.out.rstrip("\n"), mount) if outcome.status == 0 else None
-        found = read_subvolume(path, os.path.basename(path)) if path else None
+        found = read_subvolume(path, path) if path else None
         return found if found is not None and found.subvolid == subvolid else None
 
     def digest_tree(self, folder: str, name: str, label: str) -> TreeDigest:

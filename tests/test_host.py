@@ -332,6 +332,18 @@ class Here(Suite, HostTestCase):
     def make_host(self):
         return program.LocalHost(self.events)
 
+    def test_a_base_in_another_folder(self):
+        """It travels by its name; what a receiver must know of it is read at its path."""
+        self.take(1)
+        self.transfer()
+        name, elsewhere = self.name(1), os.path.join(os.path.dirname(self.target), "elsewhere")
+        base = self.found(self.target, name)
+        os.mkdir(elsewhere)
+        self.assertEqual((base.received_uuid, base), self.host.find_base(elsewhere, [base.received_uuid]))
+        expected = self.host.expected_stream(self.snapshots, self.found(self.snapshots, name), None)
+        expected = expected._replace(base=base.uuid, parent_name=name)
+        self.assertEqual(self.backup_path(name), self.host.base_path(elsewhere, expected))
+
 
 class AgentSuite(Suite):
     """What holds for hosts with an agent alone."""
