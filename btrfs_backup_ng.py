@@ -4205,7 +4205,7 @@ def read_ahead(fd, since, sends_compressed):
 def try_read_ahead(*about):
     try:
         read_ahead(*about)
-    except (OSError, KeyError, ValueError):
+    except Exception:
         pass
 
 def about(path):
@@ -4222,7 +4222,10 @@ def send(path, parent, version, flags):
         parents.append(subvolid)
         since = generation + 1
     fd = os.open(path, os.O_RDONLY)
-    _thread.start_new_thread(try_read_ahead, (fd, since, version > 1))
+    try:
+        _thread.start_new_thread(try_read_ahead, (fd, since, version > 1))
+    except RuntimeError:
+        pass  # no process is left for it, nor needed
     fcntl.ioctl(fd, {send}, struct.pack(
         "=qQQQQI28x", 1, len(parents), parents.buffer_info()[0], sum(parents), flags, version))
     os._exit(0)

@@ -5,6 +5,8 @@ TORTURE in the environment runs all limits with one task and with eight.
 """
 
 import os
+import re
+import subprocess
 import sys
 import time
 import unittest
@@ -13,6 +15,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import support
 from support import TestCase, names, partials, read_locks
 from test_crew import beside_a_bystander
+
+from btrfs_backup_ng import SEND_SCRIPT, SendOptions, call_send_argv
 
 ALL = bool(os.environ.get("TORTURE"))
 DESCRIPTORS = (8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32, 36, 40, 44, 48, 52, 56, 60, 64)
@@ -76,12 +80,23 @@ class Starving(TestCase):
     def test_no_place_for_temporary_files(self):
         self.starve_all([NO_TEMP])
 
+    def test_a_send_without_a_thread(self):
+        """That one reads ahead; without it the sender reads for itself, in silence."""
+        none_left = "import _thread\ndef start_new_thread(*_):\n    raise RuntimeError(\"can't start new thread\")\n" \
+                    "_thread.start_new_thread = start_new_thread\n"
+        path = support.snapshot(self.sources[0], os.path.join(self.source_disk.path, "sent"))
+        argv = call_send_argv(path, None, SendOptions(False, False, False))
+        argv[argv.index(SEND_SCRIPT)] = none_left + SEND_SCRIPT
+        done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual((0, b""), (done.returncode, done.stderr))
+        self.assertGreater(len(done.stdout), support.MIB)
+
     if ALL:
 
         def test_processes(self):
             """The number of processes of a PID namespace can be bounded since Linux 6.14."""
             fill = "echo 301 > /proc/sys/kernel/pid_max; for i in $(seq {}); do sleep 900 & done 2> /dev/null"
-            if os.uname().release.split(".") < ["6", "14"]:
+            if tuple(map(int, re.findall("[0-9]+", os.uname().release)[:2])) < (6, 14):
                 self.skipTest("needs Linux 6.14")
             self.starve_all([fill.format(number) for number in (200, 240, 270, 280, 285, 290, 293, 295)])
 
