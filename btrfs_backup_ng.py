@@ -1907,13 +1907,17 @@ def whose(owner: Owner, listing: Listing, prefix: str, noted: Sequence[str], fil
     return OF_OTHERS if backups_of(listing, prefix) else FREE
 
 
-MOST_SOURCE_IDS = 32
+MOST_SOURCE_IDS = 256  # each time that a source is restored in place or rolled back it has another
 
 
-def claimed(owner: Owner, noted: Sequence[str], found: str) -> Tuple[str, ...]:
-    """What the note of a folder says once `owner` has sent there; `found`: whose it was."""
+def claimed(owner: Owner, noted: Tuple[str, ...], found: str) -> Tuple[str, ...]:
+    """What the note of a folder says once `owner` has sent there; `found`: whose it was.
+
+    One that is full stays as it is, for nobody's id may go from it; what is sent tells the source from then on.
+    """
     before = () if found == FREE else tuple(key for key in noted if key not in owner.ids)
-    return (before + owner.ids)[-MOST_SOURCE_IDS:]
+    after = before + owner.ids
+    return noted if len(after) > MOST_SOURCE_IDS else after
 
 
 def normal_destination(text: str) -> str:
@@ -7687,7 +7691,8 @@ class LocalHost:
                 undo.callback(confinement.end)
             elif is_exposed(folder):
                 raise BackupError("others may write to {}, and this system cannot keep them from leading a transfer "
-                                  "elsewhere".format(folder), "that needs Linux 5.10; or let root alone write there")
+                                  "elsewhere".format(folder), "let root alone write there; or it needs Linux 5.10 and, "
+                                  "in a service, the units that 'print systemd' writes now")
             return self.receiver(self.open_partial(folder, expected, begin, undo), None, confinement, debug, begin)
 
     @staticmethod
@@ -11635,9 +11640,7 @@ class TaskRun:
         """Locks and pins as they shall be; changes them where options ask for it."""
         notes = self.host.read_notes(self.folder, self.prefix) if self.folder_exists else NO_NOTES
         self.locks, self.pins = notes.locks, dict(notes.pins)
-        inside = self.source_place.inside
-        # backups that are sent on are those of the source that they came from
-        self.ids = notes.sources or ((inside.uuid,) if inside is not None and inside.uuid else ())
+        self.ids = self.source_ids(notes)
         forget = {self.key_of(text) for text in self.task.forget}
         locked = {normal_destination(d) for entry in self.locks.values() for d in entry.get("locks", ())}
         locked.discard(self.folder)  # by a restore into the snapshot folder
@@ -11661,6 +11664,11 @@ class TaskRun:
             self.note("forgotten", "forgot", "forget", key, destination=key)
         if forget and not self.task.dry_run:
             self.host.change_pins(self.folder, self.prefix, dict.fromkeys(forget))
+
+    def source_ids(self, notes: FolderNotes) -> Tuple[str, ...]:
+        """What folders of backups call the source; backups that are sent on are of that which they came from."""
+        inside = self.source_place.inside
+        return notes.sources or ((inside.uuid,) if inside is not None and inside.uuid else ())
 
     def clear_forgotten(self, text: str) -> None:
         """Deletes what broken transfers left at a destination that is given up, if it can be reached."""
@@ -11759,12 +11767,14 @@ class TaskRun:
 
     def check_owner(self, destination: Destination, listing: Listing) -> None:
         """BackupError where the backups of this prefix at a destination are another source's."""
-        destination.whose = whose(self.owner(destination), listing, self.prefix, destination.notes.sources,
-                                  destination.filesystem)
+        self.check_owned(destination, listing, self.prefix, self.owner(destination))
+
+    def check_owned(self, destination: Destination, listing: Listing, prefix: str, owner: Owner) -> None:
+        destination.whose = whose(owner, listing, prefix, destination.notes.sources, destination.filesystem)
         if destination.whose == OF_OTHERS and not self.task.same_source:
             raise BackupError(
                 "destination {}: its backups of prefix {} are of another source".format(
-                    destination.text, printable(repr(self.prefix))),
+                    destination.text, printable(repr(prefix))),
                 "give this source another prefix with -p, or another folder; if it is the same source, on a machine "
                 "that was rebuilt: --same-source")
 
@@ -12320,8 +12330,7 @@ class TaskRun:
             self.reach(destination)
             with self.at(destination):
                 self.plan_destination(destination)
-            self.change_locks(clear=[LockChange(r.snapshot, destination.key) for r in destination.plan.recoveries
-                                     if not r.problem])
+            self.expect_clear(destination)
         self.look_at_idle()
         lines = ["source {}, snapshots in {}".format(self.task.source, self.folder)]
         lines += self.notes
@@ -12337,6 +12346,14 @@ class TaskRun:
         for destination in self.needed_destinations():
             lines += self.describe_destination(destination)
         return lines
+
+    def expect_clear(self, destination: Destination) -> None:
+        """Clears our view of the locks of what will be done at a destination, as `recover` and `conclude` do."""
+        plan, key = destination.plan, destination.key
+        self.change_locks(clear=[LockChange(r.snapshot, key) for r in plan.recoveries if not r.problem] + [
+            LockChange(t.snapshot.name, key, t.parent.name if t.parent else None) for t in plan.transfers])
+        if destination.listing is not None and not locked_names(self.locks, key):
+            self.change_locks(clear=locks_of(self.locks, key, self.prefix))
 
     def describe_verdict(self, verdict: Verdict) -> List[str]:
         if verdict.keep:
@@ -14418,16 +14435,36 @@ class Doctor:
         is_raw = destination.endpoint.kind == "raw"
         (self.run.check_raw_folder if is_raw else self.run.check_destination)(destination, place)
         destination.path, destination.is_new = place.path, place.kind == "missing"
-        destination.listing = Listing() if destination.is_new else destination.host.list(place.path)
+        destination.filesystem = place.filesystem
+        listing = Listing() if destination.is_new else destination.host.list(place.path)
+        for prefix in sorted(self.prefixes()) if not destination.is_new else ():
+            self.check_owner(destination, listing, prefix)
+        destination.listing = listing
         yield Finding(OK, "the first run makes it" if destination.is_new else "writable" if is_raw else
                       "on btrfs, writable")
+
+    def prefixes(self) -> Set[str]:
+        """The prefixes that runs of the source may have."""
+        return {prefix_of(s.name) or "" for s in self.snapshots} | {self.run.prefix}
+
+    def check_owner(self, destination: Destination, listing: Listing, prefix: str) -> None:
+        """BackupError where a run with that prefix would be refused: its notes there are damaged, or of another."""
+        run = self.run
+        destination.notes = destination.host.read_notes(destination.path, prefix)
+        try:
+            notes = run.host.read_notes(run.folder, prefix) if run.folder_exists else NO_NOTES
+        except BackupError:  # which the checks of the source tell
+            return
+        snapshots = [s for s in self.snapshots if name_time(prefix, s.name)]
+        run.check_owned(destination, listing, prefix,
+                        Owner(snapshots, run.source_ids(notes), notes.pins.get(destination.key, ())))
 
     def examine_backups(self, destination: Destination, listing: Listing) -> None:
         where, host = destination.text, destination.host
         source = Location(self.task.source, True, source_entries(
             Listing(tuple(self.snapshots)), self.run.folder, self.task.prefix, self.locks))
         entries = backup_entries(listing, destination.path, self.task.prefix, source, self.locks, destination.key)
-        prefixes = {prefix_of(s.name) or "" for s in self.snapshots} | {self.run.prefix}
+        prefixes = self.prefixes()
         own = [e for e in entries if e.state == "complete" and prefix_of(e.snapshot_name) in prefixes]
         self.examine("backups", where, self.check_backups, destination, listing, own)
         for prefix in sorted(prefixes):
@@ -15287,11 +15324,12 @@ def fish_completion() -> str:
 # Nothing that mounts a folder over itself (ReadWritePaths=, and with it ProtectSystem=strict, or BindPaths=):
 # `btrfs receive` then takes that folder for the mount point of its filesystem, and refuses to receive an
 # increment ("remount this btrfs filesystem with fs tree", btrfs-progs 6.2). No PrivateDevices=, device policy
-# or RestrictSUIDSGID=: receive makes device nodes and setuid files.
+# or RestrictSUIDSGID=: receive makes device nodes and setuid files. Where others may write, or a stream is not
+# this machine's own, receive runs in a mount namespace and a chroot (Confinement).
 HARDENING = """\
 NoNewPrivileges=yes
 CapabilityBoundingSet=CAP_SYS_ADMIN CAP_CHOWN CAP_DAC_OVERRIDE CAP_DAC_READ_SEARCH CAP_FOWNER CAP_FSETID \
-CAP_KILL CAP_MKNOD CAP_SETFCAP
+CAP_KILL CAP_MKNOD CAP_SETFCAP CAP_SYS_CHROOT
 LockPersonality=yes
 ProtectClock=yes
 ProtectControlGroups=yes
@@ -15300,11 +15338,11 @@ ProtectKernelLogs=yes
 ProtectKernelModules=yes
 ProtectKernelTunables=yes
 RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
-RestrictNamespaces=yes
+RestrictNamespaces=mnt
 RestrictRealtime=yes
 SystemCallArchitectures=native
 SystemCallErrorNumber=EPERM
-SystemCallFilter=~@clock @cpu-emulation @debug @module @mount @obsolete @raw-io @reboot @swap
+SystemCallFilter=~@clock @cpu-emulation @debug @module @obsolete @raw-io @reboot @swap
 """
 
 SERVICE = """\

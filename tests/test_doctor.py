@@ -327,6 +327,23 @@ class Broken(DoctorTestCase):
             notes.write("[]")
         self.problem("notes", ".destinations.json")
 
+    def test_whose_the_backups_are(self):
+        """What a run stops at, though there is a parent."""
+        self.take(1)
+        self.transfer()
+        note = self.backup_path(".home.source")
+        for text, words in (("{", [note, "damaged"]), ("", [note, "damaged"])):
+            with open(note, "w") as file:
+                file.write(text)
+            self.problem("folder", *words)
+        with open(note, "w") as file:
+            file.write('{"sources": ["00000000-0000-0000-0000-000000000001"]}')
+        self.fine()
+        delete(self.snapshot_path(self.name(1)))
+        os.unlink(os.path.join(self.snapshots, ".destinations.json"))
+        self.take(2)
+        self.problem("folder", "another source", "--same-source")
+
     def test_an_orphaned_partial_and_its_remedy(self):
         name, = self.take(1)
         create(self.backup_path(".{}.partial".format(name)))

@@ -367,6 +367,45 @@ class OthersAreLeftAlone(support.BackupTestCase):
         self.assertEqual([stray], partials(self.target))
 
 
+class DryRunAfterABrokenRun(support.BackupTestCase):
+    """What the run clears from the locks keeps nothing in its dry run either."""
+
+    def break_off(self):
+        bulk(os.path.join(self.source, "large"), 1)
+        self.take(1)
+        self.transfer()
+        bulk(os.path.join(self.source, "large"), 8, seed=2)
+        self.take(2)
+        run = self.start("-p", "home", "-S", "--limit", "1M", self.source, self.target)
+        run.wait_for("a partial", lambda: support.partials(self.target))
+        run.kill()
+        self.assertEqual(["parent_locks"], [kind for kind, noted in support.read_locks(self.snapshots)[
+            self.name(1)].items() if noted])
+
+    def assertDeletesWhatItSays(self, *options):
+        lines = self.transfer(*options + ("--dry-run",)).stdout.splitlines()
+        said = [line.split()[1].rstrip(":") for line in lines[:[
+            line.startswith("destination") for line in lines].index(True)] if line.startswith("  delete ")]
+        before = support.names(self.snapshots)
+        self.transfer(*options)
+        self.assertEqual(said, [name for name in before if name not in support.names(self.snapshots)])
+        return said
+
+    def test_that_is_taken_up(self):
+        self.break_off()
+        self.assertEqual([self.name(1)], self.assertDeletesWhatItSays("-N", "1"))
+
+    def test_that_begins_anew(self):
+        self.break_off()
+        self.take(3)
+        self.assertEqual([self.name(1), self.name(2)], self.assertDeletesWhatItSays("-N", "1", "--no-resume"))
+
+    def test_that_is_not_sent_any_more(self):
+        self.break_off()
+        self.take(3)
+        self.assertEqual([self.name(1), self.name(2)], self.assertDeletesWhatItSays("-N", "1", "-n", "1"))
+
+
 class DryRun(support.BackupTestCase):
 
     def test_it_makes_nothing_at_all_at_first(self):

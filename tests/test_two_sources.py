@@ -13,6 +13,7 @@ from support import create, names, snapshot, subvolume
 
 from btrfs_backup_ng import (
     FREE,
+    MOST_SOURCE_IDS,
     NO_NOTES,
     OF_OTHERS,
     OURS,
@@ -93,9 +94,14 @@ class Whose(unittest.TestCase):
             (("me",), OURS, ("me",)), (("me", "other"), OURS, ("other", "me")),
         ):
             self.assertEqual(expected, claimed(owner, noted, found))
-        many = tuple(map(str, range(40)))
-        self.assertEqual(32, len(claimed(owner, many, OURS)))
-        self.assertEqual("me", claimed(owner, many, OURS)[-1])
+
+    def test_nobody_goes_from_a_full_note(self):
+        owner, full = Owner((), ("me",)), tuple(map(str, range(MOST_SOURCE_IDS)))
+        self.assertEqual(full[1:] + ("me",), claimed(owner, full[1:], OURS))
+        for found in (OURS, OF_OTHERS):
+            self.assertEqual(full, claimed(owner, full, found))
+        self.assertEqual(("me",), claimed(owner, full, FREE))
+        self.assertEqual(full[1:] + ("me",), claimed(owner, ("me",) + full[1:], OURS))
 
 
 ONE, OTHER = "00000000-0000-0000-0000-000000000001", "00000000-0000-0000-0000-000000000002"
@@ -249,6 +255,21 @@ class TwoSources(support.BackupTestCase):
         self.take(3)
         self.transfer("-n", "1")
         self.assertIsNotNone(subvolume(self.backup_path(self.name(3))).parent_uuid)
+
+    def test_so_does_one_that_was_replaced_more_often_than_a_note_holds(self):
+        self.take(1)
+        self.transfer()
+        full = [f"00000000-0000-0000-0000-{number:012}" for number in range(MOST_SOURCE_IDS)]
+        with open(os.path.join(self.target, ".home.source"), "w") as file:
+            json.dump({"sources": full}, file)
+        for day in (2, 3):
+            self.take(day)
+            self.transfer("-n", "1")
+            self.assertEqual([self.name(day)], names(self.target))
+        with open(os.path.join(self.target, ".home.source")) as file:
+            self.assertEqual(full, json.load(file)["sources"])
+        self.take_other(4)
+        self.assertRefused("-S")
 
     def test_a_rebuilt_machine_says_that_it_is_the_same(self):
         self.take(1)
@@ -431,7 +452,7 @@ class Restricted(test_restricted.RestrictedTestCase):
         noted = tuple(json.loads(before)["sources"])
         host, folder = self.connect(), self.under
         for claim in (Claim("home", noted, (ONE,)), Claim("home", (), (ONE,)), Claim("../home", (), (ONE,)),
-                      Claim("data", (), ("no UUID",)), Claim("data", (), (ONE,) * 40)):
+                      Claim("data", (), ("no UUID",)), Claim("data", (), (ONE,) * (MOST_SOURCE_IDS + 1))):
             with self.assertRaises(BackupError):
                 host.claim(folder, claim)
         self.assertEqual(before, open_text(path))
