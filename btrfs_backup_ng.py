@@ -1721,16 +1721,34 @@ def corresponds(snapshot: Subvolume, backup: Subvolume) -> bool:
             and snapshot.stream_id in (backup.received_uuid, backup.uuid))
 
 
-def backup_index(listing: Listing) -> Dict[str, Subvolume]:
-    """The complete backups of a folder by each id that a snapshot can be known by; of several copies the oldest.
+def copies_by_id(listing: Listing) -> Dict[str, List[Subvolume]]:
+    """The complete backups of a folder by each id that a snapshot can be known by, the oldest first.
 
     `btrfs receive` looks for a parent among received UUIDs first, so what was received comes before its original.
     """
     complete = [b for b in listing.subvolumes if b.readonly and partial_of(b.name) is None]
-    complete.sort(key=lambda backup: (backup.otime, backup.otransid), reverse=True)
-    index = {backup.uuid: backup for backup in complete if backup.uuid}
-    index.update({backup.received_uuid: backup for backup in complete if backup.received_uuid})
+    complete.sort(key=lambda backup: (backup.otime, backup.otransid))
+    index: Dict[str, List[Subvolume]] = {}
+    for backup in complete:
+        if backup.received_uuid:
+            index.setdefault(backup.received_uuid, []).append(backup)
+    for backup in complete:
+        if backup.uuid:
+            index.setdefault(backup.uuid, []).append(backup)
     return index
+
+
+def backup_index(listing: Listing) -> Dict[str, Subvolume]:
+    """One backup of a folder for each id that a snapshot can be known by."""
+    return {key: copies[0] for key, copies in copies_by_id(listing).items()}
+
+
+def base_among(snapshot: Subvolume, copies: Sequence[Subvolume]) -> Optional[Subvolume]:
+    """The backup of a snapshot that others can build on: of several the one with its name.
+
+    A copy that somebody made may have been changed since, which nothing shows.
+    """
+    return copies[0] if len(copies) == 1 else next((copy for copy in copies if copy.name == snapshot.name), None)
 
 
 def common_snapshots(snapshots: Sequence[Subvolume], listing: Listing) -> List[Subvolume]:
@@ -1745,13 +1763,19 @@ def ambiguous_ids(snapshots: Sequence[Subvolume]) -> Set[str]:
     return {key for key, count in counts.items() if count > 1}
 
 
-def parent_ids(snapshots: Sequence[Subvolume], listing: Listing) -> Set[str]:
-    """The ids of snapshots that can serve as parent for a folder: complete on both sides, and unmistakable here.
+def base_index(snapshots: Sequence[Subvolume], listing: Listing) -> Dict[str, Subvolume]:
+    """The backups that can serve as base, by the id of the snapshot: it is complete on both sides, and unmistakable.
 
-    There the UUID of one of several copies is said; where clones in the stream need more, the receiver says so.
+    The UUID of the base is said to `btrfs receive`; where clones in the stream need more, the receiver says so.
     """
-    index = backup_index(listing)
-    return {s.stream_id for s in snapshots if s.stream_id in index} - ambiguous_ids(snapshots)
+    copies, ambiguous = copies_by_id(listing), ambiguous_ids(snapshots)
+    bases = {s.stream_id: base_among(s, copies.get(s.stream_id or "", ())) for s in snapshots}
+    return {key: base for key, base in bases.items() if key and base is not None and key not in ambiguous}
+
+
+def parent_ids(snapshots: Sequence[Subvolume], listing: Listing) -> Set[str]:
+    """The ids of snapshots that can serve as parent for a folder."""
+    return set(base_index(snapshots, listing))
 
 
 def snapshot_moment(prefix: str, snapshot: Subvolume) -> float:
@@ -1959,12 +1983,12 @@ def plan_recovery(name: str, snapshot: Optional[Subvolume], listing: Listing,
 def usable_records(snapshots: Sequence[Subvolume], listing: Listing, incremental: bool) -> List[Record]:
     """The records in a folder whose transfers can go on: snapshot and parent are what they were, on both sides."""
     known = {s.name: s for s in snapshots}
-    parents, index = parent_ids(snapshots, listing), backup_index(listing)
+    bases = base_index(snapshots, listing)
     usable = []
     for record in listing.records:
         snapshot = known.get(record.name)
         parent_is_there = record.parent_id is None or (
-            incremental and record.parent_id in parents and index[record.parent_id].uuid == record.base)
+            incremental and record.parent_id in bases and bases[record.parent_id].uuid == record.base)
         if snapshot is not None and snapshot.stream_id == record.stream_id and parent_is_there:
             usable.append(record)
     return usable
@@ -7569,7 +7593,8 @@ class LocalHost:
         return after
 
     def prove_writable(self, folder: str) -> None:
-        """BackupError where locks and pins could not be written."""
+        """BackupError where locks and pins could not be written, or snapshots not be taken."""
+        find_program("btrfs")
         with self.firm(folder) as firm, folder_mutex(firm):
             prove_writable(firm)
 
@@ -12199,7 +12224,8 @@ class TaskRun:
         """The UUID of the backup that `parent` is at a destination."""
         if parent is None or destination.listing is None:
             return None
-        return backup_index(destination.listing)[parent.stream_id or ""].uuid
+        copies = copies_by_id(destination.listing)[parent.stream_id or ""]
+        return (base_among(parent, copies) or copies[0]).uuid
 
     def conclude(self, transfer: Transfer, destination: Destination, delivered: Delivered) -> None:
         """Books the end of a transfer at one destination: a backup, or an error."""

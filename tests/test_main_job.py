@@ -347,8 +347,10 @@ class OthersAreLeftAlone(support.BackupTestCase):
 
     def test_the_empty_prefix_does_not_take_others(self):
         taken = self.take(1, 2, 3)
-        self.run_program("-S", "-T", "-p", "", "-N", "1", "-n", "1", self.source, self.target)
+        self.run_program("-S", "-T", "-p", "", "-N", "1", "-n", "1", self.source, self.target, status=1)
         self.assertEqual(taken, names(self.snapshots))
+        self.run_program("-T", "-p", "", "-N", "1", "-n", "1", self.source, self.target)
+        self.assertEqual(set(taken), set(taken) & set(names(self.snapshots)))
 
     def test_a_writable_subvolume_that_no_lock_names(self):
         taken, = self.take(1)
@@ -571,15 +573,24 @@ class Identity(support.BackupTestCase):
         self.forge(first, os.path.join(self.target_disk.path, "forged"))
         self.assertNextBackupIsRight(first)
 
-    def test_two_backups_with_one_received_uuid_are_no_parent(self):
+    def test_of_two_backups_with_one_received_uuid_the_one_with_the_name_is_the_parent(self):
         first, second = self.take(1, 2)
         self.transfer()
         self.forge(second, self.backup_path("forged"))
         third, = self.take(3)
         self.transfer()
         self.assertComplete(self.backup_path(third), self.snapshot_path(third))
-        self.assertEqual(subvolume(self.backup_path(first)).uuid,
-                         subvolume(self.backup_path(third)).parent_uuid)
+        self.assertEqual(subvolume(self.backup_path(second)).uuid, subvolume(self.backup_path(third)).parent_uuid)
+
+    def test_two_copies_neither_of_which_has_the_name_are_no_parent(self):
+        first, second = self.take(1, 2)
+        self.transfer()
+        self.forge(second, self.backup_path("forged"))
+        os.rename(self.backup_path(second), self.backup_path("another"))
+        third, = self.take(3)
+        self.transfer()
+        self.assertComplete(self.backup_path(third), self.snapshot_path(third))
+        self.assertEqual(subvolume(self.backup_path(first)).uuid, subvolume(self.backup_path(third)).parent_uuid)
 
     def test_two_folders_on_one_disk(self):
         """Each backup is there twice, so that a parent need not be the one in the same folder."""
