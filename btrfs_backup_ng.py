@@ -4741,11 +4741,14 @@ def note_own_destinations(folder: str, destinations: Iterable[str]) -> None:
             {"version": 1, "destinations": sorted(far | set(known))}, indent=1) + "\n")
 
 
-def read_state_file(folder: str, name: str, parse: Callable[[str], Any]) -> Any:
-    """What `parse` makes of a state file, {} where there is none."""
+def read_state_file(folder: str, name: str, parse: Callable[[str], Any], own: bool = False) -> Any:
+    """What `parse` makes of a state file, {} where there is none. own: BackupError for one of another user's."""
     path = os.path.join(folder, name)
     try:
-        return parse_state(path, read_note(folder, name, LARGEST_STATE)[0], parse)
+        text, found = read_note(folder, name, LARGEST_STATE)
+        if own and is_of_others(found):
+            raise BackupError("{} belongs to user {}".format(path, found.st_uid))
+        return parse_state(path, text, parse)
     except FileNotFoundError:
         return {}
     except OSError as error:
@@ -5168,36 +5171,41 @@ def write_swap_notes(place: str, notes: SwapNotes) -> None:
     replace_file(folder, name, json.dumps(notes._asdict(), indent=1, sort_keys=True) + "\n")
 
 
-def delete_subvolume(path: str) -> None:
-    check(["btrfs", "subvolume", "delete", path], "cannot delete {}".format(path))
+def delete_subvolume(path: str, found: Subvolume) -> None:
+    with firm_path(path, found.uuid) as firm:
+        check(["btrfs", "subvolume", "delete", firm], "cannot delete {}".format(path))
 
 
 def delete_prepared(aside: str, notes: SwapNotes) -> None:
     """Deletes a new subvolume that never got to its place, and the snapshot kept in it."""
-    found = subvolume_at(aside)
-    kept = subvolume_at(os.path.join(aside, notes.kept)) if notes.kept else None
-    for made, path in ((kept, os.path.join(aside, notes.kept)), (found, aside)):
-        if made is not None:
-            if made.parent_uuid != notes.restored_uuid:
+    for path in [os.path.join(aside, notes.kept)] * bool(notes.kept) + [aside]:
+        with contextlib.suppress(OSError):  # no such folder, or a link of the backup's, that nothing was made behind
+            os.close(open_way(os.path.dirname(path))[0])
+            made = subvolume_at(path)
+            if made is not None and made.parent_uuid != notes.restored_uuid:
                 raise BackupError("{} is not what a broken restore left".format(path), "move it away and try again")
-            delete_subvolume(path)
+            if made is not None:
+                delete_subvolume(path, made)
 
 
 def remove_temporary(notes: SwapNotes) -> None:
     """Removes the restored subvolume and its folder where both were made for the swap alone."""
     found, folder = subvolume_at(notes.restored), os.path.dirname(notes.restored)
     if found is not None and found.uuid == notes.restored_uuid:
-        delete_subvolume(notes.restored)
+        delete_subvolume(notes.restored, found)
     remove_restore_folder(folder)
 
 
 def remove_restore_folder(folder: str) -> None:
     """Removes a folder that holds nothing but what a restore notes for itself."""
     with contextlib.suppress(OSError):
-        if all(name == LOCK_FILE or name.endswith(".lock") for name in os.listdir(folder)):
-            for name in os.listdir(folder):
-                os.unlink(os.path.join(folder, name))
-            os.rmdir(folder)
+        with contextlib.ExitStack() as stack:
+            fd, _ = open_way(folder)
+            stack.callback(os.close, fd)
+            if all(name == LOCK_FILE or name.endswith(".lock") for name in os.listdir(fd)):
+                for name in os.listdir(fd):
+                    os.unlink(name, dir_fd=fd)
+                os.rmdir(folder)
 
 
 def finish_swap(place: str) -> Optional[SwapNotes]:
@@ -5305,15 +5313,34 @@ def prepare_swap(order: SwapOrder, notes: SwapNotes, snapshots: str) -> List[str
     new = subvolume_at(aside)
     if new is None or new.received_uuid is not None:
         raise BackupError("the writable snapshot of {} kept its received UUID".format(order.restored))
-    folder = os.path.dirname(os.path.join(aside, notes.kept)) if notes.kept else snapshots
-    path = os.path.join(folder, order.name)
-    os.makedirs(folder, 0o700, exist_ok=True)
-    if notes.kept:
-        remove_stand_ins(folder)
-    there = subvolume_at(path)
-    if there is None or not there.readonly or there.stream_id != notes.stream_id:
-        check(snapshot_argv + ["-r", order.restored, path], "cannot keep a snapshot of the restored state")
-    return carry_state(snapshots, folder, order, notes.stream_id) if notes.kept else []
+    kept_in = os.path.dirname(os.path.join(aside, notes.kept)) if notes.kept else snapshots
+    with opened_snapshot_folder(kept_in) as folder:
+        path = os.path.join(folder, order.name)
+        if notes.kept:
+            remove_stand_ins(folder)
+        there = subvolume_at(path)
+        if there is None or not there.readonly or there.stream_id != notes.stream_id:
+            check(snapshot_argv + ["-r", order.restored, path], "cannot keep a snapshot of the restored state")
+        return carry_state(snapshots, folder, order, notes.stream_id) if notes.kept else []
+
+
+@contextlib.contextmanager
+def opened_snapshot_folder(folder: str) -> Iterator[str]:
+    """A path that leads to the folder for the restored state, made where it is missing, through no link.
+
+    A backup holds what another machine or a user has put into it: a link there may lead to another's snapshots.
+    """
+    try:
+        fd, _ = open_way(folder, make=True)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+            raise
+        raise BackupError("{} is a link or no folder in the backup, so that nothing can be kept there".format(
+            error.filename), "take -f with a folder outside of the subvolume, for it and its backups") from None
+    try:
+        yield "/proc/{}/fd/{}".format(os.getpid(), fd)
+    finally:
+        os.close(fd)
 
 
 def remove_stand_ins(folder: str) -> None:
@@ -5327,15 +5354,16 @@ def remove_stand_ins(folder: str) -> None:
 def carry_state(old: str, new: str, order: SwapOrder, stream_id: str) -> List[str]:
     """Writes the state files of the new snapshot folder, from the old one where that is still there.
 
-    Else from what the restored state itself holds. What cannot be read is named in a warning: what matters now
-    is to get the data back.
+    Else the pins, which only protect, from what the restored state itself holds; no locks, for a backup says what
+    whoever has it likes, and a lock may name a command. What cannot be read is named in a warning: what matters
+    now is to get the data back.
     """
-    source, warnings = old if os.path.isdir(old) else new, []
+    is_there, warnings = os.path.isdir(old), []
     locks: Locks = {}
     pins: Pins = {}
     try:
-        locks = read_state_file(source, LOCK_FILE, parse_locks)
-        pins = read_state_file(source, PIN_FILE, parse_pins)
+        locks = read_state_file(old, LOCK_FILE, parse_locks, own=True) if is_there else {}
+        pins = read_state_file(old if is_there else new, PIN_FILE, parse_pins, own=True)
     except BackupError as error:
         warnings.append("{}; the restored subvolume goes on without it".format(error.message))
     replace_file(new, LOCK_FILE, format_locks(locks))
@@ -11738,10 +11766,7 @@ class TaskRun:
 
     def find_destinations(self, locked: Sequence[str]) -> None:
         """The destinations given and those that locks name, each once."""
-        own = puller_prefix() + "/"
-        locked = [text[len(own) - 1:] if text.startswith(own) else text for text in locked]
-        locked = ["raw://" + text[len(own) + 3:] if text.startswith("raw+" + own) else text for text in locked]
-        for text in list(self.task.destinations) + list(locked):
+        for text in list(self.task.destinations) + self.believed(locked):
             try:
                 parse_endpoint(text)
             except UsageError as error:
@@ -11749,6 +11774,20 @@ class TaskRun:
                 continue
             if self.key_of(text) not in [d.key for d in self.destinations]:
                 self.destinations.append(Destination(text, self.key_of(text)))
+
+    def believed(self, locked: Sequence[str]) -> List[str]:
+        """Of the destinations that locks name those that need no other word for it.
+
+        Locks that lie on another machine say what that one likes: a command to run here, a folder here to write to.
+        """
+        if isinstance(self.host, LocalHost):
+            return list(locked)
+        given = {self.key_of(text) for text in self.task.destinations}
+        for text in locked:
+            if text not in given:
+                self.report(BackupError("a lock at {} names {}".format(self.task.source, text), "name it as a "
+                                        "destination if that is right: another machine's word for it is not taken"))
+        return []
 
     # -- destinations
 

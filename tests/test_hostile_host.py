@@ -80,3 +80,23 @@ class ModulesThatLieAbout(remote.RemoteTestCase):
             self.write("file", " ".join(program))
             self.run_program("-p", "home", self.source, self.target, program=program, wrapper=["env", "-C", folder])
         self.assertNothingImported(mark)
+
+
+class LocksOfAHost(remote.RemoteTestCase):
+    """A source on another machine has its locks there: that machine decides what they say."""
+
+    def test_destinations_that_it_names_are_not_added(self):
+        """A command to run as root here, folders and links to write to, machines to connect to."""
+        self.write("file", "content")
+        self.pull()
+        owned, folder = os.path.join(support.scratch_folder(), "owned"), os.path.join(self.target_disk.path, "another")
+        key = "ssh://" + os.uname().nodename + folder
+        for named in ("shell://touch " + owned, key, "raw+" + key, folder, "/", "ssh://127.0.0.1:1/x"):
+            with self.subTest(named):
+                name = support.names(self.snapshots)[0]
+                support.write_locks(self.snapshots, {name: {"locks": [named], "parent_locks": []}})
+                result = self.pull("-S", "--locked-destinations", status=1)
+                self.assertFalse(os.path.exists(owned), "the host has run a command here")
+                self.assertFalse(os.path.exists(folder))
+                self.assertIn(named, result.stderr)
+                self.assertIn("name it as a destination", result.stderr)

@@ -305,3 +305,42 @@ class AtRandom(PlantedTestCase):
 
 if __name__ == "__main__":
     unittest.main()
+
+
+class InPlace(PlantedTestCase):
+    """A restore in place, of a backup whose folders a user or another machine has led elsewhere."""
+
+    def assertRestored(self, planted):
+        self.as_user(planted)
+        name = self.name(7)
+        support.snapshot(self.source, os.path.join(self.source_disk.path, name))
+        support.send_receive(os.path.join(self.source_disk.path, name), self.target)
+        remove(os.path.join(self.source, DEFAULT))
+        support.write_locks(self.other_snapshots, {self.name(2): {"locks": ["/absent"], "parent_locks": []}})
+        before = support.listing(self.other)
+        result = self.run_program("restore", "--name", name, self.target, "--in-place", self.source, status=1)
+        self.assertErrorSays(result, "is a link or no folder in the backup", "-f with a folder outside")
+        self.assertUnchanged(before, self.other)
+
+    def test_a_link_to_anothers_snapshots_in_the_backup(self):
+        self.assertRestored("mkdir {0}; ln -s {1} {0}/snapshots".format(DEFAULT, self.other_snapshots))
+
+    def test_a_link_to_anothers_folder_in_the_backup(self):
+        self.assertRestored("ln -s {1} {0}".format(DEFAULT, os.path.join(self.other, DEFAULT)))
+
+    def test_a_lock_in_the_backup_or_of_the_users(self):
+        """It would name a command that root's next run with --locked-destinations runs."""
+        owned = os.path.join(support.scratch_folder(), "owned")
+        os.makedirs(self.snapshots)
+        name = self.name(7)
+        for is_gone in (True, False):
+            with self.subTest(is_gone=is_gone):
+                support.write_locks(self.snapshots, {name: {"locks": ["shell://touch " + owned], "parent_locks": []}})
+                if is_gone:
+                    support.snapshot(self.source, os.path.join(self.source_disk.path, name))
+                    support.send_receive(os.path.join(self.source_disk.path, name), self.target)
+                    remove(self.source)
+                else:
+                    os.chown(os.path.join(self.snapshots, ".outstanding_transfers"), USER, USER)
+                self.run_program("restore", "--name", name, self.target, "--in-place", self.source)
+                self.assertEqual({}, support.read_locks(self.snapshots))
