@@ -3218,7 +3218,8 @@ class Board:
 def progress_parts(facts: Dict[str, Any]) -> List[str]:
     """`45%`, `1.2 GiB`, `of 2.7 GiB`, `85.2 MiB/s`, `0:18 left`; what is unknown is ''."""
     done, expected, rate = facts["done"], facts.get("expected") or 0, facts.get("rate") or 0.0
-    left = format_duration(round(max(0, expected - done) / rate)).replace(".0 s", " s") if expected and rate else ""
+    seconds = round(max(0, expected - done) / rate) if expected and rate >= 1 else 0
+    left = format_duration(seconds).replace(".0 s", " s") if expected and rate >= 1 else ""
     return ["{:.0f}%".format(min(100.0, 100.0 * done / expected)) if expected else "",
             format_size(min(done, expected) if expected else done), "of " + format_size(expected) if expected else "",
             format_size(rate) + "/s" if rate else "", left + " left" if left else ""]
@@ -3674,11 +3675,14 @@ def end_children() -> None:
 class Conversation:
     """What a program is given on its stdin, if that is a pipe, and says on stdout and stderr until it has ended."""
 
-    def __init__(self, process: "subprocess.Popen", data: bytes = b"") -> None:
-        self.process, self.data = process, data
+    def __init__(self, process: "subprocess.Popen", data: bytes = b"", most: float = float("inf"),
+                 patience: float = float("inf")) -> None:
+        """most: bytes that it may say; patience: seconds for which it may say nothing."""
+        self.process, self.data, self.most, self.patience = process, data, most, patience
         self.poll = select.poll()
         self.open: Dict[int, Any] = {}  # the pipes by descriptor
-        self.said: Dict[Any, bytes] = {process.stdout: b"", process.stderr: b""}
+        self.said = {process.stdout: bytearray(), process.stderr: bytearray()}
+        self.last_moved = time.monotonic()
         for file in (process.stdin, process.stdout, process.stderr):
             if file is not None:
                 self.open[file.fileno()] = file
@@ -3696,6 +3700,7 @@ class Conversation:
                     deadline = min(deadline, time.monotonic() + PIPE_GRACE) if ready else 0.0
                 for fd, _ in ready:
                     self.move(fd)
+                self.check_bounds(bool(ready))
             self.process.wait()
         except BaseException:
             end_process(self.process)
@@ -3703,7 +3708,14 @@ class Conversation:
         finally:
             for fd in list(self.open):
                 self.close(fd)
-        return self.said[self.process.stdout], self.said[self.process.stderr]
+        return bytes(self.said[self.process.stdout]), bytes(self.said[self.process.stderr])
+
+    def check_bounds(self, moved: bool) -> None:
+        self.last_moved = time.monotonic() if moved else self.last_moved
+        if sum(map(len, self.said.values())) > self.most:
+            raise BackupError("prints without end")
+        if time.monotonic() - self.last_moved > self.patience:
+            raise Stalled("stalled: nothing came for {}".format(format_duration(self.patience)))
 
     def move(self, fd: int) -> None:
         """Reads or writes what goes on one pipe; one that is at its end is closed."""
@@ -9679,7 +9691,10 @@ PULSE = 10.0  # seconds
 
 
 def work_of(pid: int) -> List[bytes]:
-    """What changes as long as a process, its first thread at least, or one that it has started does something."""
+    """What changes as long as a process does something; of one that waits for its programs, that these do something.
+
+    Of each it is the first thread that counts; and a program that has ended is none.
+    """
     found = []
     try:
         with open("/proc/{0}/task/{0}/stat".format(pid), "rb") as about:
@@ -9687,9 +9702,10 @@ def work_of(pid: int) -> List[bytes]:
         with open("/proc/{0}/task/{0}/status".format(pid), "rb") as about:
             found += [line for line in about if b"ctxt_switches" in line]
         with open("/proc/{0}/task/{0}/children".format(pid), "rb") as children:
-            return found + [work for child in children.read().split() for work in work_of(int(child))]
+            inner = [work for child in children.read().split() for work in work_of(int(child))]
     except OSError:  # it has ended, or the kernel does not tell of children (CONFIG_PROC_CHILDREN)
         return found + [str(time.monotonic()).encode("ascii")]
+    return [] if found[0].startswith(b" Z") else inner or found
 
 
 class Agent:
@@ -10320,8 +10336,8 @@ class RemoteMeasuring:
     def measure(self) -> None:
         try:
             self.meter = self.host.call("measured", *self.arguments)
-        except BackupError as error:
-            self.error = error
+        except Exception as error:
+            self.error = explain(error, "cannot measure")
 
     def wait(self) -> SendSize:
         self.thread.join()
@@ -10349,7 +10365,15 @@ def told_event(told: Any) -> Optional[Event]:
     known_level, types = TELLABLE.get(kind, ("", {}))
     if level != known_level or not all(key in types and is_of_type(facts[key], types[key]) for key in facts):
         return None
+    if not all(len(fact) <= MOST_TOLD if isinstance(fact, str) else 0 <= (fact or 0) < 1 << 64
+               for fact in facts.values()):
+        return None
     return Event(kind, level, text, facts)
+
+
+def breaks(error: BaseException) -> bool:
+    """Whether a call that ended so leaves its channel in an unknown state; an error that the host answers does not."""
+    return not isinstance(error, BackupError) or isinstance(error, (ConnectionLost, Stalled))
 
 
 def batches(doomed: Sequence[Subvolume]) -> List[List[Subvolume]]:
@@ -10377,6 +10401,7 @@ class AgentHost:
         self.holds: List[Tuple[str, str]] = []
         self.holder: Optional[Connection] = None
         self.known_capabilities: Optional[Capabilities] = None
+        self.labels: Set[str] = set()  # what it may tell the progress of
         self.give_back(self.borrow())
 
     # -- connections
@@ -10396,7 +10421,7 @@ class AgentHost:
                 self.ask(connection, "hold", (folder, prefix, 3 * ENDING_TIMEOUT, self.token), "")
             self.holder = connection
         except BaseException as error:
-            connection.is_broken = isinstance(error, (ConnectionLost, Stalled, Interrupted))
+            connection.is_broken = breaks(error)
             self.give_back(connection)
             raise
 
@@ -10430,7 +10455,7 @@ class AgentHost:
     def pass_on(self, told: Any) -> None:
         """An event of the other host becomes one of ours, if it is one that a host may tell."""
         event = told_event(told)
-        if event is not None:
+        if event is not None and (event.level != "progress" or event.facts.get("destination") in self.labels):
             text = "{}: {}".format(self.machine, printable(event.text[:MOST_TOLD])) if event.text else ""
             self.events.emit(event.kind, event.level, text, **event.facts)
 
@@ -10464,11 +10489,8 @@ class AgentHost:
         connection = self.borrow()
         try:
             return self.ask(connection, name, arguments, "")
-        except (ConnectionLost, Stalled):
-            connection.is_broken = True
-            raise
-        except Interrupted:
-            connection.is_broken = True
+        except BaseException as error:
+            connection.is_broken = breaks(error)
             raise
         finally:
             self.give_back(connection)
@@ -10494,8 +10516,8 @@ class AgentHost:
             self.ask(connection, "hold", (folder, prefix, min(wait, LONGEST_WAIT), self.token), "")
             self.holder = connection
             self.holds.append((folder, prefix))
-        except (ConnectionLost, Stalled, Interrupted):
-            connection.is_broken = True
+        except BaseException as error:
+            connection.is_broken = breaks(error)
             raise
         finally:
             self.give_back(connection)
@@ -10511,6 +10533,10 @@ class AgentHost:
 
     def delete_raw(self, folder: str, doomed: Sequence[Subvolume]) -> List[BackupError]:
         return [error for some in batches(doomed) for error in self.call("delete_raw", folder, some)]
+
+    def digest_tree(self, folder: str, name: str, label: str) -> TreeDigest:
+        self.labels.add(label)
+        return self.call("digest_tree", folder, name, label)
 
     def release(self, folder: str, prefix: str) -> None:
         """Lets go of a run lock, at the agent that holds it, which may be busy only with what was given up."""
@@ -10564,7 +10590,7 @@ class AgentHost:
         try:
             self.ask(connection, call, arguments, compression)
         except BaseException as error:
-            connection.is_broken = isinstance(error, (ConnectionLost, Stalled, Interrupted))
+            connection.is_broken = breaks(error)
             self.give_back(connection)
             raise
         return RemoteSender(self, connection, compression)
@@ -10778,6 +10804,8 @@ PLAIN_REPLACE = (
     'umask 077; rm -f "$a0.new"; (set -C; cat > "$a0.new") || exit 1; '
     '[ "$(wc -c < "$a0.new")" -eq "$a1" ] || { echo "it did not arrive whole" >&2; exit 1; }; '
     'if [ -d "$a0" ]; then echo "it is a folder" >&2; exit 1; fi; sync && mv "$a0.new" "$a0" && sync')
+# `btrfs subvolume sync` says nothing for as long as a large subvolume takes.
+PLAIN_SYNC = ('while l=$(btrfs subvolume list -d "$a0") || exit 1; [ -n "$l" ]; do echo "$l"; sleep 2; done')
 PLAIN_MARK = 'printf "\\nbtrfs-backup-ng wire 1\\n"; '
 PLAIN_LOOK = (
     'k=missing; if [ -e "$a0" ] || [ -L "$a0" ]; then k=other; fi; if [ -d "$a0" ]; then k=folder; fi; '
@@ -10836,8 +10864,10 @@ def parse_plain_list(text: str) -> Listing:
 class ShellHost:
     """A host without Python: what plain commands can do of a host's calls."""
 
-    def __init__(self, connector: SshConnector, events: Events) -> None:
+    def __init__(self, connector: SshConnector, events: Events, patience: float = float("inf")) -> None:
+        """patience: seconds for which nothing may come while a command is at work."""
         self.connector, self.events, self.machine = connector, events, connector.endpoint.machine
+        self.patience = patience
         self.master = Stage(self.argv("exec cat > /dev/null", (), is_first=True), subprocess.PIPE, subprocess.DEVNULL)
         try:
             connector.await_master(self.master)
@@ -10850,7 +10880,7 @@ class ShellHost:
         if not self.nodename or not is_file_name(self.nodename):
             raise Nonsense("{} has no name".format(self.machine))
         self.progs = parse_version(version)
-        self.protocol = int(protocol[0]) if protocol and protocol[0].isdigit() else 1
+        self.protocol = int(protocol[0]) if protocol and re.fullmatch("[0-9]{1,9}", protocol[0]) else 1
 
     # -- commands
 
@@ -10862,7 +10892,10 @@ class ShellHost:
         """What a script prints there; BackupError 'DOING: its last words' where it fails."""
         begun = time.monotonic()
         process = start(self.argv(PLAIN_MARK + script, arguments), subprocess.PIPE, subprocess.PIPE)
-        out, words = Conversation(process, data).run()
+        try:
+            out, words = Conversation(process, data, LARGEST_FRAME, self.patience).run()
+        except BackupError as error:
+            raise type(error)("{}: {} {}".format(doing, self.machine, error.message)) from None
         self.events.debug("command", "{}: ran a script ({:.3f} s): {}".format(
             self.machine, time.monotonic() - begun, script))
         if process.returncode != 0:
@@ -10947,7 +10980,7 @@ class ShellHost:
         return self.understood(lambda text: parse_subvolume_show(text, name), text)
 
     def wait_for_cleaning(self, folder: str) -> None:
-        self.run('btrfs subvolume sync "$a0"', (folder,), "cannot wait for deleted subvolumes of {}".format(folder))
+        self.run(PLAIN_SYNC, (folder,), "cannot wait for deleted subvolumes of {}".format(folder))
 
     @contextlib.contextmanager
     def hold(self, folder: str, prefix: str, wait: float) -> Iterator[None]:
@@ -11063,7 +11096,7 @@ class ShellHost:
         said = self.run('command -v getfattr > /dev/null || exit 0; '
                         'getfattr -h -n system.posix_acl_default -e hex "$a0" 2> /dev/null || true',
                         (os.path.join(folder, name),), "cannot look at {}".format(name))
-        found = re.search("^system.posix_acl_default=0x([0-9a-f]+)$", said, re.MULTILINE)
+        found = re.search("^system.posix_acl_default=0x((?:[0-9a-f]{2})+)$", said, re.MULTILINE)
         return found.group(1) if found else None
 
     def hazards(self, folder: str, base: Optional[str]) -> Hazards:
@@ -11175,7 +11208,7 @@ class Hosts:
         try:
             host: Any = AgentHost(endpoint.machine, connector, self.events, self.task.compress, self.task.stall_timeout)
         except NoPython as error:
-            host = ShellHost(connector, self.events)
+            host = ShellHost(connector, self.events, self.task.stall_timeout)
             self.events.warning("plain", "{}: plain commands do the main job there; nothing is resumed or verified, "
                                 "and another machine's run is not kept away".format(error.message))
         self.stack.callback(host.end)
@@ -13320,6 +13353,7 @@ class Master:
         self.number, self.argv, self.path = number, argv, master_path(folder, number)
         self.users: List[TaskProcess] = []
         self.waiting: List[TaskProcess] = []
+        self.deadline = time.monotonic() + GREETING_TIMEOUT
         more = ["-o", "ControlMaster=yes", "-o", "ControlPersist=no", "-o", "ControlPath=" + self.path]
         read_end, self.write_end = os.pipe()
         try:
@@ -13333,8 +13367,9 @@ class Master:
 
     def answer(self) -> bool:
         """Tells those that wait, once it is known whether it works; whether it may still be used."""
-        ended = self.stage.has_ended()
-        if ended or os.path.exists(self.path):
+        is_there = os.path.exists(self.path)
+        ended = self.stage.has_ended() or (not is_there and time.monotonic() > self.deadline)
+        if ended or is_there:
             for process in self.waiting:  # those that have ended meanwhile do not hear it
                 process.tell(UNSHARED if ended else "s{:03}\n".format(self.number).encode("ascii"))
             self.waiting = []

@@ -156,6 +156,21 @@ class Waiting(unittest.TestCase):
         self.assertEqual(5, waiting.look())
         waiting.close()
 
+    def test_a_connection_that_never_comes_about_is_not_waited_for(self):
+        told = []
+        process = program.TaskProcess("a", program.parse_command(["/a", "/b"])[0])
+        setattr(process, "tell", told.append)  # noqa: B010
+        before = program.GREETING_TIMEOUT
+        self.addCleanup(setattr, program, "GREETING_TIMEOUT", before)
+        program.GREETING_TIMEOUT = -1.0
+        master = program.Master("/nonexistent", 0, ["sleep", "-o", "60"])
+        master.stage.end()
+        master.stage = program.Stage(["sleep", "60"], subprocess.DEVNULL, subprocess.DEVNULL)
+        self.addCleanup(master.end)
+        master.waiting.append(process)
+        self.assertFalse(master.answer())
+        self.assertEqual([program.UNSHARED], told)
+
     def test_a_connection_that_cannot_be_made_is_not_shared(self):
         crew = program.Crew(program.parse_command(["/a", "/b", ":", "/c", "/d"]), program.Events(), lambda: None)
         told = []
@@ -256,6 +271,28 @@ class Programs(unittest.TestCase):
             self.assertEqual((b"y" * size, b""), program.Conversation(process, b"y" * size).run())
             process = program.start(["true"], subprocess.PIPE)
             self.assertEqual((b"", b""), program.Conversation(process, b"y" * size).run())
+
+    def test_whether_one_that_waits_for_a_program_still_works(self):
+        """Looking whether the program has ended is no work."""
+        for script, works in (("sleep 60", False), ("while :; do sleep 0.05; done", True), ("exit", True)):
+            process = program.start(["sh", "-c", "exec " * (script[:5] == "sleep") + script])
+            self.addCleanup(program.end_group, process)
+            time.sleep(0.3)
+            before = program.work_of(os.getpid())
+            for _ in range(5):
+                time.sleep(0.1)
+            self.assertEqual(works, program.work_of(os.getpid()) != before, script)
+            program.end_group(process)
+
+    def test_what_it_may_say_and_how_long_it_may_be_silent(self):
+        for script, error in (("while :; do echo x; done", program.BackupError), ("sleep 60", program.Stalled),
+                              ("sleep 60 >&2", program.Stalled)):
+            process = program.start(["sh", "-c", "exec " * ("while" not in script) + script])
+            with self.assertRaises(error):
+                program.Conversation(process, b"", 100000, 0.5).run()
+            self.assertIsNotNone(process.poll())
+        process = program.start(["sh", "-c", "for i in 1 2 3 4 5; do echo $i; sleep 0.3; done"])
+        self.assertEqual(b"1\n2\n3\n4\n5\n", program.Conversation(process, b"", 10, 1.2).run()[0])
 
     def test_a_measuring_whose_stream_is_damaged_ends_its_send(self):
         script = r"printf 'btrfs-stream\0\1\0\0\0'; while printf '%0100d' 7; do :; done"

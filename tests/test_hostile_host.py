@@ -4,9 +4,13 @@ import os
 import shlex
 import shutil
 import sys
+import unittest
+from typing import Any
 
 import remote
 import support
+
+import btrfs_backup_ng as program
 
 AGENT = os.path.join(support.HERE, "hostile_agent.py")
 
@@ -31,6 +35,30 @@ class Forged(remote.RemoteTestCase):
         self.assertEqual(2, len(support.names(self.target)))
         for word in ("internal error", "Traceback", "owned", "interrupted"):
             self.assertNotIn(word, result.stderr)
+
+
+class Told(unittest.TestCase):
+    """What a host tells of its progress: a little, of what was asked for, in numbers that can be shown."""
+
+    FACTS = {"snapshot": "home20260131-093000", "destination": "nas", "done": 1, "expected": 2, "rate": 1.0}
+
+    def test_only_what_fits(self):
+        for fact, bad in (("done", -1), ("done", 1 << 64), ("expected", 10 ** 19 * 2), ("rate", 1e300), ("rate", -1.0),
+                          ("destination", "x" * 5000), ("snapshot", "x" * 5000)):
+            told = ("progress", "progress", "", dict(self.FACTS, **{fact: bad}))
+            self.assertIsNone(program.told_event(told), fact)
+        self.assertIsNotNone(program.told_event(("progress", "progress", "", dict(self.FACTS, expected=None))))
+
+    def test_only_of_what_it_was_asked_to_read(self):
+        events: Any = []
+        told = ("progress", "progress", "", self.FACTS)
+        host: Any = object.__new__(program.AgentHost)
+        host.machine, host.labels, host.events = "nas", set(), program.Events(events.append)
+        host.pass_on(told)
+        self.assertEqual([], events)
+        host.call = lambda *arguments: host.pass_on(told)
+        host.digest_tree("/there", "home20260131-093000", "nas")
+        self.assertEqual([self.FACTS], [event.facts for event in events])
 
 
 class ModulesThatLieAbout(remote.RemoteTestCase):
@@ -76,9 +104,9 @@ class ModulesThatLieAbout(remote.RemoteTestCase):
             remote.write_file(path, text)
         source = os.path.join(os.path.dirname(support.HERE), "btrfs_backup_ng.py")
         copy = shutil.copy(source, folder)
-        for program in ([support.PYTHON, copy], [support.PYTHON, support.PROGRAM]):
-            self.write("file", " ".join(program))
-            self.run_program("-p", "home", self.source, self.target, program=program, wrapper=["env", "-C", folder])
+        for called in ([support.PYTHON, copy], [support.PYTHON, support.PROGRAM]):
+            self.write("file", " ".join(called))
+            self.run_program("-p", "home", self.source, self.target, program=called, wrapper=["env", "-C", folder])
         self.assertNothingImported(mark)
 
 

@@ -53,7 +53,7 @@ class LaidOut(unittest.TestCase):
         if kind == "progress":
             facts.update(snapshot="home-20260131-093000", destination=chance.choice(STRANGE),
                          done=chance.randrange(10 ** 13), expected=chance.choice([None, 0, 10 ** 12]),
-                         rate=chance.choice([0.0, 1.0, 10.0 ** 11]))
+                         rate=chance.choice([0.0, 1e-300, 1.0, 10.0 ** 11]))
             return Event(kind, "progress", "", facts)
         facts["snapshot"] = "home-20260131-093000"
         return Event(kind, "error" if kind == "error" else "info", chance.choice(STRANGE) + "\n  more", facts)

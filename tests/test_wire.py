@@ -4,7 +4,9 @@ import json
 import os
 import sys
 import threading
+import types
 import unittest
+from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import support
@@ -130,6 +132,32 @@ class Frames(unittest.TestCase):
         other.flush(1.0)
         with self.assertRaises(ConnectionLost):
             one.result(1.0)
+
+    def test_after_a_call_that_ended_within_an_answer_the_connection_is_not_used_again(self):
+        """What else comes would be taken for the answer to the next call."""
+        for error, is_broken in ((MemoryError(), True), (OSError(24, "Too many open files"), True),
+                                 (program.Interrupted(15), True), (Stalled("a"), True), (ConnectionLost("a"), True),
+                                 (BackupError("a"), False)):
+            for call in ("call", "open_sender", "hold"):
+                with self.subTest(error=error, call=call):
+                    self.assertEqual(is_broken, self.broken_by(error, call))
+
+    def broken_by(self, error, call):
+        """Whether a connection counts as broken when a call over it has ended with an error."""
+        def ask(*_):
+            raise error
+
+        given: Any = []
+        host: Any = object.__new__(program.AgentHost)
+        connection = types.SimpleNamespace(is_broken=False)
+        host.token, host.borrow, host.give_back, host.ask = "", lambda: connection, given.append, ask
+        with self.assertRaises(type(error)):
+            if call == "hold":
+                host.hold("/", "a", 0.0).__enter__()
+            else:
+                getattr(host, call)("list", ("/",), "")
+        self.assertEqual([connection], given)
+        return connection.is_broken
 
     def test_nobody_answers(self):
         one, _ = self.pair()

@@ -218,6 +218,25 @@ class WhatGoesWrong(remote.RemoteTestCase):
         with self.assertRaisesRegex(program.BackupError, "link"):
             host.read_locks(self.source_there)
 
+    def test_a_host_that_answers_nothing_or_without_end(self):
+        host = self.plain_host()
+        host.patience = 1.0
+        with self.assertRaises(program.Stalled) as caught:
+            host.run("sleep 30", (), "cannot look")
+        self.assertIn("127.0.0.1", caught.exception.message)
+        before, program.LARGEST_FRAME = program.LARGEST_FRAME, 1 << 20
+        self.addCleanup(setattr, program, "LARGEST_FRAME", before)
+        with self.assertRaisesRegex(program.BackupError, "prints without end"):
+            host.run("while :; do echo without an end; done", (), "cannot look")
+
+    def test_waiting_for_what_was_deleted(self):
+        host, extra = self.plain_host(), support.create(os.path.join(self.source_disk.path, "extra"))
+        support.bulk(os.path.join(extra, "bulk"), 16)
+        support.delete(extra)
+        self.source_disk.remount("commit=1")
+        host.wait_for_cleaning(self.source_there)
+        self.assertEqual("", program.run(["btrfs", "subvolume", "list", "-d", self.source_disk.path]).out)
+
     def plain_host(self):
         endpoint = program.parse_endpoint(self.server.endpoint(self.source_there))
         events = program.Events()
