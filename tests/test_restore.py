@@ -389,15 +389,18 @@ class InPlace(RestoreTestCase):
 
     def test_a_snapshot_folder_outside(self):
         self.snapshots = os.path.join(self.source_disk.path, "snapshots")
-        self.take(1, 2)
-        self.transfer("-f", self.snapshots)
-        support.delete(self.snapshot_path(self.name(2)))
+        for _ in range(2):
+            support.next_second()
+            self.backup("-f", self.snapshots)
+        first, second = names(self.snapshots)
+        support.delete(self.snapshot_path(second))
         self.restore(self.target, "--latest", "--in-place", self.source, "-f", self.snapshots)
-        self.assertEqual([self.name(1), self.name(2)], names(self.snapshots))
-        self.assertTreesEqual(self.backup_path(self.name(2)), self.source)
+        self.assertEqual([first, second], names(self.snapshots))
+        self.assertTreesEqual(self.backup_path(second), self.source)
         self.write("after", "x")
+        support.next_second()
         result = self.backup("-f", self.snapshots)
-        self.assertIn("incrementally from " + self.name(2), result.stderr)
+        self.assertIn("incrementally from " + second, result.stderr)
 
     def test_from_a_second_hand_backup(self):
         """A to B, B to C, back to A; and then on to both."""
