@@ -9649,7 +9649,7 @@ WIRE_CLASSES["Greeting"] = Greeting
 def check_arguments(method: Any, arguments: Sequence[Any]) -> None:
     """TypeError unless `arguments` fit what `method` declares."""
     hints = [hint for name, hint in type_hints(method).items() if name != "return"]
-    needed = len(hints) - len(method.__defaults__ or ())
+    needed = len(hints) - len(getattr(method, "__wrapped__", method).__defaults__ or ())
     if not needed <= len(arguments) <= len(hints) or not all(map(is_of_type, arguments, hints)):
         raise TypeError("{} takes other arguments".format(method.__name__))
 
