@@ -1909,17 +1909,24 @@ class Owner(NamedTuple):
 
 
 OURS, FREE, OF_OTHERS = "ours", "free", "of others"
+MOST_SOURCE_IDS = 256  # in a note; each time that a source is restored in place or rolled back it has another
 
 
 def whose(owner: Owner, listing: Listing, prefix: str, noted: Sequence[str], filesystem: Optional[str]) -> str:
     """Whose the backups of `prefix` in a folder are: OURS, FREE (there are none) or OF_OTHERS.
 
     Identity comes first, of snapshots and of what is remembered, so that a source that was restored or replaced goes
-    on; then the note of the folder; without one, as of release 0.7.0, whether the source remembers the place.
+    on; then the note of the folder; without one, as of release 0.7.0, whether the source remembers the place. But where
+    a note names others alone, backups of snapshots of this very subvolume are from before there were notes: since then
+    it would be in it. Two sources have shared the folder.
     """
-    ids = backup_index(listing)
+    ids, is_noted = backup_index(listing), bool(set(noted) & set(owner.ids))
+    is_mixed = any(s.stream_id in ids and s.received_uuid is None and s.parent_uuid in owner.ids
+                   for s in owner.snapshots)
+    if is_mixed and noted and not is_noted and len(noted) < MOST_SOURCE_IDS:
+        return OF_OTHERS
     known = [s.stream_id for s in owner.snapshots] + [pin.uuid for pin in owner.pins]
-    if any(key in ids for key in known) or set(noted) & set(owner.ids):
+    if is_noted or any(key in ids for key in known):
         return OURS
     if any(record.stream_id in known for record in listing.records):  # of a first transfer that was broken off
         return OURS
@@ -1929,9 +1936,6 @@ def whose(owner: Owner, listing: Listing, prefix: str, noted: Sequence[str], fil
     if any(pin.filesystem in (None, filesystem) for pin in owner.pins):
         return OURS
     return OF_OTHERS if backups_of(listing, prefix) else FREE
-
-
-MOST_SOURCE_IDS = 256  # each time that a source is restored in place or rolled back it has another
 
 
 def claimed(owner: Owner, noted: Tuple[str, ...], found: str) -> Tuple[str, ...]:
@@ -12157,17 +12161,30 @@ class TaskRun:
         for destination in self.destinations:  # what each has in common is protected, noted or not
             if not destination.was_reached:
                 self.reach(destination)
+        self.try_to_remember()
         seen = {d.key: self.pin_of(d, d.listing) for d in self.destinations if d.listing is not None}
-        pins = dict(self.pins)
-        pins.update({key: with_pin(pins.get(key, ()), pin) for key, pin in seen.items() if pin is not None})
-        verdicts = self.source_verdicts(pins)
+        noted, pins = dict(self.pins), dict(self.pins)
+        for key, pin in seen.items():
+            if pin is not None:
+                noted[key], pins[key] = noted.get(key, ()) + (pin,), with_pin(pins.get(key, ()), pin)
+        verdicts = self.source_verdicts(noted)
+        if not deletions(verdicts):  # nor can be noted what has taken the place of what is
+            verdicts = self.source_verdicts(pins)
         doomed = deletions(verdicts)
         if doomed:
             self.events.warning("full", "the filesystem of {} is full: making room first".format(self.task.source))
             self.delete(self.host, self.folder, self.task.source, self.snapshots, verdicts)
             self.host.wait_for_cleaning(self.folder)
             self.snapshots = snapshots_of(self.host.list(self.folder), self.prefix)
+            self.try_to_remember()
         return bool(doomed)
+
+    def try_to_remember(self) -> None:
+        """Notes what was seen in common, which must stay also where this run fails and a destination is away then."""
+        try:
+            self.remember(self.destinations)
+        except BackupError as error:
+            self.events.debug("unnoted", format_error(error))
 
     def recover(self, destination: Destination) -> None:
         """Clears what failed transfers left at a destination, under their locks."""

@@ -1,6 +1,7 @@
 """Filesystems without free space: the source is freed by what its policy may delete, a destination is called full."""
 
 import contextlib
+import functools
 import os
 import shutil
 import unittest
@@ -63,6 +64,36 @@ class Source(support.BackupTestCase):
         self.assertEqual(self.before[-1:], names(self.snapshots))
         self.assertEqual(names(self.target), self.before)
         self.assertIsNotNone(support.subvolume(self.backup_path(self.before[2])).parent_uuid)
+
+
+class StaysFull(support.BackupTestCase):
+    """A source whose room is too little for a snapshot, whatever is deleted."""
+
+    BTRFS = """#!/bin/sh
+case "$1 $2" in "subvolume snapshot") echo "ERROR: No space left on device" >&2; exit 1;; esac
+exec {} "$@"
+"""
+
+    def test_what_is_in_common_stays_for_a_destination_that_is_away_then(self):
+        programs = self.disk("128M").path
+        with open(os.path.join(programs, "btrfs"), "w") as script:
+            script.write(self.BTRFS.format(shutil.which("btrfs")))
+        os.chmod(script.name, 0o755)
+        self.take(1)
+        self.transfer()
+        with open(os.path.join(self.snapshots, ".destinations.json")) as file:
+            noted = file.read()
+        self.take(2)
+        self.transfer()
+        self.take(3)
+        with open(os.path.join(self.snapshots, ".destinations.json"), "w") as file:
+            file.write(noted)  # as where a full source took no more
+        run = functools.partial(self.backup, "-N", "1", env={"PATH": programs + ":" + os.environ["PATH"]}, status=1)
+        self.assertIn("making room", run().stderr)
+        self.assertEqual([self.name(2), self.name(3)], names(self.snapshots))
+        self.target_disk.unmount()
+        run()
+        self.assertEqual([self.name(2), self.name(3)], names(self.snapshots))
 
 
 class Destination(support.BackupTestCase):

@@ -33,6 +33,8 @@ from btrfs_backup_ng import (
 
 MINE = [Subvolume("home20260101-000000", "s1"), Subvolume("home20260102-000000", "s2")]
 
+OWN = [Subvolume("home20260101-000000", "s1", parent_uuid="me")]
+
 
 def backups(*ids):
     return tuple(Subvolume(f"home202602{n:02}-000000", "b" + key, received_uuid=key)
@@ -58,6 +60,16 @@ WHOSE = (
     (MINE, (), Listing(backups("x", "s2", "y")), ("other",), OURS),
     ([Subvolume("home20260101-000000", "here", received_uuid="x")], (), Listing(backups("x")), ("other",), OURS),
     ([Subvolume("home20260101-000000", "here", received_uuid="bx")], (), Listing(backups("x")), (), OURS),
+    # taken of this very subvolume, which is in each note since there are some
+    (OWN, (), Listing(backups("x", "s1")), ("other",), OF_OTHERS),
+    (OWN, (pin("s1"),), Listing(backups("s1")), ("other",), OF_OTHERS),
+    (OWN, (), Listing(backups("x", "s1")), ("other", "me"), OURS),
+    (OWN, (), Listing(backups("x", "s1")), (), OURS),
+    (OWN, (), Listing(backups("x")), (), OF_OTHERS),
+    (OWN, (), Listing(), ("other",), FREE),
+    (OWN, (), Listing(backups("s1")), ("other",) * MOST_SOURCE_IDS, OURS),
+    ([OWN[0]._replace(parent_uuid="before")], (), Listing(backups("s1")), ("other",), OURS),
+    ([OWN[0]._replace(received_uuid="x")], (), Listing(backups("x")), ("other",), OURS),
     # what was in common once
     ([], (pin("x"),), Listing(backups("x")), ("other",), OURS),
     (MINE, (pin("x", "g"),), Listing(backups("x")), (), OURS),
@@ -216,6 +228,24 @@ class TwoSources(support.BackupTestCase):
         os.unlink(os.path.join(self.target, ".home.source"))
         os.unlink(os.path.join(self.snapshots, ".destinations.json"))
         self.transfer("-n", "1")  # nor did 0.6.6 have pins
+
+    def test_of_two_that_shared_a_folder_before_there_were_notes_the_second_is_refused(self):
+        note = os.path.join(self.target, ".home.source")
+        self.take(1)
+        self.transfer()
+        os.unlink(note)
+        self.take_other(2)
+        self.run_other("-S", "--same-source")
+        os.unlink(note)
+        self.take(3)
+        self.transfer()
+        self.take_other(4)
+        before = support.listing(self.target)
+        self.assertErrorSays(self.run_other("-S", "-n", "1", status=1), "another source", "--same-source")
+        self.assertEqual(before, support.listing(self.target))
+        self.run_other("-S", "--same-source", "-n", "9")
+        self.assertEqual([self.name(day) for day in (1, 2, 3, 4)], names(self.target))
+        self.run_other("-S")
 
     def test_a_source_that_lost_its_snapshots_goes_on(self):
         self.take(1)
