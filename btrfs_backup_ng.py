@@ -14793,8 +14793,10 @@ def plan_checks(source: Location, location: Location, task: Task) -> Tuple[List[
         if entry.path in taken or task.latest or (is_asked and name != task.backup_name):
             continue
         if entry.state == "partial":
-            others.append(Compared(entry.subvolume.name, location.endpoint, NOT_CHECKED, "it is partial",
-                                   (), is_asked))
+            is_under_way = partial_of(entry.subvolume.name) is not None
+            text = "it is partial" if is_under_way else "it is writable, so it is no complete backup"
+            others.append(Compared(entry.subvolume.name, location.endpoint, NOT_CHECKED, text, (),
+                                   is_asked or not is_under_way))
         elif name in names and entry.state == "foreign":
             text = "it is another subvolume (received UUID {})".format(entry.subvolume.received_uuid or "none")
             others.append(Compared(name, location.endpoint, DIFFERENT, text, (), True))

@@ -329,6 +329,17 @@ class Results(VerifyTestCase):
         self.assertErrorSays(self.verify(status=1), "different", "another subvolume")
         self.assertErrorSays(self.verify("--quick", status=1), "different", "another subvolume")
 
+    def test_a_backup_that_was_made_writable_is_not_proven(self):
+        self.take(1, 2)
+        self.transfer()
+        support.make_writable(self.backup_path(self.name(1)))
+        with open(os.path.join(self.backup_path(self.name(1)), "day1"), "w") as file:
+            file.write("changed")
+        for options in ((), ("--quick",)):
+            result = self.run_program("verify", "-p", "home", *options, self.source, self.target, status=1)
+            self.assertErrorSays(result, self.name(1), "not checked", "writable")
+            self.assertIn(self.name(2), result.stdout)
+
     def test_a_partial_is_not_checked(self):
         first, second = self.take(1, 2)
         self.transfer()
