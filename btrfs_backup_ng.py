@@ -14472,8 +14472,8 @@ class Doctor:
         listing = run.host.list(run.folder) if run.folder_exists else Listing()
         self.snapshots = sorted((s for s in listing.subvolumes if snapshot_state(s) == "complete"
                                  and is_asked_for(s, self.task.prefix, set())), key=by_creation)
-        if run.source_place.readonly:
-            raise BackupError("{} is mounted read-only".format(self.task.source), "mount it writable; see dmesg")
+        run.check_writable()
+        run.check_snapshot_folder()
         yield Finding(OK, "a subvolume on btrfs")
 
     def check_locks(self) -> Findings:

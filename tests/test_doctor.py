@@ -327,6 +327,17 @@ class Broken(DoctorTestCase):
             notes.write("[]")
         self.problem("notes", ".destinations.json")
 
+    def test_a_snapshot_folder_of_somebody_else(self):
+        self.take(1)
+        self.transfer()
+        os.chown(os.path.dirname(self.snapshots), 1000, 1000)
+        self.transfer(status=1)
+        self.problem("source", "belongs to user 1000", "-f")
+
+    def test_a_source_that_is_a_read_only_snapshot(self):
+        path = snapshot(self.source, os.path.join(self.source_disk.path, "frozen"))
+        self.problem("source", "read-only snapshot", "-f", arguments=(path, self.target))
+
     def test_whose_the_backups_are(self):
         """What a run stops at, though there is a parent."""
         self.take(1)
@@ -338,7 +349,7 @@ class Broken(DoctorTestCase):
             self.problem("folder", *words)
         with open(note, "w") as file:
             file.write('{"sources": ["00000000-0000-0000-0000-000000000001"]}')
-        self.fine()
+        self.problem("folder", "another source", "--same-source")
         delete(self.snapshot_path(self.name(1)))
         os.unlink(os.path.join(self.snapshots, ".destinations.json"))
         self.take(2)
