@@ -91,6 +91,10 @@ import sys
 
 if __name__ == "__main__" and not sys.flags.isolated and not getattr(sys.flags, "safe_path", False):
     del sys.path[0]  # the folder of this file, where anybody may have put a module
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until it is caught: ended without a word, and no traceback
 import collections
 import contextlib
 import errno
@@ -100,7 +104,6 @@ import itertools
 import os
 import re
 import select
-import signal
 import stat
 import struct
 import subprocess

@@ -59,6 +59,11 @@ if sys.version_info < (3, 6):
 
 import gc
 import os
+import signal
+
+# Ctrl-C ends it without a word, not in a traceback, until the program tends to that itself.
+if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # What importing makes is kept to the end. Looking there for garbage, meanwhile and at exit, took a
 # fifth of the time that the shortest run takes.

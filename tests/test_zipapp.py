@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -282,6 +283,19 @@ class Result(ZipappTest):
     def main_module(self) -> str:
         with zipfile.ZipFile(self.zipapp) as archive:
             return archive.read("__main__.py").decode("ascii")
+
+    def test_ctrl_c_while_it_starts_shows_no_traceback(self) -> None:
+        stop = "import os, signal\n\nos.kill(os.getpid(), signal.SIGINT)\n"
+        with open(os.path.join(self.folder, PROGRAM), "w", encoding="utf-8") as stream:
+            stream.write(stop + STAND_IN)
+        self.build_bytes()
+        self.assertEqual(run([sys.executable, self.zipapp]), (-signal.SIGINT, "", ""))
+        self.copy(PROGRAM)
+        with open(os.path.join(self.folder, "fcntl.py"), "w", encoding="utf-8") as stream:
+            stream.write(stop)
+        program = os.path.join(self.folder, PROGRAM)
+        self.assertEqual(run([sys.executable, "-S", program, "--version"], env={"PYTHONPATH": self.folder}),
+                         (-signal.SIGINT, "", ""))
 
     def assert_refuses(self, status: Optional[int], output: str, errors: str) -> None:
         self.assertEqual((status, output), (1, ""))
