@@ -1140,7 +1140,7 @@ def find_option(flag: str, flags: Dict[str, Option]) -> Option:
              if flag.startswith("--") and known.startswith(flag)}
     if len(meant) > 1 and flag not in meant:
         raise UsageError("option {} could be {}".format(flag, " or ".join(sorted(meant))), "see --help")
-    name = flag if flag in meant else "".join(meant)
+    name = flag if flag in meant else "".join(meant) or flag
     if name not in flags:
         elsewhere = [verb or "a backup" for verb in VERBS if name in flags_of(VERBS[verb].groups)]
         raise UsageError("unknown option {}".format(printable(flag)), "{} is an option of {}; see --help".format(
@@ -1533,7 +1533,7 @@ class Arguments:
             if draft.paths:
                 task = task._replace(source=draft.paths[0], destinations=tuple(draft.paths[1:]))
             if not self.verb and task.source in VERBS and task.source:
-                raise UsageError("{} must come first in its command".format(task.source),
+                raise UsageError("{} must come first in its command, before options and @FILE".format(task.source),
                                  "a source of that name is written ./{}".format(task.source))
             own = tuple(text for field, text in draft.words if field not in SHARED)
             requests.append(Request(task, own, shared, tuple(self.files)))
@@ -6667,6 +6667,12 @@ def read_sidecar(folder: str, name: str) -> RawBackup:
     return backup
 
 
+def without_replaced(backups: Sequence[RawBackup], sizes: Dict[str, int]) -> Tuple[RawBackup, ...]:
+    """Without the sidecars of lost files that were sent again since, compressed or encrypted in another way."""
+    there = {backup.name for backup in backups if backup.file in sizes}
+    return tuple(backup for backup in backups if backup.file in sizes or backup.name not in there)
+
+
 def read_raw_folder(folder: str) -> RawFolder:
     """What a folder of stream files holds. OSError where it cannot be listed."""
     names = set(os.listdir(folder))
@@ -6689,7 +6695,7 @@ def read_raw_folder(folder: str) -> RawFolder:
             broken.append((name, "it has no sidecar"))
     partials = {partial_of(name) or "" for name in names} - {""}
     partials = {name[:-len(SIDECAR_SUFFIX)] if name.endswith(SIDECAR_SUFFIX) else name for name in partials}
-    return RawFolder(tuple(backups), sizes, tuple(sorted(partials)), tuple(broken))
+    return RawFolder(without_replaced(backups, sizes), sizes, tuple(sorted(partials)), tuple(broken))
 
 
 def stream_file_stem(path: str) -> str:
@@ -13713,6 +13719,7 @@ def run_crew(requests: Sequence[Request], events: Events, view: Union[LogLines, 
 ########################################################################################################
 
 
+STREAM_FILES_ARE = "stream files are restored from raw://PATH"
 STEP = "restore: a step on the way"  # locks what a chain brings only to build on; no destination's name
 
 
@@ -13745,6 +13752,14 @@ def only_prefix(backups: Sequence[Subvolume], folder: str) -> str:
     return prefixes[0] if prefixes else ""
 
 
+def no_backups(listing: Listing, prefix: str, folder: str) -> BackupError:
+    of_prefix = "of prefix '{}' ".format(prefix) if prefix else ""
+    if listing.broken:
+        return BackupError("no backup {}in {} can be restored".format(of_prefix, folder), "verify says what is wrong")
+    return BackupError("no backups {}in {}".format(of_prefix, folder),
+                       "look there with ls" + ("" if listing.chained else "; " + STREAM_FILES_ARE))
+
+
 def choose_newest(listing: Listing, prefix: Optional[str], before: float, folder: str) -> Subvolume:
     """The newest backup by its name's time, and that from before `before` (seconds since the epoch)."""
     backups = restorable(listing)
@@ -13753,9 +13768,10 @@ def choose_newest(listing: Listing, prefix: Optional[str], before: float, folder
     fitting = [(moment, by_creation(b), b) for b, moment in times.items() if moment is not None and moment < before]
     if not fitting:
         known = sorted(b.name for b, moment in times.items() if moment is not None)
-        raise BackupError("no backup in {} is from before that time".format(folder) if known else
-                          "no backups {}in {}".format("of prefix '{}' ".format(chosen) if chosen else "", folder),
-                          "the oldest is {}".format(known[0]) if known else "look there with ls")
+        if known:
+            raise BackupError("no backup in {} is from before that time".format(folder),
+                              "the oldest is {}".format(known[0]))
+        raise no_backups(listing, chosen, folder)
     return max(fitting)[2]
 
 
@@ -13801,8 +13817,9 @@ class RestoreRun:
         host = self.sending.hosts.of(endpoint)
         place = host.look(path or ".")
         if place.kind != "folder":
-            raise BackupError("no such backup: {}".format(text), "nothing is mounted at {}".format(place.unmounted)
-                              if place.unmounted else "is its filesystem mounted?")
+            away = "nothing is mounted at " + place.unmounted if place.unmounted else "is its filesystem mounted?"
+            raise BackupError("no such backup: {}".format(text),
+                              STREAM_FILES_ARE if STREAM_SUFFIX in os.path.basename(stem) else away)
         folder = place.path
         if not is_folder and name is None:
             if not place.is_top or place.inside is None or folder == "/":
@@ -14329,7 +14346,7 @@ def check_lock(task: Task, key: Tuple[str, str], names: Sequence[str], folder: s
         return Finding(PROBLEM, "a restore of {} into {} was broken off".format(some_of(names), folder),
                        "restore it again, which goes on where it stopped")
     return Finding(PROBLEM, "a transfer to {} was broken off: {}".format(printable(destination), some_of(names)),
-                   "back up to it again as usual, which goes on where it stopped\nif it will not come back: {}".format(
+                   "back up to it again as usual, which completes it\nif it will not come back: {}".format(
                        forget_command(task, prefix, destination)))
 
 
@@ -14774,6 +14791,13 @@ class Compared(NamedTuple):
     is_fault: bool = False
 
 
+def on_bad_parent(compared: Compared, parent: Compared) -> Compared:
+    """What a sound stream file is where the one that it builds on is not, or is not known to be."""
+    said = "could not be checked" if parent.result == NOT_CHECKED else "is not"
+    return compared._replace(result=parent.result, is_fault=True,
+                             text="it is whole, but {} that it builds on {}".format(parent.name, said))
+
+
 class Check(NamedTuple):
     """A backup that is to be compared with its snapshot."""
 
@@ -14939,7 +14963,7 @@ class VerifyRun:
             self.report(Compared("", location.endpoint, NOT_CHECKED, format_error(location.error), (), True))
             return
         before = len(self.results)
-        bad: Dict[Optional[str], str] = {}  # stream ids
+        bad: Dict[Optional[str], Compared] = {}  # by stream id
         wrong = {broken.name: broken.why for broken in location.listing.broken}
         for name in sorted(set(wrong) - {entry.subvolume.name for entry in location.entries}):
             if self.task.backup_name in (None, name) and not self.task.latest:
@@ -14949,10 +14973,9 @@ class VerifyRun:
             compared = self.verify_stream_file(location.endpoint, entry, wrong)
             parent = bad.get(entry.subvolume.parent_uuid)
             if compared.result == EQUAL and parent:
-                compared = compared._replace(result=DIFFERENT, is_fault=True,
-                                             text="it is whole, but {} that it builds on is not".format(parent))
+                compared = on_bad_parent(compared, parent)
             if compared.is_fault:
-                bad[entry.subvolume.stream_id] = entry.subvolume.name
+                bad[entry.subvolume.stream_id] = compared
             if entry in asked:
                 self.report(compared)
         if len(self.results) == before:

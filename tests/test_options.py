@@ -249,6 +249,8 @@ class Refused(unittest.TestCase):
     def test_options_of_other_verbs_count(self):
         """As what one means may be another verb's."""
         self.refuse(["--latest", "/s"], "unknown option --latest", "verify and restore")
+        self.refuse(["list", "-N", "3", "/s"], "unknown option -N", "-N is an option of a backup")
+        self.refuse(["-q", "list", "/s"], "list must come first in its command, before options and @FILE")
         self.refuse(["--lates", "/s"], "--latest or --latest-only")
         self.refuse(["--late", "3", "/s"], "--latest or --latest-only")
         self.refuse(["--max", "3", "/s"], "unknown option --max", "doctor")

@@ -587,6 +587,18 @@ class Restore(RawTestCase):
         for name in expected:
             self.assertComplete(os.path.join(folder, name), self.snapshot_path(name))
 
+    def test_what_is_named_without_raw(self):
+        self.send()
+        for arguments in (["--latest", self.folder], [os.path.join(self.folder, self.taken[0] + ".btrfs")]):
+            self.assertErrorSays(self.run_program("restore", *arguments + [self.into()], status=1), "raw://PATH")
+
+    def test_none_can_be_restored(self):
+        self.send()
+        for name in self.streams():
+            os.unlink(os.path.join(self.folder, name))
+        self.assertErrorSays(self.run_program("restore", "--latest", self.raw, self.into(), status=1),
+                             "no backup in", "can be restored; verify says")
+
     def test_each_point_with_each_compressor_and_encryptor(self):
         for number, compressor in enumerate(NONE_AND_EACH):
             place, encryption = [ext4, tmpfs][number % 2], [None, "gpg", "age"][number % 3]
@@ -747,6 +759,18 @@ class Damage(RawTestCase):
         self.send()
         self.assertSound(self.taken)
         self.assertRestorable(*self.taken)
+
+    def test_a_lost_file_is_sent_again_in_another_way(self):
+        os.unlink(self.path(self.taken[0]))
+        self.send("--raw-compress", "zstd", status=1)
+        new, = self.take(4)
+        self.send("--raw-compress", "gzip")
+        self.send("--raw-compress", "gzip")
+        self.assertEqual([self.taken[0] + ".btrfs.zst", new + ".btrfs.gz"],
+                         [f for f in self.streams() if f[-1] != "s"])
+        self.run_program("verify", self.raw)
+        self.assertRestorable(new)
+        self.run_program("prune", "-n", "1", "--", self.raw)
 
     def test_nothing_builds_on_a_chain_with_a_hole(self):
         os.unlink(self.path(self.taken[0]))
@@ -976,6 +1000,14 @@ class Verify(RawTestCase):
         texts = self.texts("--latest", self.raw, status=1)
         self.assertEqual([self.taken[2]], list(texts))
         self.assertIn("it is whole, but {} that it builds on is not".format(self.taken[1]), texts[self.taken[2]])
+
+    def test_what_builds_on_one_without_a_key_is_not_called_different(self):
+        self.transfer("-n", "1", "--raw-encrypt", "age:" + self.keys.age, to=[self.raw], env=self.keys.env)
+        self.take(4)
+        self.send("--raw-encrypt", "gpg:" + self.keys.gpg)
+        texts = self.texts(self.raw, status=1)
+        self.assertEqual({"not checked"}, {text.split(":")[0] for text in texts.values()})
+        self.assertIn("that it builds on could not be checked", " ".join(texts.values()))
 
     def test_without_btrfs_it_says_what_was_not_seen(self):
         self.send()
