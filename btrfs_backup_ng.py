@@ -6716,15 +6716,24 @@ def broken_backups(folder: RawFolder) -> Dict[str, str]:
             missing.add(backup.name)
         elif size != backup.file_size:
             wrong[backup.name] = "{} has {} bytes instead of {}".format(backup.file, size, backup.file_size)
-    sound = {backup.uuid: backup for backup in folder.backups if backup.name not in wrong}
-    while True:
-        cut = [b for b in sound.values() if b.parent_uuid is not None and b.parent_uuid not in sound]
-        if not cut:
-            return wrong
-        for backup in cut:
-            del sound[backup.uuid]
-            wrong[backup.name] = "its parent {} is {}".format(
-                backup.parent, "broken" if backup.parent in wrong and backup.parent not in missing else "missing")
+    cut = without_full_stream([backup for backup in folder.backups if backup.name not in wrong])
+    broken = (set(wrong) | {backup.name for backup in cut}) - missing
+    wrong.update({backup.name: "its parent {} is {}".format(
+        backup.parent, "broken" if backup.parent in broken else "missing") for backup in cut})
+    return wrong
+
+
+def without_full_stream(backups: Sequence[RawBackup]) -> List[RawBackup]:
+    """Those of `backups` whose parents do not lead to a full stream among them, but nowhere, or in a circle."""
+    children: Dict[Optional[str], List[RawBackup]] = {}
+    for backup in backups:
+        children.setdefault(backup.parent_uuid, []).append(backup)
+    sound, reached = list(children.get(None, ())), {None}  # type: List[RawBackup], Set[Optional[str]]
+    for backup in sound:
+        if backup.uuid not in reached:
+            reached.add(backup.uuid)
+            sound += children.get(backup.uuid, ())
+    return [backup for backup in backups if backup.parent_uuid not in reached]
 
 
 def listing_of(folder: RawFolder) -> Listing:
@@ -13942,6 +13951,8 @@ class RestoreRun:
         link = self.parent if self.listing.chained else None
         while link is not None and not self.has_base(link, around):
             parent = by_id.get(link.parent_uuid or "")
+            if len(links) > len(by_id):  # a host may say anything
+                raise BackupError("what {} builds on leads in a circle".format(self.backup.name), "choose another")
             links.insert(0, Transfer(link, parent))
             self.check_name(link, "{}, which {} builds on".format(link.name, self.backup.name))
             link = parent

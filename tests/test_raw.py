@@ -556,6 +556,23 @@ class Retention(RawTestCase):
         self.assertEqual(sorted(strangers + [taken[2] + ".btrfs", taken[2] + ".btrfs.json"]), self.files())
 
 
+class Circles(unittest.TestCase):
+    """Sidecars of somebody who can write them: their parents lead in a circle."""
+
+    @staticmethod
+    def backup(name, parent):
+        return program.RawBackup(name, name + ".btrfs", "u" + name, "u" + parent if parent else None, parent,
+                                 0, 1, "", 1, "", (), 0, 0, 0)
+
+    def test_none_can_be_restored(self):
+        backups = [self.backup(*pair) for pair in ("aa", "bc", "cb", "dc", "ex", ("f", None), "gf", "hg")]
+        folder = program.RawFolder(tuple(backups), {backup.file: 1 for backup in backups})
+        self.assertEqual({"a": "its parent a is broken", "b": "its parent c is broken", "c": "its parent b is broken",
+                          "d": "its parent c is broken", "e": "its parent x is missing"},
+                         program.broken_backups(folder))
+        self.assertEqual(["f", "g", "h"], [s.name for s in program.listing_of(folder).subvolumes])
+
+
 class Restore(RawTestCase):
     """restore: from the files alone, into a btrfs that has nothing of it."""
 
