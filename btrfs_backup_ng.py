@@ -3066,9 +3066,10 @@ def apart(events: Events, tell: Callable[[BackupError], Any], doing: str) -> Ite
 class JsonLog:
     """Appends each event that a log may show to a file, a JSON object a line, `time` in seconds since the epoch."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, opened: Callable[[str], int]) -> None:
+        """opened: how the file is opened for appending."""
         import json
-        self.path, self.format = path, functools.partial(json.dumps, sort_keys=True)
+        self.path, self.opened, self.format = path, opened, functools.partial(json.dumps, sort_keys=True)
         self.fd = -1  # until there is something to write
 
     def __call__(self, event: Event) -> None:
@@ -3081,7 +3082,7 @@ class JsonLog:
 
     def write(self, line: bytes) -> None:
         if self.fd < 0:
-            self.fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self.fd = self.opened(self.path)
         while line:
             line = line[os.write(self.fd, line):]
 
@@ -4737,6 +4738,24 @@ def foreign_link(path: str) -> str:
         except OSError:
             break
     return ""
+
+
+def open_log(path: str) -> int:
+    """Opens a log for appending. In a folder where others decide what bears its name it must be a plain file.
+
+    A fifo would stop the run, a link would lead to a file of root's.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    place, name = os.path.split(os.path.abspath(path))
+    folder, steps = open_way(os.path.realpath(place))
+    try:
+        if not exposed_steps(steps) and not foreign_link(os.path.join(place, name)):
+            return os.open(path, flags, 0o666)
+        return open_plain(name, flags, folder)
+    except OSError as error:
+        raise plain_error(path, "write", error, "the run goes on without this log") from None
+    finally:
+        os.close(folder)
 
 
 def parse_own(text: str) -> Dict[str, List[str]]:
@@ -15838,7 +15857,7 @@ def run_arguments(arguments: Sequence[str]) -> int:
     if os.geteuid() != 0 and not task.no_elevate and VERBS[task.verb].needs_root:
         elevate(arguments)
     view = make_view(requests, Terminal())
-    events = Events(view, *[JsonLog(task.log_json)] if task.log_json else [])
+    events = Events(view, *[JsonLog(task.log_json, open_log)] if task.log_json else [])
     if task.live_layout and not isinstance(view, LiveView) and not task.dry_run:
         events.info("no-view", "no live view: it needs a terminal of at least {} columns and {} lines on stderr".format(
             *SMALLEST_VIEW))

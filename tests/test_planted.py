@@ -344,3 +344,21 @@ class InPlace(PlantedTestCase):
                     os.chown(os.path.join(self.snapshots, ".outstanding_transfers"), USER, USER)
                 self.run_program("restore", "--name", name, self.target, "--in-place", self.source)
                 self.assertEqual({}, support.read_locks(self.snapshots))
+
+
+class Log(PlantedTestCase):
+
+    def test_what_the_user_put_in_the_place_of_the_log(self):
+        """A fifo stops no run, and a link leads to no file of root's."""
+        victim, log = os.path.join(self.source_disk.path, "victim"), os.path.join(self.source, "log")
+        with open(victim, "w", encoding="utf-8"):
+            pass
+        for planted in ("mkfifo log", "ln -s {} log".format(victim), "mkfifo there; ln -s there log"):
+            with self.subTest(planted):
+                self.as_user(planted)
+                result = self.backup("-T", "--log-json", log, status=1)
+                self.assertErrorSays(result, "cannot write " + log, "it is no plain file")
+                self.assertEqual(0, os.path.getsize(victim))
+                remove(log)
+        self.backup("-T", "--log-json", log)
+        self.assertGreater(os.path.getsize(log), 0)
