@@ -7979,10 +7979,15 @@ class LocalHost:
 
     def publish_raw(self, folder: str, backup: RawBackup) -> None:
         """Gives a finished stream file its sidecar and its name."""
-        path = os.path.join(folder, checked_name(backup.file, checked_name(backup.name) + STREAM_SUFFIX))
-        if os.path.lexists(path):
-            raise ReceiverFailed("{} has appeared meanwhile".format(path))
+        stem = checked_name(backup.name) + STREAM_SUFFIX
+        path = os.path.join(folder, checked_name(backup.file, stem))
         try:
+            # a sidecar that speaks of another's file, or of none, would make a good backup look broken
+            if not backup.file.startswith(stem):
+                raise BackupError("{} is no stream file of {}".format(backup.file, backup.name))
+            if any(name.startswith(stem) and not name.endswith(SIDECAR_SUFFIX) for name in os.listdir(folder)):
+                raise ReceiverFailed("{} has appeared meanwhile".format(path))
+            os.lstat(os.path.join(folder, partial_name(backup.name)))
             if backup.parent_uuid is not None and backup.parent_uuid not in {
                     s.uuid for s in listing_of(read_raw_folder(folder)).subvolumes}:
                 raise ReceiverFailed("{}, which {} builds on, is gone".format(backup.parent, backup.name), "run again")

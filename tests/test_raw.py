@@ -1119,6 +1119,15 @@ class Restricted(remote.RemoteTestCase, RawTestCase):
                     backup._replace(file="other.btrfs")):
             with self.subTest(bad=bad.file), self.assertRaises(program.BackupError):
                 host.publish_raw(self.folder, bad)
+        good, evil = self.name(1), "evil20240102-000000"
+        for name in (good + ".btrfs", ".{}.partial".format(evil)):
+            remote.write_file(os.path.join(self.folder, name), "")
+        before = sorted(os.listdir(self.folder))
+        for name, stream in ((good, good + ".btrfs.zz"), (evil, "{}.btrfs.{}.btrfs".format(good, evil)),
+                             ("none20240102-000000", "none20240102-000000.btrfs")):
+            with self.subTest("which speaks of another's", file=stream), self.assertRaises(program.BackupError):
+                host.publish_raw(self.folder, backup._replace(name=name, file=stream))
+        self.assertEqual(before, sorted(os.listdir(self.folder)))
         errors = host.delete_raw(self.folder, [program.Subvolume(".x/../../secret.partial", None, readonly=False)])
         self.assertEqual(1, len(errors))
         self.assertTrue(os.path.exists(secret))
