@@ -9612,6 +9612,9 @@ class Guard:
         """What of an answer the other side may see: of notes its own, unless it may delete, when all protect."""
         if self.missing:
             return found._replace(path=self.missing, kind="missing", is_top=False)
+        if name == "own_sizes":
+            own_ids = {subvolume.subvolid for subvolume in LocalHost(Events()).list(arguments[0]).subvolumes}
+            return {subvolid: size for subvolid, size in found.items() if subvolid in own_ids}
         if name not in ("read_locks", "change_locks", "read_pins", "read_notes") or "delete" in self.restriction.allow:
             return found
         own = read_own_destinations(arguments[0])

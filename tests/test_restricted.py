@@ -282,6 +282,13 @@ class Hostile(RestrictedTestCase):
                               timeout=20)
         self.assertNotEqual(0, done.returncode)
 
+    def test_sizes_of_its_own_folder_alone(self):
+        guard = program.Guard(program.Restriction(self.target, ("list",)))
+        ids = [support.subvolume(support.create(os.path.join(folder, "sub"))).id
+               for folder in (self.target, self.target_disk.path)]
+        shown = guard.allowed_part("own_sizes", [self.target], dict.fromkeys(ids, 1))
+        self.assertEqual({ids[0]: 1}, shown)
+
 
 class HostileStreams(RestrictedTestCase):
     """A stream can do nothing but to its own subvolume."""
