@@ -16,7 +16,7 @@ DEFAULT = ".btrfs-backup-ng"
 
 def as_user(*argv):
     """Runs a command as an ordinary user; whether it went well. Others' folders are closed to it as to anyone."""
-    words = ["setpriv", "--reuid", str(USER), "--regid", str(USER), "--clear-groups"] + list(argv)
+    words = ["timeout", "5", "setpriv", "--reuid", str(USER), "--regid", str(USER), "--clear-groups"] + list(argv)
     return subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
 
