@@ -11,6 +11,7 @@ Environment:
 """
 
 import atexit
+import contextlib
 import ctypes
 import fcntl
 import glob
@@ -175,9 +176,10 @@ def mounts_below(folder):
 def loops_below(folder):
     """Loop devices whose image lies in the folder."""
     for backing in glob.glob("/sys/block/loop*/loop/backing_file"):
-        with open(backing, errors="surrogateescape") as image:
-            if image.read().startswith(folder + "/"):
-                yield "/dev/" + backing.split("/")[3]
+        with contextlib.suppress(OSError):  # it has gone meanwhile
+            with open(backing, errors="surrogateescape") as image:
+                if image.read().startswith(folder + "/"):
+                    yield "/dev/" + backing.split("/")[3]
 
 
 def discard(folder):
@@ -197,6 +199,17 @@ def unmount(mount_point):
     subprocess.call(["umount", "-l", mount_point], stderr=subprocess.DEVNULL)
 
 
+def make_btrfs(image, *options):
+    """mkfs.btrfs, which looks at each loop device there is, and fails where another run's goes away meanwhile."""
+    for _ in range(50):
+        try:
+            return command("mkfs.btrfs", "-q", *(options + (image,)))
+        except RuntimeError as error:
+            if "cannot check mount status" not in str(error):
+                raise
+    raise RuntimeError("other loop devices come and go all the time")
+
+
 class Disk:
     """A btrfs filesystem on a sparse file: `path` is where it is mounted."""
 
@@ -209,7 +222,7 @@ class Disk:
         self.options = options
         self.loop = None
         command("truncate", "-s", size, self.image)
-        command("mkfs.btrfs", "-q", *(list(mkfs) + [self.image]))
+        make_btrfs(self.image, *mkfs)
         os.makedirs(self.path, exist_ok=True)
         self.mount()
 

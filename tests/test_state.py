@@ -483,11 +483,12 @@ class Planted(InFolder):
     def test_notes_with_values_of_other_types(self):
         fields: Dict[str, Any] = json.loads(format_record(self.RECORD))
         changes: Any = ({"compressed": 1}, {"name": 7}, {"piece": None}, {"version": True}, {"boot": []},
-                        {"point": {"marks": [], "file_data": "7"}}, {"point": {"marks": [[1.5, "a"]], "file_data": 7}},
-                        {"point": {"marks": [[1, 7]], "file_data": 7}})
+                        {"point": {"marks": [], "file_data": "7", "acl": None}}, {"point": {"marks": [], "file_data": 7}},
+                        {"point": {"marks": [[1.5, "a"]], "file_data": 7, "acl": None}},
+                        {"point": {"marks": [[1, 7]], "file_data": 7, "acl": None}})
         for changed in changes:
             with self.subTest(changed):
-                self.assertRaises((ValueError, TypeError), parse_record, json.dumps(dict(fields, **changed)))
+                self.assertRaises((ValueError, TypeError, KeyError), parse_record, json.dumps(dict(fields, **changed)))
         notes = SwapNotes("n", "i", "r", "u", False, "", None, "o")
         changes = ({"temporary": "no"}, {"kept": None}, {"new_uuid": 7})
         for changed in changes:
