@@ -2008,6 +2008,13 @@ def plan_recoveries(locks: Locks, destination: str, snapshots: Sequence[Subvolum
             for name in sorted(locked_names(locks, destination))]
 
 
+def left_traces(snapshots: Sequence[Subvolume], listing: Listing) -> List[str]:
+    """Snapshots whose backup is complete beside the record or lock of its partial, as a power failure leaves them."""
+    pairs = [(s, listing.named(s.name)) for s in snapshots
+             if {record_name(s.name), partial_lock_name(s.name)} & listing.others]
+    return [snapshot.name for snapshot, backup in pairs if backup is not None and corresponds(snapshot, backup)]
+
+
 def without_taking_up(recovery: Recovery, listing: Listing) -> Recovery:
     """The same for a snapshot that will not be sent: all of its partial goes."""
     return recovery._replace(take_up=None, delete=recovery.delete + tuple(
@@ -4314,9 +4321,36 @@ def receive_argv(folder: str, debug: bool, confined: bool) -> List[str]:
     return ["btrfs", "receive"] + ["-vv"] * debug + ["--chroot"] * confined + [folder]
 
 
-def sync_filesystem(folder: str) -> None:
-    """Makes all that was written to the filesystem of `folder` durable; a read-only flag alone does not."""
+def sync_filesystem(folder: str, held: int = -1) -> None:
+    """Makes all that was written to the filesystem of `folder` durable; a read-only flag alone does not.
+
+    held: a file there, open since before anything was written whose loss would matter.
+    """
     check(["btrfs", "filesystem", "sync", folder], "cannot sync {}".format(folder))
+    try:
+        fd = os.dup(held) if held >= 0 else os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            check_written(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise os_error("cannot sync {}".format(folder), error, "contents of files were lost; see dmesg") from None
+
+
+def check_written(fd: int) -> None:
+    """OSError where contents of any file of a filesystem could not be written, since `fd` was opened there.
+
+    The call for a sync of btrfs succeeds all the same where a disk takes its trees but not the contents of files, of
+    which nothing is left then. syncfs(2) tells, since Linux 5.8: each open file once, a new one of what none was told.
+    """
+    try:
+        import ctypes
+        libc = ctypes.CDLL(None, use_errno=True)
+        failed = libc.syncfs(fd)
+    except (ImportError, OSError, AttributeError):
+        return
+    if failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 class HostFacts(NamedTuple):
@@ -5884,7 +5918,7 @@ class Partial:
                 make_readonly(firm)
         except OSError as error:
             raise os_error("cannot keep {}".format(path), error) from None
-        sync_filesystem(self.folder)
+        self.sync()
         self.record = self.record._replace(piece=piece, private=private, point=point, version=stream.version,
                                            ctransid=stream.ctransid)
         replace_file(self.folder, record_name(self.name), format_record(self.record))
@@ -5899,8 +5933,24 @@ class Partial:
             raise ReceiverFailed("btrfs receive left {} incomplete though it reported success".format(piece))
         record = self.record._replace(finished=piece, boot=boot_id())
         replace_file(self.folder, record_name(self.name), format_record(record), durably=False)
-        sync_filesystem(self.folder)
+        self.make_durable()
         return found
+
+    def sync(self) -> None:
+        sync_filesystem(self.folder, self.lock.fd if self.lock is not None else -1)
+
+    def make_durable(self) -> None:
+        """Syncs a finished piece; where that fails nothing vouches for it any more."""
+        try:
+            self.sync()
+        except BackupError:
+            with contextlib.suppress(OSError, BackupError):
+                if self.checkpoint is None:
+                    remove_record(self.folder, self.name)
+                else:
+                    record = self.record._replace(finished="", boot="")
+                    replace_file(self.folder, record_name(self.name), format_record(record))
+            raise
 
     def give_name(self, backup: Subvolume) -> Subvolume:
         """The backup under its final name, and nothing beside it."""
@@ -6119,7 +6169,7 @@ class LocalReceiver:
         finished, stage = self.partial.finished, self.stage
         if finished is not None or stage is None:
             self.received.set()
-            sync_filesystem(self.partial.folder)
+            self.partial.make_durable()
             return finished  # type: ignore[return-value]
         try:
             os.set_blocking(self.write_end, True)
@@ -10855,6 +10905,9 @@ PLAIN_REPLACE = (
     'if [ -d "$a0" ]; then echo "it is a folder" >&2; exit 1; fi; sync && mv "$a0.new" "$a0" && sync')
 # `btrfs subvolume sync` says nothing for as long as a large subvolume takes.
 PLAIN_SYNC = ('while l=$(btrfs subvolume list -d "$a0") || exit 1; [ -n "$l" ]; do echo "$l"; sleep 2; done')
+PLAIN_WRITTEN = (  # see check_written; a sync that knows no -f says how it is used
+    'said=$(sync -f "$a0" 2>&1) || case $said in *option*|*sage*) ;; '
+    '*) printf "%s: contents of files were lost\\n" "$said" >&2; exit 1;; esac; ')
 PLAIN_MARK = 'printf "\\nbtrfs-backup-ng wire 1\\n"; '
 PLAIN_LOOK = (
     'k=missing; if [ -e "$a0" ] || [ -L "$a0" ]; then k=other; fi; if [ -d "$a0" ]; then k=folder; fi; '
@@ -11171,7 +11224,7 @@ class ShellHost:
         if found.parent_uuid != expected.base:
             raise ReceiverFailed("{} was received on another parent (UUID {}) than planned (UUID {})".format(
                 partial, found.parent_uuid, expected.base), "-I sends in full")
-        self.run('btrfs filesystem sync "$a0" || exit 1; '
+        self.run('btrfs filesystem sync "$a0" || exit 1; ' + PLAIN_WRITTEN +
                  'if [ -e "$a2" ]; then echo "it has appeared meanwhile" >&2; exit 1; fi; '
                  'mv "$a1" "$a2" && btrfs filesystem sync "$a0"',
                  (folder, os.path.join(folder, partial), os.path.join(folder, expected.name)),
@@ -12233,6 +12286,10 @@ class TaskRun:
 
     def recover(self, destination: Destination) -> None:
         """Clears what failed transfers left at a destination, under their locks."""
+        is_listed = destination.endpoint.kind == "path" and destination.listing is not None
+        traces = left_traces(self.snapshots, destination.listing or Listing()) if is_listed else []
+        for error in destination.host.forget_partials(destination.path, traces) if traces else ():
+            self.report(error, destination)
         for recovery in destination.plan.recoveries:
             errors = destination.host.delete(destination.path, recovery.delete, False)
             for subvolume in recovery.delete if not errors else ():

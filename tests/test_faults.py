@@ -4,6 +4,7 @@ TORTURE in the environment is the number of random moments at which a run is kil
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -84,7 +85,7 @@ class KilledAtRandomMoments(FaultTestCase):
         took = time.monotonic() - started
         self.remember_snapshots()
         self.look_at_the_target()
-        self.assertEqual([], partials(self.target))
+        self.assertEqual([], support.hidden(self.target))
         self.assertEqual({}, support.read_locks(self.snapshots))
         self.assertEqual(names(self.snapshots)[-1], names(self.target)[-1])
         return took
@@ -126,6 +127,95 @@ class PowerCutAtRandomMoments(KilledAtRandomMoments):
         self.remember_snapshots()
         self.look_at_the_target()
         self.assertConverged()
+
+
+class ContentsThatAreNotWritten(FaultTestCase):
+    """A disk that takes the trees of btrfs but not the contents of files: a sync by btrfs succeeds all the same."""
+
+    def setUp(self):
+        if tuple(map(int, re.findall("[0-9]+", os.uname().release)[:2])) < (5, 8):
+            self.skipTest("needs Linux 5.8")
+        super().setUp()
+        self.store = os.path.join(support.scratch_folder(), "store")
+        os.mkdir(self.store)
+        support.command("mount", "-t", "tmpfs", "-o", "size=1G", "tmpfs", self.store)
+        self.addCleanup(shutil.rmtree, self.store)
+        self.addCleanup(support.unmount, self.store)
+        self.target_disk = self.disk("400M", options="nodiscard", image_in=self.store)
+        self.target = os.path.join(self.target_disk.path, "backups")
+        os.mkdir(self.target)
+        self.take(1)
+        self.transfer()
+
+    def let_contents_fail(self):
+        """All space of the image is there for the trees, none for more contents."""
+        image = self.target_disk.image
+        found = support.command("btrfs", "inspect-internal", "dump-tree", "-t", "chunk", self.target_disk.loop)
+        trees = []
+        for chunk in found.split(" CHUNK_ITEM ")[1:]:
+            length, kind = re.findall(r"length (\d+) [^$]*?type ([A-Z]+)", chunk)[0]
+            trees += [(int(at), int(length)) for at in re.findall(r"devid 1 offset (\d+)", chunk) if kind != "DATA"]
+        self.assertTrue(trees)
+        with open(image, "r+b") as file:
+            for offset, length in trees:
+                content = os.pread(file.fileno(), length, offset)
+                os.pwrite(file.fileno(), content, offset)
+        space = os.statvfs(self.store)
+        used = (space.f_blocks - space.f_bfree) * space.f_frsize
+        support.command("mount", "-o", "remount,size=%d" % used, self.store)
+
+    def mend(self):
+        support.command("mount", "-o", "remount,size=1G", self.store)
+        support.command("btrfs", "filesystem", "sync", self.target_disk.path)
+        self.target_disk.unmount()
+        self.target_disk.mount()
+
+    def test_what_was_lost_is_not_complete(self):
+        bulk(os.path.join(self.source, "large"), 24)
+        name, = self.take(2)
+        self.let_contents_fail()
+        result = self.transfer(status=1)
+        self.assertErrorSays(result, "cannot sync", "contents of files were lost")
+        self.assertNotIn(name, names(self.target))
+        self.mend()
+        self.transfer()
+        self.assertConverged()
+
+    def test_nor_is_what_was_received_before_by_a_run_that_was_killed(self):
+        """It has noted that nothing is missing but the name."""
+        bulk(os.path.join(self.source, "large"), 24)
+        name, = self.take(2)
+        self.let_contents_fail()
+        run = self.start_backup("-S", env=support.gate("sync"))
+        run.wait_for("sync", lambda: any(support.is_stopped(pid) for pid in run.processes()))
+        run.kill()
+        self.transfer(status=1)
+        self.assertNotIn(name, names(self.target))
+        self.mend()
+        self.transfer()
+        self.assertConverged()
+
+
+class TracesOfWhatIsComplete(FaultTestCase):
+    """A backup had its name and its lock at the source was cleared; of that there was left only the name."""
+
+    def test_they_go(self):
+        name, _ = self.take(1, 2)
+        self.transfer()
+        traces = [".{}.partial{}".format(snapshot, end) for snapshot in (name, "home20200101-000000")
+                  for end in (".json", ".lock")]
+        for trace in traces:
+            open(os.path.join(self.target, trace), "w").close()
+        self.transfer()
+        self.assertEqual(traces[2:], support.hidden(self.target))
+
+    def test_they_stay_where_there_is_a_partial(self):
+        name, = self.take(1)
+        self.transfer()
+        partial = support.create(os.path.join(self.target, "." + name + ".partial"))
+        open(partial + ".lock", "w").close()
+        self.transfer()
+        self.assertEqual(["." + name + ".partial", "." + name + ".partial.lock"], support.hidden(self.target))
 
 
 class Interrupted(FaultTestCase):
