@@ -4588,14 +4588,14 @@ def format_pins(pins: Pins) -> str:
     return json.dumps({"version": 1, "destinations": plain}, indent=1, sort_keys=True) + "\n"
 
 
-def open_plain(name: str, flags: int, folder: int) -> int:
-    """Opens the plain file `name` in an open folder, for its user alone where it is made.
+def open_plain(name: str, flags: int, folder: int, single: bool = True) -> int:
+    """Opens the plain file `name` in an open folder, for its user alone where it is made. single: of no other name.
 
     Whatever else bears the name: OSError at once, and nothing was followed, waited for or changed.
     """
     fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o600, dir_fd=folder)
     found = os.fstat(fd)
-    if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:  # 0: replaced meanwhile
+    if stat.S_ISREG(found.st_mode) and (found.st_nlink <= 1 or not single):  # 0: replaced meanwhile
         return fd
     os.close(fd)
     raise OSError(errno.EMLINK, "it is no plain file with a single name")
@@ -4620,10 +4620,10 @@ def plain_error(path: str, doing: str, error: OSError, hint: str = "") -> Backup
     return os_error("cannot {} {}".format(doing, path), OSError(error.errno, words), hint_for(words) or hint)
 
 
-def read_note(folder: str, name: str, most: int = LARGEST_NOTE) -> Tuple[str, os.stat_result]:
+def read_note(folder: str, name: str, most: int = LARGEST_NOTE, single: bool = True) -> Tuple[str, os.stat_result]:
     """The text of a small plain file, of at most so many bytes, and what is known of the file. OSError."""
     with opened_folder(folder) as top:
-        fd = open_plain(name, os.O_RDONLY, top)
+        fd = open_plain(name, os.O_RDONLY, top, single)
     with open(fd, encoding="utf-8", errors="surrogateescape") as file:
         found = os.fstat(fd)
         if found.st_size > most:
@@ -4685,6 +4685,35 @@ def open_step(folder: int, name: str, readable: bool, mode: Optional[int]) -> in
     return os.open(name, flags, dir_fd=folder)
 
 
+ACL_ENTRY = struct.Struct("<HHI")  # of a POSIX ACL: whom, what he may, id; behind a version of 4 bytes
+ACL_USER, ACL_GROUP, ACL_WRITE = 0x02, 0x08, 2
+
+
+def acl_admits_others(acl: bytes) -> bool:
+    """Whether an ACL lets users and groups write beside those that the mode of a folder tells of."""
+    entries = (ACL_ENTRY.unpack_from(acl, at) for at in range(4, len(acl) - ACL_ENTRY.size + 1, ACL_ENTRY.size))
+    own = {ACL_USER: (0, os.geteuid()), ACL_GROUP: (0, os.getegid())}
+    return any(may & ACL_WRITE and whom in own and number not in own[whom] for whom, may, number in entries)
+
+
+def is_open_by_acl(fd: int, found: os.stat_result) -> bool:
+    """Whether others may write to an open folder for its ACL, whose mask stands as the group's rights in its mode."""
+    if not found.st_mode & 0o020:
+        return False
+    try:
+        return acl_admits_others(os.getxattr("/proc/self/fd/{}".format(fd), "system.posix_acl_access"))
+    except OSError:
+        return False
+
+
+def way_step(path: str, fd: int) -> Tuple[str, os.stat_result]:
+    """What a step is; one that an ACL opens to others as if its mode did."""
+    found = os.fstat(fd)
+    if is_open_by_acl(fd, found):
+        found = os.stat_result((found.st_mode | 0o002,) + tuple(found)[1:])
+    return path, found
+
+
 def open_way(path: str, make: bool = False) -> Tuple[int, List[Tuple[str, os.stat_result]]]:
     """A folder, opened step by step without following any link, and what each step on the way is.
 
@@ -4695,7 +4724,7 @@ def open_way(path: str, make: bool = False) -> Tuple[int, List[Tuple[str, os.sta
     at = known.group() if known else "/"
     parts = [part for part in path[len(at):].split("/") if part]
     fd = os.open(at, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    steps = [(at, os.fstat(fd))]
+    steps = [way_step(at, fd)]
     try:
         for number, part in enumerate(parts, 1):
             at = os.path.join(at, part)
@@ -4703,7 +4732,7 @@ def open_way(path: str, make: bool = False) -> Tuple[int, List[Tuple[str, os.sta
             inner = open_step(fd, part, is_last, (0o700 if is_last else 0o755) if make else None)
             os.close(fd)
             fd = inner
-            steps.append((at, os.fstat(fd)))
+            steps.append(way_step(at, fd))
         return fd, steps
     except OSError as error:
         os.close(fd)
@@ -5627,14 +5656,14 @@ class Confinement:
 
     def __init__(self, folder: str) -> None:
         import ctypes
+        libc = ctypes.CDLL(None, use_errno=True)
+        self.unshare, self.mount, self.errno = libc.unshare, libc.mount, ctypes.get_errno
         mount = mount_around(folder, read_mounts())
         self.mount_point = mount.point if mount is not None else "/"
         self.flags = (self.BIND | self.REMOUNT | self.NO_LINKS | self.HARMLESS
                       | (os.statvfs(folder).f_flag & os.ST_RDONLY))
         self.private = PrivateFolder()
         self.path = os.path.join(self.private.path, os.path.relpath(folder, self.mount_point))
-        libc = ctypes.CDLL(None, use_errno=True)
-        self.unshare, self.mount, self.errno = libc.unshare, libc.mount, ctypes.get_errno
 
     def enter(self) -> None:
         """Is called in the new process."""
@@ -5661,7 +5690,7 @@ def confine(folder: str) -> Optional[Confinement]:
         return None
     try:
         confinement = Confinement(os.path.realpath(folder))
-    except OSError:
+    except (ImportError, OSError, AttributeError):  # of a Python without ctypes, a C library without the calls
         return None
     try:
         start(["true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, prepare=confinement.enter).wait()
@@ -6726,7 +6755,7 @@ def parse_sidecar(text: str) -> RawBackup:
 
 def read_sidecar(folder: str, name: str) -> RawBackup:
     """The sidecar in file `name`; ValueError says what is wrong with it."""
-    text = read_note(folder, name)[0]
+    text = read_note(folder, name, single=False)[0]  # it vouches for itself, and copies of a folder may share files
     try:
         backup = parse_sidecar(text)
     except (KeyError, TypeError, AttributeError):

@@ -6,6 +6,7 @@ import struct
 import sys
 import tempfile
 import unittest
+import unittest.mock
 import uuid
 from unittest import mock
 
@@ -342,6 +343,13 @@ class WithoutTheKernelsHelp(unittest.TestCase):
         self.judge(*clone(OWN, b"old/link/x"))
         self.refused(*clone(PARENT, b"old/link/x"))
         self.judge(END)
+
+
+class WithoutCtypes(unittest.TestCase):
+
+    def test_nothing_is_confined(self):
+        with unittest.mock.patch.dict(sys.modules, {"ctypes": None}):
+            self.assertIsNone(program.confine("/"))
 
 
 class AtTheEdges(unittest.TestCase):

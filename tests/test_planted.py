@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import unittest
@@ -70,6 +71,7 @@ class SnapshotFolder(PlantedTestCase):
         result = self.assertRefused("{} belongs to user 65534, so its snapshots could be somebody else's".format(
             os.path.join(self.source, DEFAULT)), "-f {}/.snapshots/home".format(self.source_disk.path))
         option = result.errors[0].rpartition(" ")[2]
+        support.next_second()  # its name would be that of the backup which the first run made
         self.backup("-f", option)
         self.assertEqual(1, len(names(option)))
         self.assertEqual([], os.listdir(self.snapshots))
@@ -90,6 +92,17 @@ class SnapshotFolder(PlantedTestCase):
                 os.makedirs(self.snapshots, exist_ok=True)
                 os.chown(self.snapshots, 0, USER)
                 os.chmod(self.snapshots, mode)
+                self.assertRefused("can be written by others")
+
+    @unittest.skipUnless(shutil.which("setfacl"), "no setfacl")
+    def test_a_folder_that_an_acl_opens_to_others(self):
+        os.makedirs(self.snapshots, 0o755)
+        for whom in ("u:65534:r-x", "u:0:rwx"):
+            subprocess.check_call(["setfacl", "-m", whom, self.snapshots])
+            self.backup("-T")
+        for whom in ("u:65534:rwx", "g:65534:rwx"):
+            with self.subTest(whom):
+                subprocess.check_call(["setfacl", "-b", "-m", whom, self.snapshots])
                 self.assertRefused("can be written by others")
 
     def test_a_folder_elsewhere_in_anothers_reach(self):

@@ -616,6 +616,18 @@ class Restore(RawTestCase):
         self.assertErrorSays(self.run_program("restore", "--latest", self.raw, self.into(), status=1),
                              "no backup in", "can be restored; verify says")
 
+    def test_from_a_copy_of_the_folder_that_shares_its_files(self):
+        """As cp -al and rsync --link-dest make them."""
+        self.send()
+        copy = self.folder.rstrip("/") + "/copy"
+        os.mkdir(copy)
+        for name in os.listdir(self.folder):
+            if ".btrfs" in name:
+                os.link(os.path.join(self.folder, name), os.path.join(copy, name))
+        into = self.into()
+        self.restore(self.raw + "/copy/" + self.taken[-1], into)
+        self.assertRestored(into, self.taken[-1])
+
     def test_each_point_with_each_compressor_and_encryptor(self):
         for number, compressor in enumerate(NONE_AND_EACH):
             place, encryption = [ext4, tmpfs][number % 2], [None, "gpg", "age"][number % 3]
