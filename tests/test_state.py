@@ -483,7 +483,8 @@ class Planted(InFolder):
     def test_notes_with_values_of_other_types(self):
         fields: Dict[str, Any] = json.loads(format_record(self.RECORD))
         changes: Any = ({"compressed": 1}, {"name": 7}, {"piece": None}, {"version": True}, {"boot": []},
-                        {"point": {"marks": [], "file_data": "7", "acl": None}}, {"point": {"marks": [], "file_data": 7}},
+                        {"point": {"marks": [], "file_data": "7", "acl": None}},
+                        {"point": {"marks": [], "file_data": 7}},
                         {"point": {"marks": [[1.5, "a"]], "file_data": 7, "acl": None}},
                         {"point": {"marks": [[1, 7]], "file_data": 7, "acl": None}})
         for changed in changes:
