@@ -5352,6 +5352,10 @@ def look_at_swap_place(path: str) -> SwapPlace:
     old = subvolume_at(place)
     if old is None and os.path.lexists(place):
         raise BackupError("{} is no subvolume, so it cannot be swapped".format(path), "move it away")
+    below = [m.point for m in mounts if m.point.startswith(place + "/")]
+    if below:  # a rename would take them along
+        raise BackupError("something is mounted below {}: {}".format(path, some_of(sorted(below))),
+                          "unmount it first: {}".format(typed(["umount", "--"] + sorted(below, reverse=True))))
     points = [m.point for m in mounts if m.kind == "btrfs" and old is not None and is_mounted(m.point, old)]
     return SwapPlace(place, old, tuple(points), os.path.lexists(beside(place, "restoring.json")))
 
@@ -5421,6 +5425,8 @@ def prepare_swap(order: SwapOrder, notes: SwapNotes, snapshots: str) -> List[str
             remove_stand_ins(folder)
         there = subvolume_at(path)
         if there is None or not there.readonly or there.stream_id != notes.stream_id:
+            if os.path.lexists(path):  # it would be made inside
+                raise BackupError("{} is another one".format(os.path.join(kept_in, order.name)), "move it away")
             check(snapshot_argv + ["-r", order.restored, path], "cannot keep a snapshot of the restored state")
         return carry_state(snapshots, folder, order, notes.stream_id) if notes.kept else []
 
@@ -13995,6 +14001,20 @@ class RestoreRun:
                 raise BackupError("{} is not on the filesystem of {}".format(text, self.task.in_place),
                                   "leave FOLDER out")
 
+    def check_kept(self) -> None:
+        """BackupError where something else bears the name of the restored state in a snapshot folder outside."""
+        place, host, name = self.swap_place, self.target.host, self.backup.name
+        if place is None:
+            return
+        folder = host.look(os.path.join(place.path, self.task.snapshot_folder))
+        if folder.kind != "folder" or (folder.path + "/").startswith(place.path + "/"):
+            return
+        listing = host.list(folder.path)
+        there = listing.named(name)
+        if name in listing.others or there is not None and not (there.readonly and corresponds(self.backup, there)):
+            raise BackupError("{} is another one than the snapshot that would be kept there".format(
+                os.path.join(folder.path, name)), "move it away")
+
     def observe_target(self) -> None:
         """Reads what the target holds and what its locks tell, and plans what is left to do."""
         target, sending = self.target, self.sending
@@ -14092,6 +14112,7 @@ class RestoreRun:
             return
         target, prefix = self.target, prefix_of(self.backup.name)
         self.observe_target()  # what is refused is refused before anything is written
+        self.check_kept()
         if target.is_new:
             target.host.make_folder(target.path)
             target.is_new = False
@@ -14231,6 +14252,7 @@ class RestoreRun:
         self.find_backup()
         self.find_target()
         self.observe_target()
+        self.check_kept()
         target, name = self.target, self.backup.name
         lines = ["restore {} from {}".format(name, self.sending.folder)]
         if self.swap_place is not None and self.swap_place.is_broken:

@@ -402,6 +402,33 @@ class InPlace(RestoreTestCase):
         result = self.backup("-f", self.snapshots)
         self.assertIn("incrementally from " + second, result.stderr)
 
+    def test_another_of_the_name_in_a_snapshot_folder_outside(self):
+        self.snapshots = os.path.join(self.source_disk.path, "snapshots")
+        name, = self.take(1)
+        self.transfer("-f", self.snapshots)
+        support.delete(self.snapshot_path(name))
+        for make in (support.create, os.mkdir):
+            make(self.snapshot_path(name))
+            before = support.listing(self.source_disk.path)
+            for options in (["--dry-run"], []):
+                result = self.restore(self.target, "--latest", "--in-place", self.source, "-f", self.snapshots,
+                                      *options, status=1)
+                self.assertErrorSays(result, self.snapshot_path(name), "is another one")
+            self.assertUnchanged(before, self.source_disk.path)
+            support.delete(self.snapshot_path(name)) if make is support.create else os.rmdir(self.snapshot_path(name))
+
+    def test_what_is_mounted_below_is_not_taken_along(self):
+        self.back_up_days(1)
+        point = os.path.join(self.source, "inner disk")
+        os.mkdir(point)
+        support.command("mount", "-t", "tmpfs", "none", point)
+        self.addCleanup(support.unmount, point)
+        for options in (["--dry-run"], []):
+            result = self.restore(self.target, "--latest", "--in-place", self.source, *options, status=1)
+            self.assertErrorSays(result, "something is mounted below", point, "umount -- '" + point + "'")
+        self.assertTrue(os.path.ismount(point))
+        self.assertEqual([], [name for name in os.listdir(os.path.dirname(self.source)) if ".old-" in name])
+
     def test_from_a_second_hand_backup(self):
         """A to B, B to C, back to A; and then on to both."""
         trees = self.back_up_days(1, 2)
