@@ -5611,16 +5611,26 @@ class PrivateFolder:
 
     def __init__(self) -> None:
         import tempfile
-        parent = tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"
-        with contextlib.suppress(OSError):
-            self.sweep(parent)
-        self.path = tempfile.mkdtemp(prefix=self.PREFIX, dir=parent)
+        for parent in (tempfile.gettempdir(), "/tmp"):
+            with contextlib.suppress(OSError):
+                self.sweep(parent)
+            self.path = tempfile.mkdtemp(prefix=self.PREFIX, dir=parent)
+            if parent == "/tmp" or len(parent) < 60 and self.is_safe():
+                break
+            os.rmdir(self.path)
         try:
             self.fd = open_folder(self.path)
         except OSError:
             os.rmdir(self.path)
             raise
         fcntl.flock(self.fd, fcntl.LOCK_EX)
+
+    def is_safe(self) -> bool:
+        """Whether nobody else can put something in its place, as where TMPDIR is another user's folder."""
+        try:
+            return not is_exposed(self.path)
+        except OSError:
+            return False
 
     def sweep(self, parent: str) -> None:
         for entry in os.scandir(parent):
@@ -9617,8 +9627,7 @@ class Guard:
             for part in parts:
                 at = os.path.join(at, part)
                 if make:
-                    with contextlib.suppress(FileExistsError):
-                        os.mkdir(part, 0o700, dir_fd=fd)
+                    self.make_step(fd, part)
                 try:
                     inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=fd)
                 except FileNotFoundError:
@@ -9633,6 +9642,14 @@ class Guard:
             return self.keep(fd, at)
         finally:
             os.close(fd)
+
+    @staticmethod
+    def make_step(above: int, name: str) -> None:
+        """Makes a missing folder, but none in the place of notes, whose names are hidden."""
+        if name.startswith(".") and name != STATE_FOLDER:
+            return
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o700, dir_fd=above)
 
     def keep(self, fd: int, shown: str) -> str:
         """A path that leads to the open folder `fd` until the call is over."""

@@ -216,6 +216,11 @@ class Hostile(RestrictedTestCase):
                     with self.subTest(call=call, path=path):
                         self.refused(lambda call=call, arguments=arguments: self.ask(call, arguments))
 
+    def test_no_folder_is_made_in_the_place_of_notes(self):
+        for name in (".outstanding_transfers", ".home.source", ".destinations.json/below"):
+            with self.subTest(name), self.assertRaises(BackupError):
+                self.host.call("make_folder", self.under + "/" + name)
+
     def test_a_path_that_changes_while_it_is_looked_at(self):
         """A folder that becomes a link to / and a folder again, all the time: never is more seen than the folder."""
         path, aside = os.path.join(self.target, "x"), os.path.join(self.target, "aside")

@@ -702,6 +702,13 @@ class Private(InFolder):
         self.assertEqual({os.path.basename(kept), "bbng-with-a-file", "bbng-young", "other"},
                          set(os.listdir(self.folder)))
 
+    @unittest.skipUnless(os.geteuid() == 0, "gives a folder to another user")
+    def test_not_in_a_folder_of_another_user(self):
+        os.chown(self.folder, 65534, 65534)
+        private = PrivateFolder()
+        self.addCleanup(private.end)
+        self.assertEqual(("/tmp", []), (os.path.dirname(private.path), os.listdir(self.folder)))
+
     def test_a_link_is_not_followed(self):
         os.mkdir(self.path("elsewhere"))
         os.symlink("elsewhere", self.path("bbng-link"))
