@@ -182,11 +182,28 @@ def loops_below(folder):
                     yield "/dev/" + backing.split("/")[3]
 
 
+LOOP_CLR_FD = 0x4C01  # linux/loop.h
+
+
+def detach(loop, folder):
+    """Detaches a loop device whose image lies in the folder. Its number may be another run's by now.
+
+    While the device is open here nobody can attach something else to it.
+    """
+    with contextlib.suppress(OSError):
+        fd = os.open(loop, os.O_RDONLY)
+        try:
+            if loop in loops_below(folder):
+                fcntl.ioctl(fd, LOOP_CLR_FD)
+        finally:
+            os.close(fd)
+
+
 def discard(folder):
     for mount_point in mounts_below(folder):
         unmount(mount_point)
     for loop in list(loops_below(folder)):
-        subprocess.call(["losetup", "-d", loop], stderr=subprocess.DEVNULL)
+        detach(loop, folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -235,7 +252,7 @@ class Disk:
         if self.loop is None:
             return
         unmount(self.path)
-        command("losetup", "-d", self.loop)
+        detach(self.loop, os.path.dirname(self.image))
         self.loop = None
 
     def cut_power(self):
