@@ -10,6 +10,7 @@ import sys
 import threading
 import unittest
 from typing import Any
+from unittest import mock
 
 import remote
 import support
@@ -394,6 +395,25 @@ class AgentSuite(Suite):
                 pass
         with self.here.hold(self.snapshots, "home", 0):
             pass
+
+    def test_without_its_run_lock_nothing_is_done(self):
+        """The connection was lost, and another run has taken the lock meanwhile."""
+        os.makedirs(self.snapshots)
+        folder = self.there(self.snapshots)
+        with mock.patch.object(program, "ENDING_TIMEOUT", 0.1), self.host.hold(folder, "home", 0):
+            for pid in self.agents():
+                os.kill(pid, signal.SIGKILL)
+            self.assertTrue(wait_until(lambda: not self.agents()), "agents are left")
+            self.assertTrue(wait_until(lambda: not any(connection.is_alive() for connection in self.host.all)))
+            with self.here.hold(self.snapshots, "home", 0):
+                for _ in range(3):
+                    self.assertRaises(program.Busy, self.host.list, folder)
+            self.assertEqual((), self.host.list(folder).subvolumes)
+            with self.assertRaises(program.Busy), self.here.hold(self.snapshots, "home", 0):
+                pass
+        with self.here.hold(self.snapshots, "home", 0):  # it is let go by its own name
+            pass
+        self.assertEqual(1, len(self.host.all))
 
     def test_no_agent_outlives_the_host(self):
         self.take(1)
