@@ -436,6 +436,25 @@ class Pulling(RestrictedTestCase):
         self.assertIn("may not take snapshots", result.stderr)
         self.assertEqual(names, support.names(self.snapshots))
 
+    def test_notes_of_the_machines_own_destinations_stay(self):
+        name, = self.take(1)
+        here, nas = program.LocalHost(program.Events()), "ssh://root@nas/backups"
+        lock, pin = program.LockChange(name, nas), program.Pin(name, str(uuid.uuid4()), "2024-01-01T00:00:00Z", None)
+        here.change_locks(self.snapshots, [lock], [])
+        here.change_pins(self.snapshots, "home", {nas: pin})
+        before = here.read_locks(self.snapshots), here.read_pins(self.snapshots)
+        host, folder = self.connect(), self.under + "/.btrfs-backup-ng/snapshots"
+        self.assertEqual(({}, {}), (host.call("read_locks", folder), host.call("read_pins", folder)))
+        for call, more in (("change_locks", ([], [lock])), ("change_pins", ("home", {nas: None}))):
+            with contextlib.suppress(BackupError):
+                host.call(call, folder, *more)
+        self.assertEqual(before, (here.read_locks(self.snapshots), here.read_pins(self.snapshots)))
+        own = program.LockChange(name, "ssh://server/backups")
+        host.call("change_locks", folder, [own], [])
+        self.assertEqual([nas, own.destination], here.read_locks(self.snapshots)[name]["locks"])
+        host.call("change_locks", folder, [], [own])
+        self.assertEqual(before[0], here.read_locks(self.snapshots))
+
     def test_a_prefix_leads_nowhere(self):
         self.take(1)
         host, folder = self.connect(), self.under + "/.btrfs-backup-ng/snapshots"
