@@ -4876,8 +4876,13 @@ def replace_file(folder: str, name: str, text: str, durably: bool = True, aside:
     aside = aside or name + ASIDE
     try:
         with opened_folder(folder) as top:
-            write_aside(top, aside, text.encode("utf-8", "surrogateescape"), durably)
-            os.rename(aside, name, src_dir_fd=top, dst_dir_fd=top)
+            try:
+                write_aside(top, aside, text.encode("utf-8", "surrogateescape"), durably)
+                os.rename(aside, name, src_dir_fd=top, dst_dir_fd=top)
+            except BaseException:  # a signal as well
+                with contextlib.suppress(OSError):
+                    os.unlink(aside, dir_fd=top)
+                raise
             if durably:
                 sync_folder(top)
     except OSError as error:

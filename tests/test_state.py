@@ -24,6 +24,7 @@ from btrfs_backup_ng import (
     BackupError,
     Busy,
     Events,
+    Interrupted,
     LocalHost,
     LockChange,
     PartialLock,
@@ -426,6 +427,11 @@ class Planted(InFolder):
                     self.assertEqual("{}", file.read())
                 if os.path.lexists(path):
                     (os.rmdir if kind == "folder" and os.path.isdir(path) else os.unlink)(path)
+
+    def test_a_signal_in_the_midst_leaves_no_file_aside(self):
+        with mock.patch.object(os, "rename", side_effect=Interrupted(15)):
+            self.assertRaises(Interrupted, replace_file, self.folder, "notes", "text")
+        self.assertEqual([], os.listdir(self.folder))
 
     def test_where_a_file_is_written_aside(self):
         for kind in self.each("state" + ASIDE):
