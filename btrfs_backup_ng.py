@@ -10061,11 +10061,8 @@ def serve_agent(restriction: Optional[Restriction] = None) -> None:
     for fd in (read_end, write_end):
         enlarge(fd)
     interrupt_on_hangup(read_end)
-    try:
-        with contextlib.suppress(ConnectionLost):
-            Agent(Channel(read_end, write_end, "the other side"), restriction).serve()
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the thread's may come during the interpreter's end
+    with contextlib.suppress(ConnectionLost):
+        Agent(Channel(read_end, write_end, "the other side"), restriction).serve()
 
 
 ########################################################################################################
@@ -13493,25 +13490,43 @@ class TaskProcess:
         self.streams, self.leave_fd = {}, -1
 
 
+def until_interrupted(act: Callable[[], int]) -> int:
+    """What `act` returns, or the status of the signal that asked it to stop; one that comes later changes nothing."""
+    status = None
+    try:
+        catch_signals()
+        status = act()
+        for number in STOP_SIGNALS:
+            signal.signal(number, pass_over)
+    except Interrupted as interruption:  # is raised once
+        status = interruption.status if status is None else status
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # a handler would be taken back as the interpreter ends
+    return status
+
+
 def live_as_child(act: Callable[[], int]) -> None:
     """The rest of a forked process's life. The signals, held back by the parent, are free again."""
     status = 1
     try:
         signal.signal(signal.SIGQUIT, signal.SIG_IGN)
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        catch_signals()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        status = act()
-    except Interrupted as interruption:
-        status = interruption.status
+        status = until_interrupted(functools.partial(act_and_flush, act))
     except Exception as error:  # before there was anything to report it with
         with contextlib.suppress(OSError):
-            print(format_error(explain(error, "stopped")), file=sys.stderr)
+            print(format_error(explain(error, "stopped")), file=sys.stderr, flush=True)
+    finally:
+        os._exit(status)
+
+
+def act_and_flush(act: Callable[[], int]) -> int:
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        return act()
     finally:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(status)
 
 
 def ignore_interrupts() -> None:
@@ -16047,14 +16062,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     open_standard_streams()
     tend_copies(time.time())
+    return until_interrupted(lambda: run_and_explain(arguments))
+
+
+def run_and_explain(arguments: Sequence[str]) -> int:
+    """Does what the arguments ask, says what goes wrong; returns the exit status."""
     try:
-        catch_signals()
         return run_arguments(arguments)
     except BackupError as error:
         print("error: " + format_error(error), file=sys.stderr)
         return error.status
-    except Interrupted as interruption:
-        return interruption.status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
@@ -16063,9 +16080,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             raise
         print("error: " + format_error(explain(error, "stopped")), file=sys.stderr)
         return 1
-    finally:
-        for number in STOP_SIGNALS:  # one that comes now is too late to change the status
-            signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

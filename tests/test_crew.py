@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,36 @@ class WhoIsSignalled(unittest.TestCase):
         self.assertIsNone(process.pid)
         process.close()
         process.tell(b"go  \n")  # is not heard
+
+
+@unittest.skipUnless(shutil.which("strace"), "needs the program strace")
+class AtTheEnd(unittest.TestCase):
+    """A signal at each of the last steps at which a process sets what signals do."""
+
+    STEPS = 8
+    CHILD = "import btrfs_backup_ng as program; program.live_as_child(lambda: 0); print('went on')"
+
+    def trace(self, argv, *options):
+        done = subprocess.run(["strace", "-qq", "-e", "trace=rt_sigaction", *options, *argv], universal_newlines=True,
+                              cwd=os.path.dirname(program.__file__), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        lines = done.stderr.splitlines()
+        return done, [line for line in lines if line.startswith("rt_sigaction(")], [
+            line for line in lines if not line.startswith(("rt_sigaction(", "--- SIG", "+++ killed by"))]
+
+    def assert_each_ends_well(self, argv):
+        count = len(self.trace(argv)[1])
+        for behind in range(self.STEPS):
+            done, _, said = self.trace(argv, "-e", "inject=rt_sigaction:signal=TERM:when={}".format(count - behind))
+            with self.subTest(behind=behind):
+                self.assertEqual([], said)
+                self.assertIn(done.returncode, (0, 143, -signal.SIGTERM))
+                self.assertNotIn("went on", done.stdout)
+
+    def test_of_the_program(self):
+        self.assert_each_ends_well([sys.executable, program.__file__, "print", "completion", "fish"])
+
+    def test_of_a_task(self):
+        self.assert_each_ends_well([sys.executable, "-c", self.CHILD])
 
 
 class Started(TestCase):
