@@ -1741,11 +1741,6 @@ def copies_by_id(listing: Listing) -> Dict[str, List[Subvolume]]:
     return index
 
 
-def backup_index(listing: Listing) -> Dict[str, Subvolume]:
-    """One backup of a folder for each id that a snapshot can be known by."""
-    return {key: copies[0] for key, copies in copies_by_id(listing).items()}
-
-
 def base_among(snapshot: Subvolume, copies: Sequence[Subvolume]) -> Optional[Subvolume]:
     """The backup of a snapshot that others can build on: of several the one with its name.
 
@@ -1756,8 +1751,8 @@ def base_among(snapshot: Subvolume, copies: Sequence[Subvolume]) -> Optional[Sub
 
 def common_snapshots(snapshots: Sequence[Subvolume], listing: Listing) -> List[Subvolume]:
     """Those of `snapshots` that have a complete backup in `listing`."""
-    index = backup_index(listing)
-    return [s for s in snapshots if s.stream_id in index]
+    there = copies_by_id(listing)
+    return [s for s in snapshots if s.stream_id in there]
 
 
 def ambiguous_ids(snapshots: Sequence[Subvolume]) -> Set[str]:
@@ -1923,7 +1918,7 @@ def whose(owner: Owner, listing: Listing, prefix: str, noted: Sequence[str], fil
     a note names others alone, backups of snapshots of this very subvolume are from before there were notes: since then
     it would be in it. Two sources have shared the folder.
     """
-    ids, is_noted = backup_index(listing), bool(set(noted) & set(owner.ids))
+    ids, is_noted = copies_by_id(listing), bool(set(noted) & set(owner.ids))
     is_mixed = any(s.stream_id in ids and s.received_uuid is None and s.parent_uuid in owner.ids
                    for s in owner.snapshots)
     if is_mixed and noted and not is_noted and len(noted) < MOST_SOURCE_IDS:
@@ -14086,7 +14081,7 @@ class RestoreRun:
         """What a transfer can go on from: it was on the same parent."""
         record = self.target.listing.record_of(transfer.snapshot.name) if self.target.listing else None
         parent = transfer.parent
-        is_known = parent is None or parent.stream_id in backup_index(self.target.listing or Listing())
+        is_known = parent is None or parent.stream_id in copies_by_id(self.target.listing or Listing())
         if record is None or self.task.no_resume or not is_known:
             return None
         wanted = (transfer.snapshot.stream_id, parent.stream_id if parent else None,

@@ -38,7 +38,7 @@ PROGRAM = os.path.join(os.path.dirname(TESTS), "btrfs_backup_ng.py")
 SECTIONS = {
     "NAMES": ["test_names"],
     "RETENTION": ["test_retention_time", "test_planning", "test_options"],
-    "ARGUMENTS": ["test_options"],
+    "ARGUMENTS": ["test_options", "test_files"],
     "IDENTITY": ["test_planning", "test_retention_time"],
     "PLANNING": ["test_planning", "test_retention_time", "test_state"],
     "STREAM": ["test_gate", "test_stream"],

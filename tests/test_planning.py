@@ -11,28 +11,53 @@ import support
 from test_names import InZone, utc
 
 from btrfs_backup_ng import (
+    FREE,
+    MOST_SOURCE_IDS,
+    OF_OTHERS,
+    OURS,
     Broken,
     DestinationPlan,
+    FolderNotes,
     Listing,
     Mark,
+    Owner,
     Pin,
     Policy,
+    Problem,
     Record,
     Recovery,
     ResumePoint,
     Subvolume,
     Transfer,
+    Verdict,
     after_transfers,
     ambiguous_ids,
+    backup_moments,
     backups_of,
+    base_among,
+    base_index,
+    by_creation,
+    chain_lengths,
     choose_parent,
+    claimed,
     common_snapshots,
+    copies_by_id,
     corresponds,
     deletions,
+    describe_needed,
+    is_unfinished,
+    keep_chains,
+    known_protections,
+    left_traces,
     lock_reasons,
     locked_names,
+    name_problem,
     newest_common,
+    normal_destination,
     own_locks,
+    parent_of_record,
+    parse_policy,
+    pin_reasons,
     plan_destination_retention,
     plan_recoveries,
     plan_recovery,
@@ -40,9 +65,14 @@ from btrfs_backup_ng import (
     plan_source_retention,
     plan_transfers,
     snapshot_moment,
+    snapshot_prefixes,
     snapshots_of,
+    usable_records,
     vouched_pieces,
+    whose,
     with_pin,
+    within_chain,
+    without_taking_up,
 )
 
 NOW = time.mktime((2026, 2, 1, 0, 0, 0, 0, 0, -1))
@@ -125,7 +155,58 @@ class Correspondence(unittest.TestCase):
         self.assertFalse(corresponds(self.A, nobody))
 
 
-class WhatAFolderHolds(unittest.TestCase):
+class WhatAFolderHolds(InZone):
+
+    EPOCH = "home19700101-010000"  # in the tests' time zone
+
+    def test_what_subvolumes_are_sorted_by(self):
+        """By creation; what was received was created by the time that its name states, if that is a snapshot's."""
+        name, named = "home20260105-120000", int(utc("2026-01-05 11:00:00")) * 10 ** 9
+        for changes, moment in (({}, 7), ({"received_uuid": "r"}, named), ({"received_uuid": "r", "name": "x"}, 7),
+                                ({"received_uuid": "r", "name": self.EPOCH}, 0)):
+            subvolume = Subvolume(name, "u", otime=7, otransid=3)._replace(**changes)
+            with self.subTest(changes=changes):
+                self.assertEqual((moment, 3, subvolume.name), by_creation(subvolume))
+
+    def test_how_many_snapshots_of_each_prefix(self):
+        there = Listing((snapshot(1), snapshot(2), snapshot(3, readonly=False), NEARLY, Subvolume("home", "x"),
+                         Subvolume("20260101-000000", "y"), Subvolume("home-20260101-000000", "z")))
+        self.assertEqual({"home": 2, "": 1, "home-": 1}, snapshot_prefixes(there))
+
+    def test_the_copies_of_a_snapshot(self):
+        """What was received comes before its original, and the older before the younger, wherever they stand."""
+        original = Subvolume("original", "a", otime=1)
+        old, new = (Subvolume(name, name, received_uuid="a", otime=2, otransid=n) for n, name in enumerate(("o", "n")))
+        last = Subvolume("last", "last", received_uuid="o", otime=3)
+        others = (new._replace(readonly=False), NEARLY, Subvolume("nobody", None))
+        for there in ((original, old, new, last), (last, new, old, original), (new, original, last, old)):
+            with self.subTest(there=[s.name for s in there]):
+                self.assertEqual({"a": [old, new, original], "o": [last, old], "n": [new], "last": [last]},
+                                 copies_by_id(Listing(others + there)))
+
+    def test_what_others_can_build_on(self):
+        """A copy that somebody made may have been changed since: of several the one with the snapshot's name."""
+        one, other = backup(1), backup(1, name="b", uuid="copy")
+        third = other._replace(name="x", uuid="third")
+        for copies, base in (((), None), ((one,), one), ((other,), other), ((one, other), one), ((other, one), one),
+                             ((other, one, third), one), ((third, other), None), ((third, one), one)):
+            with self.subTest(copies=[copy.name for copy in copies]):
+                self.assertEqual(base, base_among(snapshot(1), copies))
+                there = Listing(copies + (backup(3, received_uuid="same"), backup(4, received_uuid="not here")))
+                alike = [snapshot(day, received_uuid="same") for day in (2, 3)]
+                self.assertEqual({"uuid-1": base} if base else {}, base_index([snapshot(1)] + alike, there))
+
+    def test_moments(self):
+        """A backup's is that of its snapshot while that exists, else what its name says."""
+        summer = Subvolume("home20241027-023000", "s", otime=int(utc("2024-10-27 00:30:00")) * 10 ** 9)
+        winter = Subvolume("home20241027-023001", "w", otime=int(utc("2024-10-27 01:30:01")) * 10 ** 9)
+        kept = [Subvolume(s.name, "b", received_uuid=s.uuid, otime=9) for s in (summer, winter)]
+        gone = [Subvolume("home20260105-120000", "b", received_uuid="gone", otime=9),
+                Subvolume(self.EPOCH, "b", received_uuid="gone", otime=int(9e18))]
+        self.assertEqual({kept[0].name: utc("2024-10-27 00:30:00"), kept[1].name: utc("2024-10-27 01:30:01"),
+                          gone[0].name: utc("2026-01-05 11:00:00"), gone[1].name: 0.0},
+                         backup_moments("home", kept + gone, [summer, winter, snapshot(1)]))
+        self.assertEqual(0.0, snapshot_moment("home", gone[1]))
 
     def test_snapshots_by_creation(self):
         """Local time repeats: by its name the second one is the older."""
@@ -200,9 +281,10 @@ class Values(unittest.TestCase):
     def test_names_in_a_listing(self):
         records = (Record("a", "1"), Record("b", "2"), Record("c", "3"))
         listing = Listing((Subvolume("a", "1"), Subvolume("b", "2"), Subvolume("c", "3")), records=records)
-        for number, name in enumerate("abc"):
-            self.assertEqual(records[number], listing.record_of(name))
-            self.assertEqual(str(number + 1), listing.named(name).uuid)
+        for there in (listing, listing._replace(subvolumes=listing.subvolumes[::-1], records=records[::-1])):
+            for number, name in enumerate("abc"):
+                self.assertEqual(records[number], there.record_of(name))
+                self.assertEqual(str(number + 1), there.named(name).uuid)
         self.assertEqual((None, None), (listing.record_of("d"), listing.named("d")))
 
     def test_what_a_record_vouches_for(self):
@@ -402,6 +484,19 @@ class RetentionAtADestination(unittest.TestCase):
     def test_the_newest_in_common_with_the_source_stays(self):
         self.assertEqual([2, 4], self.kept(holding(1, 2, 3, 4), 1, snapshots(1, 2, 5)))
 
+    def test_reasons(self):
+        verdicts = plan_destination_retention(
+            snapshots(1, 2, 6), holding(1, 2, 3, 4), "home", Policy(1), NOW,
+            FolderNotes((), {name_of(1): {"locks": ["/x"]}}))
+        self.assertEqual(["locked for /x", "newest in common with the source", "older than the newest 1",
+                          "among the newest 1"], [v.reason for v in verdicts])
+
+    def test_what_stream_files_need(self):
+        files = [backup(day, uuid="uuid-{}".format(day), parent_uuid="uuid-1" if day == 3 else None)
+                 for day in (1, 2, 3)]
+        self.assertEqual([1, 3], self.kept(Listing(tuple(files), chained=True)))
+        self.assertEqual([3], self.kept(Listing(tuple(files))))
+
     def test_nothing_but_backups_is_judged(self):
         also = [backup(1, received_uuid=None), backup(2, readonly=False), backup(3, name="other"),
                 partial(4), Subvolume("home-data20260101-000000", "x", received_uuid="y")]
@@ -547,6 +642,50 @@ class PlanTransfers(unittest.TestCase):
         self.assertEqual(DestinationPlan((recovery,), plan.transfers), plan)
         self.assertEqual([(3, 1)], self.sent(plan))
 
+    def test_no_chain_gets_longer_than_asked(self):
+        """--raw-full-every: each so many streams one in full."""
+        for there, longest, expected in (
+            ((), 0, [(1, None), (2, 1), (3, 2), (4, 3)]),
+            ((), 1, [(1, None), (2, None), (3, None), (4, None)]),
+            ((), 2, [(1, None), (2, 1), (3, None), (4, 3)]),
+            ((), 3, [(1, None), (2, 1), (3, 2), (4, None)]),
+            ((1,), 2, [(2, 1), (3, None), (4, 3)]),
+            ((1, 2), 2, [(3, None), (4, 3)]),
+            ((1, 2), 3, [(3, 2), (4, None)]),
+        ):
+            with self.subTest(there=there, longest=longest):
+                files = [backup(day, uuid="uuid-{}".format(day), parent_uuid="uuid-1" if day == 2 else None)
+                         for day in there]
+                listing = Listing(tuple(files), chained=True)
+                self.assertEqual(expected, self.sent(self.plan(snapshots(1, 2, 3, 4), listing, longest=longest)))
+
+    def test_a_broken_transfer_goes_on_from_the_parent_it_began_with(self):
+        piece = partial(3, received_uuid="private", readonly=True)
+        later = partial(3, ".2")
+        for parent in (None, 1, 2):
+            record = Record(name_of(3), "uuid-3", parent and "uuid-{}".format(parent), parent and "any")
+            recovery = Recovery(name_of(3), (later,), take_up=record)
+            listing = holding(1, 2, also=[piece, later])
+            with self.subTest(parent=parent):
+                plan = self.plan(snapshots(1, 2, 3, 4), listing, recoveries=[recovery])
+                self.assertEqual(DestinationPlan((recovery,), plan.transfers), plan)
+                self.assertEqual([(3, parent), (4, 3)], self.sent(plan))
+
+    def test_what_is_not_sent_after_all_is_not_taken_up(self):
+        """The partial of a snapshot that retention would delete goes, all of it."""
+        pieces = (partial(1, received_uuid="private", readonly=True), partial(1, ".2"))
+        recovery = Recovery(name_of(1), pieces[1:], take_up=Record(name_of(1), "uuid-1"))
+        plan = self.plan(snapshots(1, 2), holding(2, also=pieces + (partial(2),)), 1, recoveries=[recovery])
+        self.assertEqual(([], [1]), (self.sent(plan), [day_of(verdict.name) for verdict in plan.skipped]))
+        self.assertEqual((Recovery(name_of(1), (pieces[1], pieces[0])),), plan.recoveries)
+
+    def test_a_problem_of_a_recovery_holds_for_its_snapshot_alone(self):
+        recoveries = [Recovery(name_of(1), (), "is another subvolume"),
+                      Recovery(name_of(2), (), take_up=Record(name_of(2), "uuid-2"))]
+        plan = self.plan(snapshots(1, 2, 3), holding(also=[partial(2)]), recoveries=recoveries)
+        self.assertEqual([(2, None), (3, 2)], self.sent(plan))
+        self.assertEqual((), plan.problems)
+
     def test_snapshots_that_cannot_be_told_apart(self):
         alike = [snapshot(day, received_uuid="same") for day in (2, 3)]
         taken = [snapshot(1)] + alike + [snapshot(4)]
@@ -582,6 +721,360 @@ class PlanTransfers(unittest.TestCase):
         self.assertTrue(corresponds(snapshot(2), after.subvolumes[1]))
         self.assertTrue(after.subvolumes[1].is_received)
         self.assertEqual(frozenset(["file"]), after.others)
+
+    def test_afterwards_each_has_its_parent(self):
+        listing = after_transfers(Listing(chained=True), self.plan(snapshots(1, 2), Listing()))
+        self.assertEqual([(None, "uuid-1", None), (None, "uuid-2", "uuid-1")],
+                         [(s.uuid, s.received_uuid, s.parent_uuid) for s in listing.subvolumes])
+        restored = snapshot(1, received_uuid="original")
+        after = after_transfers(Listing(), DestinationPlan(transfers=(Transfer(snapshot(2), restored),)))
+        self.assertEqual("original", after.subvolumes[0].parent_uuid)
+
+
+class Problems(unittest.TestCase):
+    """Why a snapshot cannot be sent, and what to type."""
+
+    # what the destination holds, what recoveries delete, what is said, what is in the way
+    TABLE: Any = (
+        (Listing(), (), "", ""),
+        (holding(1, 3, also=[partial(1), partial(3)], others=[name_of(1)]), (), "", ""),
+        (Listing((FOREIGN,)), (), "is another subvolume (received UUID another, expected uuid-2)", ""),
+        (Listing((backup(2, received_uuid=None),)), (), "(received UUID none, expected uuid-2)", ""),
+        (Listing((FOREIGN,)), (FOREIGN.name,), "", ""),
+        (Listing((HALF,)), (), "writable subvolume that no lock names", HALF.name),
+        (Listing((HALF,)), (HALF.name,), "", ""),
+        (Listing((HALF,)), (partial(2).name,), "writable subvolume that no lock names", HALF.name),
+        (Listing((), frozenset([name_of(2)])), (), "is no subvolume", ""),
+        (Listing((), frozenset([name_of(2)])), (name_of(2),), "is no subvolume", ""),
+        (Listing((partial(2, ".3"),)), (), "its {} is a partial backup that no lock names".format(
+            partial(2, ".3").name), partial(2, ".3").name),
+        (Listing((partial(2),)), (partial(2).name,), "", ""),
+        (Listing((partial(2),)), (name_of(2),), "partial backup that no lock names", partial(2).name),
+        (Listing(broken=(Broken(name_of(1), "of another"), Broken(name_of(2), "part of it is missing"))), (),
+         "its {} cannot be restored: part of it is missing".format(name_of(2)), ""),
+        (Listing(broken=(Broken(name_of(2), "it is lost", True),)), (), "", ""),
+        (Listing(broken=(Broken(name_of(1), "of another"), Broken(name_of(3), "of another"))), (), "", ""),
+    )
+
+    def test_which(self):
+        for listing, cleared, words, left in self.TABLE:
+            for chained in (False, True):
+                with self.subTest(listing=listing, cleared=cleared, chained=chained):
+                    problem = name_problem(snapshot(2), listing._replace(chained=chained), set(cleared))
+                    self.assertEqual(bool(words), problem is not None)
+                    if problem is not None:
+                        self.assertEqual((name_of(2), left, bool(left) and chained),
+                                         (problem.snapshot, problem.left, problem.is_raw))
+                        self.assertIn(words, problem.text)
+                        self.assertTrue(problem.text.startswith("its "), problem.text)
+                        self.assertTrue(problem.hint)
+
+    def test_what_to_do(self):
+        left = Problem("s", "text", "if no other run is writing it", ".s.partial")
+        for problem, machine, remedy in (
+            (Problem("s", "text", "move it away"), "", "move it away"),
+            (Problem("s", "text", "move it away"), "nas", "move it away"),
+            (left, "", "if no other run is writing it, delete it: btrfs subvolume delete '/b c/.s.partial'"),
+            (left, "nas", "if no other run is writing it, delete it on nas: btrfs subvolume delete '/b c/.s.partial'"),
+            (left._replace(is_raw=True), "", "if no other run is writing it, delete it: rm '/b c/.s.partial'"),
+        ):
+            with self.subTest(problem=problem, machine=machine):
+                self.assertEqual(remedy, problem.remedy("/b c", machine))
+        self.assertEqual(left.remedy("/b c", ""), left.remedy("/b c"))
+
+
+class Records(unittest.TestCase):
+    """What vouches for a partial, and whether its transfer can go on."""
+
+    RECORD = Record(name_of(2), "uuid-2", "uuid-1", "backup-1", piece=partial(2).name, private="private")
+    FULL = RECORD._replace(parent_id=None, base=None)
+    PIECE = partial(2, readonly=True, received_uuid="private")
+
+    def usable(self, record, taken=None, listing=None, incremental=True):
+        there = holding(1) if listing is None else listing
+        others = (self.RECORD._replace(name=name_of(8)), self.RECORD._replace(name=name_of(9)))
+        found = usable_records(snapshots(1, 2, 3) if taken is None else taken,
+                               there._replace(records=(others[0], record, others[1])), incremental)
+        self.assertIn(found, ([record], []))
+        return bool(found)
+
+    def test_snapshot_and_parent_are_what_they_were_on_both_sides(self):
+        self.assertTrue(self.usable(self.RECORD))
+        self.assertFalse(self.usable(self.RECORD, taken=snapshots(1, 3)))
+        self.assertFalse(self.usable(self.RECORD, taken=snapshots(2, 3)))
+        self.assertFalse(self.usable(self.RECORD, taken=[snapshot(1), snapshot(2, uuid="another")]))
+        self.assertTrue(self.usable(self.RECORD, taken=[snapshot(1), snapshot(2, uuid="x", received_uuid="uuid-2")]))
+        self.assertFalse(self.usable(self.RECORD, listing=Listing()))
+        self.assertFalse(self.usable(self.RECORD, listing=holding(2, 3)))
+        self.assertFalse(self.usable(self.RECORD._replace(base="backup-3"), listing=holding(1, 3)))
+        self.assertFalse(self.usable(self.RECORD._replace(base=None)))
+
+    def test_a_full_one_needs_no_parent(self):
+        for incremental in (True, False):
+            self.assertTrue(self.usable(self.FULL, listing=Listing(), incremental=incremental))
+            self.assertFalse(self.usable(self.FULL, taken=snapshots(1, 3), incremental=incremental))
+        self.assertFalse(self.usable(self.RECORD, incremental=False))
+
+    def test_the_parent_that_a_record_names(self):
+        restored = snapshot(1, received_uuid="original")
+        for record, taken, expected in (
+            (self.RECORD, snapshots(1, 2), snapshot(1)), (self.RECORD, snapshots(3, 1), snapshot(1)),
+            (self.RECORD, snapshots(2, 3), None), (self.FULL, snapshots(1, 2), None), (self.RECORD, [], None),
+            (self.FULL, [snapshot(1, uuid=None)], None), (self.RECORD, [restored], None),
+            (self.RECORD._replace(parent_id="original"), [snapshot(2), restored], restored),
+        ):
+            with self.subTest(record=record, taken=taken):
+                self.assertEqual(expected, parent_of_record(record, taken))
+
+    def test_what_is_vouched_for_is_taken_up(self):
+        later = partial(2, ".2")
+        for there, usable, deleted, is_taken_up in (
+            ([self.PIECE], True, [], True),
+            ([self.PIECE, later], True, [later], True),
+            ([self.PIECE, later], False, [self.PIECE, later], False),
+            ([later], True, [later], False),
+            ([partial(2)], True, [partial(2)], False),
+            ([], True, [], False),
+            ([self.PIECE, backup(2)], True, [self.PIECE], False),
+            ([partial(1), self.PIECE, partial(3)], True, [], True),
+        ):
+            listing = Listing(tuple(there), records=(self.FULL._replace(name=name_of(3)), self.RECORD))
+            with self.subTest(there=there, usable=usable):
+                self.assertEqual(Recovery(name_of(2), tuple(deleted), "", self.RECORD if is_taken_up else None),
+                                 plan_recovery(name_of(2), snapshot(2), listing, [self.RECORD] if usable else []))
+
+    def test_a_problem_takes_nothing_up(self):
+        for final in (STAMPED, FOREIGN):
+            listing = Listing((final, self.PIECE), records=(self.RECORD,))
+            recovery = plan_recovery(name_of(2), snapshot(2), listing, [self.RECORD])
+            self.assertEqual(((self.PIECE,), None), (recovery.delete, recovery.take_up))
+            self.assertTrue(recovery.problem)
+        listing = Listing((HALF, self.PIECE), records=(self.RECORD,))
+        self.assertEqual(Recovery(name_of(2), (self.PIECE, HALF)),
+                         plan_recovery(name_of(2), snapshot(2), listing, [self.RECORD]))
+
+    def test_each_lock_knows_the_usable_records(self):
+        listing = Listing((self.PIECE,), records=(self.RECORD,))
+        for usable, take_up in (([self.RECORD], self.RECORD), ([], None)):
+            recovery, = plan_recoveries({name_of(2): {"locks": ["/b"]}}, "/b", snapshots(1, 2), listing, usable)
+            self.assertEqual(take_up, recovery.take_up)
+        recovery, = plan_recoveries({name_of(2): {"locks": ["/b"]}}, "/b", snapshots(1, 2), holding(also=[FOREIGN]))
+        self.assertTrue(recovery.problem)
+
+    def test_all_of_a_partial_goes(self):
+        later, other = partial(2, ".2"), partial(3)
+        recovery = Recovery(name_of(2), (later,), take_up=self.RECORD)
+        self.assertEqual(Recovery(name_of(2), (later, self.PIECE)),
+                         without_taking_up(recovery, holding(1, 2, also=[other, self.PIECE, later])))
+
+    def test_what_a_power_failure_leaves_beside_a_complete_backup(self):
+        record, lock = ".{}.partial.json".format(name_of(2)), ".{}.partial.lock".format(name_of(2))
+        for listing, expected in (
+            (holding(1, 2, others=[record]), [name_of(2)]),
+            (holding(1, 2, others=[lock]), [name_of(2)]),
+            (holding(1, 2, others=[record, lock, "file"]), [name_of(2)]),
+            (holding(1, 2), []),
+            (holding(1, 3, others=[record]), []),
+            (holding(also=[FOREIGN], others=[record]), []),
+            (holding(also=[HALF], others=[record]), []),
+            (holding(also=[backup(2, name="renamed")], others=[record]), []),
+        ):
+            with self.subTest(listing=listing):
+                self.assertEqual(expected, left_traces(snapshots(1, 2), listing))
+
+
+class Protections(unittest.TestCase):
+    """Why backups stay that no policy keeps, as far as their folder tells."""
+
+    def test_what_is_unfinished(self):
+        for subvolume, expected in (
+            (partial(2), True), (partial(2, ".2"), True), (NEARLY, True), (HALF, True), (STAMPED, True),
+            (backup(2), False), (snapshot(2), False), (Subvolume("work", "w", readonly=False), False),
+            (Subvolume(".work.partial", "w", readonly=False), False), (Subvolume(".work.partial", "w"), False),
+        ):
+            with self.subTest(subvolume=subvolume):
+                self.assertEqual(expected, is_unfinished(subvolume))
+
+    def test_the_reason_of_each(self):
+        unfinished = partial(9, parent_uuid="backup-1")
+        record = Record(name_of(8), "uuid-8", "uuid-2", "backup-2")
+        notes = FolderNotes((), {name_of(3): {"locks": ["/x"]}, name_of(4): {"parent_locks": ["/x"]},
+                                 "other20260105-000000": {"locks": ["/x"]}},
+                            {"/y": (Pin("any", "uuid-5", ""), Pin("any", "uuid-99", ""))})
+        listing = holding(1, 2, 3, 4, 5, 6, also=[unfinished, backup(7, name="other20260105-000000", uuid="o")])
+        listing = listing._replace(records=(record,))
+        self.assertEqual({
+            name_of(1): "the unfinished {} builds on it".format(unfinished.name),
+            name_of(2): "the unfinished {} builds on it".format(partial(8).name),
+            name_of(3): "locked for /x",
+            name_of(4): "parent of an unfinished transfer to /x",
+            name_of(5): "newest in common with /y",
+        }, known_protections(listing, "home", notes))
+
+    def test_who_builds_on_a_backup_comes_before_who_has_it_in_common(self):
+        notes = FolderNotes(pins={"/y": (Pin("any", "uuid-1", ""),)})
+        reasons = known_protections(holding(1, also=[partial(9, parent_uuid="backup-1")]), "home", notes)
+        self.assertIn("builds on it", reasons[name_of(1)])
+
+    def test_what_pins_name(self):
+        there = [snapshot(1), snapshot(2, received_uuid="original"), snapshot(3)]
+        pins = {"/b\n": (Pin("any", "uuid-1", ""), Pin("any", "uuid-2", "")), "/c": (Pin("any", "original", ""),)}
+        self.assertEqual({name_of(1): "newest in common with /b\\n", name_of(2): "newest in common with /c"},
+                         pin_reasons(pins, there))
+        self.assertEqual({}, pin_reasons({}, there))
+
+    def test_how_destinations_are_compared(self):
+        for text, expected in (("/b", "/b"), ("/b/", "/b"), ("/b//", "/b"), ("/", "/"), ("//", "/"),
+                               ("ssh://h/b/", "ssh://h/b"), ("shell://cat > /b/", "shell://cat > /b/"),
+                               ("shell://", "shell://"), ("/shell://x/", "/shell://x")):
+            with self.subTest(text=text):
+                self.assertEqual(expected, normal_destination(text))
+
+
+MINE = [Subvolume("home20260101-000000", "s1"), Subvolume("home20260102-000000", "s2")]
+
+OWN = [Subvolume("home20260101-000000", "s1", parent_uuid="me")]
+
+
+def received(*ids):
+    return tuple(Subvolume(f"home202602{n:02}-000000", "b" + key, received_uuid=key)
+                 for n, key in enumerate(ids, 1))
+
+
+def pin_of(uuid, filesystem="f"):
+    return Pin("home20260101-000000", uuid, "", filesystem)
+
+
+PARTIAL = Subvolume(".home20260301-000000.partial", "p", received_uuid="private")
+
+# snapshots, pins, listing, noted -> whose; the source is called "me", the filesystem "f"
+WHOSE = (
+    # nothing there
+    (MINE, (), Listing(), (), FREE),
+    (MINE, (), Listing(), ("other",), FREE),
+    (MINE, (), Listing((), frozenset(["file"])), (), FREE),
+    (MINE, (), Listing((Subvolume("data20260101-000000", "x", received_uuid="y"),)), (), FREE),
+    (MINE, (), Listing((Subvolume("home20260101-000000", "x", readonly=False),)), (), FREE),
+    # a snapshot in common
+    (MINE, (), Listing(received("s1")), (), OURS),
+    (MINE, (), Listing(received("x", "s2", "y")), ("other",), OURS),
+    ([Subvolume("home20260101-000000", "here", received_uuid="x")], (), Listing(received("x")), ("other",), OURS),
+    ([Subvolume("home20260101-000000", "here", received_uuid="bx")], (), Listing(received("x")), (), OURS),
+    # taken of this very subvolume, which is in each note since there are some
+    (OWN, (), Listing(received("x", "s1")), ("other",), OF_OTHERS),
+    (OWN, (pin_of("s1"),), Listing(received("s1")), ("other",), OF_OTHERS),
+    (OWN, (), Listing(received("x", "s1")), ("other", "me"), OURS),
+    (OWN, (), Listing(received("x", "s1")), (), OURS),
+    (OWN, (), Listing(received("x")), (), OF_OTHERS),
+    (OWN, (), Listing(), ("other",), FREE),
+    (OWN, (), Listing(received("s1")), ("other",) * MOST_SOURCE_IDS, OURS),
+    ([OWN[0]._replace(parent_uuid="before")], (), Listing(received("s1")), ("other",), OURS),
+    ([OWN[0]._replace(received_uuid="x")], (), Listing(received("x")), ("other",), OURS),
+    # what was in common once
+    ([], (pin_of("x"),), Listing(received("x")), ("other",), OURS),
+    (MINE, (pin_of("x", "g"),), Listing(received("x")), (), OURS),
+    # the note
+    (MINE, (), Listing(received("x")), ("me",), OURS),
+    (MINE, (), Listing(received("x")), ("other", "me", "third"), OURS),
+    (MINE, (), Listing(received("x")), ("other",), OF_OTHERS),
+    (MINE, (pin_of("s1"),), Listing(received("x")), ("other",), OF_OTHERS),
+    (MINE, (), Listing((PARTIAL,)), ("other",), OF_OTHERS),
+    (MINE, (), Listing((PARTIAL,)), ("me",), OURS),
+    # no note
+    (MINE, (), Listing(received("x")), (), OF_OTHERS),
+    ([], (), Listing(received("x")), (), OF_OTHERS),
+    (MINE, (pin_of("s1"),), Listing(received("x")), (), OURS),
+    (MINE, (pin_of("s1", None),), Listing(received("x")), (), OURS),
+    (MINE, (pin_of("s1", "g"),), Listing(received("x")), (), OF_OTHERS),
+    (MINE, (), Listing((PARTIAL,)), (), FREE),
+    (MINE, (), Listing((PARTIAL,), records=(Record("home20260301-000000", "s2"),)), ("other",), OURS),
+)
+
+
+class Whose(unittest.TestCase):
+
+    def test_table(self):
+        for number, (snapshots, pins, listing, noted, expected) in enumerate(WHOSE):
+            with self.subTest(number=number):
+                owner = Owner(snapshots, ("me",), pins)
+                self.assertEqual(expected, whose(owner, listing, "home", noted, "f"))
+
+    def test_what_is_noted(self):
+        owner = Owner((), ("me",))
+        for noted, found, expected in (
+            ((), FREE, ("me",)), (("other",), FREE, ("me",)), (("other",), OURS, ("other", "me")),
+            (("me",), OURS, ("me",)), (("me", "other"), OURS, ("other", "me")),
+        ):
+            self.assertEqual(expected, claimed(owner, noted, found))
+
+    def test_nobody_goes_from_a_full_note(self):
+        owner, full = Owner((), ("me",)), tuple(map(str, range(MOST_SOURCE_IDS)))
+        self.assertEqual(full[1:] + ("me",), claimed(owner, full[1:], OURS))
+        for found in (OURS, OF_OTHERS):
+            self.assertEqual(full, claimed(owner, full, found))
+        self.assertEqual(("me",), claimed(owner, full, FREE))
+        self.assertEqual(full[1:] + ("me",), claimed(owner, ("me",) + full[1:], OURS))
+
+
+class Chains(unittest.TestCase):
+    """Of stream files, which need each other."""
+
+    @staticmethod
+    def listing(**parents):
+        return Listing(tuple(Subvolume(name, name, parent, name) for name, parent in parents.items()),
+                               chained=True)
+
+    def test_lengths_of_chains(self):
+        listing = self.listing(a=None, b="a", c="b", d=None, e="d", f="a", x="y", y="x", z="gone")
+        lengths = chain_lengths(listing)
+        self.assertEqual({"a": 1, "b": 2, "c": 3, "d": 1, "e": 2, "f": 2}, {k: lengths[k] for k in "abcdef"})
+        self.assertEqual({}, chain_lengths(listing._replace(chained=False)))
+
+    def test_what_a_kept_one_needs_is_kept(self):
+        listing = self.listing(a=None, b="a", c="b", d="a", e=None)
+        for kept, stay in (("c", "abc"), ("d", "ad"), ("e", "e"), ("a", "a"), ("ce", "abce"), ("", "")):
+            verdicts = [Verdict(name, name in kept, "") for name in "abcde"]
+            self.assertEqual(list(stay), [v.name for v in keep_chains(verdicts, listing) if v.keep])
+            plain = keep_chains(verdicts, listing._replace(chained=False))
+            self.assertEqual(verdicts, plain)
+
+    def test_why_it_is_kept(self):
+        """Named is the one that needs it at once; what the policy keeps has its own reason."""
+        listing = self.listing(a=None, b="a", c="b", x="y", y="x")
+        verdicts = [Verdict(name, name in "bcx", "own") for name in "abcxyz"]
+        self.assertEqual([Verdict("a", True, "b needs it to be restored"), Verdict("b", True, "own"),
+                          Verdict("c", True, "own"), Verdict("x", True, "own"),
+                          Verdict("y", True, "x needs it to be restored"), Verdict("z", False, "own")],
+                         keep_chains(verdicts, listing))
+        self.assertEqual(["c needs it to be restored"], [v.reason for v in keep_chains(
+            [Verdict("b", False, "own"), Verdict("c", True, "own")], listing) if v.name == "b"])
+
+    def test_a_child_that_would_make_it_too_long(self):
+        one = Subvolume("one", "a")
+        for parent, lengths, longest, is_kept in (
+            (None, {}, 1, False), (one, {}, 0, True), (one, {"a": 9}, 0, True), (one, {"a": 2}, 3, True),
+            (one, {"a": 3}, 3, False), (one, {"a": 4}, 3, False), (one, {}, 1, True), (one, {"a": 1}, 1, False),
+        ):
+            with self.subTest(lengths=lengths, longest=longest):
+                self.assertEqual(parent if is_kept else None, within_chain(parent, lengths, longest))
+
+    def test_what_is_said_of_those_that_are_needed(self):
+        kept, needed, gone = (Verdict("k", True, "among the newest"), Verdict("n", True, "k needs it to be restored"),
+                              Verdict("g", False, "g needs it to be restored"))
+        for verdicts, policy, said in (
+            ([kept, gone], Policy(1), ""),
+            ([], Policy(1), ""),
+            ([kept, kept, needed], Policy(2), "1 backup at /b is older than the newest 2 but needed to restore what is "
+                                              "kept; --raw-full-every 2 would let it go"),
+            ([kept, needed, needed, gone], Policy(1), "2 backups at /b are older than the newest 1 but needed to "
+                                                      "restore what is kept; --raw-full-every 1 would let them go"),
+            ([needed, needed], parse_policy("7d"), "2 backups at /b are not to be kept but needed to restore what is "
+                                                   "kept; --raw-full-every 1 would let them go"),
+            ([kept] * 3 + [needed], Policy(3)._replace(spans=parse_policy("7d").spans),
+             "1 backup at /b is not to be kept but needed to restore what is kept; --raw-full-every 3 would let it go"),
+        ):
+            with self.subTest(said=said):
+                self.assertEqual(said, describe_needed(verdicts, "/b", policy))
 
 
 LOCKS = {

@@ -1474,24 +1474,6 @@ class Pure(unittest.TestCase):
             with self.subTest(text=text[:20]), self.assertRaises(ValueError):
                 program.parse_sidecar(text)
 
-    def listing(self, **parents):
-        return program.Listing(tuple(program.Subvolume(name, name, parent, name) for name, parent in parents.items()),
-                               chained=True)
-
-    def test_lengths_of_chains(self):
-        listing = self.listing(a=None, b="a", c="b", d=None, e="d", f="a", x="y", y="x", z="gone")
-        lengths = program.chain_lengths(listing)
-        self.assertEqual({"a": 1, "b": 2, "c": 3, "d": 1, "e": 2, "f": 2}, {k: lengths[k] for k in "abcdef"})
-        self.assertEqual({}, program.chain_lengths(listing._replace(chained=False)))
-
-    def test_what_a_kept_one_needs_is_kept(self):
-        listing = self.listing(a=None, b="a", c="b", d="a", e=None)
-        for kept, stay in (("c", "abc"), ("d", "ad"), ("e", "e"), ("a", "a"), ("ce", "abce"), ("", "")):
-            verdicts = [program.Verdict(name, name in kept, "") for name in "abcde"]
-            self.assertEqual(list(stay), [v.name for v in program.keep_chains(verdicts, listing) if v.keep])
-            plain = program.keep_chains(verdicts, listing._replace(chained=False))
-            self.assertEqual(verdicts, plain)
-
     def test_what_is_broken(self):
         names_ = {name: program.RawBackup(name, name + ".btrfs", name, parent, parent, 0, 1, "", 1, "", (), 0, 0, 0)
                   for name, parent in (("a", None), ("b", "a"), ("c", "b"), ("d", None))}

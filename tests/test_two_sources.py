@@ -12,109 +12,14 @@ import test_restricted
 from support import create, names, snapshot, subvolume
 
 from btrfs_backup_ng import (
-    FREE,
     MOST_SOURCE_IDS,
     NO_NOTES,
-    OF_OTHERS,
-    OURS,
     BackupError,
     Claim,
     Events,
     FolderNotes,
-    Listing,
     LocalHost,
-    Owner,
-    Pin,
-    Record,
-    Subvolume,
-    claimed,
-    whose,
 )
-
-MINE = [Subvolume("home20260101-000000", "s1"), Subvolume("home20260102-000000", "s2")]
-
-OWN = [Subvolume("home20260101-000000", "s1", parent_uuid="me")]
-
-
-def backups(*ids):
-    return tuple(Subvolume(f"home202602{n:02}-000000", "b" + key, received_uuid=key)
-                 for n, key in enumerate(ids, 1))
-
-
-def pin(uuid, filesystem="f"):
-    return Pin("home20260101-000000", uuid, "", filesystem)
-
-
-PARTIAL = Subvolume(".home20260301-000000.partial", "p", received_uuid="private")
-
-# snapshots, pins, listing, noted -> whose; the source is called "me", the filesystem "f"
-WHOSE = (
-    # nothing there
-    (MINE, (), Listing(), (), FREE),
-    (MINE, (), Listing(), ("other",), FREE),
-    (MINE, (), Listing((), frozenset(["file"])), (), FREE),
-    (MINE, (), Listing((Subvolume("data20260101-000000", "x", received_uuid="y"),)), (), FREE),
-    (MINE, (), Listing((Subvolume("home20260101-000000", "x", readonly=False),)), (), FREE),
-    # a snapshot in common
-    (MINE, (), Listing(backups("s1")), (), OURS),
-    (MINE, (), Listing(backups("x", "s2", "y")), ("other",), OURS),
-    ([Subvolume("home20260101-000000", "here", received_uuid="x")], (), Listing(backups("x")), ("other",), OURS),
-    ([Subvolume("home20260101-000000", "here", received_uuid="bx")], (), Listing(backups("x")), (), OURS),
-    # taken of this very subvolume, which is in each note since there are some
-    (OWN, (), Listing(backups("x", "s1")), ("other",), OF_OTHERS),
-    (OWN, (pin("s1"),), Listing(backups("s1")), ("other",), OF_OTHERS),
-    (OWN, (), Listing(backups("x", "s1")), ("other", "me"), OURS),
-    (OWN, (), Listing(backups("x", "s1")), (), OURS),
-    (OWN, (), Listing(backups("x")), (), OF_OTHERS),
-    (OWN, (), Listing(), ("other",), FREE),
-    (OWN, (), Listing(backups("s1")), ("other",) * MOST_SOURCE_IDS, OURS),
-    ([OWN[0]._replace(parent_uuid="before")], (), Listing(backups("s1")), ("other",), OURS),
-    ([OWN[0]._replace(received_uuid="x")], (), Listing(backups("x")), ("other",), OURS),
-    # what was in common once
-    ([], (pin("x"),), Listing(backups("x")), ("other",), OURS),
-    (MINE, (pin("x", "g"),), Listing(backups("x")), (), OURS),
-    # the note
-    (MINE, (), Listing(backups("x")), ("me",), OURS),
-    (MINE, (), Listing(backups("x")), ("other", "me", "third"), OURS),
-    (MINE, (), Listing(backups("x")), ("other",), OF_OTHERS),
-    (MINE, (pin("s1"),), Listing(backups("x")), ("other",), OF_OTHERS),
-    (MINE, (), Listing((PARTIAL,)), ("other",), OF_OTHERS),
-    (MINE, (), Listing((PARTIAL,)), ("me",), OURS),
-    # no note
-    (MINE, (), Listing(backups("x")), (), OF_OTHERS),
-    ([], (), Listing(backups("x")), (), OF_OTHERS),
-    (MINE, (pin("s1"),), Listing(backups("x")), (), OURS),
-    (MINE, (pin("s1", None),), Listing(backups("x")), (), OURS),
-    (MINE, (pin("s1", "g"),), Listing(backups("x")), (), OF_OTHERS),
-    (MINE, (), Listing((PARTIAL,)), (), FREE),
-    (MINE, (), Listing((PARTIAL,), records=(Record("home20260301-000000", "s2"),)), ("other",), OURS),
-)
-
-
-class Whose(unittest.TestCase):
-
-    def test_table(self):
-        for number, (snapshots, pins, listing, noted, expected) in enumerate(WHOSE):
-            with self.subTest(number=number):
-                owner = Owner(snapshots, ("me",), pins)
-                self.assertEqual(expected, whose(owner, listing, "home", noted, "f"))
-
-    def test_what_is_noted(self):
-        owner = Owner((), ("me",))
-        for noted, found, expected in (
-            ((), FREE, ("me",)), (("other",), FREE, ("me",)), (("other",), OURS, ("other", "me")),
-            (("me",), OURS, ("me",)), (("me", "other"), OURS, ("other", "me")),
-        ):
-            self.assertEqual(expected, claimed(owner, noted, found))
-
-    def test_nobody_goes_from_a_full_note(self):
-        owner, full = Owner((), ("me",)), tuple(map(str, range(MOST_SOURCE_IDS)))
-        self.assertEqual(full[1:] + ("me",), claimed(owner, full[1:], OURS))
-        for found in (OURS, OF_OTHERS):
-            self.assertEqual(full, claimed(owner, full, found))
-        self.assertEqual(("me",), claimed(owner, full, FREE))
-        self.assertEqual(full[1:] + ("me",), claimed(owner, ("me",) + full[1:], OURS))
-
 
 ONE, OTHER = "00000000-0000-0000-0000-000000000001", "00000000-0000-0000-0000-000000000002"
 
