@@ -1379,8 +1379,7 @@ def split_word(word: str) -> Tuple[str, Optional[str]]:
     elif scheme and scheme.group(1) == "shell":
         return word, None
     elif scheme:
-        slash = word.find("/", scheme.start(2))
-        start = slash if slash >= 0 else len(word)
+        start = (word + "/").index("/", scheme.start(2))
     elif host:
         start = host.end() if word[host.end():host.end() + 1] == "/" else len(word)
     found = SEPARATOR.search(word, start)
@@ -1435,8 +1434,7 @@ class Arguments:
     def begin_task(self) -> None:
         """What follows belongs to another task; one that got nothing is none."""
         self.only_paths = False
-        if not self.drafts or not self.drafts[-1].is_empty:
-            self.drafts.append(Draft({}, [], []))
+        self.drafts.append(Draft({}, [], []))
 
     def add_words(self, words: Iterable[str]) -> None:
         """Words of the command line."""
@@ -1524,7 +1522,7 @@ class Arguments:
 
     def requests(self) -> List[Request]:
         """The tasks, each with the options that hold for all."""
-        drafts = [draft for draft in self.drafts if not draft.is_empty] or self.drafts
+        drafts = [draft for draft in self.drafts if not draft.is_empty] or self.drafts[:1]
         shared = tuple(text for draft in drafts for field, text in draft.words if field in SHARED)
         fields = {field: value for draft in drafts for field, value in draft.fields.items() if field in SHARED}
         requests = []
@@ -1542,21 +1540,21 @@ class Arguments:
 
 def parse_command(arguments: Sequence[str]) -> List[Request]:
     """The tasks that a command line asks for, at least one, or UsageError."""
-    verb = arguments[0] if arguments and arguments[0] and arguments[0] in VERBS else ""
+    verb = arguments[0] if arguments and arguments[0] in VERBS else ""
     gathered = Arguments(verb)
     gathered.add_words(arguments[1:] if verb else arguments)
     requests = gathered.requests()
-    if verb and len(requests) > 1:
+    if verb and requests[1:]:
         raise UsageError("{} is done for one task at a time".format(verb), "write \\: for a colon in a path")
     return requests
 
 
 def parse_arguments(arguments: Sequence[str]) -> Task:
     """The one task that `arguments` ask for, or UsageError."""
-    requests = parse_command(arguments)
-    if len(requests) > 1:
-        raise UsageError("these are {} tasks instead of one".format(len(requests)))
-    return requests[0].task
+    request, *others = parse_command(arguments)
+    if others:
+        raise UsageError("these are {} tasks instead of one".format(1 + len(others)))
+    return request.task
 
 
 def source_command(task: Task, prefix: str, options: Sequence[str]) -> str:
@@ -4818,8 +4816,10 @@ def open_log(path: str) -> int:
 
 def parse_own(text: str) -> Dict[str, List[str]]:
     import json
-    document = json.loads(text)
-    return {"destinations": [str(destination) for destination in document["destinations"]]}
+    destinations = json.loads(text)["destinations"]
+    if not is_of_type(destinations, List[str]):
+        raise ValueError("not a list of destinations")
+    return {"destinations": destinations}
 
 
 def read_own_destinations(folder: str) -> List[str]:
@@ -4853,7 +4853,8 @@ def read_state_file(folder: str, name: str, parse: Callable[[str], Any], own: bo
 
 DAMAGE_HINTS = {
     LOCK_FILE: "mend it, or move it away if no transfer is unfinished",
-    PIN_FILE: "mend it, or move it away: then snapshots that absent destinations need are no longer protected"}
+    PIN_FILE: "mend it, or move it away: then snapshots that absent destinations need are no longer protected",
+    OWN_FILE: "mend it, or move it away and run the backups of this machine, which note their destinations anew"}
 
 
 def parse_state(path: str, text: str, parse: Callable[[str], Any]) -> Any:
@@ -4934,7 +4935,7 @@ def parse_record(text: str) -> Record:
     for uuid in (record.stream_id, record.private, record.parent_id, record.base):
         if uuid is not None and len(parse_uuid(uuid)) != 16:
             raise ValueError("not a UUID")
-    if list(marks) != sorted(set(marks)) or not is_of_type(record.point.file_data, int):
+    if not record.point.is_sound or not is_of_type(record.point.file_data, int):
         raise ValueError("not marks")
     return record
 

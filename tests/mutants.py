@@ -40,7 +40,7 @@ SECTIONS = {
     "RETENTION": ["test_retention_time", "test_planning", "test_options"],
     "ARGUMENTS": ["test_options", "test_files"],
     "IDENTITY": ["test_planning", "test_retention_time"],
-    "PLANNING": ["test_planning", "test_retention_time", "test_state"],
+    "PLANNING": ["test_planning", "test_retention_time"],
     "STREAM": ["test_gate", "test_stream"],
     "STATE": ["test_state"],
 }

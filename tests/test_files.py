@@ -8,6 +8,7 @@ import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from btrfs_backup_ng import (
+    JOB_VERBS,
     SHARED,
     Forbidden,
     Task,
@@ -93,6 +94,7 @@ class Separators(TableTest):
             (["/a:shell://x:y"], [["/a"], ["shell://x:y"]]),
             (["ftp://host:2/a:/b"], [["ftp://host:2/a:/b"]]),  # refused as a whole
             (["a:b", "a::b", "home:"], [["a:b", "a::b", "home:"]]),  # refused as hosts
+            (["a:-b:/c", "a:.:/c", "ssh://host:/"], [["a:-b:/c", "a:.:/c", "ssh://host:/"]]),
             (["./name:/path", "./a:b:c"], [["./name:/path", "./a:b:c"]]),
         ])
 
@@ -255,6 +257,23 @@ class Files(TableTest):
         self.assertEqual([Task(source=conf)], tasks_of(["--", conf]))
         self.assertEqual([Task(snapshot_folder=conf)], tasks_of(["-f", conf]))
 
+    def test_those_that_the_command_line_names_are_known(self):
+        self.file("inner", "-S\n")
+        one, two = self.file("one", "/a\n@inner\n"), self.file("two", "/b\n")
+        self.assertEqual([(one[1:], two[1:])] * 2, [request.files for request in parse_command([one, ":", two])])
+        self.assertEqual([()], [request.files for request in parse_command(["/a", "--", one])])
+
+    def test_what_does_not_concern_a_verb_that_looks_at_a_job(self):
+        conf = self.file("conf", "-p home\n-N 3\n/a\n--keep-backups 7d\n/b\n")
+        for verb in sorted(JOB_VERBS):
+            with self.subTest(verb=verb):
+                self.assertEqual(Task(verb=verb, source="/a", destinations=("/b",), prefix="home"),
+                                 parse_arguments([verb, conf]))
+                self.refuse([verb, "-N", "3", conf], "unknown option -N")
+                self.refuse([verb, self.file("bad", "-N x")], "-N", "'x'")
+                self.refuse([verb, self.file("bad", "--no-such")], "unknown option --no-such")
+        self.refuse(["prune", conf], ":2: unknown option -N")
+
     def test_with_a_colon_in_its_name(self):
         conf = self.file("a:b", "/home\n")
         self.assertEqual([Task(source="/home")], tasks_of([conf.replace(":", "\\:")]))
@@ -291,6 +310,7 @@ class Files(TableTest):
     def test_a_mistake_is_named_with_its_line(self):
         self.refuse_line(3, "/a\n\n--no-such\n", "unknown option --no-such")
         self.refuse_line(1, "-y 3", "unknown option -y")
+        self.refuse_line(1, "-+", "unknown option -+")
         self.refuse_line(2, "\r\n--num 3\r\n", "could be")
         self.refuse_line(1, "-N x", "-N", "'x'")
         self.refuse_line(1, "-p", "needs a value")
@@ -307,7 +327,7 @@ class Files(TableTest):
 
     def test_a_missing_file(self):
         self.refuse(["@/no/such.conf"], "/no/such.conf", "no such file")
-        self.refuse(["@" + self.folder], self.folder, "is a directory")
+        self.refuse(["@" + self.folder], "cannot read {}: is a directory".format(self.folder))
         self.refuse(["@a\0b"], "names no file")
         self.refuse(["@"], "names no file")
         self.refuse_line(2, "/a\n@missing.conf", os.path.join(self.folder, "missing.conf"), "no such file")
@@ -329,7 +349,12 @@ class Files(TableTest):
                             or os.path.normpath(said.partition(":")[0]) == last[1:], said)
 
     def test_no_file_of_arguments(self):
-        self.refuse(["@/dev/zero"], "/dev/zero", "larger than")
+        self.refuse(["@/dev/zero"], "/dev/zero", "larger than 1.0 MiB")
+
+    def test_the_largest(self):
+        lines = "/a\n#".ljust(1 << 20, "x")
+        self.check([(lines, {"source": "/a"})])
+        self.refuse([self.file("conf", lines + "x")], "larger than")
 
     def test_not_allowed(self):
         conf = self.file("conf", "/a")

@@ -18,11 +18,13 @@ from btrfs_backup_ng import (
     check_together,
     destination_key,
     flags_of,
+    forget_command,
     format_error,
     format_help,
     parse_arguments,
     parse_command,
     parse_endpoint,
+    source_command,
 )
 
 OPTIONS = [option for group in OPTION_TABLE for option in group.options]
@@ -286,6 +288,66 @@ class Refused(unittest.TestCase):
         self.refuse(["--remove-locks", "/s"], "--remove-locks", "--locked-destinations")
         check_task(parse_arguments(["--remove-locks", "/s", "/b"]))
         check_task(parse_arguments(["--remove-locks", "--locked-destinations", "/s"]))
+
+
+class Commands(unittest.TestCase):
+    """What is printed to be typed means the source and prefix of the task, and takes no snapshot."""
+
+    TABLE = (
+        ({}, "-S -T -p home- /s"),
+        ({"snapshot_folder": "/a b"}, "-S -T -p home- -f '/a b' /s"),
+        ({"snapshot_folder": ".z"}, "-S -T -p home- -f .z /s"),
+        ({"snapshot_folder": "-"}, "-S -T -p home- -f - /s"),
+        ({"ssh_options": ("Port=22", "User=me"), "source": "h:/s"},
+         "-S -T -p home- --ssh-opt=Port=22 --ssh-opt=User=me h:/s"),
+        ({"ssh_sudo": True, "source": "ssh://h:22/s"}, "-S -T -p home- --ssh-sudo ssh://h:22/s"),
+        ({"source": "-s"}, "-S -T -p home- -- -s"),
+        ({"source": "@s"}, "-S -T -p home- -- @s"),
+        ({"source": "s:t"}, "-S -T -p home- s:t"),
+        ({"source": "/s:t"}, "-S -T -p home- -- /s:t"),
+        ({"source": "/s\\:t"}, "-S -T -p home- -- '/s\\:t'"),
+        ({"source": "!s"}, "-S -T -p home- '!s'"),
+        ({"source": "~s"}, "-S -T -p home- '~s'"),
+        ({"source": "/s:"}, "-S -T -p home- -- /s:"),
+    )
+
+    def test_each_says_what_is_meant(self):
+        for fields, words in self.TABLE:
+            task = Task(source="/s")._replace(**fields)
+            with self.subTest(fields=fields):
+                text = source_command(task, "home-", ["-T"])
+                self.assertEqual("btrfs-backup-ng " + words, text)
+                self.assertEqual(task._replace(prefix="home-", no_snapshot=True, no_transfer=True),
+                                 parse_arguments(shlex.split(text)[1:]))
+
+    def test_without_a_prefix(self):
+        self.assertEqual("btrfs-backup-ng -S -p '' /s", source_command(Task(source="/s", prefix="other"), "", []))
+
+    def test_to_give_a_destination_up(self):
+        self.assertEqual("btrfs-backup-ng -S -T --forget-destination '/b c' -p h /s",
+                         forget_command(Task(source="/s", destinations=("/d",)), "h", "/b c"))
+
+
+class SeveralTasks(unittest.TestCase):
+
+    def test_where_one_is_meant(self):
+        for arguments in (["/a", ":", "/b"], ["/a:/b"]):
+            self.assertEqual(["/a", "/b"], [request.task.source for request in parse_command(arguments)])
+            with self.assertRaises(UsageError) as caught:
+                parse_arguments(arguments)
+            self.assertIn("2 tasks", caught.exception.message)
+
+    def test_a_verb_takes_one(self):
+        for arguments in (["list", "/a", ":", "/b"], ["list", "/a:/b", "/c:/d"]):
+            with self.assertRaises(UsageError) as caught:
+                parse_command(arguments)
+            self.assertIn("list is done for one task", caught.exception.message)
+        for arguments in (["list", "/a", ":"], ["list", ":", "/a"]):
+            self.assertEqual(["/a"], [request.task.source for request in parse_command(arguments)])
+
+    def test_after_two_dashes_all_are_paths_of_a_verb(self):
+        self.assertEqual(Task(verb="list", source=":", destinations=("-x", "::", "/a:/b")),
+                         parse_arguments(["list", "--", ":", "-x", "::", "/a:/b"]))
 
 
 class Together(unittest.TestCase):

@@ -18,6 +18,7 @@ from unittest import mock
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from btrfs_backup_ng import (
+    FORMAT_ERRORS,
     ASIDE,
     LOCK_FILE,
     PIN_FILE,
@@ -27,21 +28,28 @@ from btrfs_backup_ng import (
     Interrupted,
     LocalHost,
     LockChange,
+    Mark,
     PartialLock,
     Pin,
     PrivateFolder,
     Record,
+    ResumePoint,
     SwapNotes,
     add_locks,
     clear_locks,
     folder_mutex,
+    format_locks,
     format_pins,
     format_record,
+    format_sources,
     idle_raw_partials,
     locks_of,
     parse_locks,
+    parse_own,
     parse_pins,
     parse_record,
+    parse_sources,
+    parse_state,
     read_raw_folder,
     read_record,
     read_state_file,
@@ -50,6 +58,7 @@ from btrfs_backup_ng import (
     remove_idle_lock,
     replace_file,
     run_lock,
+    run_lock_name,
     write_swap_notes,
 )
 
@@ -252,6 +261,121 @@ class Pins(unittest.TestCase):
         for what, text in dict(DAMAGED, **DAMAGED_PINS).items():
             with self.subTest(what):
                 self.assertRaises(errors, parse_pins, text)
+
+
+class Formats(unittest.TestCase):
+    """As they stand in the files: releases before and after read them, and so do people."""
+
+    UUID, OTHER = "01234567-89ab-cdef-0123-456789abcdef", "11234567-89ab-cdef-0123-456789abcdef"
+    RECORD = Record("n", UUID, OTHER, OTHER, True, 2, 7, ".n.2.partial", UUID,
+                    ResumePoint((Mark(1, "a"), Mark(5, "b")), 3, acl="00ff"), ".n.3.partial", "boot")
+    RECORD_TEXT = """\
+{
+ "base": "11234567-89ab-cdef-0123-456789abcdef",
+ "boot": "boot",
+ "compressed": true,
+ "ctransid": 7,
+ "finished": ".n.3.partial",
+ "name": "n",
+ "parent_id": "11234567-89ab-cdef-0123-456789abcdef",
+ "piece": ".n.2.partial",
+ "point": {
+  "acl": "00ff",
+  "file_data": 3,
+  "marks": [
+   [
+    1,
+    "a"
+   ],
+   [
+    5,
+    "b"
+   ]
+  ]
+ },
+ "private": "01234567-89ab-cdef-0123-456789abcdef",
+ "stream_id": "01234567-89ab-cdef-0123-456789abcdef",
+ "version": 2
+}
+"""
+
+    def test_locks(self):
+        self.assertEqual('{\n "a": {\n  "locks": [\n   "/b"\n  ],\n  "parent_locks": []\n },\n "b": {}\n}\n',
+                         format_locks({"b": {}, "a": {"parent_locks": [], "locks": ["/b"]}}))
+
+    def test_pins(self):
+        pin = Pin("n", "u", "t")
+        single = '{{\n{0}"filesystem": null,\n{0}"name": "n",\n{0}"time": "t",\n{0}"uuid": "u"\n{1}}}'
+        start, end = '{\n "destinations": {\n  "/b": {\n   "": ', '\n  }\n },\n "version": 1\n}\n'
+        self.assertEqual(start + single.format("    ", "   ") + end, format_pins({"/b": {"": (pin,)}}))
+        several = "[\n    {},\n    {}\n   ]".format(*[single.format("     ", "    ")] * 2)
+        self.assertEqual(start + several + end, format_pins({"/b": {"": (pin, pin)}}))
+        sent = pin._replace(sent=("v", "u"))
+        self.assertEqual(["v", "u"], json.loads(format_pins({"/b": {"": (sent,)}}))["destinations"]["/b"][""]["sent"])
+        self.assertEqual({"/b": {"": (sent, pin)}}, parse_pins(format_pins({"/b": {"": (sent, pin)}})))
+
+    def test_sources(self):
+        for sources in ((), (self.UUID,), (self.OTHER, self.UUID)):
+            text = json.dumps({"sources": list(sources), "version": 1}) + "\n"
+            self.assertEqual((text, sources), (format_sources(sources), parse_sources(text)))
+
+    def test_no_sources(self):
+        for sources in ("", self.UUID, None, {}, [7], [None], [""], ["x"], [self.UUID[:-2]], [self.UUID + "00"],
+                        [self.UUID, 7], [[self.UUID]], {self.UUID: 1}):
+            with self.subTest(sources=sources):
+                self.assertRaises(FORMAT_ERRORS, parse_sources, json.dumps({"version": 1, "sources": sources}))
+        for text in DAMAGED.values():
+            self.assertRaises(FORMAT_ERRORS, parse_sources, text)
+
+    def test_own_destinations(self):
+        for destinations in ([], ["ssh://h/b"], ["ssh://h/b", "raw+ssh://h/c"]):
+            self.assertEqual({"destinations": destinations}, parse_own(json.dumps({"destinations": destinations})))
+        for destinations in ("abc", None, {"a": 1}, [7], [None], ["a", ["b"]], 7):
+            with self.subTest(destinations=destinations):
+                self.assertRaises(FORMAT_ERRORS, parse_own, json.dumps({"destinations": destinations}))
+        for text in DAMAGED.values():
+            self.assertRaises(FORMAT_ERRORS, parse_own, text)
+
+    def test_records(self):
+        self.assertEqual(self.RECORD_TEXT, format_record(self.RECORD))
+        self.assertEqual(self.RECORD, parse_record(self.RECORD_TEXT))
+        least = Record("n", self.UUID)
+        self.assertEqual(least, parse_record(format_record(least)))
+
+    def test_no_records(self):
+        changes: Any = [{field: None} for field in Record._fields if field not in ("parent_id", "base", "private")]
+        changes += [{field: text} for field in ("stream_id", "parent_id", "base", "private")
+                    for text in ("", "x", self.UUID[:-2], self.UUID + "00", 7)]
+        changes += [{"point": dict(json.loads(self.RECORD_TEXT)["point"], **point)} for point in (
+            {"marks": [[5, "b"], [1, "a"]]}, {"marks": [[1, "a"], [1, "a"]]}, {"marks": [[1, "a"], [1, "b"]]},
+            {"marks": [[0, "a"]]}, {"marks": [[-1, "a"]]}, {"marks": [[1]]}, {"marks": [[1, "a", 2]]}, {"marks": 7},
+            {"marks": [["1", "a"]]}, {"file_data": True}, {"file_data": None}, {"file_data": 1.5},
+            {"acl": "0"}, {"acl": "xx"}, {"acl": 7}, {"acl": []})]
+        changes += [{"more": 1}, {"version": "2"}, {"compressed": 1}]
+        for changed in changes:
+            with self.subTest(changed=changed):
+                text = json.dumps(dict(json.loads(self.RECORD_TEXT), **changed))
+                self.assertRaises(FORMAT_ERRORS, parse_record, text)
+        for missing in ("point", "name", "stream_id"):
+            fields = json.loads(self.RECORD_TEXT)
+            del fields[missing]
+            self.assertRaises(FORMAT_ERRORS, parse_record, json.dumps(fields))
+        for text in DAMAGED.values():
+            self.assertRaises(FORMAT_ERRORS, parse_record, text)
+
+    def test_damage_says_what_to_do(self):
+        for name, words in ((".outstanding_transfers", "if no transfer is unfinished"),
+                            (".destinations.json", "no longer protected"), (".own-destinations.json", "run the backups"),
+                            (".home.source", "whose the backups are"), (".source", "whose the backups are")):
+            with self.subTest(name=name), self.assertRaises(BackupError) as caught:
+                parse_state("/folder/" + name, "{", json.loads)
+            self.assertEqual("/folder/{} is damaged or not ours, so nothing was changed".format(name),
+                             caught.exception.message)
+            self.assertIn(words, caught.exception.hint)
+        self.assertEqual({}, parse_state("/folder/.source", "{}", json.loads))
+
+    def test_names_of_run_locks(self):
+        self.assertEqual([".lock", ".home-.lock"], [run_lock_name(prefix) for prefix in ("", "home-")])
 
 
 class StateFiles(InFolder):
