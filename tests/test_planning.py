@@ -162,8 +162,9 @@ class WhatAFolderHolds(InZone):
     def test_what_subvolumes_are_sorted_by(self):
         """By creation; what was received was created by the time that its name states, if that is a snapshot's."""
         name, named = "home20260105-120000", int(utc("2026-01-05 11:00:00")) * 10 ** 9
-        for changes, moment in (({}, 7), ({"received_uuid": "r"}, named), ({"received_uuid": "r", "name": "x"}, 7),
-                                ({"received_uuid": "r", "name": self.EPOCH}, 0)):
+        table: Any = (({}, 7), ({"received_uuid": "r"}, named), ({"received_uuid": "r", "name": "x"}, 7),
+                      ({"received_uuid": "r", "name": self.EPOCH}, 0))
+        for changes, moment in table:
             subvolume = Subvolume(name, "u", otime=7, otransid=3)._replace(**changes)
             with self.subTest(changes=changes):
                 self.assertEqual((moment, 3, subvolume.name), by_creation(subvolume))
@@ -663,7 +664,7 @@ class PlanTransfers(unittest.TestCase):
         piece = partial(3, received_uuid="private", readonly=True)
         later = partial(3, ".2")
         for parent in (None, 1, 2):
-            record = Record(name_of(3), "uuid-3", parent and "uuid-{}".format(parent), parent and "any")
+            record = Record(name_of(3), "uuid-3", "uuid-{}".format(parent) if parent else None)
             recovery = Recovery(name_of(3), (later,), take_up=record)
             listing = holding(1, 2, also=[piece, later])
             with self.subTest(parent=parent):
@@ -1051,10 +1052,10 @@ class Chains(unittest.TestCase):
 
     def test_a_child_that_would_make_it_too_long(self):
         one = Subvolume("one", "a")
-        for parent, lengths, longest, is_kept in (
+        table: Any = (
             (None, {}, 1, False), (one, {}, 0, True), (one, {"a": 9}, 0, True), (one, {"a": 2}, 3, True),
-            (one, {"a": 3}, 3, False), (one, {"a": 4}, 3, False), (one, {}, 1, True), (one, {"a": 1}, 1, False),
-        ):
+            (one, {"a": 3}, 3, False), (one, {"a": 4}, 3, False), (one, {}, 1, True), (one, {"a": 1}, 1, False))
+        for parent, lengths, longest, is_kept in table:
             with self.subTest(lengths=lengths, longest=longest):
                 self.assertEqual(parent if is_kept else None, within_chain(parent, lengths, longest))
 

@@ -18,8 +18,8 @@ from unittest import mock
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from btrfs_backup_ng import (
-    FORMAT_ERRORS,
     ASIDE,
+    FORMAT_ERRORS,
     LOCK_FILE,
     PIN_FILE,
     BackupError,
@@ -320,8 +320,9 @@ class Formats(unittest.TestCase):
             self.assertEqual((text, sources), (format_sources(sources), parse_sources(text)))
 
     def test_no_sources(self):
-        for sources in ("", self.UUID, None, {}, [7], [None], [""], ["x"], [self.UUID[:-2]], [self.UUID + "00"],
-                        [self.UUID, 7], [[self.UUID]], {self.UUID: 1}):
+        damaged: Any = ("", self.UUID, None, {}, [7], [None], [""], ["x"], [self.UUID[:-2]], [self.UUID + "00"],
+                        [self.UUID, 7], [[self.UUID]], {self.UUID: 1})
+        for sources in damaged:
             with self.subTest(sources=sources):
                 self.assertRaises(FORMAT_ERRORS, parse_sources, json.dumps({"version": 1, "sources": sources}))
         for text in DAMAGED.values():
@@ -330,7 +331,8 @@ class Formats(unittest.TestCase):
     def test_own_destinations(self):
         for destinations in ([], ["ssh://h/b"], ["ssh://h/b", "raw+ssh://h/c"]):
             self.assertEqual({"destinations": destinations}, parse_own(json.dumps({"destinations": destinations})))
-        for destinations in ("abc", None, {"a": 1}, [7], [None], ["a", ["b"]], 7):
+        damaged: Any = ("abc", None, {"a": 1}, [7], [None], ["a", ["b"]], 7)
+        for destinations in damaged:
             with self.subTest(destinations=destinations):
                 self.assertRaises(FORMAT_ERRORS, parse_own, json.dumps({"destinations": destinations}))
         for text in DAMAGED.values():
@@ -365,7 +367,8 @@ class Formats(unittest.TestCase):
 
     def test_damage_says_what_to_do(self):
         for name, words in ((".outstanding_transfers", "if no transfer is unfinished"),
-                            (".destinations.json", "no longer protected"), (".own-destinations.json", "run the backups"),
+                            (".destinations.json", "no longer protected"),
+                            (".own-destinations.json", "run the backups"),
                             (".home.source", "whose the backups are"), (".source", "whose the backups are")):
             with self.subTest(name=name), self.assertRaises(BackupError) as caught:
                 parse_state("/folder/" + name, "{", json.loads)
