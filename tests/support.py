@@ -517,19 +517,20 @@ class Running:
     def hold(self, verb):
         """Stop the `btrfs send` or `btrfs receive` as soon as there is one; its pid.
 
-        One that is short may be over by then, but for one that runs with `gate`.
+        One that is short may be over by then: `met_at_gate` misses none.
         """
-        return next(iter(self.hold_all(verb, 1)))
+        return self.wait_for("btrfs " + verb, lambda: next(filter(stop, self.transfers(verb)), None))
 
-    def hold_all(self, verb, count):
-        """Stops them as they appear until so many are held; their pids."""
-        held = set()
+    def met_at_gate(self, verb, count=1):
+        """The pids of so many that have stopped at their gates, all at one moment.
 
-        def all_held():
-            held.update(pid for pid in set(self.transfers(verb)) - held if stop(pid))
-            return len(held) >= count
-        self.wait_for("%d btrfs %s at once" % (count, verb), all_held)
-        return held
+        A server's have the mark of this run and no gate. They are let be: who stopped one of them instead
+        would let go all but one of those at a gate, and that one would wait for ever.
+        """
+        def all_met():
+            met = set(filter(is_met, self.transfers(verb)))
+            return met if len(met) >= count else None
+        return self.wait_for("%d btrfs %s at a gate" % (count, verb), all_met)
 
     def finish(self, timeout=HANGS):
         """Wait for the end. A run that hangs is killed, and fails the test."""
@@ -589,19 +590,16 @@ def is_stopped(pid):
     return read_stat(pid)[0] == "T"
 
 
-def is_at_gate(pid):
-    """Whether a process is the script of a gate, which stops by itself."""
+def is_met(pid):
+    """Whether a process is the script of a gate and has stopped itself."""
     try:
         with open("/proc/%d/cmdline" % pid, "rb") as words:
-            return words.read().startswith(b"/bin/sh\0")
+            return words.read().startswith(b"/bin/sh\0") and is_stopped(pid)
     except OSError:
         return False
 
 
 def stop(pid):
-    """Whether a process is stopped now, by us or at a gate."""
-    if is_at_gate(pid):
-        return is_stopped(pid)
     try:
         os.kill(pid, signal.SIGSTOP)
     except ProcessLookupError:

@@ -160,7 +160,7 @@ class Lines(LiveTestCase):
                 support.next_second()
                 running = self.on_terminal(*self.command(tasks=self.tasks("-I")), columns=columns, lines=lines,
                                            env=support.gate("receive"))
-                held = running.hold_all("receive", 4)
+                held = running.met_at_gate("receive", 4)
                 running.wait_to_show(*["{} to ".format(source[-8:]) for source in self.sources])
                 running.wait_for("four lines", lambda shown=running.shown: all(" MiB" in line for line in shown()[-4:]))
                 go_on(held)
@@ -175,7 +175,7 @@ class Lines(LiveTestCase):
 
     def test_resized_meanwhile(self):
         running = self.on_terminal(*self.command(), columns=100, lines=30, env=support.gate("receive"))
-        held = running.hold_all("receive", 4)
+        held = running.met_at_gate("receive", 4)
         running.wait_to_show(*["{} to ".format(source[-8:]) for source in self.sources])
         running.resize(60, 20)
         go_on(held)
@@ -186,7 +186,7 @@ class Lines(LiveTestCase):
         for options, env in ((["-P"], {}), ([], {"TERM": "dumb"}), (["-q"], {})):
             support.next_second()
             running = self.on_terminal(*self.command(*options), env=dict(support.gate("receive"), **env))
-            held = running.hold_all("receive", 4)
+            held = running.met_at_gate("receive", 4)
             self.assertEqual([], self.measuring(running))
             go_on(held)
             result = running.finish()
@@ -208,7 +208,7 @@ class Lines(LiveTestCase):
         env = dict(support.gate("receive"), LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0",
                    PYTHONIOENCODING="ascii:backslashreplace")
         running = self.on_terminal(*self.command(), env=env)
-        held = running.hold_all("receive", 4)
+        held = running.met_at_gate("receive", 4)
         running.wait_to_show(" MiB")
         go_on(held)
         self.assertEqual(0, running.finish().status)
@@ -227,7 +227,7 @@ class View(LiveTestCase):
                 tasks = self.tasks("-I")
                 running = self.on_terminal(*self.command("-l", tasks=tasks), columns=columns, lines=lines,
                                            env=support.gate("receive"))
-                held = running.hold_all("receive", 4)
+                held = running.met_at_gate("receive", 4)
                 shown = running.wait_to_show("4 tasks: 4 at work", "took snapshot", " MiB")
                 self.assertTrue(running.screen.is_alternate)
                 self.assertFalse(running.screen.cursor_shown)
@@ -259,7 +259,7 @@ class View(LiveTestCase):
 
     def test_one_task(self):
         running = self.on_terminal("-l", *self.tasks()[0], env=support.gate("receive"))
-        held = running.hold_all("receive", 1)
+        held = running.met_at_gate("receive")
         running.wait_to_show("1 task: 1 at work", "to ")
         go_on(held)
         self.assertEqual(0, running.finish().status)
@@ -268,7 +268,7 @@ class View(LiveTestCase):
 
     def test_resized_meanwhile(self):
         running = self.live(env=support.gate("receive"))
-        held = running.hold_all("receive", 4)
+        held = running.met_at_gate("receive", 4)
         running.wait_to_show("4 at work")
         for columns, lines in ((120, 40), (60, 12), (100, 30)):
             running.resize(columns, lines)
@@ -281,7 +281,7 @@ class View(LiveTestCase):
 
     def end(self, number, status):
         running = self.live(env=support.gate("receive"))
-        held = running.hold_all("receive", 4)
+        held = running.met_at_gate("receive", 4)
         running.wait_to_show("4 at work")
         os.kill(running.pid, number)
         result = running.finish()
@@ -292,7 +292,7 @@ class View(LiveTestCase):
 
     def test_the_terminal_is_given_back_on_ctrl_c(self):
         running = self.live(env=support.gate("receive"))
-        held = running.hold_all("receive", 4)
+        held = running.met_at_gate("receive", 4)
         running.wait_to_show("4 at work")
         running.type(b"\x03")
         result = running.finish()
@@ -304,7 +304,7 @@ class View(LiveTestCase):
 
     def test_the_terminal_is_given_back_on_ctrl_backslash(self):
         running = self.live(env=support.gate("receive"))
-        held = running.hold_all("receive", 4)
+        held = running.met_at_gate("receive", 4)
         running.wait_to_show("4 at work")
         running.type(b"\x1c")
         self.assertEqual(131, running.finish().status)
@@ -319,7 +319,7 @@ class View(LiveTestCase):
 
     def test_the_terminal_is_given_back_by_the_children_of_one_that_was_killed(self):
         running = self.live(env=support.gate("receive"))
-        held = running.hold_all("receive", 4)
+        held = running.met_at_gate("receive", 4)
         running.wait_to_show("4 at work")
         go_on(held)
         os.kill(running.pid, signal.SIGKILL)
@@ -335,7 +335,7 @@ class View(LiveTestCase):
 
     def test_the_terminal_is_given_back_on_ctrl_z(self):
         running = self.live(env=support.gate("receive"))
-        held = running.hold_all("receive", 4)
+        held = running.met_at_gate("receive", 4)
         running.wait_to_show("4 at work")
         os.kill(running.pid, signal.SIGTSTP)
         running.wait_for("the main screen", lambda: not running.screen.is_alternate)
@@ -353,7 +353,7 @@ class View(LiveTestCase):
             with self.subTest(options=options):
                 support.next_second()
                 running = self.on_terminal(*self.command(*options), env=support.gate("receive"))
-                held = running.hold_all("receive", 4)
+                held = running.met_at_gate("receive", 4)
                 running.hang_up()
                 result = running.finish()
                 self.assertEqual(129, result.status)

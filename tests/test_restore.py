@@ -529,7 +529,7 @@ class InPlace(RestoreTestCase):
         self.transfer()
         self.take(2)
         running = self.start_backup("-S", env=support.gate("receive"))
-        running.hold("receive")
+        running.met_at_gate("receive")
         result = self.restore(self.target, "--latest", "--in-place", self.source, status=75)
         self.assertErrorSays(result, "another run")
         running.kill()

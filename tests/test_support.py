@@ -91,6 +91,22 @@ class ChurnCanBeSent(support.BackupTestCase):
             churn.change()
 
 
+class Gates(support.BackupTestCase):
+
+    def test_who_has_none_is_let_be(self):
+        """One that a server runs has the same mark, and may be there before those at a gate."""
+        script = ('sleep 600 | %s receive "$0" & until [ -e begin ]; do sleep 0.01; done; exec btrfs receive "$0"'
+                  % shutil.which("btrfs"))
+        running = support.Running(self.target, program=("sh", "-c", script), env=support.gate("receive"))
+        self.addCleanup(running.close)
+        elsewhere = running.wait_for("one without a gate", lambda: running.find("receive"))
+        begin = os.path.join(support.scratch_folder(), "begin")
+        open(begin, "w").close()
+        self.addCleanup(os.unlink, begin)
+        self.assertEqual({running.pid}, running.met_at_gate("receive"))
+        self.assertFalse(support.is_stopped(elsewhere))
+
+
 class NothingStaysBehind(support.TestCase):
 
     def test_what_a_killed_run_left_is_swept(self):

@@ -96,7 +96,7 @@ class Eight(TasksTestCase):
         tasks = self.tasks()
         tasks[3][-1] = os.path.join(self.sources[3], "inside")
         running = self.start(*self.command(tasks=tasks), env=support.gate("receive"))
-        go_on(running.hold_all("receive", 7))  # seven at one moment
+        go_on(running.met_at_gate("receive", 7))  # seven at one moment
         result = running.finish()
         self.assertEqual(1, result.status, result.stderr)
         for number in range(8):
@@ -163,7 +163,7 @@ class OverSsh(SshdTestCase, TasksTestCase):
         tasks = self.remote_tasks(push=[1], pull=[2])
         tasks[3][-1] = os.path.join(self.sources[3], "inside")
         running = self.start(*self.command(tasks=tasks), env=support.gate("receive"))
-        held = running.hold_all("receive", 6)  # the seventh runs on the server
+        held = running.met_at_gate("receive", 6)  # the seventh runs on the server
         running.wait_for("all to be sent", lambda: len(self.events("sending")) == 7)
         go_on(held)
         result = running.finish()
@@ -225,7 +225,7 @@ class Stopped(TasksTestCase):
 
     def stop(self, number, status):
         running = self.start(*self.command(), env=support.gate("receive"))
-        held = running.hold_all("receive", 8)
+        held = running.met_at_gate("receive", 8)
         os.kill(running.pid, number)
         result = running.finish()
         self.assertEqual(status, result.status, result.stderr)
@@ -251,7 +251,7 @@ class Stopped(TasksTestCase):
     def test_ctrl_c_reaches_all_at_once(self):
         """A terminal sends it to the whole process group."""
         running = self.start(*self.command(), env=support.gate("receive"))
-        held = running.hold_all("receive", 8)
+        held = running.met_at_gate("receive", 8)
         os.killpg(running.pid, signal.SIGINT)
         result = running.finish()
         self.assertEqual(130, result.status, result.stderr)
@@ -263,7 +263,7 @@ class Stopped(TasksTestCase):
 
     def test_killed_the_children_end_by_themselves(self):
         running = self.start(*self.command(), env=support.gate("receive"))
-        running.hold_all("receive", 8)  # so that only who is ended ends
+        running.met_at_gate("receive", 8)  # so that only who is ended ends
         os.kill(running.pid, signal.SIGKILL)
         running.process.wait()
         self.wait_until_gone(running)
@@ -299,7 +299,7 @@ class Impatient(TasksTestCase):
 
     def test_a_stopped_task_is_woken_to_end(self):
         running = self.begin("receive", STOP_GRACE=600.0)
-        held = running.hold_all("receive", 2)
+        held = running.met_at_gate("receive", 2)
         for pid in running.children():
             os.kill(pid, signal.SIGSTOP)
         os.kill(running.pid, signal.SIGTERM)
@@ -308,7 +308,7 @@ class Impatient(TasksTestCase):
 
     def test_one_that_does_not_end_is_killed(self):
         running = self.begin("receive", STOP_GRACE=1.0)
-        running.hold_all("receive", 2)
+        running.met_at_gate("receive", 2)
         stubborn, other = running.children()
         os.kill(running.pid, signal.SIGTERM)
 
@@ -324,7 +324,7 @@ class Impatient(TasksTestCase):
 
     def test_one_without_a_snapshot_keeps_the_others_only_so_long(self):
         running = self.begin("snapshot", SNAPSHOT_PATIENCE=0.5)
-        one, other = running.hold_all("snapshot", 2)
+        one, other = running.met_at_gate("snapshot", 2)
         go_on([other])
         running.wait_for("a backup", lambda: any(map(names, self.targets)))
         self.assertTrue(support.is_stopped(one))
@@ -336,7 +336,7 @@ class Impatient(TasksTestCase):
 
     def test_one_without_a_snapshot_keeps_the_others(self):
         running = self.begin("snapshot", SNAPSHOT_PATIENCE=600.0)
-        one, other = running.hold_all("snapshot", 2)
+        one, other = running.met_at_gate("snapshot", 2)
         go_on([other])
         running.wait_for("the other's snapshot", lambda: self.events("snapshot"))
         self.assertEqual([], self.events("sending"))
@@ -423,7 +423,7 @@ class EachForItself(TasksTestCase):
 
     def test_another_command_is_at_work(self):
         running = self.start("-p", "home-", self.sources[0], self.targets[0], env=support.gate("receive"))
-        held = running.hold_all("receive", 1)
+        held = running.met_at_gate("receive")
         result = self.run_tasks(status=75)
         self.assertIn("another run is at work", result.stderr)
         for number in (1, 2, 3):
@@ -442,7 +442,7 @@ class EachForItself(TasksTestCase):
 
     def test_one_is_killed(self):
         running = self.start(*self.command(), env=support.gate("receive"))
-        held = running.hold_all("receive", 4)
+        held = running.met_at_gate("receive", 4)
         children = running.children()
         self.assertEqual(4, len(children))
         os.kill(children[0], signal.SIGKILL)
