@@ -226,7 +226,7 @@ class HostsThatLie(support.BackupTestCase):
             ["list", "-p", "home", source, there],
             ["doctor", "-p", "home", self.source, there], ["prune", "-n", "1", there],
             ["verify", "-p", "home", self.source, there],
-            ["restore", there + "/" + self.name(2), self.restored]))
+            ["restore", "--stall-timeout", "1", there + "/" + self.name(2), self.restored]))
 
     def run_case(self, seed, argv):
         """(exit status, peak KiB) of the program in a child of ours."""
