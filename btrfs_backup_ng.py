@@ -2022,8 +2022,7 @@ def choose_parent(snapshot: Subvolume, ordered: Sequence[Subvolume], common: Set
     """The nearest older of `ordered` (by creation) whose id is in `common`, else the nearest newer."""
     usable = [s for s in ordered if s.stream_id in common and s.stream_id != snapshot.stream_id]
     older = [s for s in usable if by_creation(s) < by_creation(snapshot)]
-    newer = [s for s in usable if by_creation(s) > by_creation(snapshot)]
-    return older[-1] if older else newer[0] if newer else None
+    return older[-1] if older else usable[0] if usable else None
 
 
 def chain_lengths(listing: Listing) -> Dict[Optional[str], int]:
@@ -2127,12 +2126,12 @@ def plan_transfers(snapshots: Sequence[Subvolume], listing: Listing, prefix: str
             skipped.append(verdicts[snapshot.name])
         elif snapshot.name not in blocked and problem:
             problems.append(problem)
-        elif snapshot.name in going_on:
-            transfers.append(Transfer(snapshot, parent_of_record(going_on[snapshot.name], snapshots)))
-            parents.add(snapshot.stream_id or "")
         elif snapshot.name not in blocked:
-            parent = choose_parent(snapshot, snapshots, parents) if incremental else None
-            parent = within_chain(parent, lengths, longest)
+            if snapshot.name in going_on:
+                parent = parent_of_record(going_on[snapshot.name], snapshots)
+            else:
+                parent = choose_parent(snapshot, snapshots, parents) if incremental else None
+                parent = within_chain(parent, lengths, longest)
             transfers.append(Transfer(snapshot, parent))
             parents.add(snapshot.stream_id or "")
             lengths[snapshot.stream_id] = 1 + (lengths.get(parent.stream_id, 0) if parent else 0)
@@ -2626,7 +2625,7 @@ class StreamGate:
             left = end - at - ATTRIBUTE.size
             return left >= 0 and ATTRIBUTE.unpack_from(data, at) == (A_PATH_TO, left)
         left = end - at - USUAL_WRITE.size
-        return (command == WRITE and self.version == 1 and 0 <= left < 1 << 16
+        return (command == WRITE and self.version == 1 and left >= 0
                 and USUAL_WRITE.unpack_from(data, at) == (A_FILE_OFFSET, 8, A_DATA, left))
 
     def judge_slowly(self, data: Chunk, start: int, end: int, command: int) -> None:

@@ -404,6 +404,109 @@ class AtTheEdges(unittest.TestCase):
                     with self.subTest(command=command, number=number_, other=other):
                         self.assertFalse(self.verdict(command, [(A_PATH, b"x")] + changed))
 
+    # What Linux writes after the path in the commonest commands: kind and length.
+    COMMON = ((MKFILE, (3, 8)), (MKDIR, (3, 8)), (TRUNCATE, (4, 8)), (CHMOD, (5, 8)), (program.CHOWN, (6, 8), (7, 8)),
+              (UTIMES, (11, 12), (10, 12), (9, 12)), (UNLINK,), (RMDIR,), (RENAME, (16, 1)), (RENAME, (16, 4095)),
+              (WRITE, (18, 8), (19, 0)), (WRITE, (18, 8), (19, 1)), (WRITE, (18, 8), (19, 48 << 10)),
+              (WRITE, (18, 8), (19, 65535)))
+
+    class Slow(StreamGate):
+        """One that tells what it has not judged at a glance."""
+
+        def __init__(self):
+            super().__init__(EXPECTED)
+            self.slow, self.checked = [], []
+
+        def judge_slowly(self, data, start, end, command):
+            self.slow.append(command)
+            super().judge_slowly(data, start, end, command)
+
+        def check_path(self, command, path):
+            self.checked.append(path)
+            super().check_path(command, path)
+
+    def test_what_linux_writes_is_judged_at_a_glance(self):
+        for version in (1, 2):
+            for before in (0, 5):
+                for command, *rest in self.COMMON:
+                    gate = self.Slow()
+                    gate.open(version)
+                    whole = make_command(command, [(A_PATH, b"some/path")] + [
+                        (kind, (b"ab/" * size)[:size].rstrip(b"/").ljust(size, b"n")) for kind, size in rest])
+                    gate.judge(bytes(before) + whole + bytes(9), before, before + len(whole), command)
+                    with self.subTest(version=version, command=command, rest=rest):
+                        self.assertEqual([WRITE] if command == WRITE and version == 2 else [], gate.slow)
+                        self.assertEqual({RENAME: 2}.get(command, 1), len(gate.checked))
+
+    def test_anything_else_is_looked_at(self):
+        """A second path in the place of what Linux writes there, and what is longer or shorter than it says."""
+        for command, attributes in (
+            (RENAME, [(A_PATH, b"x"), (A_PATH, b"y")]), (RENAME, [(A_PATH, b"x"), (A_PATH_LINK, b"y")]),
+            (RENAME, [(A_PATH, b"x"), (A_PATH_TO, b"y"), (A_INO, number())]), (RENAME, [(A_PATH, b"x")]),
+            (WRITE, [(A_PATH, b"x"), (A_FILE_OFFSET, number())]), (WRITE, [(A_PATH, b"x"), (A_DATA, b"d")]),
+            (LINK, [(A_PATH, b"x"), (A_PATH_LINK, b"y")]), (SYMLINK, [(A_PATH, b"x"), (A_PATH_LINK, b"y")]),
+            (CHMOD, [(A_PATH, b"x")]), (CHMOD, [(A_PATH, b"x"), (A_MODE, number()), (A_INO, number())]),
+            (UNLINK, [(A_PATH, b"x"), (A_INO, number())]), (MKNOD, [(A_PATH, b"x"), (A_INO, number())]),
+        ):
+            for is_cut in (False, True):
+                gate = self.Slow()
+                gate.open(1)
+                whole = make_command(command, attributes)
+                end = len(whole) - is_cut
+                with self.subTest(command=command, attributes=attributes, is_cut=is_cut):
+                    try:
+                        gate.judge(whole[:end], 0, end, command)
+                    except BackupError:
+                        self.assertTrue(is_cut or attributes[1:] == [(A_PATH, b"y")])
+                    else:
+                        self.assertFalse(is_cut)
+                    self.assertEqual([command], gate.slow)
+
+    def test_paths_that_have_passed_are_not_looked_at_again(self):
+        gate = self.Slow()
+        gate.open(1)
+        for path in (b"x", b"y", b"x", b"y", b"x"):
+            whole = make_command(UNLINK, [(A_PATH, path)])
+            gate.judge(whole, 0, len(whole), UNLINK)
+        self.assertEqual([b"x", b"y"], gate.checked)
+        for count in range(5000):
+            whole = make_command(UNLINK, [(A_PATH, str(count).encode())])
+            gate.judge(whole, 0, len(whole), UNLINK)
+            self.assertLess(len(gate.passed), 1100)
+
+    def test_the_top_folder_has_not_passed_for_all(self):
+        gate = StreamGate(EXPECTED)
+        gate.open(1)
+        for command, attributes, is_fine in ((CHMOD, [(A_PATH, b""), (A_MODE, number())], True),
+                                             (UNLINK, [(A_PATH, b"")], False)):
+            whole = make_command(command, attributes)
+            if is_fine:
+                gate.judge(whole, 0, len(whole), command)
+            else:
+                self.assertRaises(BackupError, gate.judge, whole, 0, len(whole), command)
+
+    def test_what_is_told_of_a_stream(self):
+        """On both sides of each limit of what may become name, ids, owner and mode of a partial."""
+        most = (1 << 32) - 1
+        for change, is_fine in (
+            ({}, True), ({"name": "n" * 255}, True), ({"name": "n" * 256}, False), ({"name": "\u00e9" * 127}, True),
+            ({"name": "\u00e9" * 128}, False), ({"name": "a.b"}, True), ({"name": ".a"}, False),
+            ({"name": "a/b"}, False), ({"name": "."}, False), ({"name": "a\n"}, True),
+            ({"uid": 0}, True), ({"uid": most}, True), ({"uid": most + 1}, False), ({"uid": -1}, False),
+            ({"gid": 0}, True), ({"gid": most}, True), ({"gid": most + 1}, False), ({"gid": -1}, False),
+            ({"mode": 0}, True), ({"mode": 0o7777}, True), ({"mode": 0o10000}, False), ({"mode": -1}, False),
+            ({"parent_uuid": None}, True), ({"parent_uuid": ""}, True), ({"parent_uuid": OWN}, True),
+            ({"parent_uuid": "x"}, False), ({"base": OWN}, True), ({"base": "x"}, False), ({"base": None}, True),
+            ({"uuid": ""}, False), ({"uuid": OWN.upper()}, True), ({"uuid": OWN[:-1] + "A"}, False),
+            ({"uuid": OWN[:-1]}, False), ({"uuid": OWN + "0"}, False), ({"uuid": OWN.replace("-", "")}, False),
+        ):
+            with self.subTest(change=change):
+                expected = EXPECTED._replace(**change)
+                if is_fine:
+                    program.check_expected(expected)
+                else:
+                    self.assertRaises(BackupError, program.check_expected, expected)
+
     def test_wherever_it_stands_in_what_has_come(self):
         before = bytes(program.LARGEST_COMMAND + 1)
         for command, attributes in ((MKFILE, [(A_PATH, b"x"), (A_INO, number())]), (MKFILE, [(A_PATH, b"../x")]),
@@ -431,14 +534,14 @@ class AtTheEdges(unittest.TestCase):
         gate.judge(whole, 0, len(whole), WRITE)
 
     def test_the_longest_path(self):
-        for more, is_fine in ((0, True), (1, False)):
-            path = (b"n/" * program.LARGEST_PATH)[:program.LARGEST_PATH - 3] + b"nnn" + b"n" * more
+        for more, is_fine in ((0, True), (1, False)):  # PATH_MAX with its NUL is 4096
+            path = (b"n/" * 4095)[:4092] + b"nnn" + b"n" * more
             self.assertEqual(is_fine, self.verdict(RMDIR, [(A_PATH, path)]), len(path))
 
     def test_the_largest_command(self):
         head = struct.pack("<HH1sHH8sH", A_PATH, 1, b"x", A_FILE_OFFSET, 8, number(), A_DATA)
         for more, is_fine in ((0, True), (1, False)):
-            size = program.LARGEST_COMMAND - 10 - len(head) + more
+            size = (1 << 20) - 10 - len(head) + more
             whole = program.COMMAND_HEADER.pack(len(head) + size, WRITE, 0) + head + bytes(size)
             gate = StreamGate(EXPECTED)
             gate.open(2)

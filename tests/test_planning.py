@@ -12,7 +12,6 @@ from test_names import InZone, utc
 
 from btrfs_backup_ng import (
     FREE,
-    MOST_SOURCE_IDS,
     OF_OTHERS,
     OURS,
     Broken,
@@ -463,9 +462,11 @@ class LockReasons(unittest.TestCase):
             "d": {"locks": ["/e"], "parent_locks": ["/f"]},
             "e": {"locks": [], "parent_locks": []},
             "f": {},
+            "g": {"parent_locks": ["/d", "/c"]},
         })
         self.assertEqual({"a": "locked for /b", "b": "parent of an unfinished transfer to /c",
-                          "c": "locked for /d", "d": "locked for /e"}, reasons)
+                          "c": "locked for /d", "d": "locked for /e",
+                          "g": "parent of an unfinished transfer to /d"}, reasons)
 
     def test_on_one_line(self):
         self.assertEqual({"a": "locked for /b\\n\\udcff"}, lock_reasons({"a": {"locks": ["/b\n\udcff"]}}))
@@ -672,6 +673,14 @@ class PlanTransfers(unittest.TestCase):
                 self.assertEqual(DestinationPlan((recovery,), plan.transfers), plan)
                 self.assertEqual([(3, parent), (4, 3)], self.sent(plan))
 
+    def test_the_chain_of_what_goes_on_counts(self):
+        files = [backup(1, uuid="uuid-1"), partial(2, readonly=True, received_uuid="private")]
+        recovery = Recovery(name_of(2), (), take_up=Record(name_of(2), "uuid-2", "uuid-1", "uuid-1"))
+        for longest, expected in ((2, [(2, 1), (3, None), (4, 3)]), (3, [(2, 1), (3, 2), (4, None)])):
+            plan = self.plan(snapshots(1, 2, 3, 4), Listing(tuple(files), chained=True), recoveries=[recovery],
+                             longest=longest)
+            self.assertEqual(expected, self.sent(plan))
+
     def test_what_is_not_sent_after_all_is_not_taken_up(self):
         """The partial of a snapshot that retention would delete goes, all of it."""
         pieces = (partial(1, received_uuid="private", readonly=True), partial(1, ".2"))
@@ -803,7 +812,8 @@ class Records(unittest.TestCase):
         self.assertTrue(self.usable(self.RECORD))
         self.assertFalse(self.usable(self.RECORD, taken=snapshots(1, 3)))
         self.assertFalse(self.usable(self.RECORD, taken=snapshots(2, 3)))
-        self.assertFalse(self.usable(self.RECORD, taken=[snapshot(1), snapshot(2, uuid="another")]))
+        for other in ("another", "zzz"):
+            self.assertFalse(self.usable(self.RECORD, taken=[snapshot(1), snapshot(2, uuid=other)]))
         self.assertTrue(self.usable(self.RECORD, taken=[snapshot(1), snapshot(2, uuid="x", received_uuid="uuid-2")]))
         self.assertFalse(self.usable(self.RECORD, listing=Listing()))
         self.assertFalse(self.usable(self.RECORD, listing=holding(2, 3)))
@@ -968,7 +978,9 @@ WHOSE = (
     (OWN, (), Listing(received("x", "s1")), (), OURS),
     (OWN, (), Listing(received("x")), (), OF_OTHERS),
     (OWN, (), Listing(), ("other",), FREE),
-    (OWN, (), Listing(received("s1")), ("other",) * MOST_SOURCE_IDS, OURS),
+    (OWN, (), Listing(received("s1")), ("other",) * 255, OF_OTHERS),
+    (OWN, (), Listing(received("s1")), ("other",) * 256, OURS),
+    (OWN, (), Listing(received("s1")), ("other",) * 300, OURS),
     ([OWN[0]._replace(parent_uuid="before")], (), Listing(received("s1")), ("other",), OURS),
     ([OWN[0]._replace(received_uuid="x")], (), Listing(received("x")), ("other",), OURS),
     # what was in common once
@@ -1009,7 +1021,7 @@ class Whose(unittest.TestCase):
             self.assertEqual(expected, claimed(owner, noted, found))
 
     def test_nobody_goes_from_a_full_note(self):
-        owner, full = Owner((), ("me",)), tuple(map(str, range(MOST_SOURCE_IDS)))
+        owner, full = Owner((), ("me",)), tuple(map(str, range(256)))
         self.assertEqual(full[1:] + ("me",), claimed(owner, full[1:], OURS))
         for found in (OURS, OF_OTHERS):
             self.assertEqual(full, claimed(owner, full, found))
