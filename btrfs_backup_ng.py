@@ -838,7 +838,8 @@ Several tasks stand in one command with : between them, each with options of its
 
 @FILE reads arguments from a file: one flag, option with its value, or path on each line. A line that begins
 with # is a comment, nothing is quoted or escaped, a line : separates tasks, a line @FILE reads another
-file, relative to the one it stands in.""",
+file, relative to the one it stands in. A line that looks like two paths is refused, unless a line -- above
+it says that all below are paths as they stand.""",
         examples=(
             ("/home /mnt/backup/home", "a full backup first, then increments"),
             ("--dry-run /home /mnt/backup/home", "what would be done, and why"),
@@ -1320,9 +1321,10 @@ def parse_remote(text: str, kind: str, rest: str) -> Endpoint:
 # Options and paths mix in any order. An option's value is the next word as it stands, whatever it begins
 # with or holds. A `:` separates tasks, alone or glued to a path, where it is no part of a URL or of
 # `host:/path`; `\:` is a colon in a path, and what begins with `./` is one path. `@FILE` reads arguments,
-# a line each, where nothing is escaped and no `:` is glued; a `--` in it holds to its end; a verb
-# passes over what does not concern it in the file of a backup. Display options hold for all tasks. Verbs
-# take one task. Mistakes in a file are named with its line.
+# a line each, where nothing is escaped and no `:` is glued; what looks like two things on a line is refused, for
+# the second would silently get no backup; a `--` in it holds to its end; a verb passes over what does not concern
+# it in the file of a backup. Display options hold for all tasks. Verbs take one task. Mistakes in a file are
+# named with its line.
 ########################################################################################################
 
 LARGEST_ARGUMENT_FILE = 1 << 20  # bytes
@@ -1330,6 +1332,10 @@ JOB_VERBS = frozenset(("doctor", "list", "verify"))  # which take the places of 
 SEPARATORS = (":", "::")
 BLANKS = " \t"
 SEPARATOR = re.compile(r"(?<!\\):+")
+ONE_THING = frozenset(("DEST", "DIR", "FILE", "NAME", "P", "SUBVOLUME"))  # values that are one name or place
+QUOTED = re.compile(r"""(["']).*|.*\\[ \t]""", re.DOTALL)
+NEXT_THING = re.compile(  # a path, an option, a file, a comment, a separator behind a blank; a separator at the end
+    r"[ \t]+((?:\.{0,2}/|~/|-[^ \t]|@|#(?![0-9])|:|[^ \t/:]+:/).*)|(?<!:)(:{1,2})$", re.DOTALL)
 HOST_START = re.compile(r"(?:[^/@:\\]+@)?(?:\[[^/\]]+\]|[^/.@:\[\]\\][^/@:\[\]\\]*):")
 
 
@@ -1387,6 +1393,26 @@ def split_word(word: str) -> Tuple[str, Optional[str]]:
     return path.replace("\\:", ":"), word[found.end():] if found else None
 
 
+def check_one_thing(text: str, otherwise: str) -> None:
+    """UsageError where a line of a file, or the value in it, looks like more than the one path or name it is."""
+    if text.startswith("shell://"):
+        return
+    if QUOTED.match(text):
+        raise UsageError("nothing is quoted or escaped here: {}".format(printable(text)),
+                         "write it as it is, blanks included; {}".format(otherwise))
+    found = NEXT_THING.search(text)
+    if found:
+        second = printable(found.group(1) or found.group(2))
+        raise UsageError("more than one thing on a line: {}".format(printable(text)),
+                         "give {} a line of its own; {}".format(second, otherwise))
+
+
+def check_value(flag: str, value: str, flags: Dict[str, Option]) -> None:
+    option = find_option(flag, flags)
+    if option.metavar in ONE_THING:
+        check_one_thing(value, "what stands behind {}= is taken as it stands".format(option.flags[-1]))
+
+
 def split_line(line: str, flags: Dict[str, Option]) -> Iterator[Tuple[str, Optional[str]]]:
     """The flags of one line of a file; the last one's value is all the rest of the line."""
     match = re.match(r"(--[^= \t]*|[^ \t]*)(=|[ \t]*)(.*)", line, re.DOTALL)
@@ -1394,12 +1420,16 @@ def split_line(line: str, flags: Dict[str, Option]) -> Iterator[Tuple[str, Optio
     if word == "--":
         raise UsageError("-- stands alone on its line", "the paths stand on lines of their own")
     if word.startswith("--"):
+        if mark != "=":
+            check_value(word, rest, flags)
         yield word, rest if mark else None
         return
     pairs = list(split_flags(word, flags))
     yield from pairs[:-1]
     flag, glued = pairs[-1]
-    yield flag, glued + mark + rest if glued is not None else rest if mark else None
+    value = glued + mark + rest if glued is not None else rest if mark else None
+    check_value(flag, value or "", flags)
+    yield flag, value
 
 
 def read_argument_lines(path: str) -> List[str]:
@@ -1467,9 +1497,13 @@ class Arguments:
             self.begin_task()
         elif line == "--" and not self.only_paths:
             self.only_paths = True
-        elif self.only_paths or not line.startswith(("-", "@")) or line == "-":
+        elif self.only_paths:
+            self.add_path(line)
+        elif not line.startswith(("-", "@")) or line == "-":
+            check_one_thing(line, "below a line -- each line is a path as it stands")
             self.add_path(line)
         elif line.startswith("@"):
+            check_one_thing(line[1:].strip(BLANKS), "one @FILE on a line")
             self.add_file(os.path.join(folder, line[1:].strip(BLANKS)))
         else:
             for flag, value in split_line(line, self.flags_in_files):

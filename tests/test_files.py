@@ -189,7 +189,6 @@ class Files(TableTest):
             ("/a\n/b", {"source": "/a", "destinations": ("/b",)}),
             ("\t /a \t\n", {"source": "/a"}),
             ("# x\n  # y\n/a\n#/b\n", {"source": "/a"}),
-            ("/a # b", {"source": "/a # b"}),
             ("/a\r\n/b\r\n\r\n-S\r\n", {"source": "/a", "destinations": ("/b",), "no_snapshot": True}),
             ("\ufeff/a\n", {"source": "/a"}),
             ("\ufeff# comment\r\n-p home\r\n/a\r\n", {"source": "/a", "prefix": "home"}),
@@ -199,8 +198,8 @@ class Files(TableTest):
 
     def test_nothing_is_escaped_or_unquoted(self):
         self.check([
-            ("/two words\n'/quoted'\n\"x\"\n$HOME\n/a\\:b\n/a:/b",
-             {"source": "/two words", "destinations": ("'/quoted'", '"x"', "$HOME", "/a\\:b", "/a:/b")}),
+            ("/two words\n$HOME\n/a\\:b\n/a:/b\n--\n'/quoted'\n\"x\"",
+             {"source": "/two words", "destinations": ("$HOME", "/a\\:b", "/a:/b", "'/quoted'", '"x"')}),
             ("/s\nshell://ssh h 'cat > \"a:b\"' # x", {"source": "/s",
                                                       "destinations": ("shell://ssh h 'cat > \"a:b\"' # x",)}),
         ])
@@ -213,7 +212,7 @@ class Files(TableTest):
             ("-p @home", {"prefix": "@home"}),
             ("-p@home", {"prefix": "@home"}),
             ("-p # no comment", {"prefix": "# no comment"}),
-            ("-p \"q\"", {"prefix": "\"q\""}),
+            ("--snapshot-prefix=\"q\"", {"prefix": "\"q\""}),
             ("-p a=b", {"prefix": "a=b"}),
             ("-pa b", {"prefix": "a b"}),
             ("--snapshot-prefix=a b", {"prefix": "a b"}),
@@ -324,6 +323,33 @@ class Files(TableTest):
         self.refuse_line(2, "/a\nhost:relative", "no absolute path")
         self.refuse_line(1, "@", "names no file")
         self.refuse_line(2, "/a\n/b\0c", "is not a path")
+
+    def test_a_line_is_one_thing(self):
+        """Else the second path on a line would silently get no backup."""
+        for line, other in (("/data /mnt/a /mnt/b", "/mnt/a /mnt/b"), ("/data\t/mnt/a", "/mnt/a"),
+                            ("/data ./a", "./a"), ("/data ../a", "../a"), ("/data ~/a", "~/a"), ("data /a", "/a"),
+                            ("/data ssh://h/p", "ssh://h/p"), ("/data u@h:/p", "u@h:/p"), ("/data raw:///a", "raw:///a"),
+                            ("/data shell://cat > /x", "shell://cat > /x"), ("ssh://h/p /a", "/a"),
+                            ("/data -N 3", "-N 3"), ("/data --quiet", "--quiet"), ("/data # mine", "# mine"),
+                            ("/data #mine", "#mine"), ("/data @other", "@other"), ("/data :", ":"),
+                            (": /data", "/data"), ("/data : /b", ": /b"), ("/data:", ":"), ("/data::", "::"),
+                            ("-p home- -N 3", "-N 3"), ("-phome- # mine", "# mine"), ("--snapshot-prefix x /a", "/a"),
+                            ("-f /s /a", "/a"), ("--snapshot-p x # y", "# y"), ("@other # mine", "# mine")):
+            self.refuse_line(2, "# x\n" + line + " \t\r\n/more", "more than one thing on a line",
+                             "give {} a line of its own".format(other))
+
+    def test_nothing_is_quoted(self):
+        for line in ('"/my disk"', "'/data'", '"/data" "/a"', "/my\\ disk", '-p "home-"', "-p'home-'", '@"other"'):
+            self.refuse_line(1, line, "nothing is quoted or escaped")
+
+    def test_one_thing_with_blanks(self):
+        lines = ("/my disk", "/a - b", "/disk #2", "/it's", "/a:b", "ssh://h:2/p q", "shell://x -y '/z' # u : /v")
+        self.assertEqual([list(lines)], paths_of([self.file("conf", "\n".join(lines))]))
+        odd = ("/a /b", '"a', "/a -b", "/a # b", "/a:", "/my\\ disk")
+        self.assertEqual([list(odd)], paths_of([self.file("odd", "\n".join(("--",) + odd))]))
+        self.assertEqual(Task(source="/a", prefix="x # -y", ssh_options=("ProxyCommand=ssh -W /x # y",)),
+                         parse_arguments([self.file("values", "--snapshot-prefix=x # -y\n/a\n"
+                                                    "--ssh-opt ProxyCommand=ssh -W /x # y")]))
 
     def test_a_missing_file(self):
         self.refuse(["@/no/such.conf"], "/no/such.conf", "no such file")
