@@ -9211,9 +9211,10 @@ class Channel:
             poll_fds([(self.read_end, select.POLLIN)], seconds)
 
     def next_frame(self) -> Optional[Tuple[bytes, bytes]]:
-        """The next frame's kind and payload, None while it is not whole; events go their own way.
+        """The next frame's kind and payload, None while it is not whole and after an event, which goes its own way.
 
-        Of a Data frame the payload stays, to be read by read_data.
+        Of a Data frame the payload stays, to be read by read_data. What may come without end and brings nothing
+        keeps nobody here: whoever reads has signals to look at, and a time after which a stream has stalled.
         """
         while True:
             if len(self.head) < FRAME.size:
@@ -9222,6 +9223,8 @@ class Channel:
                 kind, length = FRAME.unpack_from(self.head)
                 if length > (LARGEST_FRAME if kind == DATA else self.largest):
                     raise self.nonsense("a frame of {}".format(format_size(length)))
+                if kind == DATA and not length:
+                    raise self.nonsense("a frame of nothing")
                 if kind == DATA:
                     self.head, self.data_left = bytearray(), length
                     return kind, b""
@@ -9230,7 +9233,7 @@ class Channel:
                     if kind != EVENT:
                         return kind, payload
                     self.take_event(payload)
-                    continue
+                    return None
                 got = self.read_some(FRAME.size + length - len(self.head))
             if got is None:
                 return None

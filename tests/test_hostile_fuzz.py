@@ -113,7 +113,8 @@ class Liar:
 
     def endless(self, kind, payload):
         event, data = program.FRAME.pack(program.EVENT, 4) + b"null", program.FRAME.pack(program.DATA, 8) + bytes(8)
-        piece = self.random.choice((event, data, b"[]", b"\n")) * 5000
+        nothing = program.FRAME.pack(program.DATA, 0)
+        piece = self.random.choice((event, data, nothing, b"[]", b"\n")) * 5000
         with contextlib.suppress(program.BackupError):
             while True:
                 self.channel.send_raw(piece)

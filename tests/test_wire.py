@@ -133,6 +133,22 @@ class Frames(unittest.TestCase):
         with self.assertRaises(ConnectionLost):
             one.result(1.0)
 
+    def test_what_comes_without_end_and_brings_nothing_keeps_no_reader(self):
+        """Who could not look up from it would neither heed a signal nor see that the stream has stalled."""
+        one, other = self.pair()
+        for _ in range(3):
+            other.send_value(program.EVENT, None)
+        other.send(program.DATA, b"1234")
+        other.send(program.DATA)
+        other.flush(1.0)
+        source, buffer = program.StreamSource(one, ""), bytearray(10)
+        for number in range(3):
+            self.assertIsNone(source.read(buffer))
+            self.assertEqual(number + 1, one.events)
+        self.assertEqual(4, source.read(buffer))
+        with self.assertRaises(ConnectionLost):
+            source.read(buffer)
+
     def test_after_a_call_that_ended_within_an_answer_the_connection_is_not_used_again(self):
         """What else comes would be taken for the answer to the next call."""
         for error, is_broken in ((MemoryError(), True), (OSError(24, "Too many open files"), True),
