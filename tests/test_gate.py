@@ -493,6 +493,7 @@ class AtTheEdges(unittest.TestCase):
             ({"name": "\u00e9" * 128}, False), ({"name": "a.b"}, True), ({"name": ".a"}, False),
             ({"name": "a/b"}, False), ({"name": "."}, False), ({"name": "a\n"}, True),
             ({"uid": 0}, True), ({"uid": most}, True), ({"uid": most + 1}, False), ({"uid": -1}, False),
+            ({"uid": 1 << 40}, False), ({"gid": 1 << 40}, False), ({"mode": 1 << 40}, False),
             ({"gid": 0}, True), ({"gid": most}, True), ({"gid": most + 1}, False), ({"gid": -1}, False),
             ({"mode": 0}, True), ({"mode": 0o7777}, True), ({"mode": 0o10000}, False), ({"mode": -1}, False),
             ({"parent_uuid": None}, True), ({"parent_uuid": ""}, True), ({"parent_uuid": OWN}, True),
@@ -547,9 +548,10 @@ class AtTheEdges(unittest.TestCase):
             gate.open(2)
             with self.subTest(more=more):
                 if is_fine:
-                    gate.judge(whole, 0, len(whole), WRITE)
+                    gate.judge(bytes(7) + whole, 7, 7 + len(whole), WRITE)
                 else:
-                    self.assertRaises(BackupError, gate.judge, whole, 0, len(whole), WRITE)
+                    with self.assertRaisesRegex(BackupError, "a command of 1048577 bytes"):
+                        gate.judge(bytes(7) + whole, 7, 7 + len(whole), WRITE)
 
     def test_what_is_said(self):
         with self.assertRaises(BackupError) as caught:
