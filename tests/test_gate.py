@@ -399,7 +399,7 @@ class AtTheEdges(unittest.TestCase):
                     self.assertFalse(self.verdict(command, [(first, b"../x")] + rest))
                     self.assertFalse(self.verdict(command, [(first, b"x")] + rest))
             for number_, (_, data) in enumerate(rest):
-                for other in (A_PATH_TO, A_PATH_LINK, program.A_CLONE_PATH):
+                for other in {0, wanted[0], A_PATH_TO, A_PATH_LINK, program.A_CLONE_PATH} - {wanted[2 * number_]}:
                     changed = rest[:number_] + [(other, data)] + rest[number_ + 1:]
                     with self.subTest(command=command, number=number_, other=other):
                         self.assertFalse(self.verdict(command, [(A_PATH, b"x")] + changed))
@@ -507,6 +507,13 @@ class AtTheEdges(unittest.TestCase):
                     program.check_expected(expected)
                 else:
                     self.assertRaises(BackupError, program.check_expected, expected)
+
+    def test_a_second_path_where_none_belongs(self):
+        for command in set(range(MKFILE, END)) - {RENAME, CLONE}:
+            for kind in (A_PATH_TO, A_PATH_LINK, program.A_CLONE_PATH):
+                is_text = command == SYMLINK and kind == A_PATH_LINK
+                with self.subTest(command=command, kind=kind):
+                    self.assertEqual(is_text, self.verdict(command, [(A_PATH, b"x"), (kind, b"../y")]))
 
     def test_wherever_it_stands_in_what_has_come(self):
         before = bytes(program.LARGEST_COMMAND + 1)
