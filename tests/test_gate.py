@@ -508,6 +508,17 @@ class AtTheEdges(unittest.TestCase):
                 else:
                     self.assertRaises(BackupError, program.check_expected, expected)
 
+    def test_what_has_the_shape_of_a_write(self):
+        attributes = [(A_PATH, b"x"), (A_FILE_OFFSET, number()), (A_DATA, b"")]
+        for command in range(30):
+            with self.subTest(command=command):
+                self.assertEqual(MKFILE <= command <= END and command != CLONE, self.verdict(command, attributes))
+        whole = make_command(WRITE, attributes)
+        for end in range(len(whole) - 3, len(whole)):
+            gate = StreamGate(EXPECTED)
+            gate.open(1)
+            self.assertRaises(BackupError, gate.judge, whole[:end], 0, end, WRITE)
+
     def test_a_second_path_where_none_belongs(self):
         for command in set(range(MKFILE, END)) - {RENAME, CLONE}:
             for kind in (A_PATH_TO, A_PATH_LINK, program.A_CLONE_PATH):
