@@ -1449,6 +1449,16 @@ def read_argument_lines(path: str) -> List[str]:
     return [line.strip(BLANKS + "\r") for line in text.split("\n")]
 
 
+def refuse_late_verb(task: Task) -> None:
+    """UsageError where a verb stands behind the paths, unless a folder is called so."""
+    late = next((path for path in task.destinations if path in VERBS and path and not os.path.isdir(path)), None)
+    if late is not None:
+        others = [path for path in task.destinations if path != late]
+        raise UsageError("{} must come first in its command, before the paths".format(late),
+                         "{}; a destination of that name is written ./{}".format(
+                             typed(["btrfs-backup-ng", late, task.source] + others), late))
+
+
 class Arguments:
     """Gathers the options and paths of one task after another."""
 
@@ -1567,6 +1577,8 @@ class Arguments:
             if not self.verb and task.source in VERBS and task.source:
                 raise UsageError("{} must come first in its command, before options and @FILE".format(task.source),
                                  "a source of that name is written ./{}".format(task.source))
+            if not self.verb:
+                refuse_late_verb(task)
             own = tuple(text for field, text in draft.words if field not in SHARED)
             requests.append(Request(task, own, shared, tuple(self.files)))
         return requests
@@ -1576,7 +1588,13 @@ def parse_command(arguments: Sequence[str]) -> List[Request]:
     """The tasks that a command line asks for, at least one, or UsageError."""
     verb = arguments[0] if arguments and arguments[0] in VERBS else ""
     gathered = Arguments(verb)
-    gathered.add_words(arguments[1:] if verb else arguments)
+    try:
+        gathered.add_words(arguments[1:] if verb else arguments)
+    except UsageError as error:
+        if verb == "print" and "systemd" in arguments and "--" not in arguments:
+            raise UsageError(error.message, "the backup stands behind --: "
+                             "btrfs-backup-ng print systemd -- [options] SOURCE [DESTINATION ...]") from None
+        raise
     requests = gathered.requests()
     if verb and requests[1:]:
         raise UsageError("{} is done for one task at a time".format(verb), "write \\: for a colon in a path")
@@ -10285,6 +10303,11 @@ def ssh_words(machine: str) -> Tuple[str, str]:
     return ("-p {} {}{}".format(port, user, host), "[{}]:{}".format(host, port)) if port else (user + host, host)
 
 
+SSH_FAILED = 255  # of ssh itself, else it ends as the command does
+CUT_OFF = (r"Connection to [^\n]* closed by|client_loop: send disconnect|ssh_dispatch_run_fatal|packet_write_wait"
+           r"|Timeout, server |(read from|write to) master failed|mux_client_[a-z_]+: [^\n]*Broken pipe")
+
+
 def ssh_hints(machine: str) -> Tuple[Tuple[str, str, str], ...]:
     """(a pattern of what ssh or the shell there says, what is wrong, what to do)."""
     login, known = ssh_words(machine)
@@ -10313,13 +10336,14 @@ def ssh_hints(machine: str) -> Tuple[Tuple[str, str, str], ...]:
         ("command not found: sudo", *no_sudo), ("Unknown command: sudo", *no_sudo),
         ("Connection reset by", "the connection was lost", "try again"),
         ("Connection closed by", "the connection was closed", "see the log of sshd there"),
+        (CUT_OFF, "the connection was lost", "try again"),
     )
 
 
-# What may be over soon: a machine that starts, a network that is away.
+# What may be over soon: a machine that starts, a network that is away, a connection that was cut.
 PASSING_SIGNS = frozenset((
     "Could not resolve hostname", "Connection refused", "timed out", "No route to host", "Network is unreachable",
-    "Connection reset by", "Connection closed by"))
+    "Connection reset by", "Connection closed by", CUT_OFF))
 
 
 def no_agent_error(machine: str, status: Optional[int], words: str, noise: str) -> BackupError:
@@ -10336,6 +10360,8 @@ def no_agent_error(machine: str, status: Optional[int], words: str, noise: str) 
     if status == 127 or re.search(r"python3[^\n]*(not found|No such file)|[Uu]nknown command[^\n]*python3", words):
         return NoPython("{} has no python3".format(machine), "install Python 3.6 or later there")
     said = (words or noise).strip()
+    if not words.strip() and (status is None or status == SSH_FAILED or status < 0):
+        return ConnectionLost("{}: the connection was lost during the login".format(machine), "try again", said)
     last = said.splitlines()[-1][:MOST_TOLD] if said else "nothing"
     return BackupError("{}: its login gave no agent but said: {}".format(machine, last),
                        "is its login shell restricted?", said if "\n" in said else "")
@@ -10980,7 +11006,6 @@ def shell_command(script: str, arguments: Sequence[str]) -> str:
     return "sh -c '" + "".join(spelled) + script + "'"
 
 
-SSH_FAILED = 255  # of ssh itself, else it ends as the command does
 PLAIN_READ = (
     'if [ -L "$a0" ]; then echo "it is a link" >&2; exit 1; fi; '
     'if [ -e "$a0" ]; then [ -f "$a0" ] || { echo "it is no plain file" >&2; exit 1; }; echo found; cat "$a0"; fi')
@@ -13304,6 +13329,12 @@ def catch_signals() -> None:
         sys.unraisablehook = raise_again  # novermin
 
 
+def format_interruption(name: str, tasks: Sequence[Task]) -> str:
+    """What a signal did to tasks: whether locks stay is not known here, and a dry run leaves nothing to go on with."""
+    goes_on = any(task.verb in ("", "restore") and not task.dry_run for task in tasks)
+    return "interrupted by {}{}".format(name, "; the next run goes on" if goes_on else "")
+
+
 def run_and_report(run: Callable[[Task, Events], int], task: Task, events: Events) -> int:
     """Does a task and says what stopped it; the exit status."""
     try:
@@ -13319,8 +13350,7 @@ def run_and_report(run: Callable[[Task, Events], int], task: Task, events: Event
         return told.status
     except Interrupted as interruption:
         end_children()
-        goes_on = "; locks are kept, the next run goes on" if task.verb in ("", "restore") else ""
-        events.warning("interrupted", "interrupted by {}{}".format(interruption, goes_on))
+        events.warning("interrupted", format_interruption(str(interruption), [task]))
         return interruption.status
 
 
@@ -13892,8 +13922,8 @@ def run_crew(requests: Sequence[Request], events: Events, view: Union[LogLines, 
         statuses = crew.run()
         failed = sum(status != 0 for status in statuses)
         if crew.stopped_by:
-            events.warning("interrupted", "interrupted by {}; locks are kept, the next run goes on".format(
-                signal.Signals(crew.stopped_by).name))
+            events.warning("interrupted", format_interruption(
+                signal.Signals(crew.stopped_by).name, [request.task for request in requests]))
         elif failed and len(statuses) > 1:
             head = "{} of {} was not done as asked" if failed == 1 else "{} of {} were not done as asked"
             events.emit("summary", "error", "\n".join(

@@ -253,6 +253,12 @@ class Refused(unittest.TestCase):
         self.refuse(["--latest", "/s"], "unknown option --latest", "verify and restore")
         self.refuse(["list", "-N", "3", "/s"], "unknown option -N", "-N is an option of a backup")
         self.refuse(["-q", "list", "/s"], "list must come first in its command, before options and @FILE")
+        self.refuse(["/s", "list"], "list must come first in its command", "btrfs-backup-ng list /s;", "./list")
+        self.refuse(["/s", "-q", "/b", "prune"], "btrfs-backup-ng prune /s /b;")
+        self.assertEqual(("./list",), parse_arguments(["/s", "./list"]).destinations)
+
+    def test_the_options_of_printed_units_stand_behind_two_dashes(self):
+        self.refuse(["print", "systemd", "-N", "3", "/s"], "unknown option -N", "print systemd -- [options] SOURCE")
         self.refuse(["--lates", "/s"], "--latest or --latest-only")
         self.refuse(["--late", "3", "/s"], "--latest or --latest-only")
         self.refuse(["--max", "3", "/s"], "unknown option --max", "doctor")

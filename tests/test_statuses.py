@@ -23,12 +23,15 @@ from support import (
 )
 
 from btrfs_backup_ng import (
+    ConnectionLost,
     Listing,
     Location,
     Subvolume,
     UsageError,
+    format_interruption,
     format_locations,
     format_man,
+    no_agent_error,
     parse_arguments,
     parse_command,
     parse_encryption,
@@ -66,6 +69,31 @@ class Words(unittest.TestCase):
             self.assertIn(right, caught.exception.hint)
         self.assertEqual("raw", parse_endpoint("ssh://raw/mnt").login)
         self.assertEqual("me@raw", parse_endpoint("me@raw:/mnt").login)
+
+    def test_a_connection_that_is_cut_during_login_may_come_back(self):
+        for status, words in ((255, ""), (-15, ""), (None, ""), (255, "Connection to nas closed by remote host.\r"),
+                              (255, "client_loop: send disconnect: Broken pipe"),
+                              (255, "ssh_dispatch_run_fatal: Connection to 10.0.0.1 port 22: message authentication "
+                                    "code incorrect"),
+                              (255, "Timeout, server nas not responding."),
+                              (255, "mux_client_request_session: read from master failed: Broken pipe")):
+            with self.subTest(status=status, words=words):
+                error = no_agent_error("ssh://nas", status, words, "")
+                self.assertIsInstance(error, ConnectionLost)
+                self.assertTrue(error.transient)
+                self.assertIn("the connection was lost", error.message)
+        for status, words in ((1, ""), (0, ""), (255, "This account is for scp only"), (1, "not available")):
+            error = no_agent_error("ssh://nas", status, words, "")
+            self.assertNotIsInstance(error, ConnectionLost)
+            self.assertIn("restricted", error.hint)
+
+    def test_an_interruption_promises_only_what_is_true(self):
+        backup, restore = parse_arguments(["/s", "/b"]), parse_arguments(["restore", "/b/x", "/r"])
+        dry, look = backup._replace(dry_run=True), parse_arguments(["list", "/s"])
+        for tasks in ([backup], [restore], [dry, backup]):
+            self.assertEqual("interrupted by SIGINT; the next run goes on", format_interruption("SIGINT", tasks))
+        for tasks in ([dry], [look], [restore._replace(dry_run=True)]):
+            self.assertEqual("interrupted by SIGINT", format_interruption("SIGINT", tasks))
 
     def test_a_colon_without_a_port(self):
         for text in ("ssh://nas:/mnt/x", "ssh://me@[::1]:/mnt/x"):
