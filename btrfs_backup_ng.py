@@ -3996,6 +3996,8 @@ def write_or_lend(pipe: int, piece: memoryview) -> int:
 GET_SUBVOL_INFO = 0x81F8943C
 FS_INFO = 0x8400941F
 SET_RECEIVED_SUBVOL = 0xC0C89425
+DESTROY_SUBVOLUME, BY_ID = 0x5000943F, 16  # BTRFS_IOC_SNAP_DESTROY_V2, since Linux 5.7
+DESTROY_ARGUMENTS = struct.Struct("=q8xQ32xQ4032x")
 TREE_SEARCH, TREE_SEARCH_SIZE, TREE_SEARCH_BUFFER = 0xD0009411, 4096, 104
 TREE_SEARCH_KEY = struct.Struct("=QQQQQQQIII")
 TREE_SEARCH_ITEM = struct.Struct("=QQQII")
@@ -4356,6 +4358,19 @@ def set_received_uuid(path: str, uuid: str) -> None:
         os.close(fd)
 
 
+def destroy_open_subvolume(path: str) -> None:
+    """Deletes the subvolume whose open folder is at `path`, by its id. OSError with ENOTTY before Linux 5.7.
+
+    `btrfs subvolume delete` looks up the name anew, and takes what bears it then.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        subvolid = subvolume_of_fd(fd, "").subvolid
+        fcntl.ioctl(fd, DESTROY_SUBVOLUME, bytearray(DESTROY_ARGUMENTS.pack(0, BY_ID, subvolid)))
+    finally:
+        os.close(fd)
+
+
 def make_readonly(path: str) -> None:
     check(["btrfs", "property", "set", "-ts", path, "ro", "true"], "cannot make {} read-only".format(path))
 
@@ -4675,9 +4690,9 @@ def read_note(folder: str, name: str, most: int = LARGEST_NOTE, single: bool = T
         return file.read(most), found
 
 
-def is_of_others(found: os.stat_result) -> bool:
-    """Whether somebody else than root and the user who runs owns a file."""
-    return found.st_uid not in (0, os.geteuid())
+def is_of_others(found: os.stat_result, user: Optional[int] = None) -> bool:
+    """Whether somebody else than root and the user who runs owns a file. user: who runs, where that is elsewhere."""
+    return found.st_uid not in (0, os.geteuid() if user is None else user)
 
 
 def parse_sources(text: str) -> Tuple[str, ...]:
@@ -4783,16 +4798,19 @@ def open_way(path: str, make: bool = False) -> Tuple[int, List[Tuple[str, os.sta
         raise OSError(error.errno, error.strerror, at) from None
 
 
-def exposed_steps(steps: Sequence[Tuple[str, os.stat_result]]) -> List[Tuple[str, str]]:
+def exposed_steps(steps: Sequence[Tuple[str, os.stat_result]], runs: Optional[Tuple[int, int]] = None,
+                  ) -> List[Tuple[str, str]]:
     """The steps of a way at which others decide what stands there or below: each with why.
 
     In a folder with the sticky bit everybody may make something, but move only what is his own.
+    runs: the ids of the user who runs and of his group, where that is on another machine.
     """
-    trusted_groups, exposed = (0, os.getegid()), []
+    user, group = runs or (os.geteuid(), os.getegid())
+    trusted_groups, exposed = (0, group), []
     for (path, found), (_, inner) in zip(steps, list(steps[1:]) + [steps[-1]]):
         is_shared = found.st_mode & 0o002 or (found.st_mode & 0o020 and found.st_gid not in trusted_groups)
-        is_kept = found.st_mode & stat.S_ISVTX and inner is not found and not is_of_others(inner)
-        if is_of_others(found):
+        is_kept = found.st_mode & stat.S_ISVTX and inner is not found and not is_of_others(inner, user)
+        if is_of_others(found, user):
             exposed.append((path, "belongs to user {}".format(found.st_uid)))
         elif is_shared and not is_kept:
             exposed.append((path, "can be written by others"))
@@ -4810,19 +4828,32 @@ def is_exposed(folder: str) -> bool:
 def firm_path(path: str, uuid: Optional[str]) -> Iterator[str]:
     """A path that leads to the subvolume with this UUID at `path` alone, whatever others make of the name meanwhile.
 
-    Where nobody else has a say it is the path itself. OSError; BackupError where it is another subvolume.
+    Where nobody else has a say it is the path itself, but not in an open folder, whose own path may change. OSError;
+    BackupError where it is another subvolume.
     """
     folder, name = os.path.split(path)
     fd, steps = open_way(folder)
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, fd)
-        if exposed_steps(steps):
+        if exposed_steps(steps) or OPEN_FOLDER.match(path):
             inner = open_step(fd, name, True, None)
             stack.callback(os.close, inner)
             path = "/proc/{}/fd/{}".format(os.getpid(), inner)
             if os.fstat(inner).st_ino != SUBVOLUME_INODE or subvolume_of_fd(inner, name).uuid != uuid:
                 raise BackupError("{} has become another".format(os.path.join(folder, name)), "look there")
         yield path
+
+
+def delete_firm(firm: str, path: str, command: Callable[[Sequence[str], str], Any] = check) -> None:
+    """Deletes the subvolume at `path`, to which `firm` leads, see `firm_path`. command: runs a program. OSError."""
+    if firm != path:
+        try:
+            destroy_open_subvolume(firm)
+            return
+        except OSError as error:
+            if error.errno != errno.ENOTTY and os.geteuid() == 0:  # by ids only root may delete
+                raise
+    command(["btrfs", "subvolume", "delete", firm], "cannot delete {}".format(path))
 
 
 def foreign_link(path: str) -> str:
@@ -5326,7 +5357,7 @@ def write_swap_notes(place: str, notes: SwapNotes) -> None:
 
 def delete_subvolume(path: str, found: Subvolume) -> None:
     with firm_path(path, found.uuid) as firm:
-        check(["btrfs", "subvolume", "delete", firm], "cannot delete {}".format(path))
+        delete_firm(firm, path)
 
 
 def delete_prepared(aside: str, notes: SwapNotes) -> None:
@@ -5985,7 +6016,7 @@ class Partial:
     def delete(self, piece: Subvolume) -> None:
         path = os.path.join(self.folder, piece.name)
         with firm_path(path, piece.uuid) as firm:
-            check(["btrfs", "subvolume", "delete", firm], "cannot delete {}".format(path))
+            delete_firm(firm, path)
 
     def next_piece(self) -> str:
         self.take_lock()
@@ -7771,7 +7802,7 @@ class LocalHost:
             with firm_path(path, found.uuid) as firm:
                 if convert_rw and found.readonly:
                     self.make_writable(firm)
-                self.command(["btrfs", "subvolume", "delete", firm], "cannot delete {}".format(path))
+                delete_firm(firm, path, self.command)
         except OSError as error:
             raise os_error("cannot delete {}".format(path), error) from None
 
@@ -11019,6 +11050,15 @@ PLAIN_SYNC = ('while l=$(btrfs subvolume list -d "$a0") || exit 1; [ -n "$l" ]; 
 PLAIN_WRITTEN = (  # see check_written; a sync that knows no -f says how it is used
     'said=$(sync -f "$a0" 2>&1) || case $said in *option*|*sage*) ;; '
     '*) printf "%s: contents of files were lost\\n" "$said" >&2; exit 1;; esac; ')
+# By its id, from within it, for others may change what bears its name meanwhile; before Linux 5.7 or btrfs-progs 5.7 by
+# its name. Nothing that is opened as "." is looked for by a path.
+PLAIN_DELETE = (
+    'cd "$a0" || exit 1; { [ "$(btrfs inspect-internal rootid .)" = "$a1" ] && '
+    'btrfs subvolume list -u . | grep -q "^ID $a1 .* uuid $a2 path "; } || '
+    '{ echo "it is no longer what it was" >&2; exit 1; }; '
+    'if [ "$a3" = writable ]; then btrfs property set -f -ts . ro false || exit 1; fi; '
+    'said=$(btrfs subvolume delete -i "$a1" . 2>&1) || case $said in *option*|*nappropriate*) cd /; '
+    'btrfs subvolume delete "$a0";; *) printf "%s\\n" "$said" >&2; exit 1;; esac')
 PLAIN_MARK = 'printf "\\nbtrfs-backup-ng wire 1\\n"; '
 PLAIN_LOOK = (
     'k=missing; if [ -e "$a0" ] || [ -L "$a0" ]; then k=other; fi; if [ -d "$a0" ]; then k=folder; fi; '
@@ -11026,6 +11066,8 @@ PLAIN_LOOK = (
     't="$g"; until [ "$(stat -c %i "$t")" = 256 ] || [ "$t" = / ]; do t=$(dirname "$t"); done; '
     'w=no; if [ -w "$g" ]; then w=yes; fi; '
     'printf "kind: %s\\nground: %s\\nrest: %s\\ntop: %s\\nwritable: %s\\n" "$k" "$g" "$r" "$t" "$w"; '
+    'echo "user: $(id -u) $(id -g)"; d="$g"; while stat -c "way: %u %g %f %n" "$d" || exit 1; do '
+    'if [ "$d" = / ]; then break; fi; d=$(dirname "$d"); done; '
     'if [ "$(stat -f -c %t "$g")" = 9123683e ]; then btrfs subvolume show "$t"; echo "--- devices"; '
     'for f in /sys/fs/btrfs/*/devices/*; do echo "$f $(cat "$f/dm/name" 2>&1)"; done; '
     'echo "--- mounts"; cat /proc/self/mountinfo; fi')
@@ -11037,6 +11079,23 @@ PLAIN_LIST = (
     'printf "own: %s\\nrest: %s\\n" "$p" "${g#"$t"}"; '
     'btrfs subvolume list -o -c -u -q -R "$g" || exit 1; echo "--- readonly"; '
     'btrfs subvolume list -o -r "$g" || exit 1; echo "--- names"; ls -A')
+
+
+def parse_plain_way(text: str, is_ground: bool) -> Tuple[Tuple[str, str], ...]:
+    """What others may change on the way that PLAIN_LOOK has gone up, as `LocalHost.exposed`, but for ACLs.
+
+    >>> way = "user: 0 0\\nway: 0 0 41c0 /home/a/b\\nway: 7 7 41ed /home/a\\nway: 0 0 43ff /home\\nway: 0 0 41ed /\\n"
+    >>> parse_plain_way(way, False)
+    (('/home', 'can be written by others'), ('/home/a', 'belongs to user 7'))
+    """
+    runs = re.search(r"^user: ([0-9]+) ([0-9]+)$", text, re.MULTILINE)
+    found = re.findall(r"^way: ([0-9]+) ([0-9]+) ([0-9a-f]+) (/.*)$", text, re.MULTILINE)
+    steps = [(path, os.stat_result((int(mode, 16), 0, 0, 0, int(uid), int(gid), 0, 0, 0, 0)))
+             for uid, gid, mode, path in reversed(found)]
+    if runs is None or not steps:
+        raise ValueError("it does not say whose the folders are")
+    user, group = map(int, runs.groups())
+    return tuple(exposed_steps(steps + steps[:1] if is_ground else steps, (user, group)))
 
 
 def parse_plain_look(text: str) -> Place:
@@ -11052,7 +11111,8 @@ def parse_plain_look(text: str) -> Place:
     found = re.findall(r"^/sys/fs/btrfs/([^/]+)/devices/(\S+) ?(.*)$", devices, re.MULTILINE)
     filesystem = next((uuid for uuid, name, mapped in found if names & {name, mapped}), mount.device if mount else None)
     return Place(path, facts["kind"], filesystem, parse_subvolume_show(here, os.path.basename(facts["top"])),
-                 facts["kind"] == "folder" and facts["top"] == facts["ground"], facts["writable"] == "no")
+                 facts["kind"] == "folder" and facts["top"] == facts["ground"], facts["writable"] == "no",
+                 exposed=parse_plain_way(here, facts["kind"] == "missing"))
 
 
 def parse_plain_list(text: str) -> Listing:
@@ -11175,13 +11235,12 @@ class ShellHost:
     def delete(self, folder: str, doomed: Sequence[Subvolume], convert_rw: bool) -> List[BackupError]:
         """Deletes subvolumes of `folder` that still are what they were planned as; an error for each not gone."""
         errors = []
-        writable = 'btrfs property set -f -ts "$a0" ro false && ' if convert_rw else ""
+        writable = "writable" if convert_rw else ""
         for subvolume in doomed:
             path = os.path.join(folder, subvolume.name)
             try:
-                if self.subvolume(path, subvolume.name).uuid != subvolume.uuid:
-                    raise BackupError("not deleted: {} is no longer what it was".format(path), "run again")
-                self.run(writable + 'btrfs subvolume delete "$a0"', (path,), "cannot delete {}".format(path))
+                self.run(PLAIN_DELETE, (path, str(subvolume.subvolid), subvolume.uuid or "-", writable),
+                         "cannot delete {}".format(path))
             except BackupError as error:
                 errors.append(error)
         if doomed:

@@ -6,10 +6,14 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import unittest
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import support
 from support import create, names, snapshot
+
+import btrfs_backup_ng as program
 
 USER = 65534
 DEFAULT = ".btrfs-backup-ng"
@@ -33,6 +37,17 @@ def remove(path):
         os.rmdir(path)
 
 
+# A btrfs that takes its time between the look at the path of what it deletes and its use.
+SLOW = """#!/bin/sh
+if [ "$1 $2" = "subvolume delete" ]; then
+    path=$(readlink -f "$3")
+    (cd '{folder}'; {script})
+    set -- "$1" "$2" "$path"
+fi
+exec {btrfs} "$@"
+"""
+
+
 class PlantedTestCase(support.BackupTestCase):
     """The source is a user's home, beside that of another, whose backups are made with the same prefix."""
 
@@ -50,6 +65,15 @@ class PlantedTestCase(support.BackupTestCase):
 
     def as_user(self, script):
         self.assertTrue(as_user("sh", "-ec", 'cd "$0"; ' + script, self.source), script)
+
+    def slow_btrfs(self, folder, script):
+        """The environment where `script` is run in a folder within each `btrfs subvolume delete`."""
+        programs = os.path.join(self.source_disk.path, "programs")
+        os.mkdir(programs)
+        with open(os.path.join(programs, "btrfs"), "w", encoding="utf-8") as file:
+            file.write(SLOW.format(btrfs=shutil.which("btrfs"), folder=folder, script=script))
+        os.chmod(file.name, 0o755)
+        return {"PATH": programs + ":" + os.environ["PATH"]}
 
     def assertOtherUntouched(self):
         self.assertEqual([self.name(day) for day in (1, 2, 3)], sorted(os.listdir(self.other_snapshots)))
@@ -143,6 +167,23 @@ class SnapshotFolder(PlantedTestCase):
         self.assertEqual(names(self.target)[1:], names(os.path.join(self.source, "gone", "snapshots")))
         self.assertErrorSays(self.backup(status=1), "link of another user's")
 
+    def test_another_folder_when_a_snapshot_is_deleted(self):
+        self.take(1, 2)
+        self.transfer()
+        swap = "mv {0} gone; mkdir {0}; ln -s {1} {0}/snapshots".format(DEFAULT, self.other_snapshots)
+        self.transfer("-N", "1", env=self.slow_btrfs(self.source, swap))
+        self.assertOtherUntouched()
+        self.assertEqual([self.name(2)], names(self.snapshots))
+
+    def test_a_held_folder_that_became_another_is_told_when_it_is_looked_at(self):
+        self.take(1)
+        host = program.LocalHost(program.Events())
+        with host.hold(self.snapshots, "home", 0):
+            host.look(self.snapshots)
+            self.as_user("mv {0} gone; mkdir -p {0}/snapshots".format(DEFAULT))
+            with self.assertRaisesRegex(program.BackupError, "has become another folder meanwhile"):
+                host.look(self.snapshots)
+
     def test_locks_that_the_user_made_run_no_command(self):
         self.as_user("mkdir -p {0}/snapshots; echo '{{\"{1}\": {{\"locks\": [\"shell://touch {2}/ran\"]}}}}' > "
                      "{0}/snapshots/.outstanding_transfers".format(DEFAULT, self.name(1), self.target))
@@ -181,10 +222,51 @@ class DestinationFolder(PlantedTestCase):
                         support.delete(os.path.join(self.target, left))
 
     def test_a_record_that_the_user_made_is_not_gone_on_from(self):
-        self.assertTrue(as_user("sh", "-ec", 'echo "{}" > "$0"', os.path.join(
-            self.target, ".{}.partial.json".format(self.taken))))
+        """It is right in all but its owner, who might have put anything into what it vouches for."""
+        support.bulk(os.path.join(self.source, "bulk"), 48)
+        name, = self.take(2)
+        for owner, is_gone_on_from in ((USER, False), (0, True)):
+            with self.subTest(owner):
+                run = self.start_backup("-S", "--limit", "8M")
+                record = os.path.join(self.target, ".{}.partial.json".format(name))
+                run.wait_for("data", lambda: support.partials(self.target) and os.path.exists(os.path.join(
+                    self.target, support.partials(self.target)[-1], "bulk")))
+                os.kill(run.pid, signal.SIGTERM)
+                self.assertEqual(143, run.finish().status)
+                os.chown(record, owner, owner)
+                self.assertEqual(is_gone_on_from, "taking up" in self.transfer().stderr)
+                self.assertComplete(self.backup_path(name), self.snapshot_path(name))
+                support.delete(self.backup_path(name))
+
+    def test_a_link_in_place_of_what_is_received(self):
+        """At any moment of it: what comes then is written nowhere else."""
+        victims = os.path.join(self.target_disk.path, "victims")
+        os.mkdir(victims)
+        for folder in (victims, self.source):
+            with open(os.path.join(folder, "victim"), "w", encoding="utf-8") as file:
+                file.write(folder)
+        name, = self.take(2)
+        before = support.tree(victims)
+        run = self.start_backup("-S")
+        held = run.hold("receive")
+        partials = support.partials(self.target) or [".{}.partial".format(name)]
+        swap = 'cd "$0"; [ ! -e "$1" ] || mv "$1" aside; ln -s "$2" "$1"'
+        for partial in partials:
+            self.assertTrue(as_user("sh", "-ec", swap, self.target, partial, victims))
+        os.kill(held, signal.SIGCONT)
+        result = run.finish()
+        self.assertIn(result.status, (0, 1), result.stderr)
+        self.assertTreesEqual(before, victims)
+
+    def test_what_a_name_leads_to_when_it_is_deleted(self):
+        """The user changes names between the looks of `btrfs`, which finds the path of what it is given first."""
+        other = create(os.path.join(self.target, "other"))
         self.transfer()
-        self.assertBackedUp([self.taken])
+        self.take(2)
+        self.transfer("-n", "1", env=self.slow_btrfs(self.target, "mv {0} aside; mv other {0}".format(
+            self.taken)))
+        self.assertEqual(sorted([self.name(2), "other"]), names(self.target))
+        self.assertTrue(support.is_subvolume(other))
 
     def test_a_link_of_the_users_on_the_way(self):
         inner = os.path.join(self.target, "inner")
@@ -316,10 +398,6 @@ class AtRandom(PlantedTestCase):
                 process.wait()
 
 
-if __name__ == "__main__":
-    unittest.main()
-
-
 class InPlace(PlantedTestCase):
     """A restore in place, of a backup whose folders a user or another machine has led elsewhere."""
 
@@ -375,3 +453,7 @@ class Log(PlantedTestCase):
                 remove(log)
         self.backup("-T", "--log-json", log)
         self.assertGreater(os.path.getsize(log), 0)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -229,6 +229,41 @@ class WhatGoesWrong(remote.RemoteTestCase):
         with self.assertRaisesRegex(program.BackupError, "prints without end"):
             host.run("while :; do echo without an end; done", (), "cannot look")
 
+    def test_what_a_name_leads_to_meanwhile_is_not_deleted(self):
+        """The owner of a folder on the way puts another there, with a subvolume of the same name."""
+        there = os.path.join(self.source_there, "bed")
+        bed = os.path.join(self.source_disk.path, "bed")
+        for name in ("one", "other"):
+            os.makedirs(os.path.join(bed, name))
+            support.create(os.path.join(bed, name, "doomed"))
+        self.at_each("subvolume delete", "cd '{}'; if [ -d other ]; then mv one aside; mv other one; fi".format(there))
+        host = self.plain_host()
+        planned = host.list(there + "/one").subvolumes
+        self.assertEqual([], host.delete(there + "/one", planned, False))
+        self.assertEqual(([], ["doomed"]), (os.listdir(bed + "/aside"), os.listdir(bed + "/one")))
+        self.assertIn("no longer what it was", str(host.delete(there + "/one", planned, True)))
+        self.assertEqual(["doomed"], os.listdir(bed + "/one"))
+
+    def at_each(self, words, script):
+        """Has a script run there before each `btrfs` with these first words."""
+        folder = os.path.join(remote.folder_for_keys(), "slow btrfs")
+        os.makedirs(folder, exist_ok=True)
+        text = '#!/bin/sh\ncase "$1 $2" in "{}") ({});; esac\nexec {} "$@"\n'
+        remote.write_file(os.path.join(folder, "btrfs"), text.format(words, script, remote.find_program("btrfs")))
+        os.chmod(os.path.join(folder, "btrfs"), 0o755)
+        self.server.stop()
+        self.server.environment["PATH"] = folder + ":/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+        self.server.start()
+
+    def test_a_snapshot_folder_there_in_anothers_reach(self):
+        folder = os.path.join(self.source_disk.path, "theirs")
+        os.mkdir(folder)
+        os.chown(folder, 65534, 65534)
+        result = self.pull("-N", "1", "-f", os.path.join(self.source_there, "theirs", "snaps"),
+                           status=1)
+        self.assertErrorSays(result, "theirs belongs to user 65534, so its snapshots could be somebody else's")
+        self.assertEqual([], os.listdir(folder))
+
     def test_waiting_for_what_was_deleted(self):
         host, extra = self.plain_host(), support.create(os.path.join(self.source_disk.path, "extra"))
         support.bulk(os.path.join(extra, "bulk"), 16)
