@@ -127,11 +127,15 @@ class Frames(unittest.TestCase):
         one.read_end = os.open(os.devnull, os.O_RDONLY)
 
     def test_a_frame_that_is_too_large(self):
-        one, other = self.pair()
-        other.send_raw(program.FRAME.pack(program.RESULT, program.LARGEST_FRAME + 1))
-        other.flush(1.0)
-        with self.assertRaises(ConnectionLost):
-            one.result(1.0)
+        """Of any kind: what an agent of a restricted key is asked costs it no memory either."""
+        for kind in (program.RESULT, program.CALL):
+            with self.subTest(kind):
+                one, other = self.pair()
+                other.send_raw(program.FRAME.pack(kind, program.LARGEST_CALL + 1))
+                other.flush(1.0)
+                with self.assertRaises(ConnectionLost) as caught:
+                    one.result(1.0)
+                self.assertIs(program.Nonsense, type(caught.exception))
 
     def test_what_comes_without_end_and_brings_nothing_keeps_no_reader(self):
         """Who could not look up from it would neither heed a signal nor see that the stream has stalled."""
