@@ -1178,17 +1178,28 @@ def parse_value(option: Option, text: str) -> Any:
                          "see --help") from None
 
 
+def check_source(text: str) -> None:
+    if not parse_endpoint(text).kind.has_subvolumes:
+        raise UsageError("{} cannot be a source".format(printable(text)), "name a subvolume, here or on ssh://")
+
+
+def check_folders(task: Task, done: str, hint: str) -> None:
+    """UsageError where a place has no folder, so that what the verb does cannot be `done` with it."""
+    for text in ((task.source,) if task.source else ()) + task.destinations:
+        if not parse_endpoint(text).kind.has_folder:
+            raise UsageError("{} cannot be {}".format(printable(text), done), hint)
+
+
 def check_task(task: Task) -> None:
     """UsageError for what no task of the classic command can mean."""
     if not task.source:
         raise UsageError("no source given", "btrfs-backup-ng SOURCE [DESTINATION ...]; see --help")
-    if parse_endpoint(task.source).kind != "path":
-        raise UsageError("{} cannot be a source".format(printable(task.source)), "name a subvolume, here or on ssh://")
-    kinds = {parse_endpoint(text).kind for text in task.destinations}
-    if "shell" in kinds and not task.backup_policy.keeps_all:
+    check_source(task.source)
+    kinds = [parse_endpoint(text).kind for text in task.destinations]
+    if not all(kind.has_folder for kind in kinds) and not task.backup_policy.keeps_all:
         raise UsageError("-n and --keep-backups cannot go with shell://, where nothing can be deleted",
                          "leave them away, or give the other destinations a command of their own")
-    if "raw" not in kinds and not task.locked_destinations and (
+    if not any(kind.has_streams for kind in kinds) and not task.locked_destinations and (
             task.raw_compress or task.raw_encrypt or task.raw_full_every):
         raise UsageError("--raw-compress, --raw-encrypt and --raw-full-every are for raw://, and no such destination "
                          "is given", "name one, as raw:///PATH")
@@ -1206,10 +1217,10 @@ def check_restore(task: Task) -> None:
         raise UsageError("--latest, --before and --name choose a backup each by itself", "give one of them")
     if "/" in (task.backup_name or ""):
         raise UsageError("--name takes the name of a backup, not a path", "give the folder as BACKUP")
-    if parse_endpoint(task.source).kind not in ("path", "raw"):
+    if not parse_endpoint(task.source).kind.has_folder:
         raise UsageError("{} holds no backups to restore".format(printable(task.source)))
     places = [parse_endpoint(text) for text in task.destinations + ((task.in_place,) if task.in_place else ())]
-    if any(place.kind != "path" for place in places):
+    if not all(place.kind.has_subvolumes for place in places):
         raise UsageError("a backup is restored to a folder on btrfs", "give a path, here or on ssh://")
     if len({place.machine for place in places}) > 1:
         raise UsageError("FOLDER and the subvolume of --in-place must be on one filesystem, so on one machine",
@@ -1218,28 +1229,41 @@ def check_restore(task: Task) -> None:
 
 def check_verify(task: Task) -> None:
     """UsageError for what no verification can mean."""
-    is_raw = bool(task.source) and parse_endpoint(task.source).kind == "raw"  # its sidecars tell what it should be
-    if is_raw and any(parse_endpoint(text).kind != "raw" for text in task.destinations):
-        raise UsageError("{} cannot be a source".format(printable(task.source)), "name a subvolume, here or on ssh://")
-    if not task.source or not (task.destinations or is_raw):
+    # sidecars tell what streams should be
+    is_proven = bool(task.source) and parse_endpoint(task.source).kind.has_streams
+    if is_proven and not all(parse_endpoint(text).kind.has_streams for text in task.destinations):
+        check_source(task.source)
+    if not task.source or not (task.destinations or is_proven):
         raise UsageError("verify takes a source and the destinations whose backups to compare",
                          "btrfs-backup-ng verify SOURCE DESTINATION ...; see verify --help")
     if task.latest and task.backup_name is not None:
         raise UsageError("--latest and --name choose backups each by itself", "give one of them")
-    for text in (task.source,) + task.destinations:
-        if parse_endpoint(text).kind == "shell":
-            raise UsageError("what {} holds cannot be read back".format(printable(text)), "verify it by itself")
+    check_folders(task, "read back", "verify what it holds by itself")
+
+
+class Kind(NamedTuple):
+    """A kind of place: the schemes that name it, here and on a host, and what can be done there."""
+
+    name: str
+    here: str
+    on_host: str
+    has_folder: bool = True  # which can be looked at, listed, deleted in and restored from
+    has_subvolumes: bool = False  # so that it can be a source, restored to, and what was broken off goes on there
+    has_streams: bool = False  # in files, through filters, with sidecars that prove them
+
+
+SUBVOLUMES = Kind("folder", "", "ssh", has_subvolumes=True)
+STREAM_FILES = Kind("raw folder", "raw", "raw+ssh", has_streams=True)
+COMMAND = Kind("command", "shell", "", has_folder=False)
+KINDS = {scheme: kind for kind in (SUBVOLUMES, STREAM_FILES, COMMAND) for scheme in (kind.here, kind.on_host) if scheme}
 
 
 class Endpoint(NamedTuple):
-    """A place as the user typed it.
-
-    kind: "path"; "raw", a folder of stream files; "shell", a command that takes a stream.
-    """
+    """A place as the user typed it."""
 
     text: str
-    kind: str
-    path: str  # the command of "shell"
+    kind: Kind
+    path: str  # or the command
     login: str = ""  # [user@]host as given, IPv6 without its brackets; '' is this machine
     port: str = ""
 
@@ -1252,7 +1276,6 @@ class Endpoint(NamedTuple):
 
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-SCHEMES = {"ssh": "path", "raw": "raw", "raw+ssh": "raw", "shell": "shell"}
 AUTHORITY = re.compile(r"((?:[^/@]*@)?)(?:\[([0-9A-Fa-f:.]+(?:%[^/\]]+)?)\]|([^/@:\[\]]+))(?::([0-9]{1,5}))?")
 HOST_AND_PATH = re.compile(r"((?:[^/@:]+@)?(?:\[[^/\]]+\]|[^/@:\[\]]+)):(/.*)", re.DOTALL)
 
@@ -1263,15 +1286,15 @@ def parse_endpoint(text: str) -> Endpoint:
     if scheme:
         return parse_url(text, scheme.group(1), scheme.group(2))
     on_host = HOST_AND_PATH.fullmatch(text)
-    if on_host and on_host.group(1) in SCHEMES:
+    if on_host and on_host.group(1) in KINDS:
         raise UsageError("{} is neither a URL nor a host's name and path".format(printable(text)),
                          "write {0}://...; a host called {0} is ssh://{0}/PATH".format(on_host.group(1)))
     if on_host and not text.startswith("."):
-        return parse_remote(text, "path", on_host.group(1) + on_host.group(2))
+        return parse_remote(text, SUBVOLUMES, on_host.group(1) + on_host.group(2))
     if re.match(r"[^/.:][^/:]*:", text):
         raise UsageError("{} names a host but no absolute path on it".format(printable(text)),
                          "write HOST:/PATH; a relative path with a colon begins with ./")
-    return Endpoint(text, "path", checked_path(text, text))
+    return Endpoint(text, SUBVOLUMES, checked_path(text, text))
 
 
 def checked_path(text: str, path: str) -> str:
@@ -1282,20 +1305,20 @@ def checked_path(text: str, path: str) -> str:
 
 
 def parse_url(text: str, scheme: str, rest: str) -> Endpoint:
-    kind = SCHEMES.get(scheme)
+    kind = KINDS.get(scheme)
     if kind is None:
         raise UsageError("unknown scheme {}:// in {}".format(scheme, printable(text)),
                          "give a path, ssh://, raw:// or shell://; a relative path with a colon begins with ./")
-    if scheme.endswith("ssh"):
+    if scheme == kind.on_host:
         return parse_remote(text, kind, rest)
-    if kind == "shell" and (not rest.strip() or "\0" in rest):
-        raise UsageError("shell:// names no command", "shell://COMMAND")
-    if kind == "raw" and not rest.startswith("/"):
-        raise UsageError("{} names no absolute path".format(printable(text)), "raw:///PATH, with three slashes")
-    return Endpoint(text, kind, rest if kind == "shell" else checked_path(text, rest))
+    if not kind.has_folder and (not rest.strip() or "\0" in rest):
+        raise UsageError("{}:// names no command".format(scheme), scheme + "://COMMAND")
+    if kind.has_folder and not rest.startswith("/"):
+        raise UsageError("{} names no absolute path".format(printable(text)), scheme + ":///PATH, with three slashes")
+    return Endpoint(text, kind, checked_path(text, rest) if kind.has_folder else rest)
 
 
-def parse_remote(text: str, kind: str, rest: str) -> Endpoint:
+def parse_remote(text: str, kind: Kind, rest: str) -> Endpoint:
     """`[user@]host[:port]/path`, where nothing is ever decoded or lower-cased."""
     authority, slash, path = rest.partition("/")
     match = AUTHORITY.fullmatch(authority)
@@ -1380,9 +1403,9 @@ def split_word(word: str) -> Tuple[str, Optional[str]]:
     """
     scheme, host = SCHEME.match(word), HOST_START.match(word)
     start = 0
-    if word.startswith("./") or (scheme and scheme.group(1) not in SCHEMES):
+    if word.startswith("./") or (scheme and scheme.group(1) not in KINDS):
         start = len(word)
-    elif scheme and scheme.group(1) == "shell":
+    elif scheme and not KINDS[scheme.group(1)].has_folder:
         return word, None
     elif scheme:
         start = (word + "/").index("/", scheme.start(2))
@@ -1996,9 +2019,14 @@ def claimed(owner: Owner, noted: Tuple[str, ...], found: str) -> Tuple[str, ...]
     return noted if len(after) > MOST_SOURCE_IDS else after
 
 
+def is_command(text: str) -> bool:
+    """Whether a destination's id in locks and pins is a command's."""
+    return text.startswith(COMMAND.here + "://")
+
+
 def normal_destination(text: str) -> str:
     """A destination's id as it is compared: locks of other programs may end with a slash."""
-    return text if text.startswith("shell://") else text.rstrip("/") or "/"
+    return text if is_command(text) else text.rstrip("/") or "/"
 
 
 def locked_names(locks: Locks, destination: str, kind: str = "locks") -> List[str]:
@@ -5571,7 +5599,7 @@ def pins_after_restore(pins: Pins, order: SwapOrder, stream_id: str) -> Pins:
     if prefix is None:
         return result
     for destination, entry in result.items():
-        if prefix in entry and not destination.startswith("shell://"):
+        if prefix in entry and not is_command(destination):
             entry[prefix] = tuple(order.pin._replace(filesystem=pin.filesystem) for pin in entry[prefix])
         elif prefix in entry and all(pin.uuid != stream_id for pin in entry[prefix]):
             del entry[prefix]
@@ -11464,7 +11492,7 @@ class Hosts:
                 self.errors[machine] = explain(error, "cannot reach {}".format(machine))
                 raise self.errors[machine] from None
         host = self.known[machine]
-        return self.raw_place(host) if endpoint.kind == "raw" else host
+        return self.raw_place(host) if endpoint.kind.has_streams else host
 
     def raw_place(self, host: Any) -> RawPlace:
         steps = [step for step in (self.task.raw_compress, self.task.raw_encrypt) if step]
@@ -11768,11 +11796,6 @@ class ProgressOf:
 ########################################################################################################
 
 
-def puller_prefix() -> str:
-    """What stands before a path of this machine in the notes of another one."""
-    return "ssh://" + os.uname().nodename
-
-
 def destination_key(text: str, pulled: bool = False) -> str:
     """The normalised id of a destination, which locks and pins name it by; what is none stays as it is.
 
@@ -11782,18 +11805,17 @@ def destination_key(text: str, pulled: bool = False) -> str:
         endpoint = parse_endpoint(text)
     except UsageError:
         return normal_destination(text)
-    if endpoint.kind == "shell":
+    if not endpoint.kind.has_folder:
         return endpoint.text
     path = normal_destination(endpoint.path) if endpoint.login else os.path.realpath(endpoint.path)
-    if pulled and not endpoint.login:
-        return ("raw+" if endpoint.kind == "raw" else "") + puller_prefix() + path
-    return folder_key(endpoint, path)
+    machine = endpoint.machine or (os.uname().nodename if pulled else "")
+    return folder_key(endpoint.kind, machine, path)
 
 
-def folder_key(endpoint: Endpoint, path: str) -> str:
-    """What locks and pins call the folder `path` on the machine of `endpoint`."""
-    scheme = {("path", False): "", ("path", True): "ssh://", ("raw", False): "raw://", ("raw", True): "raw+ssh://"}
-    return scheme[endpoint.kind, bool(endpoint.login)] + endpoint.machine + path
+def folder_key(kind: Kind, machine: str, path: str) -> str:
+    """What locks and pins call the folder `path` on a machine; '' is this one."""
+    scheme = kind.on_host if machine else kind.here
+    return scheme + "://" * bool(scheme) + machine + path
 
 
 def prefix_key(task: Task) -> str:
@@ -11810,7 +11832,7 @@ def claims_of(task: Task) -> Tuple[str, Dict[str, str]]:
     snapshots = os.path.join(source.path, task.snapshot_folder)
     snapshots = source.machine + (os.path.normpath(snapshots) if source.login else os.path.realpath(snapshots))
     folders = {destination_key(text): "destination {}".format(text) for text in task.destinations
-               if parse_endpoint(text).kind != "shell"}  # whose command gets names, and decides itself
+               if parse_endpoint(text).kind.has_folder}  # a command gets names, and decides itself
     folders["snapshots " + snapshots] = "snapshot folder {}".format(task.snapshot_folder)
     return destination_key(task.source) + " " + snapshots, folders
 
@@ -11831,6 +11853,30 @@ def check_together(tasks: Sequence[Task]) -> None:
 
 
 LOCKED_HINT = "look at it, move it away or delete it, then run again"  # a lock names what may not be deleted
+
+
+class Grounds(NamedTuple):
+    """What a destination is judged by: its folder, the source's, and whether it lay elsewhere before."""
+
+    place: Place
+    source: Place
+    snapshots: str  # the snapshot folder
+    any_filesystem: bool  # --skip-fs-checks
+    moved: str  # where it was seen on other filesystems than this, and never on this, what to type if that is right
+
+    @property
+    def is_sources(self) -> bool:
+        """Whether both are on one filesystem."""
+        return self.place.filesystem == self.source.filesystem
+
+    @property
+    def is_in_source(self) -> bool:
+        inside, source = self.place.inside, self.source.inside
+        return bool(self.is_sources and inside and source and inside.subvolid == source.subvolid)
+
+    def was_elsewhere(self, text: str) -> BackupError:
+        return BackupError("destination {} was on another filesystem before".format(text),
+                           "is it mounted? If it moved for good: " + self.moved)
 
 
 class Destination:
@@ -11857,6 +11903,69 @@ class Destination:
     def record_of(self, snapshot: str) -> Optional[Record]:
         """What the transfer of a snapshot goes on from."""
         return next((r.take_up for r in self.plan.recoveries if r.snapshot == snapshot), None)
+
+    def look(self, hosts: Hosts) -> Place:
+        """Reaches the host, and notes where the folder is."""
+        self.host = hosts.of(self.endpoint)
+        place: Place = self.host.look(self.endpoint.path)
+        self.path, self.filesystem, self.is_new = place.path, place.filesystem, place.kind == "missing"
+        return place
+
+    def check(self, grounds: Grounds) -> None:
+        """BackupError where nothing may be written there."""
+        for doubt in self.doubts(grounds):
+            raise doubt
+
+    def doubts(self, grounds: Grounds) -> Iterator[BackupError]:
+        """What speaks against it, first what explains the rest."""
+        place = grounds.place
+        if place.kind == "other":
+            yield BackupError("destination {} is not a folder".format(self.text), "name a folder")
+        if place.unmounted:
+            yield BackupError("destination {}: nothing is mounted at {}".format(self.text, place.unmounted),
+                              "mount it and run again")
+        if place.path == grounds.snapshots:
+            yield BackupError("destination {} is the snapshot folder itself".format(self.text),
+                              "name a folder elsewhere")
+        if grounds.is_in_source:
+            yield BackupError("destination {} is inside the source".format(self.text),
+                              "name a folder on another filesystem; is it mounted?")
+        yield from self.doubts_of_filesystem(grounds)
+        if place.readonly:
+            yield BackupError("destination {} is mounted read-only".format(self.text), "mount it writable")
+
+    def doubts_of_filesystem(self, grounds: Grounds) -> Iterator[BackupError]:
+        place, no_such = grounds.place, "no such destination: " + self.text
+        if place.filesystem is None and not grounds.any_filesystem:
+            yield BackupError("destination {} is not on btrfs".format(self.text), "is its filesystem mounted?")
+        if grounds.is_sources and place.kind == "missing":
+            yield BackupError(no_such, "is its filesystem mounted? On the source's own the folder must exist")
+        if grounds.is_sources and grounds.moved:
+            yield grounds.was_elsewhere(self.text)
+        if place.kind == "missing" and grounds.moved:
+            yield BackupError(no_such + ", and its filesystem is none that it was on",
+                              "is it mounted? On a new disk make the folder first")
+
+
+class StreamsDestination(Destination):
+    """A raw folder. Any filesystem will do, but not one that is there only because the right one is not mounted."""
+
+    def doubts_of_filesystem(self, grounds: Grounds) -> Iterator[BackupError]:
+        place, around, no_such = grounds.place, os.path.dirname(grounds.place.path), "no such destination: " + self.text
+        doubtful = grounds.is_sources or place.mount == "/" or place.in_memory
+        if grounds.moved and (doubtful or place.kind == "missing"):
+            yield grounds.was_elsewhere(self.text)
+        if place.kind == "missing" and doubtful:
+            yield BackupError(no_such + ", and {} is in memory".format(place.mount) * place.in_memory,
+                              "is its filesystem mounted? On the source's own and on the root filesystem and in memory "
+                              "it must exist")
+        if place.kind == "missing" and self.host.look(around).kind != "folder":
+            yield BackupError("{}, nor is there {}".format(no_such, around),
+                              "is its filesystem mounted? The folder alone is made, not those around it")
+
+
+def destination_at(text: str, key: str) -> Destination:
+    return (StreamsDestination if parse_endpoint(text).kind.has_streams else Destination)(text, key)
 
 
 class Gate:
@@ -12032,11 +12141,10 @@ class TaskRun:
         """Deletes what broken transfers left at a destination that is given up, if it can be reached."""
         names = locked_names(self.locks, self.key_of(text))
         try:
-            destination = Destination(text, self.key_of(text))
-            if not names or destination.endpoint.kind != "path":
+            destination = destination_at(text, self.key_of(text))
+            if not names or not destination.endpoint.kind.has_subvolumes:
                 return
-            destination.host = self.hosts.of(destination.endpoint)
-            place = destination.host.look(destination.endpoint.path)
+            place = destination.look(self.hosts)
             if place.kind != "folder":
                 return
             busy = destination.host.settle_partials(place.path, dict.fromkeys(names, ""))
@@ -12078,7 +12186,7 @@ class TaskRun:
                 self.report(BackupError("locked destination {}: {}".format(text, error.message), error.hint))
                 continue
             if self.key_of(text) not in [d.key for d in self.destinations]:
-                self.destinations.append(Destination(text, self.key_of(text)))
+                self.destinations.append(destination_at(text, self.key_of(text)))
 
     def believed(self, locked: Sequence[str]) -> List[str]:
         """Of the destinations that locks name those that need no other word for it.
@@ -12104,32 +12212,37 @@ class TaskRun:
         """
         destination.was_reached = True
         with self.at(destination):
-            if destination.endpoint.kind == "shell":
+            if not destination.endpoint.kind.has_folder:
                 destination.host = self.shell_place(destination)
                 destination.listing = destination.host.list(destination.path)
                 return
-            destination.host = self.hosts.of(destination.endpoint)
-            if destination.endpoint.kind == "raw":
+            place = destination.look(self.hosts)
+            if destination.endpoint.kind.has_streams:
                 self.prepare_raw(destination.host)
-            place = destination.host.look(destination.endpoint.path)
-            if destination.endpoint.kind == "raw":
-                self.check_raw_folder(destination, place)
-            else:
-                self.check_destination(destination, place)
-            destination.path, destination.filesystem = place.path, place.filesystem
-            destination.is_new = place.kind == "missing"
+            self.check_destination(destination, place)
             if destination.is_new and self.task.dry_run:
                 destination.listing = Listing()
                 return
             if destination.is_new:
                 destination.host.make_folder(place.path)
-            if destination.endpoint.kind == "raw" and not self.task.no_transfer:
+            if destination.endpoint.kind.has_streams and not self.task.no_transfer:
                 self.check_encryption(destination, destination.host.list_raw(place.path))
             self.settle(destination)
             listing = destination.host.list(place.path)
             destination.notes = destination.host.read_notes(place.path, self.prefix)
             self.check_owner(destination, listing)
             destination.listing = listing
+
+    def check_destination(self, destination: Destination, place: Place) -> None:
+        """BackupError where nothing may be written there; says where all lies on one filesystem."""
+        text = destination.text
+        moved = self.pins_elsewhere(destination, place.filesystem)
+        grounds = Grounds(place, self.source_place, self.folder, self.task.skip_fs_checks,
+                          forget_command(self.task, self.prefix, text) if moved else "")
+        destination.check(grounds)
+        if grounds.is_sources and destination.endpoint.kind.has_subvolumes:
+            self.events.warning("same-filesystem", "{} is on the source's own filesystem: what breaks that takes both"
+                                .format(text), destination=destination.key)
 
     def owner(self, destination: Destination) -> Owner:
         return Owner(self.snapshots, self.ids, self.pins.get(destination.key, ()))
@@ -12153,23 +12266,21 @@ class TaskRun:
         One that cannot be looked at now has its error when it is needed.
         """
         for destination in self.destinations:
-            if destination.endpoint.kind == "shell" or destination.key in self.pins:
+            if not destination.endpoint.kind.has_folder or destination.key in self.pins:
                 continue
-            look = Destination(destination.text, destination.key)
+            look = destination_at(destination.text, destination.key)
             try:
-                host = self.hosts.of(look.endpoint)
-                place = host.look(look.endpoint.path)
-                listing = host.list(place.path) if place.kind == "folder" else Listing()
-                look.filesystem = place.filesystem
+                place = look.look(self.hosts)
+                listing = look.host.list(place.path) if place.kind == "folder" else Listing()
                 if listing.subvolumes:
-                    look.notes = host.read_notes(place.path, self.prefix)
+                    look.notes = look.host.read_notes(place.path, self.prefix)
             except Exception:
                 continue
             self.check_owner(look, listing)
 
     def claim(self, destination: Destination) -> None:
         """Notes at a destination, before the first byte, that its backups of this prefix are of this source."""
-        if destination.endpoint.kind == "shell":
+        if not destination.endpoint.kind.has_folder:
             return
         noted = destination.notes.sources
         after = claimed(self.owner(destination), noted, destination.whose)
@@ -12200,33 +12311,6 @@ class TaskRun:
         if not self.task.no_transfer:
             prove_filters(place.steps)
 
-    def check_raw_folder(self, destination: Destination, place: Place) -> None:
-        """Any filesystem will do, but not one that is there only because the right one is not mounted."""
-        text, inside = destination.text, self.source_place.inside
-        doubtful = place.filesystem == self.filesystem or place.mount == "/" or place.in_memory
-        if place.kind == "other":
-            raise BackupError("destination {} is not a folder".format(text), "name a folder")
-        if place.unmounted:
-            raise BackupError("destination {}: nothing is mounted at {}".format(text, place.unmounted),
-                              "mount it and run again")
-        if place.filesystem == self.filesystem and place.inside and inside and place.inside.subvolid == inside.subvolid:
-            raise BackupError("destination {} is inside the source".format(text),
-                              "name a folder on another filesystem; is it mounted?")
-        if self.pins_elsewhere(destination, place.filesystem) and (doubtful or place.kind == "missing"):
-            raise BackupError("destination {} was on another filesystem before".format(text),
-                              "is it mounted? If it moved for good: {}".format(
-                                  forget_command(self.task, self.prefix, text)))
-        if place.kind == "missing" and doubtful:
-            raise BackupError("no such destination: {}{}".format(text, ", and {} is in memory".format(place.mount)
-                                                                 if place.in_memory else ""),
-                              "is its filesystem mounted? On the source's own and on the root filesystem and in memory "
-                              "it must exist")
-        if place.kind == "missing" and destination.host.look(os.path.dirname(place.path)).kind != "folder":
-            raise BackupError("no such destination: {}, nor is there {}".format(text, os.path.dirname(place.path)),
-                              "is its filesystem mounted? The folder alone is made, not those around it")
-        if place.readonly:
-            raise BackupError("destination {} is mounted read-only".format(text), "mount it writable")
-
     def check_encryption(self, destination: Destination, folder: RawFolder) -> None:
         """BackupError where streams would be written that are less protected than those before them."""
         import shlex
@@ -12245,40 +12329,8 @@ class TaskRun:
         """Ends what still waits for the rest of a transfer that a former run has lost, so that it can be taken up."""
         known = {s.name: s.stream_id or "" for s in self.snapshots}
         names = {name: known.get(name, "") for name in locked_names(self.locks, destination.key)}
-        if names and not self.task.dry_run and destination.endpoint.kind == "path":
+        if names and not self.task.dry_run and destination.endpoint.kind.has_subvolumes:
             destination.busy = frozenset(destination.host.settle_partials(destination.path, names))
-
-    def check_destination(self, destination: Destination, place: Place) -> None:
-        text = destination.text
-        same = place.filesystem == self.filesystem
-        inside = self.source_place.inside
-        if place.kind == "other":
-            raise BackupError("destination {} is not a folder".format(text), "name a folder on btrfs")
-        if place.unmounted:
-            raise BackupError("destination {}: nothing is mounted at {}".format(text, place.unmounted),
-                              "mount it and run again")
-        if place.path == self.folder:
-            raise BackupError("destination {} is the snapshot folder itself".format(text), "name a folder elsewhere")
-        if same and place.inside and inside and place.inside.subvolid == inside.subvolid:
-            raise BackupError("destination {} is inside the source".format(text),
-                              "name a folder on another filesystem; is it mounted?")
-        if place.filesystem is None and not self.task.skip_fs_checks:
-            raise BackupError("destination {} is not on btrfs".format(text), "is its filesystem mounted?")
-        if same and place.kind == "missing":
-            raise BackupError("no such destination: {}".format(text),
-                              "is its filesystem mounted? On the source's own filesystem the folder must exist")
-        if same and self.pins_elsewhere(destination, self.filesystem):
-            raise BackupError("destination {} was on another filesystem before".format(text),
-                              "is it mounted? If it moved for good: {}".format(
-                                  forget_command(self.task, self.prefix, text)))
-        if place.kind == "missing" and self.pins_elsewhere(destination, place.filesystem):
-            raise BackupError("no such destination: {}, and its filesystem is none that it was on".format(text),
-                              "is it mounted? On a new disk make the folder first")
-        if place.readonly:
-            raise BackupError("destination {} is mounted read-only".format(text), "mount it writable")
-        if same:
-            self.events.warning("same-filesystem", "{} is on the source's own filesystem: what breaks that takes both"
-                                .format(text), destination=destination.key)
 
     def needed_destinations(self) -> List[Destination]:
         """The destinations that something may be done at: without transfer and retention none."""
@@ -12289,13 +12341,11 @@ class TaskRun:
         if self.needed_destinations() or self.task.snapshot_policy.keeps_all:
             return
         for destination in self.destinations:
-            if destination.endpoint.kind == "shell":
+            if not destination.endpoint.kind.has_folder:
                 continue
             try:
-                destination.host = self.hosts.of(destination.endpoint)
-                place = destination.host.look(destination.endpoint.path)
+                place = destination.look(self.hosts)
                 if place.kind == "folder":
-                    destination.path, destination.filesystem = place.path, place.filesystem
                     destination.listing = destination.host.list(place.path)
             except BackupError as error:
                 self.events.debug("idle", "{} was not looked at: {}".format(destination.text, error.message))
@@ -12312,7 +12362,8 @@ class TaskRun:
             not self.task.no_incremental, self.longest_chain(destination))
 
     def longest_chain(self, destination: Destination) -> int:
-        return self.task.raw_full_every if destination.endpoint.kind == "raw" else 0
+        """How many streams may build on each other there; 0: any number."""
+        return self.task.raw_full_every if destination.endpoint.kind.has_streams else 0
 
     def usable_records(self, destination: Destination) -> List[Record]:
         """The records at a destination that transfers can go on from."""
@@ -12456,7 +12507,7 @@ class TaskRun:
 
     def recover(self, destination: Destination) -> None:
         """Clears what failed transfers left at a destination, under their locks."""
-        is_listed = destination.endpoint.kind == "path" and destination.listing is not None
+        is_listed = destination.endpoint.kind.has_subvolumes and destination.listing is not None
         traces = left_traces(self.snapshots, destination.listing or Listing()) if is_listed else []
         for error in destination.host.forget_partials(destination.path, traces) if traces else ():
             self.report(error, destination)
@@ -12607,7 +12658,7 @@ class TaskRun:
         destination.listing = listing._replace(
             subvolumes=tuple(s for s in listing.subvolumes if partial_of(s.name) != name) + (backup,),
             records=tuple(record for record in listing.records if record.name != name))
-        if destination.endpoint.kind == "shell":
+        if not destination.endpoint.kind.has_folder:  # nobody else remembers it
             self.remember([destination])
         self.change_locks(clear=[LockChange(name, destination.key, parent)])
         self.counts["backup", "sent"] += 1
@@ -12641,7 +12692,7 @@ class TaskRun:
         if newest is None:
             return None
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(newest.otime / 1e9)) + "Z"
-        sent = tuple(s.received_uuid or "" for s in listing.subvolumes) if destination.endpoint.kind == "shell" else ()
+        sent = () if destination.endpoint.kind.has_folder else tuple(s.received_uuid or "" for s in listing.subvolumes)
         return Pin(newest.name, newest.stream_id or "", moment, destination.filesystem, sent)
 
     def source_verdicts(self, pins: PinsOfPrefix) -> List[Verdict]:
@@ -12649,7 +12700,7 @@ class TaskRun:
                                      self.clock())
 
     def destination_verdicts(self, destination: Destination, listing: Listing) -> List[Verdict]:
-        if destination.endpoint.kind == "shell":
+        if not destination.endpoint.kind.has_folder:
             return []
         notes = destination.notes
         if not self.task.dry_run and not self.task.backup_policy.keeps_all:  # backups are sent on meanwhile
@@ -12916,7 +12967,7 @@ def backup_entries(listing: Listing, folder: str, prefix: Optional[str], source:
 
 def list_endpoint(host: LocalHost, endpoint: Endpoint) -> Tuple[str, Listing]:
     """The folder that an endpoint names, and what it holds."""
-    if endpoint.kind == "shell":
+    if not endpoint.kind.has_folder:
         raise BackupError("{} cannot be listed".format(endpoint.text))
     place = host.look(endpoint.path)
     if place.kind != "folder":
@@ -12963,7 +13014,7 @@ class Survey:
     def has_source(self) -> bool:
         """Whether the first path is a source, not a folder of backups, which may be the top of a disk as well."""
         endpoint = parse_endpoint(self.task.source)
-        if endpoint.kind != "path":
+        if not endpoint.kind.has_subvolumes:
             return False
         try:
             host = self.run.hosts.of(endpoint)
@@ -13143,9 +13194,7 @@ def check_list(task: Task) -> None:
     """UsageError for what no listing can mean."""
     if not task.source:
         raise UsageError("nothing to list", "btrfs-backup-ng list SOURCE [DESTINATION ...]; see list --help")
-    for text in (task.source,) + task.destinations:
-        if parse_endpoint(text).kind == "shell":
-            raise UsageError("{} cannot be listed".format(printable(text)), "name a folder")
+    check_folders(task, "listed", "name a folder")
 
 
 def run_list(task: Task, events: Events) -> int:
@@ -13307,9 +13356,7 @@ def check_prune(task: Task) -> None:
     if policy.keeps_all and not policy.everything and task.partials_older_than is None:
         raise UsageError("nothing says what to keep",
                          "give --keep-backups '14d 8w 12m' or -n NUMBER, or --partials-older-than alone")
-    for text in (task.source,) + task.destinations:
-        if parse_endpoint(text).kind == "shell":
-            raise UsageError("{} cannot be pruned".format(printable(text)), "name a folder")
+    check_folders(task, "pruned", "name a folder")
 
 
 def run_prune(task: Task, events: Events) -> int:
@@ -14097,7 +14144,7 @@ class RestoreRun:
         text, endpoint, name = self.task.source, parse_endpoint(self.task.source), self.task.backup_name
         is_folder = self.task.latest or self.task.before is not None or name is not None
         path = endpoint.path
-        stem = stream_file_stem(path.rstrip("/")) if endpoint.kind == "raw" else path.rstrip("/")
+        stem = stream_file_stem(path.rstrip("/")) if endpoint.kind.has_streams else path.rstrip("/")
         if not is_folder and prefix_of(os.path.basename(stem)) is not None:
             path, name = os.path.split(stem)  # a restricted key may look at the folder alone
         host = self.sending.hosts.of(endpoint)
@@ -14119,7 +14166,6 @@ class RestoreRun:
             limit = min(self.clock() + 1, float("inf") if self.task.before is None else self.task.before)
             self.backup = choose_newest(listing, self.task.prefix, limit, text)
         self.listing, self.filesystem = listing, place.filesystem
-        self.key = folder_key(endpoint, normal_destination(folder))
         self.sending.host, self.sending.folder = host, folder
         self.sending.snapshots = [self.backup]
 
@@ -14128,7 +14174,7 @@ class RestoreRun:
     def find_target(self) -> None:
         """The folder to restore to, as it is now; in place without a folder one of its own beside the place."""
         text = (self.task.destinations + (self.task.in_place or "",))[0]
-        target = Destination(text, destination_key(text))
+        target = destination_at(text, destination_key(text))
         host = target.host = self.sending.hosts.of(target.endpoint)
         if self.task.in_place is not None:
             self.swap_place = host.look_at_swap_place(parse_endpoint(self.task.in_place).path)
@@ -14302,10 +14348,15 @@ class RestoreRun:
         self.events.emit("restored", "info" if self.task.destinations else "debug", "restored {} to {}".format(
             self.backup.name, self.target_name), snapshot=self.backup.name, folder=target.path)
 
+    def key_of_folder(self, here: str) -> str:
+        """What locks and pins call the folder that the backup lies in; here: the name of this machine there."""
+        endpoint = parse_endpoint(self.task.source)
+        return folder_key(endpoint.kind, endpoint.machine or here, normal_destination(self.sending.folder))
+
     @property
     def target_name(self) -> str:
         """The folder with the host that it is on."""
-        return folder_key(self.target.endpoint, self.target.path)
+        return folder_key(self.target.endpoint.kind, self.target.endpoint.machine, self.target.path)
 
     def clear_steps(self) -> None:
         """Deletes what a chain has brought only to build on; what is restored is, also where that fails."""
@@ -14371,7 +14422,7 @@ class RestoreRun:
         pin = Pin(self.backup.name, self.backup.stream_id or "", time.strftime("%Y-%m-%dT%H:%M:%S", created) + "Z",
                   self.filesystem)
         stamp = time.strftime(TIME_FORMATS[0], time.localtime(self.clock()))
-        key = self.key if isinstance(host, LocalHost) or "://" in self.key else puller_prefix() + self.key
+        key = self.key_of_folder("" if isinstance(host, LocalHost) else os.uname().nodename)
         notes = host.swap_in(SwapOrder(
             place.path, os.path.join(self.target.path, self.backup.name), self.backup.name, self.task.snapshot_folder,
             not self.task.destinations, "{}.old-{}".format(os.path.basename(place.path), stamp),
@@ -14477,9 +14528,9 @@ CHECKS = {  # that belong to each kind of place
     "this machine": ("programs", "kernel", "privileges", "clock"),
     "host": ("connection", "programs", "kernel", "privileges", "clock"),
     "source": ("source", "identity", "snapshots", "locks", "notes") + GROUND,
-    "destination": ("folder", "backups", "parent", "partials") + GROUND + ("age",),
-    "raw destination": ("folder", "backups", "parent", "partials", "space", "age"),
-    "command": ("folder", "age"),
+    "destination folder": ("folder", "backups", "parent", "partials") + GROUND + ("age",),
+    "destination raw folder": ("folder", "backups", "parent", "partials", "space", "age"),
+    "destination command": ("folder", "age"),
     "folder": ("backups", "partials") + GROUND + ("age",),
     "raw folder": ("backups", "partials", "space", "age"),
 }
@@ -14739,7 +14790,7 @@ class Doctor:
 
     def examine_machine(self, endpoint: Optional[Endpoint]) -> bool:
         """The machine of an endpoint, None for this one; each once. Whether it can be reached."""
-        endpoint = (endpoint or Endpoint("", "path", "/"))._replace(kind="path")
+        endpoint = (endpoint or Endpoint("", SUBVOLUMES, "/"))._replace(kind=SUBVOLUMES)
         where = endpoint.machine
         if where not in self.machines:
             self.machines.add(where)
@@ -14766,7 +14817,7 @@ class Doctor:
 
     def examine_ground(self, endpoint: Endpoint, folder: str, where: str) -> None:
         """The filesystem that holds a folder, or will hold it."""
-        host = self.run.hosts.of(endpoint._replace(kind="path"))
+        host = self.run.hosts.of(endpoint._replace(kind=SUBVOLUMES))
         place = self.ask("space", where, nearest_place, host, folder)
         health = self.ask("space", where, lambda: host.health(place.path)) if place else None
         if health is not None:
@@ -14851,16 +14902,16 @@ class Doctor:
 
     def examine_destination(self, text: str, source_known: bool) -> None:
         endpoint = parse_endpoint(text)
-        if endpoint.kind == "shell":
-            with self.place("command", text):
+        if not endpoint.kind.has_folder:
+            with self.place("destination " + endpoint.kind.name, text):
                 self.record("folder", text, Finding(OK, "a command, which cannot be asked what it has got"))
                 if source_known:
                     self.examine_remembered(self.run.key_of(text))
             return
         is_reached = self.examine_machine(endpoint)
-        with self.place("raw destination" if endpoint.kind == "raw" else "destination", text):
+        with self.place("destination " + endpoint.kind.name, text):
             if is_reached and source_known:
-                self.examine_known(Destination(text, self.run.key_of(text)))
+                self.examine_known(destination_at(text, self.run.key_of(text)))
             elif is_reached:
                 self.examine_folder(endpoint)
 
@@ -14871,18 +14922,14 @@ class Doctor:
             self.examine_backups(destination, destination.listing)
 
     def check_folder(self, destination: Destination) -> Findings:
-        destination.host = self.run.hosts.of(destination.endpoint)
-        place = destination.host.look(destination.endpoint.path)
-        is_raw = destination.endpoint.kind == "raw"
-        (self.run.check_raw_folder if is_raw else self.run.check_destination)(destination, place)
-        destination.path, destination.is_new = place.path, place.kind == "missing"
-        destination.filesystem = place.filesystem
+        place = destination.look(self.run.hosts)
+        self.run.check_destination(destination, place)
         listing = Listing() if destination.is_new else destination.host.list(place.path)
         for prefix in sorted(self.prefixes()) if not destination.is_new else ():
             self.check_owner(destination, listing, prefix)
         destination.listing = listing
-        yield Finding(OK, "the first run makes it" if destination.is_new else "writable" if is_raw else
-                      "on btrfs, writable")
+        yield Finding(OK, "the first run makes it" if destination.is_new else
+                      "on btrfs, writable" if destination.endpoint.kind.has_subvolumes else "writable")
 
     def prefixes(self) -> Set[str]:
         """The prefixes that runs of the source may have."""
@@ -14969,7 +15016,7 @@ class Doctor:
         endpoint = parse_endpoint(self.task.source)
         if self.task.destinations:
             return False
-        if endpoint.kind == "raw":
+        if endpoint.kind.has_streams:
             return True
         try:
             host = self.run.hosts.of(endpoint)
@@ -14985,7 +15032,7 @@ class Doctor:
         if self.task.source and self.is_folder_alone():
             endpoint = parse_endpoint(self.task.source)
             is_reached = self.examine_machine(endpoint)
-            with self.place("raw folder" if endpoint.kind == "raw" else "folder", endpoint.text):
+            with self.place(endpoint.kind.name, endpoint.text):
                 if is_reached:
                     self.examine_folder(endpoint)
         elif self.task.source:
@@ -15048,11 +15095,8 @@ def check_doctor(task: Task) -> None:
     """UsageError for what cannot be examined."""
     if task.max_age is not None and not task.source:
         raise UsageError("--max-age needs a source or a folder of backups", "see doctor --help")
-    for text in ((task.source,) if task.source else ()) + task.destinations:
-        endpoint = parse_endpoint(text)
-        is_alone = endpoint.kind == "raw" and not task.destinations
-        if text == task.source and endpoint.kind != "path" and not is_alone:
-            raise UsageError("{} cannot be a source".format(printable(text)), "name a subvolume, here or on ssh://")
+    if task.source and (task.destinations or not parse_endpoint(task.source).kind.has_streams):
+        check_source(task.source)
 
 
 def run_doctor(task: Task, events: Events) -> int:
@@ -15194,7 +15238,7 @@ class VerifyRun:
         self.results: List[Compared] = []
 
     def execute(self) -> int:
-        if parse_endpoint(self.task.source).kind == "raw":
+        if parse_endpoint(self.task.source).kind.has_streams:
             for location in self.survey.locations():
                 self.verify_stream_files(location)
             return self.conclude()
@@ -15203,7 +15247,7 @@ class VerifyRun:
             raise source.error
         checks: Dict[str, List[Check]] = {}
         for location in locations:
-            if parse_endpoint(location.endpoint).kind == "raw":
+            if parse_endpoint(location.endpoint).kind.has_streams:
                 self.verify_stream_files(location)
                 continue
             planned, others = plan_checks(source, location, self.task)
@@ -15863,7 +15907,7 @@ def check_absolute(request: Request) -> None:
     logs = (request.task.log_json,) if request.task.log_json else ()
     for text in request.paths + request.task.forget + request.files + logs:
         endpoint = parse_endpoint(text)
-        if endpoint.kind == "path" and not endpoint.path.startswith("/"):
+        if endpoint.kind.has_folder and not endpoint.path.startswith("/"):
             raise UsageError("{} is a relative path, and systemd starts in another folder".format(printable(text)),
                              "give the whole path")
 
@@ -15880,7 +15924,7 @@ def format_units(task: Task, requests: Sequence[Request], arguments: Sequence[st
     description = "Back up {} with {}".format(unit_text(", ".join(sources)), PROGRAM)
     after = "Wants=network-online.target\nAfter=network-online.target\n" if any(e.login for e in endpoints) else ""
     # a command of the user's own may do anything; sudo does not work where no new privileges are allowed
-    is_hardened = not task.user and all(e.kind != "shell" for e in endpoints)
+    is_hardened = not task.user and all(e.kind.has_folder for e in endpoints)
     command = " ".join(map(unit_word, program_argv() + list(arguments)))
     user = " --user" if task.user else ""
     return UNITS_SCRIPT.format(
