@@ -11,6 +11,7 @@ from btrfs_backup_ng import (
     FLAGS,
     OPTION_TABLE,
     RUNS,
+    SUBVOLUMES,
     VERBS,
     Task,
     UsageError,
@@ -444,14 +445,14 @@ class Endpoints(unittest.TestCase):
     def test_paths(self):
         for text in self.PATHS:
             with self.subTest(text=text):
-                self.assertEqual((text, "path", text, "", ""), parse_endpoint(text))
+                self.assertEqual((text, SUBVOLUMES, text, "", ""), parse_endpoint(text))
                 check_task(parse_arguments(["--", text, text]))
 
     def test_a_word_is_taken_as_it_stands(self):
         """Tasks and files are split off before."""
         for text in self.WITH_COLONS:
             with self.subTest(text=text):
-                self.assertEqual((text, "path", text, "", ""), parse_endpoint(text))
+                self.assertEqual((text, SUBVOLUMES, text, "", ""), parse_endpoint(text))
 
     def test_no_paths(self):
         for text in self.NO_PATHS:
@@ -464,7 +465,7 @@ class Endpoints(unittest.TestCase):
     def test_hosts(self):
         for text, login, port, path, key in self.HOSTS:
             with self.subTest(text=text):
-                self.assertEqual((text, "path", path, login, port), parse_endpoint(text))
+                self.assertEqual((text, SUBVOLUMES, path, login, port), parse_endpoint(text))
                 self.assertEqual(key, destination_key(text))
                 self.assertEqual(key, destination_key(key))
 
