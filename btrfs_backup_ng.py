@@ -1328,6 +1328,8 @@ def parse_remote(text: str, kind: Kind, rest: str) -> Endpoint:
     if match is None:
         raise UsageError("{} names no host".format(printable(text)), "ssh://[USER@]HOST[:PORT]/PATH")
     user, six, host, port = match.groups()
+    if port and not 0 < int(port) < 1 << 16:
+        raise UsageError("{} names no port that there is".format(printable(text)), "ports are 1 to 65535")
     if not slash:
         raise UsageError("{} names no path on the host".format(printable(text)), "ssh://[USER@]HOST[:PORT]/PATH")
     if (user or host or six).startswith("-") or (host or six).startswith("-") or user == "@":
@@ -10379,7 +10381,7 @@ def ssh_hints(machine: str) -> Tuple[Tuple[str, str, str], ...]:
         ("Host key verification failed", "its host key is not known",
          "log in once by hand, as the same user: ssh {}".format(login)),
         (r"Permission denied \([a-z,-]+\)", "it lets us not in",
-         "set up a key for this user (under sudo that is root): ssh-copy-id"),
+         "set up a key for this user (under sudo that is root): ssh-copy-id {}".format(login)),
         ("Too many authentication failures", "it lets us not in", "name the key: --ssh-opt IdentityFile=..."),
         ("Connection refused", "connection refused", "is sshd running there, and the port right?"),
         ("timed out", "it does not answer", "is it switched on and reachable?"),
@@ -10499,7 +10501,7 @@ class Connection:
         with contextlib.suppress(BackupError):
             self.stage.wait(ENDING_GRACE)
         self.stage.drain.join(1)
-        return no_agent_error(self.machine, self.stage.process.poll(), os.fsdecode(b"".join(self.stage.tail)),
+        return no_agent_error(self.machine, self.stage.process.poll(), os.fsdecode(b"\n".join(self.stage.tail)),
                               os.fsdecode(noise))
 
     def end(self) -> None:
@@ -11131,7 +11133,7 @@ def parse_plain_look(text: str) -> Place:
     here, _, below = text.partition("--- devices\n")
     devices, _, mounts = below.partition("--- mounts\n")
     facts = dict(re.findall(r"^(kind|ground|rest|top|writable): (.*)$", here, re.MULTILINE))
-    path = (facts["ground"].rstrip("/") + facts["rest"]).rstrip("/") or "/"
+    path = os.path.join(facts["ground"], facts["rest"].strip("/")).rstrip("/") or "/"
     if facts["kind"] == "other" or not below:
         return Place(path, facts["kind"])
     mount = mount_around(facts["ground"], parse_mountinfo(mounts))

@@ -420,7 +420,8 @@ class Endpoints(unittest.TestCase):
     SCHEMES = ("ftp://host/path", "file:///mnt", "FTP://host", "x-y+z.1://a", "s3://bucket", "btrfs://")
 
     NO_HOSTS = ("host:path", "a:b", "a b:/c", "\udcff:/c", "a::b", "ssh://host", "ssh:///path", "ssh://", "ssh://@h/p",
-                "ssh://h:99x/p", "ssh://h:/p", "ssh://-oX/p", "ssh://-u@h/p", "ssh://u@-h/p", "-h:/p", "u@-h:/p",
+                "ssh://h:99x/p", "ssh://h:/p", "ssh://h:0/p", "ssh://h:65536/p", "raw+ssh://h:70000/p",
+                "ssh://-oX/p", "ssh://-u@h/p", "ssh://u@-h/p", "-h:/p", "u@-h:/p",
                 "ssh://::1/p", "ssh://[::1/p", "ssh://a b/p", "raw+ssh:///p")
 
     # (text, [user@]host, port, path, normalised id)

@@ -829,7 +829,8 @@ class BadInput(remote.RemoteTestCase):
         self.assertFailsBothWays([self.machine(), "refused"])
 
     def test_wrong_key(self):
-        self.assertFailsBothWays([self.machine(), "denied", "key"], options=ssh_options(identity="stranger"))
+        allow = "ssh-copy-id -p %d root@127.0.0.1" % self.server.port
+        self.assertFailsBothWays([self.machine(), "denied", "key", allow], options=ssh_options(identity="stranger"))
 
     def test_changed_host_key(self):
         self.server.stop()
@@ -895,6 +896,13 @@ class BadInput(remote.RemoteTestCase):
     def test_a_key_that_is_limited_to_another_command(self):
         self.server.authorize("root", 'command="echo backups only"')
         self.assertFailsBothWays([self.machine(), "backups only"])
+
+    def test_a_login_that_says_several_lines(self):
+        self.server.authorize("root", 'command="echo python3 is looked for >&2; echo no rules found >&2; '
+                              'echo rules not found >&2; exit 3"')
+        result = self.push("-S", status=1)
+        self.assertErrorSays(result, "said: rules not found; is its login shell restricted?")
+        self.assertIn("\n    python3 is looked for\n    no rules found\n", result.stderr)
 
     def test_a_path_that_is_missing_there(self):
         """On the disk of the system, which is no btrfs, or the disk of the source."""

@@ -322,6 +322,15 @@ class WhatGoesWrong(remote.RemoteTestCase):
         self.assertErrorSays(result, folder, "btrfs")
         self.assertFalse(os.path.exists(folder))
 
+    def test_a_path_of_which_nothing_is_there(self):
+        """Not even its first folder: what is around it is the top of all."""
+        self.push("-S")
+        for run, where in ((self.push, {"to": [self.server.endpoint("/not there/backups")]}), (self.pull, {})):
+            self.remote_source = self.server.endpoint("/not there/home")
+            with self.subTest(run=run.__name__):
+                result = run("-S", status=1, **where)
+                self.assertErrorSays(result, "/not there/", "is its filesystem mounted?")
+
     def test_a_full_disk(self):
         filler = os.path.join(self.target_disk.path, "filler")
         with open(filler, "wb") as file:
