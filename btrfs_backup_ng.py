@@ -206,7 +206,11 @@ class Interrupted(BaseException):
 
 
 def os_error(doing: str, error: OSError, hint: str = "") -> BackupError:
-    """What the system says of what we were doing, and of which file, unless that is named already."""
+    """What the system says of what we were doing, and of which file, unless that is named already.
+
+    >>> os_error("cannot swap at /home", OSError(20, "Not a directory", "/home/.state")).message
+    'cannot swap at /home: /home/.state: not a directory'
+    """
     path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
     where = "{}: ".format(path) if path and path not in doing else ""
     return BackupError("{}: {}{}".format(doing, where, (error.strerror or str(error)).lower()), hint)
@@ -626,7 +630,7 @@ def parse_groups(text: str) -> Tuple[str, ...]:
 
 
 def parse_absolute(text: str) -> str:
-    if not text.startswith("/") or not text.isprintable():
+    if not text.startswith("/") or "\0" in text or "\n" in text:
         raise ValueError("is not an absolute path")
     return text
 
@@ -16088,6 +16092,9 @@ def print_authorized_keys(task: Task) -> str:
     if not task.under or not task.allow or len(task.destinations) != 1:
         raise UsageError("print authorized-keys needs --under, --allow and a KEYFILE",
                          "print authorized-keys --under /mnt/backups/laptop --allow receive,list laptop.pub")
+    if not task.under.isprintable():
+        raise UsageError("{} cannot be printed as it is".format(printable(task.under)), "print the line for another "
+                         "folder, and write this one into it")
     path = task.destinations[0]
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as key_file:

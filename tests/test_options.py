@@ -108,6 +108,13 @@ class Accepted(unittest.TestCase):
             (["--stall-timeout=0.5"], {"stall_timeout": 0.5}),
         ])
 
+    def test_a_folder_of_a_key_may_hold_any_byte(self):
+        for path in ("/mnt/b\udce4ckup", "/a\u00a0b", "/a\tb"):
+            request, = parse_command(["agent", "--under", path, "--allow", "receive"])
+            self.assertEqual(path, request.task.under)
+        for path in ("/a\nb", "a", ""):
+            self.assertRaises(UsageError, parse_command, ["agent", "--under", path, "--allow", "send"])
+
     def test_a_value_is_taken_as_it_stands(self):
         self.check([
             (["-p", "@home"], {"prefix": "@home"}),

@@ -69,6 +69,7 @@ class Arguments(PrintTestCase):
             (("systemd", "--", "print", "man"), "verb print"),
             (("systemd", "--unit", "a/b", "--", "/home"), "--unit"),
             (("systemd", "--on-calendar", "a\nb", "--", "/home"), "--on-calendar"),
+            (("authorized-keys", "--under", "/b\udce4", "--allow", "send", "a.pub"), "cannot be printed as it is"),
         ):
             with self.subTest(arguments=arguments):
                 status, text, errors = program("print", *arguments)
