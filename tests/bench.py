@@ -129,6 +129,19 @@ class Tree(NamedTuple):
     change: Callable[[str, float, random.Random], None]
 
 
+def names_in(folder: str) -> List[str]:
+    """What is in a folder but the notes of a program, sorted."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+
+
+def remove_notes(folder: str) -> None:
+    """Remove the files in which a program notes what it did."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if name.startswith(".") and os.path.isfile(path):
+            os.unlink(path)
+
+
 class Stage:
     """The two filesystems and what has been prepared on them."""
 
@@ -172,13 +185,10 @@ class Stage:
 
     def clear(self, keep: Sequence[str] = (), snapshots: Optional[str] = None) -> None:
         """Delete the backups but those named, and what the program noted among the snapshots."""
-        for name in sorted(set(os.listdir(self.backups)) - set(keep)):
-            path = os.path.join(self.backups, name)
-            run_quietly(["btrfs", "subvolume", "delete", path])
-        for name in os.listdir(snapshots) if snapshots else ():
-            path = os.path.join(snapshots or "", name)
-            if name.startswith(".") and os.path.isfile(path):
-                os.unlink(path)
+        for name in sorted(set(names_in(self.backups)) - set(keep)):
+            run_quietly(["btrfs", "subvolume", "delete", os.path.join(self.backups, name)])
+        for folder in [self.backups] + [snapshots] * bool(snapshots):
+            remove_notes(folder)
         self.settle()
 
     def settle(self) -> None:
@@ -299,8 +309,8 @@ TINY = Tree("tiny", lambda _folder, _scale, _chance: None, lambda _folder, _scal
 
 def check_arrived(stage: Stage, names: Sequence[str]) -> None:
     """Raise BenchError unless exactly the named backups are there, each of them complete."""
-    if sorted(os.listdir(stage.backups)) != sorted(names):
-        raise BenchError("expected {}, found {}".format(names, sorted(os.listdir(stage.backups))))
+    if names_in(stage.backups) != sorted(names):
+        raise BenchError("expected {}, found {}".format(names, names_in(stage.backups)))
     for name in names:
         about = run_quietly(["btrfs", "subvolume", "show", os.path.join(stage.backups, name)])
         received = about.split("Received UUID:", 1)[1].split()[0]
@@ -363,7 +373,7 @@ def make_many(stage: Stage, subvolume: str, snapshots: str, backups: str, names:
 
 
 def check_nothing_to_do(count: int, btrbk_argv: Sequence[str], backups: str) -> None:
-    if len(os.listdir(backups)) != count:
+    if len(names_in(backups)) != count:
         raise BenchError("expected {} backups in {}".format(count, backups))
     if not btrbk_argv:
         return
@@ -536,9 +546,8 @@ def nothing_against_release(stage: Stage) -> Pair:
     make_many(stage, subvolume, snapshots, backups, [PREFIX + day + "-000000" for day in days])
 
     def check() -> None:
-        found = [name for name in os.listdir(backups) if name.startswith(PREFIX)]
-        if len(found) != MANY:
-            raise BenchError("expected {} backups, found {}".format(MANY, len(found)))
+        if len(names_in(backups)) != MANY:
+            raise BenchError("expected {} backups, found {}".format(MANY, len(names_in(backups))))
 
     return Pair(ours_argv(snapshots, subvolume, backups), release_argv(stage, subvolume, snapshots, backups),
                 check, lambda: None)
@@ -608,19 +617,18 @@ class Pending(NamedTuple):
         stage.run(["sh", "-c", "{{ {}; }} | btrfs receive -q {}".format("; ".join(sends), self.backups)])
 
     def check(self) -> None:
-        arrived = sorted(os.listdir(self.backups))
+        arrived = names_in(self.backups)
         if arrived and arrived != sorted(self.there) and arrived != sorted(self.there + self.missing):
             raise BenchError("found {} in {}".format(arrived, self.backups))
 
     def is_done(self) -> bool:
-        return len(os.listdir(self.backups)) == len(self.there + self.missing)
+        return len(names_in(self.backups)) == len(self.there + self.missing)
 
     def reset(self, stage: Stage) -> None:
-        for name in set(os.listdir(self.backups)) - set(self.there):
+        for name in set(names_in(self.backups)) - set(self.there):
             run_quietly(["btrfs", "subvolume", "delete", os.path.join(self.backups, name)])
-        for name in os.listdir(self.snapshots):
-            if name.startswith("."):
-                os.unlink(os.path.join(self.snapshots, name))
+        remove_notes(self.backups)
+        remove_notes(self.snapshots)
         stage.settle()
 
 
