@@ -19,45 +19,71 @@ The way of the data:
 
 Contents; a section uses only what stands above it:
 
-     1 ERRORS            what can go wrong, with exit status and remedy; sizes, times and commands as text
-     2 NAMES             which names are snapshots of ours, and of when
-     3 RETENTION         what is kept, and why
-     4 OPTIONS           the table of options, what a task is, what an endpoint names
-     5 ARGUMENTS         words and files to tasks
-     6 IDENTITY          subvolumes, which backup belongs to which snapshot, what is complete
-     7 PLANNING          observed state to a plan of transfers and deletions
-     8 STREAM            the send stream: first command, private partials, size
-     9 EVENTS            one stream of events; displays and JSON read it
-    10 DISPLAY           what a person sees while it works
-    11 PROCESSES         programs: found, run, watched, ended
-    12 BTRFS             what the kernel and the btrfs program say and do
-    13 STATE             locks and pins in the snapshot folder
-    14 SWAP              a restored state put in a subvolume's place
-    15 ENDS              the processes at the two ends of a stream
-    16 FILTERS           programs that compress and encrypt a stream, and back
-    17 COMMANDS          shell://: a command of the user's takes the stream
-    18 STREAM FILES      raw folders: files with streams, and what is known of each
-    19 DIGEST            a tree of files as one digest, and what differs in two of them
-    20 HOST              the semantic calls that everything above planning goes through
-    21 RAW BACKUPS       raw:// and raw+ssh://: streams through filters into files, and back
-    22 RELAY             one stream from a sender to its receivers
-    23 WIRE              calls, results and streams as frames on a channel
-    24 AGENT             the program on another host, serving calls over a channel
-    25 REMOTE            hosts over ssh
-    26 PLAIN COMMANDS    hosts without Python; the hosts of a run
-    27 DELIVERY          one snapshot to its destinations, through as many relays as it takes
-    28 TASK              observe, plan, show or execute
-    29 LIST              which snapshots are where
-    30 PRUNE             retention of a folder of backups by itself
-    31 CREW              the tasks of one command, each in a process of its own
-    32 RESTORE           one backup back, beside a subvolume or in its place
-    33 DOCTOR            what is wrong, and what to do about it
-    34 VERIFY            whether backups are what their snapshots are
-    35 HELP              help and man page, from the tables
-    36 COMPLETION        what the Tab key offers in bash, zsh and fish
-    37 UNITS             a systemd service and its timer
-    38 COPIES            the program's own copies in the user's cache folder
-    39 COMMAND LINE      help, version, sudo, signals, main
+    I WORDS: what everything else speaks with
+        TEXT                sizes, times, names and commands as a person reads them
+        ERRORS              what can go wrong, with exit status and remedy
+        NAMES               which names are snapshots of ours, and of when
+        RETENTION           what is kept, and why
+        EVENTS              one stream of events; displays and JSON read it
+    II THE COMMAND: what was asked for
+        VALUES              what the values of options may be
+        PLACES              what a typed place names, and what can be done there
+        OPTIONS             the table of options and verbs, and what a task is
+        ARGUMENTS           words and files to tasks
+    III THE PLAN: what is to be done, from what was seen; pure
+        IDENTITY            subvolumes, which backup belongs to which snapshot, what is complete
+        OWNERS              what notes say of a source and its destinations, and whose a folder of backups is
+        PLANNING            observed state to a plan of transfers and deletions
+    IV THE STREAM: what passes from btrfs send to btrfs receive
+        STREAM              the stream as btrfs writes it, and its first command
+        GATE                what a stream that others could have made may do
+        INCOMING            a stream on its way to receive, in pieces that can be gone on from
+    V THE MACHINE: what the system underneath does
+        PROCESSES           programs: found, run, watched, ended
+        BTRFS               what the kernel and the btrfs program say and do
+        SEND CALL           the kernel's own send call, with reading ahead
+        MOUNTS              which filesystem stands where
+        TRUST               who could have made what is there
+        FILES               small files, read and written so that nobody else can have a hand in it
+        STATE               locks and pins in the snapshot folder
+        LOCKS               who works on a folder now
+        SWAP                a restored state put in a subvolume's place
+        DIGEST              a tree of files as one digest, and what differs in two of them
+    VI THE TRANSFER: one snapshot on its way
+        CONFINEMENT         where a stream that others could have made is received
+        PARTIALS            backups that are not complete, in pieces
+        ENDS                the processes at the two ends of a stream
+        FILTERS             programs that compress and encrypt a stream, and back
+        RELAY               one stream from a sender to its receivers
+    VII PLACES: hosts, and what lies on them
+        COMMANDS            shell://: a command of the user's takes the stream
+        STREAM FILES        raw folders: files with streams, and what is known of each
+        HOST                the semantic calls that everything above planning goes through
+        RAW FOLDERS         raw:// and raw+ssh://: streams through filters into files, and back
+        WIRE                calls, results and streams as frames on a channel
+        GUARD               what a restricted key may ask for
+        AGENT               the program on another host, serving calls over a channel
+        SSH                 connections to other machines
+        REMOTE              hosts over ssh
+        PLAIN COMMANDS      hosts without Python
+        HOSTS               the hosts of a run
+    VIII THE VERBS: what the program is asked to do
+        DELIVERY            one snapshot to its destinations, through as many relays as it takes
+        DESTINATIONS        where backups go in this run, and whether they may
+        BACKUP              observe, plan, show or execute
+        LIST                which snapshots are where
+        RESTORE             one backup back, beside a subvolume or in its place
+        PRUNE               retention of a folder of backups by itself
+        DOCTOR              what is wrong, and what to do about it
+        VERIFY              whether backups are what their snapshots are
+        HELP                help and man page, from the tables
+        COMPLETION          what the Tab key offers in bash, zsh and fish
+        UNITS               a systemd service and its timer
+    IX THE SURFACE: what a person and a shell see
+        DISPLAY             what a person sees while it works
+        CREW                the tasks of one command, each in a process of its own
+        COPIES              the program's own copies in the user's cache folder
+        COMMAND LINE        help, version, sudo, signals, main
 
 Terms: a *snapshot* is a read-only snapshot of the source in the snapshot folder, a *backup* is its
 counterpart at a destination, a *lock* says that a transfer of a snapshot to a destination has begun
@@ -131,11 +157,87 @@ __version__ = "0.7.0"
 
 
 ########################################################################################################
-# 1 ERRORS: what can go wrong, with exit status and remedy; sizes, times and commands as text
+# PART I WORDS: what everything else speaks with
+########################################################################################################
+
+
+########################################################################################################
+# TEXT: sizes, times, names and commands as a person reads them
+#
+# What can be typed is quoted so that any POSIX shell takes it as it stands; what others have named is made printable.
+########################################################################################################
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL`; of those for one's own use, which Python does not name, `signal 40`."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "signal {}".format(number)
+
+
+def format_size(size: float) -> str:
+    """Bytes as a person reads them: `17 B`, `1.5 KiB`, `23.0 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return "{:.0f} B".format(size) if unit == "B" else "{:.1f} {}".format(size, unit)
+        size /= 1024
+    return "{:.1f} TiB".format(size)
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as `4.2 s`, `3:07`, `1:02:45`."""
+    if seconds < 60:
+        return "{:.1f} s".format(seconds)
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return "{}:{:02}:{:02}".format(hours, minutes, rest) if hours else "{}:{:02}".format(minutes, rest)
+
+
+def format_age(seconds: float) -> str:
+    """How long ago something was: `40 min`, `26 h`, `12 days`."""
+    if seconds < 90 * 60:
+        return "{} min".format(round(max(0, seconds) / 60))
+    return "{} h".format(round(seconds / 3600)) if seconds < 72 * 3600 else "{} days".format(round(seconds / 86400))
+
+
+def plural(count: int, noun: str) -> str:
+    return "{} {}{}".format(count, noun, "" if count == 1 else "s")
+
+
+def printable(text: str) -> str:
+    """`text` on one line: control characters and undecodable bytes as escapes."""
+    shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names of many."""
+    shown = ", ".join(printable(name) for name in names[:3])
+    return shown if len(names) <= 3 else "{} and {} more".format(shown, len(names) - 3)
+
+
+def quoted(word: str) -> str:
+    """A word as a shell takes it, on one line: what cannot be printed goes through printf."""
+    import shlex
+    if printable(word) == word:
+        return shlex.quote(word)
+    octal = "".join(chr(byte) if 32 < byte < 127 and byte not in b"'\\" else "\\0{:03o}".format(byte)
+                    for byte in os.fsencode(word))
+    return "\"$(printf %b '{}')\"".format(octal)
+
+
+def typed(words: Iterable[str]) -> str:
+    """A command as it can be typed."""
+    return " ".join(map(quoted, words))
+
+
+########################################################################################################
+# ERRORS: what can go wrong, with exit status and remedy
 #
 # One root class. A message says what failed, on which object, in the cause's own words, lower case,
 # without a full stop; the hint says what to type, quoted so that it can be typed as it stands; the detail is
-# the stderr of the program that failed. They are raised with facts and printed by EVENTS. Interrupted is
+# the stderr of the program that failed. They are raised with facts and printed by the surface. Interrupted is
 # no error of that kind: it must pass every handler that goes on with the next destination.
 ########################################################################################################
 
@@ -234,72 +336,14 @@ def explain(error: Exception, doing: str) -> BackupError:
                        "this is a defect of btrfs-backup-ng; please report what -v debug says")
 
 
-def signal_name(number: int) -> str:
-    """`SIGKILL`; of those for one's own use, which Python does not name, `signal 40`."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "signal {}".format(number)
-
-
-def format_size(size: float) -> str:
-    """Bytes as a person reads them: `17 B`, `1.5 KiB`, `23.0 GiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return "{:.0f} B".format(size) if unit == "B" else "{:.1f} {}".format(size, unit)
-        size /= 1024
-    return "{:.1f} TiB".format(size)
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds as `4.2 s`, `3:07`, `1:02:45`."""
-    if seconds < 60:
-        return "{:.1f} s".format(seconds)
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return "{}:{:02}:{:02}".format(hours, minutes, rest) if hours else "{}:{:02}".format(minutes, rest)
-
-
-def format_age(seconds: float) -> str:
-    """How long ago something was: `40 min`, `26 h`, `12 days`."""
-    if seconds < 90 * 60:
-        return "{} min".format(round(max(0, seconds) / 60))
-    return "{} h".format(round(seconds / 3600)) if seconds < 72 * 3600 else "{} days".format(round(seconds / 86400))
-
-
-def plural(count: int, noun: str) -> str:
-    return "{} {}{}".format(count, noun, "" if count == 1 else "s")
-
-
-def some_of(names: Sequence[str]) -> str:
-    """The first names of many."""
-    shown = ", ".join(printable(name) for name in names[:3])
-    return shown if len(names) <= 3 else "{} and {} more".format(shown, len(names) - 3)
-
-
-def printable(text: str) -> str:
-    """`text` on one line: control characters and undecodable bytes as escapes."""
-    shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
-
-
-def quoted(word: str) -> str:
-    """A word as a shell takes it, on one line: what cannot be printed goes through printf."""
-    import shlex
-    if printable(word) == word:
-        return shlex.quote(word)
-    octal = "".join(chr(byte) if 32 < byte < 127 and byte not in b"'\\" else "\\0{:03o}".format(byte)
-                    for byte in os.fsencode(word))
-    return "\"$(printf %b '{}')\"".format(octal)
-
-
-def typed(words: Iterable[str]) -> str:
-    """A command as it can be typed."""
-    return " ".join(map(quoted, words))
+def format_error(error: BackupError) -> str:
+    """One line of what failed and what to do; the failed program's own words indented under it."""
+    line = printable(error.message) + ("; " + printable(error.hint) if error.hint else "")
+    return "\n".join([line] + ["    " + printable(words) for words in error.detail.splitlines()])
 
 
 ########################################################################################################
-# 2 NAMES: which names are snapshots of ours, and of when
+# NAMES: which names are snapshots of ours, and of when
 #
 # A name counts only if it is the exact prefix and a strict time; what is parsed must render as the
 # same text again, for strptime accepts much more. Local time repeats and jumps at DST, so a name's
@@ -309,8 +353,6 @@ def typed(words: Iterable[str]) -> str:
 TIME_FORMATS = ("%Y%m%d-%H%M%S", "%y%m%d-%H%M%S")  # written; also recognised
 TIME_TEXT = re.compile(r"([0-9]{2})?([0-9]{2})([0-9]{2})([0-9]{2})-([0-9]{2})([0-9]{2})([0-9]{2})")
 PARTIAL_NAME = re.compile(r"\.(?P<name>.+?)(?:\.(?P<piece>[0-9]+))?\.partial", re.DOTALL)
-
-
 LocalTime = Tuple[int, int, int, int, int, int]  # year, month, day, hour, minute, second
 
 
@@ -382,6 +424,12 @@ def record_name(name: str) -> str:
     return partial_name(name) + ".json"
 
 
+def partial_of(name: str) -> Optional[str]:
+    """The snapshot's name that a partial's name is made from, or None where it is no partial's name."""
+    match = PARTIAL_NAME.fullmatch(name)
+    return match.group("name") if match else None
+
+
 def snapshot_of_record(name: str) -> Optional[str]:
     """The snapshot's name that a record's file name is made from, or None where it is none."""
     return partial_of(name[:-5]) if name.endswith(".partial.json") else None
@@ -392,12 +440,6 @@ def partial_lock_name(name: str) -> str:
     return partial_name(name) + ".lock"
 
 
-def partial_of(name: str) -> Optional[str]:
-    """The snapshot's name that a partial's name is made from, or None where it is no partial's name."""
-    match = PARTIAL_NAME.fullmatch(name)
-    return match.group("name") if match else None
-
-
 def piece_of(name: str) -> int:
     """Which piece a partial's name says it is, from 1 on."""
     match = PARTIAL_NAME.fullmatch(name)
@@ -405,7 +447,7 @@ def piece_of(name: str) -> int:
 
 
 ########################################################################################################
-# 3 RETENTION: what is kept, and why
+# RETENTION: what is kept, and why
 #
 # Pure: names, times and protections in, a verdict with its reason for each out. A policy keeps the newest by
 # number, and by time the newest of each of the last hours, days, weeks, months, years that have one; each
@@ -541,12 +583,115 @@ def plan_retention(times: Dict[str, float], policy: Policy, protected: Dict[str,
 
 
 ########################################################################################################
-# 4 OPTIONS: the table of options, what a task is, what an endpoint names
+# EVENTS: one stream of events; displays and JSON read it
 #
-# One table feeds the parser and the help. Long options may be shortened as far as they stay unique among
-# those of all verbs, but never those that delete, forget or are deprecated. An endpoint is taken as it
-# stands: nothing in it is decoded, lower-cased or guessed. Every mistake here is found before anything is
-# started.
+# Whatever is worth saying is an event: a kind for machines, a level, a line for people, and facts. `task` in
+# the facts names the task where several run. Displays are readers of the events and of nothing else. Results
+# (a plan, a listing) are printed on stdout by whoever was asked for them. Progress is an event too, a few a
+# second for each transfer: `snapshot`, `destination`, `done`, `expected` (None while unknown), `rate` (bytes,
+# bytes a second); one of a destination without `done` ends it. Never: a reader that stops what it is told of.
+########################################################################################################
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+class Event(NamedTuple):
+    """`level` is one of LEVELS, or what no log shows: `progress`, or the `state` of a task."""
+
+    kind: str
+    level: str
+    text: str
+    facts: Dict[str, Any]
+
+
+class Events:
+    """The stream: everything emitted goes to every reader. Threads may emit.
+
+    A reader that fails is told no more; the others hear of it, and `is_whole` says so.
+    """
+
+    def __init__(self, *readers: Callable[[Event], None]) -> None:
+        self.readers, self.mutex = list(readers), threading.Lock()
+        self.is_whole = True
+
+    def emit(self, kind: str, level: str, text: str = "", **facts: Any) -> None:
+        event, errors = Event(kind, level, text, facts), []
+        with self.mutex:
+            for read in list(self.readers):
+                try:
+                    read(event)
+                except Exception as error:  # a full disk, say
+                    self.readers.remove(read)
+                    errors.append(explain(error, "cannot show what happens"))
+        for failed in errors:
+            self.is_whole = False
+            self.error(failed)
+
+    def debug(self, kind: str, text: str, **facts: Any) -> None:
+        self.emit(kind, "debug", text, **facts)
+
+    def info(self, kind: str, text: str, **facts: Any) -> None:
+        self.emit(kind, "info", text, **facts)
+
+    def warning(self, kind: str, text: str, **facts: Any) -> None:
+        self.emit(kind, "warning", text, **facts)
+
+    def error(self, error: BackupError, **facts: Any) -> None:
+        self.emit("error", "error", format_error(error), status=error.status, message=error.message,
+                  hint=error.hint, **facts)
+
+
+@contextlib.contextmanager
+def apart(events: Events, tell: Callable[[BackupError], Any], doing: str) -> Iterator[None]:
+    """The one seam around what is done at one destination, folder or snapshot: its trouble is its own.
+
+    Whatever goes wrong inside, of whatever type, is told as one error, and what comes after goes on. Interrupted and
+    a reader of results who has left pass.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if not isinstance(error, (BackupError, OSError)):
+            import traceback
+            events.debug("traceback", traceback.format_exc())
+        tell(explain(error, doing))
+
+
+class JsonLog:
+    """Appends each event that a log may show to a file, a JSON object a line, `time` in seconds since the epoch."""
+
+    def __init__(self, path: str, opened: Callable[[str], int]) -> None:
+        """opened: how the file is opened for appending."""
+        import json
+        self.path, self.opened, self.format = path, opened, functools.partial(json.dumps, sort_keys=True)
+        self.fd = -1  # until there is something to write
+
+    def __call__(self, event: Event) -> None:
+        if event.level in LEVELS:
+            entry = dict(event.facts, time=time.time(), event=event.kind, level=event.level, text=event.text)
+            try:
+                self.write(self.format(entry).encode("ascii") + b"\n")
+            except OSError as error:
+                raise os_error("cannot write {}".format(self.path), error, "the run goes on without this log") from None
+
+    def write(self, line: bytes) -> None:
+        if self.fd < 0:
+            self.fd = self.opened(self.path)
+        while line:
+            line = line[os.write(self.fd, line):]
+
+
+########################################################################################################
+# PART II THE COMMAND: what was asked for
+########################################################################################################
+
+
+########################################################################################################
+# VALUES: what the values of options may be
+#
+# A parser for each kind of value: a word in, a value out, or a ValueError that says what the word should be.
 ########################################################################################################
 
 
@@ -676,6 +821,122 @@ def parse_encryption(text: str) -> str:
     return text
 
 
+########################################################################################################
+# PLACES: what a typed place names, and what can be done there
+#
+# An endpoint is taken as it stands: nothing in it is decoded, lower-cased or guessed. What a kind of place can do stands
+# in its row; nothing else in the file compares kinds or schemes.
+########################################################################################################
+
+
+class Kind(NamedTuple):
+    """A kind of place: the schemes that name it, here and on a host, and what can be done there."""
+
+    name: str
+    here: str
+    on_host: str
+    has_folder: bool = True  # which can be looked at, listed, deleted in and restored from
+    has_subvolumes: bool = False  # so that it can be a source, restored to, and what was broken off goes on there
+    has_streams: bool = False  # in files, through filters, with sidecars that prove them
+
+
+SUBVOLUMES = Kind("folder", "", "ssh", has_subvolumes=True)
+STREAM_FILES = Kind("raw folder", "raw", "raw+ssh", has_streams=True)
+COMMAND = Kind("command", "shell", "", has_folder=False)
+KINDS = {scheme: kind for kind in (SUBVOLUMES, STREAM_FILES, COMMAND) for scheme in (kind.here, kind.on_host) if scheme}
+
+
+class Endpoint(NamedTuple):
+    """A place as the user typed it."""
+
+    text: str
+    kind: Kind
+    path: str  # or the command
+    login: str = ""  # [user@]host as given, IPv6 without its brackets; '' is this machine
+    port: str = ""
+
+    @property
+    def machine(self) -> str:
+        """`[user@]host[:port]`, '' for this machine."""
+        user, at, host = self.login.rpartition("@")
+        shown = "[" + host + "]" if ":" in host else host
+        return user + at + shown + (":" + self.port if self.port else "")
+
+
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+AUTHORITY = re.compile(r"((?:[^/@]*@)?)(?:\[([0-9A-Fa-f:.]+(?:%[^/\]]+)?)\]|([^/@:\[\]]+))(?::([0-9]{1,5}))?")
+HOST_AND_PATH = re.compile(r"((?:[^/@:]+@)?(?:\[[^/\]]+\]|[^/@:\[\]]+)):(/.*)", re.DOTALL)
+
+
+def checked_path(text: str, path: str) -> str:
+    try:
+        return parse_path(path)
+    except ValueError as error:
+        raise UsageError("{} {}".format(printable(repr(text)), error)) from None
+
+
+def parse_remote(text: str, kind: Kind, rest: str) -> Endpoint:
+    """`[user@]host[:port]/path`, where nothing is ever decoded or lower-cased."""
+    authority, slash, path = rest.partition("/")
+    match = AUTHORITY.fullmatch(authority)
+    if match is None and AUTHORITY.fullmatch(authority[:-1]) and authority.endswith(":"):
+        raise UsageError("{} names no port after its colon".format(printable(text)),
+                         "ssh://[USER@]HOST[:PORT]/PATH; without a port no colon")
+    if match is None:
+        raise UsageError("{} names no host".format(printable(text)), "ssh://[USER@]HOST[:PORT]/PATH")
+    user, six, host, port = match.groups()
+    if port and not 0 < int(port) < 1 << 16:
+        raise UsageError("{} names no port that there is".format(printable(text)), "ports are 1 to 65535")
+    if not slash:
+        raise UsageError("{} names no path on the host".format(printable(text)), "ssh://[USER@]HOST[:PORT]/PATH")
+    if (user or host or six).startswith("-") or (host or six).startswith("-") or user == "@":
+        raise UsageError("no user or host is called as in {}".format(printable(text)),
+                         "ssh would take it for an option")
+    if not printable(authority) == authority or " " in authority:
+        raise UsageError("{} names no host".format(printable(text)), "ssh://[USER@]HOST[:PORT]/PATH")
+    return Endpoint(text, kind, checked_path(text, "/" + path), user + (six or host), port or "")
+
+
+def parse_url(text: str, scheme: str, rest: str) -> Endpoint:
+    kind = KINDS.get(scheme)
+    if kind is None:
+        raise UsageError("unknown scheme {}:// in {}".format(scheme, printable(text)),
+                         "give a path, ssh://, raw:// or shell://; a relative path with a colon begins with ./")
+    if scheme == kind.on_host:
+        return parse_remote(text, kind, rest)
+    if not kind.has_folder and (not rest.strip() or "\0" in rest):
+        raise UsageError("{}:// names no command".format(scheme), scheme + "://COMMAND")
+    if kind.has_folder and not rest.startswith("/"):
+        raise UsageError("{} names no absolute path".format(printable(text)), scheme + ":///PATH, with three slashes")
+    return Endpoint(text, kind, checked_path(text, rest) if kind.has_folder else rest)
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """What `text` names; UsageError where that is nothing, never a guess."""
+    scheme = SCHEME.match(text)
+    if scheme:
+        return parse_url(text, scheme.group(1), scheme.group(2))
+    on_host = HOST_AND_PATH.fullmatch(text)
+    if on_host and on_host.group(1) in KINDS:
+        raise UsageError("{} is neither a URL nor a host's name and path".format(printable(text)),
+                         "write {0}://...; a host called {0} is ssh://{0}/PATH".format(on_host.group(1)))
+    if on_host and not text.startswith("."):
+        return parse_remote(text, SUBVOLUMES, on_host.group(1) + on_host.group(2))
+    if re.match(r"[^/.:][^/:]*:", text):
+        raise UsageError("{} names a host but no absolute path on it".format(printable(text)),
+                         "write HOST:/PATH; a relative path with a colon begins with ./")
+    return Endpoint(text, SUBVOLUMES, checked_path(text, text))
+
+
+########################################################################################################
+# OPTIONS: the table of options and verbs, and what a task is
+#
+# One table feeds the parser, the help, the manual and the completions. Long options may be shortened as far as they stay
+# unique among those of all verbs, but never those that delete, forget or are deprecated. Every mistake here is found
+# before anything is started.
+########################################################################################################
+
+
 class Option(NamedTuple):
     """One row of the table. `parse` None: a flag, whose value is `implied`.
 
@@ -696,8 +957,6 @@ class Group(NamedTuple):
     title: str
     options: Tuple[Option, ...]
 
-
-LEVELS = ("debug", "info", "warning", "error")
 
 OPTION_TABLE = (
     Group("Display", (
@@ -778,8 +1037,6 @@ OPTION_TABLE = (
         Option(("--no-elevate",), "no_elevate", "", None, "do not run again through sudo when not root"),
     )),
 )
-
-
 SHELLS = ("bash", "zsh", "fish")  # that a completion can be written for
 
 
@@ -1061,7 +1318,6 @@ snapshot, and so the next backup is incremental. FOLDER may then be left out."""
         )),
 }
 
-
 # what holds for all tasks of a command
 SHARED = frozenset(option.field for option in OPTION_TABLE[0].options) | {"jobs", "no_elevate"}
 STATE_FOLDER = ".btrfs-backup-ng"  # in the source
@@ -1245,107 +1501,8 @@ def check_verify(task: Task) -> None:
     check_folders(task, "read back", "verify what it holds by itself")
 
 
-class Kind(NamedTuple):
-    """A kind of place: the schemes that name it, here and on a host, and what can be done there."""
-
-    name: str
-    here: str
-    on_host: str
-    has_folder: bool = True  # which can be looked at, listed, deleted in and restored from
-    has_subvolumes: bool = False  # so that it can be a source, restored to, and what was broken off goes on there
-    has_streams: bool = False  # in files, through filters, with sidecars that prove them
-
-
-SUBVOLUMES = Kind("folder", "", "ssh", has_subvolumes=True)
-STREAM_FILES = Kind("raw folder", "raw", "raw+ssh", has_streams=True)
-COMMAND = Kind("command", "shell", "", has_folder=False)
-KINDS = {scheme: kind for kind in (SUBVOLUMES, STREAM_FILES, COMMAND) for scheme in (kind.here, kind.on_host) if scheme}
-
-
-class Endpoint(NamedTuple):
-    """A place as the user typed it."""
-
-    text: str
-    kind: Kind
-    path: str  # or the command
-    login: str = ""  # [user@]host as given, IPv6 without its brackets; '' is this machine
-    port: str = ""
-
-    @property
-    def machine(self) -> str:
-        """`[user@]host[:port]`, '' for this machine."""
-        user, at, host = self.login.rpartition("@")
-        shown = "[" + host + "]" if ":" in host else host
-        return user + at + shown + (":" + self.port if self.port else "")
-
-
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-AUTHORITY = re.compile(r"((?:[^/@]*@)?)(?:\[([0-9A-Fa-f:.]+(?:%[^/\]]+)?)\]|([^/@:\[\]]+))(?::([0-9]{1,5}))?")
-HOST_AND_PATH = re.compile(r"((?:[^/@:]+@)?(?:\[[^/\]]+\]|[^/@:\[\]]+)):(/.*)", re.DOTALL)
-
-
-def parse_endpoint(text: str) -> Endpoint:
-    """What `text` names; UsageError where that is nothing, never a guess."""
-    scheme = SCHEME.match(text)
-    if scheme:
-        return parse_url(text, scheme.group(1), scheme.group(2))
-    on_host = HOST_AND_PATH.fullmatch(text)
-    if on_host and on_host.group(1) in KINDS:
-        raise UsageError("{} is neither a URL nor a host's name and path".format(printable(text)),
-                         "write {0}://...; a host called {0} is ssh://{0}/PATH".format(on_host.group(1)))
-    if on_host and not text.startswith("."):
-        return parse_remote(text, SUBVOLUMES, on_host.group(1) + on_host.group(2))
-    if re.match(r"[^/.:][^/:]*:", text):
-        raise UsageError("{} names a host but no absolute path on it".format(printable(text)),
-                         "write HOST:/PATH; a relative path with a colon begins with ./")
-    return Endpoint(text, SUBVOLUMES, checked_path(text, text))
-
-
-def checked_path(text: str, path: str) -> str:
-    try:
-        return parse_path(path)
-    except ValueError as error:
-        raise UsageError("{} {}".format(printable(repr(text)), error)) from None
-
-
-def parse_url(text: str, scheme: str, rest: str) -> Endpoint:
-    kind = KINDS.get(scheme)
-    if kind is None:
-        raise UsageError("unknown scheme {}:// in {}".format(scheme, printable(text)),
-                         "give a path, ssh://, raw:// or shell://; a relative path with a colon begins with ./")
-    if scheme == kind.on_host:
-        return parse_remote(text, kind, rest)
-    if not kind.has_folder and (not rest.strip() or "\0" in rest):
-        raise UsageError("{}:// names no command".format(scheme), scheme + "://COMMAND")
-    if kind.has_folder and not rest.startswith("/"):
-        raise UsageError("{} names no absolute path".format(printable(text)), scheme + ":///PATH, with three slashes")
-    return Endpoint(text, kind, checked_path(text, rest) if kind.has_folder else rest)
-
-
-def parse_remote(text: str, kind: Kind, rest: str) -> Endpoint:
-    """`[user@]host[:port]/path`, where nothing is ever decoded or lower-cased."""
-    authority, slash, path = rest.partition("/")
-    match = AUTHORITY.fullmatch(authority)
-    if match is None and AUTHORITY.fullmatch(authority[:-1]) and authority.endswith(":"):
-        raise UsageError("{} names no port after its colon".format(printable(text)),
-                         "ssh://[USER@]HOST[:PORT]/PATH; without a port no colon")
-    if match is None:
-        raise UsageError("{} names no host".format(printable(text)), "ssh://[USER@]HOST[:PORT]/PATH")
-    user, six, host, port = match.groups()
-    if port and not 0 < int(port) < 1 << 16:
-        raise UsageError("{} names no port that there is".format(printable(text)), "ports are 1 to 65535")
-    if not slash:
-        raise UsageError("{} names no path on the host".format(printable(text)), "ssh://[USER@]HOST[:PORT]/PATH")
-    if (user or host or six).startswith("-") or (host or six).startswith("-") or user == "@":
-        raise UsageError("no user or host is called as in {}".format(printable(text)),
-                         "ssh would take it for an option")
-    if not printable(authority) == authority or " " in authority:
-        raise UsageError("{} names no host".format(printable(text)), "ssh://[USER@]HOST[:PORT]/PATH")
-    return Endpoint(text, kind, checked_path(text, "/" + path), user + (six or host), port or "")
-
-
 ########################################################################################################
-# 5 ARGUMENTS: words and files to tasks
+# ARGUMENTS: words and files to tasks
 #
 # Options and paths mix in any order. An option's value is the next word as it stands, whatever it begins
 # with or holds. A `:` separates tasks, alone or glued to a path, where it is no part of a URL or of
@@ -1653,7 +1810,12 @@ def forget_command(task: Task, prefix: str, destination: str) -> str:
 
 
 ########################################################################################################
-# 6 IDENTITY: subvolumes, which backup belongs to which snapshot, what is complete
+# PART III THE PLAN: what is to be done, from what was seen; pure
+########################################################################################################
+
+
+########################################################################################################
+# IDENTITY: subvolumes, which backup belongs to which snapshot, what is complete
 #
 # Identity goes by UUID, never by name or time. The id that travels in a stream is the received UUID
 # of the sent subvolume where it has one, else its UUID; the receiver keeps it as received UUID. So it
@@ -1877,13 +2039,11 @@ def backups_of(listing: Listing, prefix: str) -> List[Subvolume]:
 
 
 ########################################################################################################
-# 7 PLANNING: observed state to a plan of transfers and deletions
+# OWNERS: what notes say of a source and its destinations, and whose a folder of backups is
 #
-# Pure: listings, locks and pins in, values out; `--dry-run` prints them, a run executes them. The
-# parent of a transfer is the nearest older snapshot complete on both sides, else the nearest newer;
-# what one transfer brings is a parent for the next. Never planned: a deletion at a destination whose
-# listing or transfer failed, a transfer over a name that something else bears, a deletion of a partial
-# that no lock names.
+# Locks say which transfers have begun and not ended, pins what a destination was last seen to have in common with the
+# source, by filesystem, so that disks may take turns. A folder of backups is a source's by its note, by what it holds,
+# or by the pins; else it is free, or of others.
 ########################################################################################################
 
 Locks = Dict[str, Dict[str, List[str]]]  # {snapshot: {"locks": [destination], "parent_locks": [...]}}
@@ -1909,55 +2069,6 @@ PinsOfPrefix = Dict[str, Tuple[Pin, ...]]  # {destination: pins}, one for each f
 def with_pin(pins: Tuple[Pin, ...], pin: Pin) -> Tuple[Pin, ...]:
     """The pins of a destination with that of one filesystem set; those of disks that take turns with it stay."""
     return tuple(other for other in pins if other.filesystem != pin.filesystem) + (pin,)
-
-
-class Transfer(NamedTuple):
-    """One snapshot to one destination; parent None sends in full."""
-
-    snapshot: Subvolume
-    parent: Optional[Subvolume]
-
-
-class Recovery(NamedTuple):
-    """What is done about a lock: `delete` these half-received subvolumes, then clear the lock.
-
-    Where there is something to `take_up`, that and the lock stay until the transfer goes on from it. Where `problem`
-    says something, the lock stays, and with it the snapshot is not sent.
-    """
-
-    snapshot: str
-    delete: Tuple[Subvolume, ...] = ()
-    problem: str = ""
-    take_up: Optional[Record] = None
-
-
-class Problem(NamedTuple):
-    """A snapshot that cannot be sent, and why. `left`: what is in its way, perhaps left by a broken transfer."""
-
-    snapshot: str
-    text: str
-    hint: str = ""
-    left: str = ""
-    is_raw: bool = False
-
-    def remedy(self, folder: str, machine: str = "") -> str:
-        """What to do about it in the folder where it is, on `machine`."""
-        if not self.left:
-            return self.hint
-        return left_remedy(self.hint, os.path.join(folder, self.left), self.is_raw, machine)
-
-
-def left_remedy(hint: str, path: str, is_raw: bool, machine: str = "") -> str:
-    """How to delete what a broken transfer has left and no lock names."""
-    words = ["rm"] if is_raw else ["btrfs", "subvolume", "delete"]
-    return "{}, delete it{}: {}".format(hint, " on {}".format(machine) if machine else "", typed(words + [path]))
-
-
-class DestinationPlan(NamedTuple):
-    recoveries: Tuple[Recovery, ...] = ()
-    transfers: Tuple[Transfer, ...] = ()
-    skipped: Tuple[Verdict, ...] = ()
-    problems: Tuple[Problem, ...] = ()
 
 
 class FolderNotes(NamedTuple):
@@ -2042,6 +2153,66 @@ def locked_names(locks: Locks, destination: str, kind: str = "locks") -> List[st
 def own_locks(locks: Locks, prefix: str) -> Locks:
     """The locks of snapshots of `prefix`: those of others are never touched."""
     return {name: entry for name, entry in locks.items() if name_time(prefix, name)}
+
+
+########################################################################################################
+# PLANNING: observed state to a plan of transfers and deletions
+#
+# Pure: listings, locks and pins in, values out; `--dry-run` prints them, a run executes them. The
+# parent of a transfer is the nearest older snapshot complete on both sides, else the nearest newer;
+# what one transfer brings is a parent for the next. Never planned: a deletion at a destination whose
+# listing or transfer failed, a transfer over a name that something else bears, a deletion of a partial
+# that no lock names.
+########################################################################################################
+
+
+class Transfer(NamedTuple):
+    """One snapshot to one destination; parent None sends in full."""
+
+    snapshot: Subvolume
+    parent: Optional[Subvolume]
+
+
+class Recovery(NamedTuple):
+    """What is done about a lock: `delete` these half-received subvolumes, then clear the lock.
+
+    Where there is something to `take_up`, that and the lock stay until the transfer goes on from it. Where `problem`
+    says something, the lock stays, and with it the snapshot is not sent.
+    """
+
+    snapshot: str
+    delete: Tuple[Subvolume, ...] = ()
+    problem: str = ""
+    take_up: Optional[Record] = None
+
+
+def left_remedy(hint: str, path: str, is_raw: bool, machine: str = "") -> str:
+    """How to delete what a broken transfer has left and no lock names."""
+    words = ["rm"] if is_raw else ["btrfs", "subvolume", "delete"]
+    return "{}, delete it{}: {}".format(hint, " on {}".format(machine) if machine else "", typed(words + [path]))
+
+
+class Problem(NamedTuple):
+    """A snapshot that cannot be sent, and why. `left`: what is in its way, perhaps left by a broken transfer."""
+
+    snapshot: str
+    text: str
+    hint: str = ""
+    left: str = ""
+    is_raw: bool = False
+
+    def remedy(self, folder: str, machine: str = "") -> str:
+        """What to do about it in the folder where it is, on `machine`."""
+        if not self.left:
+            return self.hint
+        return left_remedy(self.hint, os.path.join(folder, self.left), self.is_raw, machine)
+
+
+class DestinationPlan(NamedTuple):
+    recoveries: Tuple[Recovery, ...] = ()
+    transfers: Tuple[Transfer, ...] = ()
+    skipped: Tuple[Verdict, ...] = ()
+    problems: Tuple[Problem, ...] = ()
 
 
 def plan_recovery(name: str, snapshot: Optional[Subvolume], listing: Listing,
@@ -2301,15 +2472,16 @@ def after_transfers(listing: Listing, plan: DestinationPlan) -> Listing:
 
 
 ########################################################################################################
-# 8 STREAM: the send stream: first command, private partials, size
+# PART IV THE STREAM: what passes from btrfs send to btrfs receive
+########################################################################################################
+
+
+########################################################################################################
+# STREAM: the stream as btrfs writes it, and its first command
 #
 # A header of 17 bytes, then commands: `le32 length | le16 command | le32 crc32c | payload` of attributes `le16 type |
-# le16 length | data` (btrfs-progs, send.h). The first says which subvolume `btrfs receive` makes, on which parent: it
-# must be what was planned, the name becomes the partial's, the parent's UUID that of the planned backup (a received
-# UUID may have copies; clone sources are found by it alone, so where it has, a stream that clones from its parent is
-# given up). The rest passes as it came, but for owner, mode and default ACL of the top folder, set last: until END
-# only root may enter, and nothing that receive makes there may inherit that ACL. What this machine's own kernel did not
-# write in this run passes a gate. Never: a command passed on that reaches beyond its own subvolume and its parent.
+# le16 length | data` (btrfs-progs, send.h). The first says which subvolume `btrfs receive` makes, on which parent: it must
+# be what was planned.
 ########################################################################################################
 
 STREAM_MAGIC = b"btrfs-stream\0"
@@ -2324,9 +2496,9 @@ ATTRIBUTE = struct.Struct("<HH")
  A_XATTR_DATA, A_PATH, A_PATH_TO, A_PATH_LINK, A_FILE_OFFSET, A_DATA, A_CLONE_UUID, A_CLONE_CTRANSID,
  A_CLONE_PATH) = range(1, 23)
 A_CLONE_LEN, A_UNENCODED_FILE_LEN, A_ENCRYPTION = 24, 27, 31
-DEFAULT_ACL = b"system.posix_acl_default"
 LARGEST_FIRST_COMMAND = 64 * 1024
 LARGEST_PATH, LARGEST_NAME = 4095, 255  # bytes (Linux, PATH_MAX and NAME_MAX)
+
 # relative, and every part of it the name of something: not empty, not `.` or `..`, without a NUL
 PLAIN_PATH = re.compile(rb"(?:(?!\.{1,2}(?:/|\Z))[^/\0]{1,255}(?:/(?!\Z)|\Z))+")
 LARGEST_COMMAND = 1 << 20  # bytes; the kernel's are below 200 KiB
@@ -2335,6 +2507,7 @@ CommandSpan = Tuple[int, int, int]  # start, end and number of a command
 Block = Tuple[Chunk, List[CommandSpan]]  # whole commands, and the wanted ones of them
 Judge = Callable[[Chunk, int, int, int], None]  # takes data, and start, end and number of a command in it
 SEND_WRITE_SIZE = 48 * 1024  # data bytes in one WRITE of protocol 1 (Linux, BTRFS_SEND_READ_SIZE)
+
 # `btrfs receive` before 6.2 keeps these in mind until the file's next chown, which drops them
 CAPABILITY = b"security.capability"
 WRITE_OVERHEAD = 30  # bytes of a WRITE of protocol 1 that are neither path nor data
@@ -2463,6 +2636,19 @@ def check_first_command(first: FirstCommand, expected: ExpectedStream) -> None:
                           .format(*(printable(str(part)) for part in found + planned)))
 
 
+def contents_length(data: Chunk, at: int, length: int, command: int) -> int:
+    """About the bytes of file that the write at `at` stands for."""
+    if length < 4:
+        return length
+    path_length = ATTRIBUTE.unpack_from(data, at + 10)[1]
+    if command == WRITE:
+        return length - path_length - WRITE_OVERHEAD + COMMAND_HEADER.size
+    third = at + 14 + path_length + 12
+    if third + 12 <= len(data) and ATTRIBUTE.unpack_from(data, third)[0] == A_UNENCODED_FILE_LEN:
+        return struct.unpack_from("<Q", data, third + 4)[0]
+    return length
+
+
 class CommandReader:
     """Cuts a stream that comes in chunks of any size into blocks of whole commands.
 
@@ -2545,23 +2731,48 @@ class CommandReader:
         return at, spans
 
 
-def contents_length(data: Chunk, at: int, length: int, command: int) -> int:
-    """About the bytes of file that the write at `at` stands for."""
-    if length < 4:
-        return length
-    path_length = ATTRIBUTE.unpack_from(data, at + 10)[1]
-    if command == WRITE:
-        return length - path_length - WRITE_OVERHEAD + COMMAND_HEADER.size
-    third = at + 14 + path_length + 12
-    if third + 12 <= len(data) and ATTRIBUTE.unpack_from(data, third)[0] == A_UNENCODED_FILE_LEN:
-        return struct.unpack_from("<Q", data, third + 4)[0]
-    return length
+class SizeMeter:
+    """Computes from a `btrfs send --no-data` stream what the full stream will weigh.
 
+    `stream_size` is exact for protocol 1: every byte but the UPDATE_EXTENT commands, and for each of
+    those its data in pieces of 48 KiB with their headers. `file_data` is the data alone.
+    """
+
+    def __init__(self) -> None:
+        self.reader = CommandReader((UPDATE_EXTENT, END), STREAM_HEADER.size)
+        self.stream_size = self.file_data = 0
+        self.ended = False
+
+    def feed(self, chunk: bytes) -> None:
+        for data, spans in self.reader.feed(chunk):
+            self.stream_size += len(data)
+            self.count(data, spans)
+
+    def count(self, data: Chunk, spans: Sequence[CommandSpan]) -> None:
+        for start, end, command in spans:
+            if command == END:
+                self.ended = True
+                continue
+            size = struct.unpack_from("<Q", data, end - 8)[0]
+            path_length = ATTRIBUTE.unpack_from(data, start + 10)[1]
+            self.file_data += size
+            self.stream_size += start - end + size + -(-size // SEND_WRITE_SIZE) * (WRITE_OVERHEAD + path_length)
+
+
+########################################################################################################
+# GATE: what a stream that others could have made may do
+#
+# What this machine's own kernel did not write in this run passes here. Each command is judged by what `btrfs receive`
+# would do with it, every path attribute wherever it stands. Never: a command passed on that reaches beyond its own
+# subvolume and its parent.
+########################################################################################################
 
 PATHS = frozenset((A_PATH, A_PATH_TO, A_PATH_LINK, A_CLONE_PATH))
 OF_ANY_FOLDER = frozenset((SET_XATTR, REMOVE_XATTR, CHMOD, CHOWN, UTIMES, FILEATTR))  # the top one is called ''
+
 # The last command and the last attribute of each protocol that is asked for here.
 PROTOCOLS = {1: (END, A_CLONE_LEN), 2: (ENCODED_WRITE, A_ENCRYPTION)}
+
 # What Linux writes after the path in the commonest commands: pairs of kind and length.
 USUAL = {
     MKFILE: (struct.Struct("<HH8x"), (A_INO, 8)), MKDIR: (struct.Struct("<HH8x"), (A_INO, 8)),
@@ -2742,6 +2953,18 @@ class StreamGate:
             self.passed.add(path)
 
 
+########################################################################################################
+# INCOMING: a stream on its way to receive, in pieces that can be gone on from
+#
+# The name becomes the partial's, the parent's UUID that of the planned backup (a received UUID may have copies; clone
+# sources are found by it alone, so where it has, a stream that clones from its parent is given up). The rest passes as
+# it came, but for owner, mode and default ACL of the top folder, set last: until END only root may enter, and nothing
+# that receive makes there may inherit that ACL.
+########################################################################################################
+
+DEFAULT_ACL = b"system.posix_acl_default"
+
+
 def new_hash() -> Any:
     import hashlib
     return hashlib.sha256()
@@ -2808,6 +3031,10 @@ def remove_xattr(name: bytes) -> bytes:
     return make_command(REMOVE_XATTR, ((A_PATH, b""), (A_XATTR_NAME, name)))
 
 
+def keeps_capabilities(progs: Tuple[int, ...]) -> bool:
+    return (4, 1) <= progs < (5, 11)
+
+
 class Ground(NamedTuple):
     """What there is where a stream is received.
 
@@ -2822,10 +3049,6 @@ class Ground(NamedTuple):
 
 
 PLAIN_GROUND = Ground()
-
-
-def keeps_capabilities(progs: Tuple[int, ...]) -> bool:
-    return (4, 1) <= progs < (5, 11)
 
 
 class IncomingStream:
@@ -3040,548 +3263,13 @@ class WatchedStream:
             raise BackupError("the stream goes on after its end")
 
 
-class SizeMeter:
-    """Computes from a `btrfs send --no-data` stream what the full stream will weigh.
-
-    `stream_size` is exact for protocol 1: every byte but the UPDATE_EXTENT commands, and for each of
-    those its data in pieces of 48 KiB with their headers. `file_data` is the data alone.
-    """
-
-    def __init__(self) -> None:
-        self.reader = CommandReader((UPDATE_EXTENT, END), STREAM_HEADER.size)
-        self.stream_size = self.file_data = 0
-        self.ended = False
-
-    def feed(self, chunk: bytes) -> None:
-        for data, spans in self.reader.feed(chunk):
-            self.stream_size += len(data)
-            self.count(data, spans)
-
-    def count(self, data: Chunk, spans: Sequence[CommandSpan]) -> None:
-        for start, end, command in spans:
-            if command == END:
-                self.ended = True
-                continue
-            size = struct.unpack_from("<Q", data, end - 8)[0]
-            path_length = ATTRIBUTE.unpack_from(data, start + 10)[1]
-            self.file_data += size
-            self.stream_size += start - end + size + -(-size // SEND_WRITE_SIZE) * (WRITE_OVERHEAD + path_length)
+########################################################################################################
+# PART V THE MACHINE: what the system underneath does
+########################################################################################################
 
 
 ########################################################################################################
-# 9 EVENTS: one stream of events; displays and JSON read it
-#
-# Whatever is worth saying is an event: a kind for machines, a level, a line for people, and facts. `task` in
-# the facts names the task where several run. Displays are readers of the events and of nothing else. Results
-# (a plan, a listing) are printed on stdout by whoever was asked for them. Progress is an event too, a few a
-# second for each transfer: `snapshot`, `destination`, `done`, `expected` (None while unknown), `rate` (bytes,
-# bytes a second); one of a destination without `done` ends it. Never: a reader that stops what it is told of.
-########################################################################################################
-
-class Event(NamedTuple):
-    """`level` is one of LEVELS, or what no log shows: `progress`, or the `state` of a task."""
-
-    kind: str
-    level: str
-    text: str
-    facts: Dict[str, Any]
-
-
-class Events:
-    """The stream: everything emitted goes to every reader. Threads may emit.
-
-    A reader that fails is told no more; the others hear of it, and `is_whole` says so.
-    """
-
-    def __init__(self, *readers: Callable[[Event], None]) -> None:
-        self.readers, self.mutex = list(readers), threading.Lock()
-        self.is_whole = True
-
-    def emit(self, kind: str, level: str, text: str = "", **facts: Any) -> None:
-        event, errors = Event(kind, level, text, facts), []
-        with self.mutex:
-            for read in list(self.readers):
-                try:
-                    read(event)
-                except Exception as error:  # a full disk, say
-                    self.readers.remove(read)
-                    errors.append(explain(error, "cannot show what happens"))
-        for failed in errors:
-            self.is_whole = False
-            self.error(failed)
-
-    def debug(self, kind: str, text: str, **facts: Any) -> None:
-        self.emit(kind, "debug", text, **facts)
-
-    def info(self, kind: str, text: str, **facts: Any) -> None:
-        self.emit(kind, "info", text, **facts)
-
-    def warning(self, kind: str, text: str, **facts: Any) -> None:
-        self.emit(kind, "warning", text, **facts)
-
-    def error(self, error: BackupError, **facts: Any) -> None:
-        self.emit("error", "error", format_error(error), status=error.status, message=error.message,
-                  hint=error.hint, **facts)
-
-
-def format_error(error: BackupError) -> str:
-    """One line of what failed and what to do; the failed program's own words indented under it."""
-    line = printable(error.message) + ("; " + printable(error.hint) if error.hint else "")
-    return "\n".join([line] + ["    " + printable(words) for words in error.detail.splitlines()])
-
-
-@contextlib.contextmanager
-def apart(events: Events, tell: Callable[[BackupError], Any], doing: str) -> Iterator[None]:
-    """The one seam around what is done at one destination, folder or snapshot: its trouble is its own.
-
-    Whatever goes wrong inside, of whatever type, is told as one error, and what comes after goes on. Interrupted and
-    a reader of results who has left pass.
-    """
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except Exception as error:
-        if not isinstance(error, (BackupError, OSError)):
-            import traceback
-            events.debug("traceback", traceback.format_exc())
-        tell(explain(error, doing))
-
-
-class JsonLog:
-    """Appends each event that a log may show to a file, a JSON object a line, `time` in seconds since the epoch."""
-
-    def __init__(self, path: str, opened: Callable[[str], int]) -> None:
-        """opened: how the file is opened for appending."""
-        import json
-        self.path, self.opened, self.format = path, opened, functools.partial(json.dumps, sort_keys=True)
-        self.fd = -1  # until there is something to write
-
-    def __call__(self, event: Event) -> None:
-        if event.level in LEVELS:
-            entry = dict(event.facts, time=time.time(), event=event.kind, level=event.level, text=event.text)
-            try:
-                self.write(self.format(entry).encode("ascii") + b"\n")
-            except OSError as error:
-                raise os_error("cannot write {}".format(self.path), error, "the run goes on without this log") from None
-
-    def write(self, line: bytes) -> None:
-        if self.fd < 0:
-            self.fd = self.opened(self.path)
-        while line:
-            line = line[os.write(self.fd, line):]
-
-
-########################################################################################################
-# 10 DISPLAY: what a person sees while it works
-#
-# A board gathers from the events what is at work: tasks, and in each the transfers by destination. Log
-# lines scroll; on a terminal the running transfers stand below them, a line each, or the live view takes
-# the whole screen. What is drawn is laid out by pure functions and never wider than the terminal, whose
-# size is asked each time. A terminal that goes away stops nothing. Never: a word here that no event said.
-########################################################################################################
-
-DRAW_INTERVAL = 0.1  # seconds
-OPEN_SCREEN = "\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[2J"  # the other screen, no cursor, no wrapping
-CLOSE_SCREEN = "\x1b[?7h\x1b[?25h\x1b[?1049l"
-STATES = {"waiting": "waiting", "snapshot": "snapshot taken", "sending": "sending", "sent": "sent",
-          "deleting": "deleting", "recovered": "clearing up"}
-PLAIN_GLYPHS = {ord("…"): "~", ord("█"): "#", ord("░"): "-", ord("─"): "-"}
-BAR_WIDTH = 16
-SMALLEST_VIEW = (40, 8)  # columns, lines
-
-
-def shown_width(text: str) -> int:
-    """The columns that `text` takes on a terminal."""
-    try:
-        return len(text.encode("ascii"))
-    except UnicodeEncodeError:
-        import unicodedata
-        return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-                   for c in text)
-
-
-def clip(text: str, width: int, from_left: bool = False) -> str:
-    """`text` in at most `width` columns, with a mark where something is left out.
-
-    >>> clip("/mnt/backup", 7), clip("/mnt/backup", 7, from_left=True)
-    ('/mnt/b…', '…backup')
-    """
-    if shown_width(text) <= width:
-        return text
-    left, room = 0, width - 1
-    for c in reversed(text) if from_left else text:
-        room -= shown_width(c)
-        if room < 0:
-            break
-        left += 1
-    return ("…" + text[len(text) - left:] if from_left else text[:left] + "…") if width > 0 else ""
-
-
-def clip_pair(one: str, between: str, other: str, width: int) -> str:
-    """Both texts in `width` columns, each without its beginning where it is too long; paths tell most at their end."""
-    room = max(0, width - shown_width(between))
-    size, other_size = shown_width(one), shown_width(other)
-    if size + other_size > room:
-        size = min(size, max(room // 2, room - other_size))
-        other_size = room - size
-    return clip(clip(one, size, True) + between + clip(other, other_size, True), width)
-
-
-def pad(text: str, width: int) -> str:
-    return text + " " * max(0, width - shown_width(text))
-
-
-def fold(line: str, width: int) -> List[str]:
-    """A line as lines of at most `width` columns, parted at blanks, the later ones indented; words stay whole.
-
-    A line that is indented by 8 is one to be copied and typed: it is left to the terminal.
-    """
-    if line.startswith(" " * 8):
-        return [line]
-    lines, indent = [""], " " * (len(line) - len(line.lstrip(" ")))
-    for word in re.findall(r" *[^ ]+| +$", line):
-        if shown_width(lines[-1] + word) > width and lines[-1].strip():
-            lines.append(indent + "    " + word.lstrip(" "))
-        else:
-            lines[-1] += word
-    return lines
-
-
-class Work:
-    """One task as the board knows it. Times as the board's clock tells them."""
-
-    def __init__(self, title: str, begun: float) -> None:
-        self.title, self.begun = title, begun
-        self.ended: Optional[float] = None
-        self.state, self.snapshot, self.message, self.cause = "starting", "", "", ""
-        self.bars: Dict[str, Dict[str, Any]] = {}  # destination to the facts of its last progress
-
-    @property
-    def is_at_work(self) -> bool:
-        return self.ended is None and bool(self.bars or self.state in ("sending", "deleting", "clearing up"))
-
-
-class Board:
-    """What is at work, by task, gathered from events. `encoding` is that of the terminal."""
-
-    def __init__(self, titles: Dict[str, str], encoding: str = "utf-8",
-                 clock: Callable[[], float] = time.monotonic) -> None:
-        self.encoding, self.clock = encoding, clock
-        self.begun = clock()
-        self.works = {task: Work(self.shown(title), self.begun) for task, title in titles.items()}
-
-    def shown(self, text: str) -> str:
-        """`text` in characters that the terminal can show, on one line."""
-        return printable(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
-
-    def take(self, event: Event) -> None:
-        task = event.facts.get("task", "")
-        if task not in self.works:
-            self.works[task] = Work(self.shown(task), self.clock())
-        work = self.works[task]
-        if event.level == "progress":
-            self.take_progress(work, event)
-        elif event.kind == "task":
-            work.state = event.facts["state"]
-            if event.facts.get("ended"):
-                work.ended, work.bars = self.clock(), {}
-        elif event.level in LEVELS and event.level != "debug":
-            work.state = STATES.get(event.kind, work.state)
-            work.snapshot = self.shown(event.facts.get("snapshot") or work.snapshot)
-            work.message = self.shown(event.text.split("\n")[0])
-            work.cause = work.message if event.level == "error" else work.cause
-
-    def take_progress(self, work: Work, event: Event) -> None:
-        destination = event.facts.get("destination", "")
-        if "done" in event.facts:
-            label = event.text or "{} to {}".format(event.facts.get("snapshot", ""), destination)
-            to = self.shown(destination)
-            is_to = label.endswith(" to " + destination)
-            work.bars[destination] = dict(event.facts, label=self.shown(label), to=to if is_to else "")
-        elif "destination" in event.facts:
-            work.bars.pop(destination, None)
-        else:
-            work.bars.clear()
-
-    def bars(self) -> List[Tuple[Work, Dict[str, Any]]]:
-        return [(work, facts) for work in self.works.values() for facts in work.bars.values()]
-
-
-def progress_parts(facts: Dict[str, Any]) -> List[str]:
-    """`45%`, `1.2 GiB`, `of 2.7 GiB`, `85.2 MiB/s`, `0:18 left`; what is unknown is ''."""
-    done, expected, rate = facts["done"], facts.get("expected") or 0, facts.get("rate") or 0.0
-    seconds = round(max(0, expected - done) / rate) if expected and rate >= 1 else 0
-    left = format_duration(seconds).replace(".0 s", " s") if expected and rate >= 1 else ""
-    return ["{:.0f}%".format(min(100.0, 100.0 * done / expected)) if expected else "",
-            format_size(min(done, expected) if expected else done), "of " + format_size(expected) if expected else "",
-            format_size(rate) + "/s" if rate else "", left + " left" if left else ""]
-
-
-def progress_label(facts: Dict[str, Any], title: str) -> str:
-    """What is sent where; of a task where several are at work, for these may bear the same prefix."""
-    return "{} to {}".format(title, facts["to"]) if title and facts["to"] else facts["label"]
-
-
-def format_progress(facts: Dict[str, Any], width: int, title: str = "", column: int = 0) -> str:
-    """One transfer on one line: what, how far, how fast. Where room is short, less, and the end of the destination.
-
-    column: where the numbers begin if that is beyond the label.
-    """
-    percent, done, total, rate, left = progress_parts(facts)
-    label, percent = progress_label(facts, title), percent.rjust(4) if column else percent
-    for parts in ((percent, (done + " " + total).strip(), rate, left), (percent, done, rate, left)):
-        numbers = "  ".join(part for part in parts if part)
-        room = width - 2 - shown_width(numbers)
-        if shown_width(label) <= room:
-            return pad(label, min(column, room)) + "  " + numbers
-    if facts["to"]:
-        label = clip_pair(label[:-len(facts["to"]) - 4], " to ", facts["to"], max(8, room))
-    return clip(clip(label, max(8, room)) + "  " + numbers, width)
-
-
-def progress_lines(board: Board, width: int, most: int) -> List[str]:
-    """The running transfers, a line each, at most `most` lines."""
-    several = len(board.works) > 1
-    bars = [(facts, work.title if several else "") for work, facts in board.bars()]
-    column = min(max([shown_width(progress_label(*bar)) for bar in bars] or [0]), width // 2)
-    lines = [format_progress(facts, width, title, column) for facts, title in bars]
-    if len(lines) > most:
-        lines[max(0, most - 1):] = [clip("… and {}".format(plural(len(lines) - most + 1, "more transfer")), width)]
-    return lines[:most]
-
-
-def format_bar(facts: Dict[str, Any]) -> str:
-    done, expected = facts["done"], facts.get("expected")
-    full = int(BAR_WIDTH * min(1.0, done / expected)) if expected else 0
-    return "█" * full + "░" * (BAR_WIDTH - full)
-
-
-def format_clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return "{}:{:02}:{:02}".format(minutes // 60, minutes % 60, rest) if minutes >= 60 else "{}:{:02}".format(
-        minutes, rest)
-
-
-def sides(left: str, right: str, width: int) -> str:
-    """Two texts at both ends of a line; the left one gives way."""
-    room = max(0, width - shown_width(right) - 1)
-    return clip(pad(clip(left, room), room) + " " + right, width)
-
-
-def work_lines(work: Work, titles: int, width: int, now: float) -> List[str]:
-    """One task in the live view: what it does, then a line for each running transfer."""
-    said = work.cause or work.message if work.ended is not None or not work.snapshot else work.snapshot
-    head = " {}  {}  {}".format(pad(clip(work.title, titles, from_left=True), titles), pad(work.state, 14), said)
-    lines = [sides(head, format_clock((work.ended or now) - work.begun), width)]
-    for facts in work.bars.values():
-        percent, done, total, rate, left = progress_parts(facts)
-        full = "{}  {:>4}  {:>10} {:>13}  {:>12}  {:>12}".format(format_bar(facts), percent, done, total, rate, left)
-        short = "{}  {:>4}  {:>10}  {:>12}".format(format_bar(facts), percent, done, rate)
-        numbers = full if shown_width(full) + 30 <= width else short
-        room = max(0, width - shown_width(numbers) - 9)
-        name = clip(facts["to"] or facts["label"], room, from_left=True)
-        lines.append(clip("    to {}  {}".format(pad(name, room), numbers), width))
-    return lines
-
-
-def choose_works(works: Sequence[Work], heights: Dict[int, int], room: int) -> Tuple[List[Work], List[Work]]:
-    """The tasks that fit into `room` lines, those at work first, in their own order; and the rest."""
-    ranked = sorted(works, key=lambda w: (w.ended is not None, not w.is_at_work, w.state == "done"))
-    if sum(heights.values()) <= room:
-        return list(works), []
-    chosen, left = set(), room - 1  # a line for those left out
-    for work in ranked:
-        if heights[id(work)] <= left:
-            chosen.add(id(work))
-            left -= heights[id(work)]
-    return [w for w in works if id(w) in chosen], [w for w in works if id(w) not in chosen]
-
-
-def count_states(works: Iterable[Work]) -> str:
-    """`3 sending, 1 done, 1 failed`."""
-    counts = collections.Counter("at work" if work.is_at_work else work.state for work in works)
-    return ", ".join("{} {}".format(count, state) for state, count in sorted(counts.items()))
-
-
-def live_lines(board: Board, messages: Sequence[str], width: int, height: int) -> List[str]:
-    """The live view: a head, the tasks, the last messages; exactly `height` lines of at most `width` columns."""
-    now, works = board.clock(), list(board.works.values())
-    head = sides(" btrfs-backup-ng  {}: {}".format(plural(len(works), "task"), count_states(works)),
-                 format_clock(now - board.begun) + " ", width)
-    titles = min(max([shown_width(w.title) for w in works] or [0]), max(8, width // 3))
-    blocks = {id(w): work_lines(w, titles, width, now) for w in works}
-    room = max(1, height - 3 - min(5, max(2, height // 5)))
-    chosen, rest = choose_works(works, {key: len(lines) for key, lines in blocks.items()}, room)
-    lines = [head, "─" * width] + [line for w in chosen for line in blocks[id(w)]]
-    if rest:
-        lines.append(clip(" … and {}: {}".format(plural(len(rest), "more task"), count_states(rest)), width))
-    lines.append("─" * width)
-    folded = [part for message in messages[-height:] for part in fold(message, width - 2)]
-    space = max(0, height - len(lines))
-    lines += [clip(" " + line, width) for line in folded[-space:]] if space else []
-    return (lines + [""] * height)[:height]
-
-
-class Terminal:
-    """stderr. What cannot be written any more, as the terminal is closed, is dropped."""
-
-    def __init__(self) -> None:
-        self.encoding = sys.stderr.encoding or "ascii"
-        self.glyphs = {} if self.encoding.lower().replace("-", "") == "utf8" else PLAIN_GLYPHS
-        self.can_draw = os.isatty(2) and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
-
-    def size(self) -> Tuple[int, int]:
-        """Columns and lines."""
-        try:
-            size = os.get_terminal_size(2)
-        except OSError:
-            return 80, 24
-        return size.columns or 80, size.lines or 24
-
-    def write(self, text: str) -> None:
-        try:
-            sys.stderr.write(text.translate(self.glyphs))
-            sys.stderr.flush()
-        except (OSError, ValueError):
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nor may flushing at the end of the process fail
-
-
-def format_event(event: Event) -> List[str]:
-    """An event as lines of a log, with its task in front where several run."""
-    mark = event.level + ": " if event.level in ("warning", "error") else ""
-    task = "{}: ".format(event.facts["task"]) if "task" in event.facts else ""
-    return [printable(line) for line in (mark + task + event.text).split("\n")]
-
-
-class LogLines:
-    """Writes events of `level` and above to stderr; on a terminal the running transfers below them."""
-
-    token = -1
-
-    def __init__(self, level: str, progress: bool, terminal: Terminal, board: Board) -> None:
-        self.levels = LEVELS[LEVELS.index(level):]
-        self.progress, self.terminal, self.board = progress and terminal.can_draw, terminal, board
-        self.block: List[str] = []  # as it stands on the terminal
-        self.drawn = 0.0
-
-    def __call__(self, event: Event) -> None:
-        if self.progress:
-            self.board.take(event)
-        if event.level in self.levels:
-            lines = format_event(event)
-            if self.terminal.can_draw:
-                width = self.terminal.size()[0] - 1
-                lines = [part for line in lines for part in fold(line, width)]
-            self.draw(lines)
-        elif self.progress and event.level == "progress":
-            self.tick("done" not in event.facts)
-
-    def __enter__(self) -> "LogLines":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        """Leaves nothing but what was said."""
-        self.board.works.clear()
-        self.draw([])
-
-    def tick(self, now: bool = False) -> None:
-        """Draws the transfers again where that is due."""
-        if self.progress and (now or time.monotonic() - self.drawn >= DRAW_INTERVAL):
-            self.draw([])
-
-    def draw(self, lines: Sequence[str]) -> None:
-        """Writes `lines` above the transfers."""
-        columns, height = self.terminal.size()
-        # with room for the ^C that a terminal writes behind it
-        block = progress_lines(self.board, columns - 4, max(1, height - 2)) if self.progress else []
-        if lines or block != self.block:
-            self.terminal.write(self.erase(columns) + "".join(line + "\n" for line in lines) + "\n".join(block))
-        self.block, self.drawn = block, time.monotonic()
-
-    def erase(self, columns: int) -> str:
-        """What removes the block, also where the terminal has become narrower and has wrapped it."""
-        if not self.block:
-            return ""
-        rows = sum(max(1, -(-shown_width(line) // columns)) for line in self.block)
-        return "\r" + ("\x1b[{}A".format(rows - 1) if rows > 1 else "") + "\x1b[J"
-
-
-class LiveView:
-    """Draws the whole screen anew a few times a second; a context, in which the terminal shows it.
-
-    Where this process is killed so that it cannot give the terminal back, a child may do it that reads a byte
-    from `token`, a pipe.
-    """
-
-    progress = True
-
-    def __init__(self, level: str, terminal: Terminal, board: Board) -> None:
-        self.levels = LEVELS[LEVELS.index(level):]
-        self.terminal, self.board = terminal, board
-        self.messages: List[str] = []
-        self.last: List[Event] = []  # what still matters when the screen is gone
-        self.frame: List[str] = []
-        self.size, self.drawn = (0, 0), 0.0
-        self.pausing = False
-
-    def __call__(self, event: Event) -> None:
-        self.board.take(event)
-        if event.level in self.levels:
-            self.messages = self.messages[-200:] + [self.board.shown(line) for line in format_event(event)]
-            if event.level in ("warning", "error") or event.kind in ("done", "summary"):
-                self.last.append(event)
-        self.tick()
-
-    def tick(self, now: bool = False) -> None:
-        if self.pausing:
-            self.pause()
-        size = self.terminal.size()
-        if not now and size == self.size and time.monotonic() - self.drawn < DRAW_INTERVAL:
-            return
-        frame = live_lines(self.board, self.messages, *size)
-        if frame != self.frame or size != self.size:
-            clear = "\x1b[2J" if size != self.size else ""
-            lines = [pad(line, size[0]) for line in frame]  # erasing after a full line would take its last column
-            self.terminal.write(clear + "\x1b[H\x1b[7m" + "\r\n".join([lines[0] + "\x1b[0m"] + lines[1:]) + "\x1b[H")
-        self.frame, self.size, self.drawn = frame, size, time.monotonic()
-
-    def __enter__(self) -> "LiveView":
-        self.token, write_end = os.pipe()
-        os.write(write_end, b"x")
-        os.close(write_end)
-        self.before = signal.signal(signal.SIGTSTP, self.note_pause)
-        self.open()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        """Gives the terminal back as it was, and says there what still matters."""
-        signal.signal(signal.SIGTSTP, self.before)
-        os.close(self.token)
-        self.terminal.write(CLOSE_SCREEN)
-        for event in self.last:
-            width = self.terminal.size()[0] - 1
-            self.terminal.write("".join(part + "\n" for line in format_event(event) for part in fold(line, width)))
-
-    def note_pause(self, _number: int, _frame: Any) -> None:
-        self.pausing = True
-
-    def open(self) -> None:
-        self.terminal.write(OPEN_SCREEN)
-        self.size = (0, 0)
-        self.tick(True)
-
-    def pause(self) -> None:
-        """Stops as Ctrl-Z asks, with the terminal given back meanwhile."""
-        self.pausing = False
-        self.terminal.write(CLOSE_SCREEN)
-        os.kill(os.getpid(), signal.SIGSTOP)
-        self.open()
-
-
-########################################################################################################
-# 11 PROCESSES: programs: found, run, watched, ended
+# PROCESSES: programs: found, run, watched, ended
 #
 # Argument lists, never a shell. Each child is a process group of its own, so that a key press on the
 # terminal does not kill the ends of a transfer behind our back; it ends by itself when its pipe does.
@@ -3654,20 +3342,6 @@ def start(argv: Sequence[str], stdin: Any = subprocess.DEVNULL, stdout: Any = su
 AGES_LAST_WORDS = "report unexpected or unhelpful errors"
 
 
-def program_error(doing: str, words: str, status: int) -> BackupError:
-    """An error with the program's last line in the message and, where there is more, all of it below."""
-    lines = [line for line in words.splitlines() if line.strip() and AGES_LAST_WORDS not in line]
-    if status < 0:
-        cause = "killed by {}".format(signal_name(-status))
-    else:
-        own_name = r"^({}:\s*)?(error:\s*)?".format(re.escape(doing))
-        cause = re.sub(own_name, "", lines[-1], flags=re.IGNORECASE) if lines else "exit status {}".format(status)
-    # a send may find its tree busy while the filesystem is balanced
-    transient = -status in ENDING_SIGNALS or "temporarily unavailable" in cause
-    return BackupError("{}: {}".format(doing, cause), hint_for(words), "\n".join(lines) if len(lines) > 1 else "",
-                       transient)
-
-
 def hint_for(words: str) -> str:
     """What to do about the known complaints of btrfs."""
     hints = (("No space left", "free some space there, or keep less: fewer snapshots (-N), fewer backups (-n)"),
@@ -3680,6 +3354,20 @@ def hint_for(words: str) -> str:
              ("reachable from inside", "mount the filesystem's top level there, or send in full with -I"),
              ("Bad file descriptor", "rclone's mounts can be written with --vfs-cache-mode writes"))
     return next((hint for sign, hint in hints if sign in words), "")
+
+
+def program_error(doing: str, words: str, status: int) -> BackupError:
+    """An error with the program's last line in the message and, where there is more, all of it below."""
+    lines = [line for line in words.splitlines() if line.strip() and AGES_LAST_WORDS not in line]
+    if status < 0:
+        cause = "killed by {}".format(signal_name(-status))
+    else:
+        own_name = r"^({}:\s*)?(error:\s*)?".format(re.escape(doing))
+        cause = re.sub(own_name, "", lines[-1], flags=re.IGNORECASE) if lines else "exit status {}".format(status)
+    # a send may find its tree busy while the filesystem is balanced
+    transient = -status in ENDING_SIGNALS or "temporarily unavailable" in cause
+    return BackupError("{}: {}".format(doing, cause), hint_for(words), "\n".join(lines) if len(lines) > 1 else "",
+                       transient)
 
 
 def is_full(error: BackupError) -> bool:
@@ -3710,18 +3398,6 @@ def end_process(process: "subprocess.Popen") -> None:
             process.wait()
 
 
-def end_group(process: "subprocess.Popen") -> None:
-    """Ends a process and all that it has started, as far as these stayed in its group."""
-    if is_own_group(process):
-        for number in (signal.SIGTERM, signal.SIGCONT):
-            signal_process(process.pid, number, with_group=True)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(ENDING_GRACE)
-    if is_own_group(process):
-        signal_process(process.pid, signal.SIGKILL, with_group=True)
-    process.wait()
-
-
 def read_stats() -> Dict[int, Tuple[str, ...]]:
     """Of each process state, parent, group and session, as in /proc/PID/stat."""
     found = {}
@@ -3741,6 +3417,18 @@ def is_own_group(process: "subprocess.Popen") -> bool:
         return True
     wanted = (str(process.pid), str(os.getsid(0)))
     return any(words[2:4] == wanted for words in read_stats().values())
+
+
+def end_group(process: "subprocess.Popen") -> None:
+    """Ends a process and all that it has started, as far as these stayed in its group."""
+    if is_own_group(process):
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            signal_process(process.pid, number, with_group=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(ENDING_GRACE)
+    if is_own_group(process):
+        signal_process(process.pid, signal.SIGKILL, with_group=True)
+    process.wait()
 
 
 def find_children() -> List[int]:
@@ -3955,17 +3643,17 @@ class Stage:
         self.drain.join(PIPE_GRACE)
 
 
+def enlarge(fd: int) -> None:
+    """Makes `fd`, if it is a pipe, as large as allowed."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(fd, F_SETPIPE_SZ, PIPE_SIZE)
+
+
 def make_pipe() -> Tuple[int, int]:
     """A large pipe: the two ends of a transfer then wait for each other less."""
     read_end, write_end = os.pipe()
     enlarge(write_end)
     return read_end, write_end
-
-
-def enlarge(fd: int) -> None:
-    """Makes `fd`, if it is a pipe, as large as allowed."""
-    with contextlib.suppress(OSError):
-        fcntl.fcntl(fd, F_SETPIPE_SZ, PIPE_SIZE)
 
 
 def capacity_of(fd: int) -> int:
@@ -4018,8 +3706,66 @@ def write_or_lend(pipe: int, piece: memoryview) -> int:
     return int(lent) if lent >= 0 else os.write(pipe, piece)  # which may do where lending does not
 
 
+class Background:
+    """Something that is done in a thread.
+
+    A thread whose join() a signal's exception leaves counts as ended in Python 3.9 to 3.12, though it is not:
+    so the end is told by an event.
+    """
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self.act, self.outcome, self.error = act, None, None  # type: Callable[[], Any], Any, Optional[BaseException]
+        self.over = threading.Event()
+        try:
+            threading.Thread(target=self.run, daemon=True).start()
+        except RuntimeError:  # no process or memory is left for one
+            self.run()
+
+    def run(self) -> None:
+        try:
+            self.outcome = self.act()
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.over.set()
+
+    @property
+    def is_over(self) -> bool:
+        return self.over.is_set()
+
+    def result(self) -> Any:
+        """Waits for what came out; raises what was raised."""
+        self.over.wait()
+        if self.error is not None:
+            raise self.error
+        return self.outcome
+
+    def outlast(self, seconds: float) -> None:
+        """Waits for the end even where a signal asks to stop meanwhile, which is raised afterwards."""
+        deadline, interruption = time.monotonic() + seconds, None  # type: float, Optional[Interrupted]
+        while not self.is_over and time.monotonic() < deadline:
+            try:
+                self.over.wait(max(0.0, deadline - time.monotonic()))
+            except Interrupted as signalled:
+                interruption = signalled
+        if interruption is not None:
+            raise interruption
+
+
+def outlast_all(works: Sequence[Background], seconds: float) -> None:
+    """Waits for all of them, even where a signal asks to stop meanwhile, which is raised afterwards."""
+    deadline, interruption = time.monotonic() + seconds, None  # type: float, Optional[Interrupted]
+    for work in works:
+        try:
+            work.outlast(max(0.0, deadline - time.monotonic()))
+        except Interrupted as signalled:
+            interruption = signalled
+    if interruption is not None:
+        raise interruption
+
+
 ########################################################################################################
-# 12 BTRFS: what the kernel and the btrfs program say and do
+# BTRFS: what the kernel and the btrfs program say and do
 #
 # Reading goes by ioctl (uapi/linux/btrfs.h), which any user may, in microseconds; where the kernel has
 # no GET_SUBVOL_INFO (before Linux 4.18) by `btrfs subvolume show`. Changing goes by the btrfs program.
@@ -4224,6 +3970,142 @@ def send_argv(path: str, parent: Optional[str], options: SendOptions) -> List[st
     return argv + (["-p", parent] if parent else []) + [path]
 
 
+def set_received_uuid(path: str, uuid: str) -> None:
+    """Stamps a writable subvolume, as `btrfs receive` does at its end (BTRFS_IOC_SET_RECEIVED_SUBVOL)."""
+    fd = open_folder(path)
+    try:
+        fcntl.ioctl(fd, SET_RECEIVED_SUBVOL, bytearray(parse_uuid(uuid).ljust(200, b"\0")))
+    finally:
+        os.close(fd)
+
+
+def destroy_open_subvolume(path: str) -> None:
+    """Deletes the subvolume whose open folder is at `path`, by its id. OSError with ENOTTY before Linux 5.7.
+
+    `btrfs subvolume delete` looks up the name anew, and takes what bears it then.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        subvolid = subvolume_of_fd(fd, "").subvolid
+        fcntl.ioctl(fd, DESTROY_SUBVOLUME, bytearray(DESTROY_ARGUMENTS.pack(0, BY_ID, subvolid)))
+    finally:
+        os.close(fd)
+
+
+def make_readonly(path: str) -> None:
+    check(["btrfs", "property", "set", "-ts", path, "ro", "true"], "cannot make {} read-only".format(path))
+
+
+def receive_argv(folder: str, debug: bool, confined: bool) -> List[str]:
+    """confined: by chroot to the folder, so that an absolute path leads nowhere else."""
+    return ["btrfs", "receive"] + ["-vv"] * debug + ["--chroot"] * confined + [folder]
+
+
+def check_written(fd: int) -> None:
+    """OSError where contents of any file of a filesystem could not be written, since `fd` was opened there.
+
+    The call for a sync of btrfs succeeds all the same where a disk takes its trees but not the contents of files, of
+    which nothing is left then. syncfs(2) tells, since Linux 5.8: each open file once, a new one of what none was told.
+    """
+    try:
+        import ctypes
+        libc = ctypes.CDLL(None, use_errno=True)
+        failed = libc.syncfs(fd)
+    except (ImportError, OSError, AttributeError):
+        return
+    if failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def sync_filesystem(folder: str, held: int = -1) -> None:
+    """Makes all that was written to the filesystem of `folder` durable; a read-only flag alone does not.
+
+    held: a file there, open since before anything was written whose loss would matter.
+    """
+    check(["btrfs", "filesystem", "sync", folder], "cannot sync {}".format(folder))
+    try:
+        fd = os.dup(held) if held >= 0 else os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            check_written(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise os_error("cannot sync {}".format(folder), error, "contents of files were lost; see dmesg") from None
+
+
+class HostFacts(NamedTuple):
+    """What a machine is, as far as backups need to know."""
+
+    user: int
+    kernel: str
+    python: str
+    progs: str  # what `btrfs --version` prints first, '' where it is not installed
+    has_btrfs: bool  # the kernel knows it
+    programs: Tuple[str, ...]  # of those that are useful beside
+    clock: float  # seconds since the epoch
+
+
+def read_facts() -> HostFacts:
+    import shutil
+    path = child_environment()["PATH"]
+    progs = ""
+    if shutil.which("btrfs", path=path):
+        progs = (run(["btrfs", "--version"]).out.splitlines() or [""])[0]
+    try:
+        with open("/proc/filesystems", encoding="ascii") as filesystems:
+            has_btrfs = "\tbtrfs\n" in filesystems.read()
+    except OSError:
+        has_btrfs = False
+    programs = tuple(name for name in ("ssh", "zstd", "lz4", "gzip") if shutil.which(name, path=path))
+    return HostFacts(os.geteuid(), os.uname().release, sys.version.split()[0], progs, has_btrfs, programs, time.time())
+
+
+class Health(NamedTuple):
+    """How a filesystem is. Sizes in bytes. None: it could not be asked."""
+
+    size: int
+    free: int
+    quotas: Optional[bool]  # enabled
+    limits: Tuple[Tuple[str, int, int], ...]  # of qgroups that have one: id, used, limit
+    errors: Optional[Tuple[str, ...]]  # counters of its devices that are not 0, as text
+    missing: Tuple[str, ...] = ()  # ids of devices that belong to it and are not there
+
+
+def parse_limits(text: str) -> Tuple[Tuple[str, int, int], ...]:
+    """(id, used, limit) for each limit in the output of `btrfs qgroup show --raw -re`."""
+    rows = re.findall(r"^([0-9]+/[0-9]+)\s+([0-9]+)\s+([0-9]+)\s+([0-9]+|none)\s+([0-9]+|none)", text, re.MULTILINE)
+    return tuple((qgroup, int(used), int(limit)) for qgroup, referenced, exclusive, most, most_exclusive in rows
+                 for used, limit in ((referenced, most), (exclusive, most_exclusive)) if limit != "none")
+
+
+def parse_device_stats(text: str) -> Tuple[str, ...]:
+    """`/dev/sda1 corruption_errs 3` for each counter of `btrfs device stats` that is not 0."""
+    rows = re.findall(r"^\[(.*)\]\.(\S+)\s+([1-9][0-9]*)$", text, re.MULTILINE)
+    return tuple("{} {} {}".format(*row) for row in rows)
+
+
+def read_health(folder: str) -> Health:
+    space = os.statvfs(folder)
+    groups, devices, used = (run(["btrfs"] + words + [folder]) for words in (
+        ["qgroup", "show", "--raw", "-re"], ["device", "stats"], ["device", "usage"]))
+    enabled = True if groups.status == 0 else False if re.search(r"not enabled|No such file", groups.error) else None
+    return Health(space.f_blocks * space.f_frsize, space.f_bavail * space.f_frsize, enabled, parse_limits(groups.out),
+                  parse_device_stats(devices.out) if devices.status == 0 and used.status == 0 else None,
+                  tuple(re.findall(r"^missing, ID: ([0-9]+)$", used.out, re.MULTILINE)))
+
+
+def parse_find_new(text: str) -> int:
+    """Bytes of data in the extents that `btrfs subvolume find-new` lists."""
+    return sum(int(size) for size in re.findall(r" file offset [0-9]+ len ([0-9]+) disk start ", text))
+
+
+########################################################################################################
+# SEND CALL: the kernel's own send call, with reading ahead
+#
+# `btrfs send` hands its stream on through a pipe and a thread of its own. A bare interpreter makes the call itself and
+# reads from the disk what comes next. It serves the machines whose ioctl numbers are known here; others use the program.
+########################################################################################################
+
 # `btrfs send` hands its stream on through a pipe and a thread of its own, which takes a third of its time where files
 # are small. What it asks of the kernel is one call (BTRFS_IOC_SEND), so a bare interpreter asks in its place.
 #
@@ -4383,137 +4265,403 @@ def call_send_argv(path: str, parent: Optional[str], options: SendOptions) -> Li
     return [sys.executable, "-I", "-S", "-c", SEND_SCRIPT, "btrfs-send", path, parent or "", str(version), str(flags)]
 
 
-def set_received_uuid(path: str, uuid: str) -> None:
-    """Stamps a writable subvolume, as `btrfs receive` does at its end (BTRFS_IOC_SET_RECEIVED_SUBVOL)."""
-    fd = open_folder(path)
+########################################################################################################
+# MOUNTS: which filesystem stands where
+#
+# From /proc/self/mountinfo and /etc/fstab. Never: a guess where nothing is mounted.
+########################################################################################################
+
+
+class Mount(NamedTuple):
+    """A row of /proc/self/mountinfo: `root` is the path of `point` in its filesystem."""
+
+    point: str
+    root: str
+    kind: str
+    device: str
+
+
+def parse_mountinfo(text: str) -> List[Mount]:
+    """The mounts that /proc/self/mountinfo lists, the last mounted last."""
+    def plain(field: str) -> str:
+        return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), field)
+
+    mounts = []
+    for line in text.splitlines():
+        before, _, after = line.partition(" - ")
+        fields, kind_and_device = before.split(" "), after.split(" ")
+        if len(fields) > 4 and len(kind_and_device) > 1:
+            mounts.append(Mount(plain(fields[4]), plain(fields[3]), kind_and_device[0], plain(kind_and_device[1])))
+    return mounts
+
+
+def read_mounts() -> List[Mount]:
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mountinfo:
+        return parse_mountinfo(mountinfo.read())
+
+
+def mount_around(path: str, mounts: Sequence[Mount]) -> Optional[Mount]:
+    """The mount that a real path lies on; of several at one point the last covers the others."""
+    around = [m for m in mounts if (path + "/").startswith(m.point.rstrip("/") + "/")]
+    longest = max((len(m.point) for m in around), default=0)
+    return next((m for m in reversed(around) if len(m.point) == longest), None)
+
+
+def reachable_path(path: str, mount: Mount) -> Optional[str]:
+    """Where a path relative to a filesystem's top is found below `mount`, None where it is not."""
+    inner = "/" + path
+    root = mount.root.rstrip("/")
+    return mount.point.rstrip("/") + inner[len(root):] if (inner + "/").startswith(root + "/") else None
+
+
+def nearest_existing(path: str) -> str:
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def parse_fstab(text: str) -> List[str]:
+    """The mount points of a file in fstab's format."""
+    rows = (line.split() for line in text.splitlines() if not line.lstrip().startswith("#"))
+    return [re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), row[1]) for row in rows if len(row) > 2]
+
+
+def find_unmounted(path: str) -> str:
+    """The mount point of /etc/fstab at or above `path` that has nothing mounted, or ''."""
     try:
-        fcntl.ioctl(fd, SET_RECEIVED_SUBVOL, bytearray(parse_uuid(uuid).ljust(200, b"\0")))
-    finally:
-        os.close(fd)
-
-
-def destroy_open_subvolume(path: str) -> None:
-    """Deletes the subvolume whose open folder is at `path`, by its id. OSError with ENOTTY before Linux 5.7.
-
-    `btrfs subvolume delete` looks up the name anew, and takes what bears it then.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        subvolid = subvolume_of_fd(fd, "").subvolid
-        fcntl.ioctl(fd, DESTROY_SUBVOLUME, bytearray(DESTROY_ARGUMENTS.pack(0, BY_ID, subvolid)))
-    finally:
-        os.close(fd)
-
-
-def make_readonly(path: str) -> None:
-    check(["btrfs", "property", "set", "-ts", path, "ro", "true"], "cannot make {} read-only".format(path))
-
-
-def receive_argv(folder: str, debug: bool, confined: bool) -> List[str]:
-    """confined: by chroot to the folder, so that an absolute path leads nowhere else."""
-    return ["btrfs", "receive"] + ["-vv"] * debug + ["--chroot"] * confined + [folder]
-
-
-def sync_filesystem(folder: str, held: int = -1) -> None:
-    """Makes all that was written to the filesystem of `folder` durable; a read-only flag alone does not.
-
-    held: a file there, open since before anything was written whose loss would matter.
-    """
-    check(["btrfs", "filesystem", "sync", folder], "cannot sync {}".format(folder))
-    try:
-        fd = os.dup(held) if held >= 0 else os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            check_written(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise os_error("cannot sync {}".format(folder), error, "contents of files were lost; see dmesg") from None
-
-
-def check_written(fd: int) -> None:
-    """OSError where contents of any file of a filesystem could not be written, since `fd` was opened there.
-
-    The call for a sync of btrfs succeeds all the same where a disk takes its trees but not the contents of files, of
-    which nothing is left then. syncfs(2) tells, since Linux 5.8: each open file once, a new one of what none was told.
-    """
-    try:
-        import ctypes
-        libc = ctypes.CDLL(None, use_errno=True)
-        failed = libc.syncfs(fd)
-    except (ImportError, OSError, AttributeError):
-        return
-    if failed:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-
-class HostFacts(NamedTuple):
-    """What a machine is, as far as backups need to know."""
-
-    user: int
-    kernel: str
-    python: str
-    progs: str  # what `btrfs --version` prints first, '' where it is not installed
-    has_btrfs: bool  # the kernel knows it
-    programs: Tuple[str, ...]  # of those that are useful beside
-    clock: float  # seconds since the epoch
-
-
-def read_facts() -> HostFacts:
-    import shutil
-    path = child_environment()["PATH"]
-    progs = ""
-    if shutil.which("btrfs", path=path):
-        progs = (run(["btrfs", "--version"]).out.splitlines() or [""])[0]
-    try:
-        with open("/proc/filesystems", encoding="ascii") as filesystems:
-            has_btrfs = "\tbtrfs\n" in filesystems.read()
+        with open("/etc/fstab", encoding="utf-8", errors="surrogateescape") as fstab:
+            points = [point.rstrip("/") for point in parse_fstab(fstab.read()) if point.startswith("/")]
     except OSError:
-        has_btrfs = False
-    programs = tuple(name for name in ("ssh", "zstd", "lz4", "gzip") if shutil.which(name, path=path))
-    return HostFacts(os.geteuid(), os.uname().release, sys.version.split()[0], progs, has_btrfs, programs, time.time())
+        return ""
+    above = [point for point in points if point and (path + "/").startswith(point + "/")]
+    return next((point for point in above if not os.path.ismount(point)), "")
 
 
-class Health(NamedTuple):
-    """How a filesystem is. Sizes in bytes. None: it could not be asked."""
-
-    size: int
-    free: int
-    quotas: Optional[bool]  # enabled
-    limits: Tuple[Tuple[str, int, int], ...]  # of qgroups that have one: id, used, limit
-    errors: Optional[Tuple[str, ...]]  # counters of its devices that are not 0, as text
-    missing: Tuple[str, ...] = ()  # ids of devices that belong to it and are not there
+def find_mount(folder: str) -> str:
+    """Where the filesystem of an existing folder is mounted; the top of a subvolume is not for that a mount point."""
+    mount = mount_around(folder, read_mounts())
+    return mount.point if mount is not None else "/"
 
 
-def parse_limits(text: str) -> Tuple[Tuple[str, int, int], ...]:
-    """(id, used, limit) for each limit in the output of `btrfs qgroup show --raw -re`."""
-    rows = re.findall(r"^([0-9]+/[0-9]+)\s+([0-9]+)\s+([0-9]+)\s+([0-9]+|none)\s+([0-9]+|none)", text, re.MULTILINE)
-    return tuple((qgroup, int(used), int(limit)) for qgroup, referenced, exclusive, most, most_exclusive in rows
-                 for used, limit in ((referenced, most), (exclusive, most_exclusive)) if limit != "none")
-
-
-def parse_device_stats(text: str) -> Tuple[str, ...]:
-    """`/dev/sda1 corruption_errs 3` for each counter of `btrfs device stats` that is not 0."""
-    rows = re.findall(r"^\[(.*)\]\.(\S+)\s+([1-9][0-9]*)$", text, re.MULTILINE)
-    return tuple("{} {} {}".format(*row) for row in rows)
-
-
-def read_health(folder: str) -> Health:
-    space = os.statvfs(folder)
-    groups, devices, used = (run(["btrfs"] + words + [folder]) for words in (
-        ["qgroup", "show", "--raw", "-re"], ["device", "stats"], ["device", "usage"]))
-    enabled = True if groups.status == 0 else False if re.search(r"not enabled|No such file", groups.error) else None
-    return Health(space.f_blocks * space.f_frsize, space.f_bavail * space.f_frsize, enabled, parse_limits(groups.out),
-                  parse_device_stats(devices.out) if devices.status == 0 and used.status == 0 else None,
-                  tuple(re.findall(r"^missing, ID: ([0-9]+)$", used.out, re.MULTILINE)))
-
-
-def parse_find_new(text: str) -> int:
-    """Bytes of data in the extents that `btrfs subvolume find-new` lists."""
-    return sum(int(size) for size in re.findall(r" file offset [0-9]+ len ([0-9]+) disk start ", text))
+def is_in_memory(folder: str) -> bool:
+    """Whether a folder's filesystem is gone at the next boot, for what its mount tells."""
+    mount = mount_around(folder, read_mounts())
+    return mount is not None and (mount.kind in ("tmpfs", "ramfs", "devtmpfs", "rootfs")
+                                  or re.match(r"/dev/z?ram[0-9]", mount.device) is not None)
 
 
 ########################################################################################################
-# 13 STATE: locks and pins in the snapshot folder
+# TRUST: who could have made what is there
+#
+# A way is walked step by step from what root owns, no link followed that another could have made. What others may write
+# to, by owner, mode or ACL, is exposed from there on.
+########################################################################################################
+
+OPEN_FOLDER = re.compile(r"/proc/[0-9]+/fd/[0-9]+")  # begins a path to what a process has open
+
+
+def is_of_others(found: os.stat_result, user: Optional[int] = None) -> bool:
+    """Whether somebody else than root and the user who runs owns a file. user: who runs, where that is elsewhere."""
+    return found.st_uid not in (0, os.geteuid() if user is None else user)
+
+
+def open_step(folder: int, name: str, readable: bool, mode: Optional[int]) -> int:
+    """A folder in an open one, made with `mode` where it is missing and that is no None. Passing needs no reading."""
+    flags = (os.O_RDONLY if readable else os.O_PATH) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(name, flags, dir_fd=folder)
+    except FileNotFoundError:
+        if mode is None:
+            raise
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(name, mode, dir_fd=folder)
+    return os.open(name, flags, dir_fd=folder)
+
+
+ACL_ENTRY = struct.Struct("<HHI")  # of a POSIX ACL: whom, what he may, id; behind a version of 4 bytes
+ACL_USER, ACL_GROUP, ACL_WRITE = 0x02, 0x08, 2
+
+
+def acl_admits_others(acl: bytes) -> bool:
+    """Whether an ACL lets users and groups write beside those that the mode of a folder tells of."""
+    entries = (ACL_ENTRY.unpack_from(acl, at) for at in range(4, len(acl) - ACL_ENTRY.size + 1, ACL_ENTRY.size))
+    own = {ACL_USER: (0, os.geteuid()), ACL_GROUP: (0, os.getegid())}
+    return any(may & ACL_WRITE and whom in own and number not in own[whom] for whom, may, number in entries)
+
+
+def is_open_by_acl(fd: int, found: os.stat_result) -> bool:
+    """Whether others may write to an open folder for its ACL, whose mask stands as the group's rights in its mode."""
+    if not found.st_mode & 0o020:
+        return False
+    try:
+        return acl_admits_others(os.getxattr("/proc/self/fd/{}".format(fd), "system.posix_acl_access"))
+    except OSError:
+        return False
+
+
+def way_step(path: str, fd: int) -> Tuple[str, os.stat_result]:
+    """What a step is; one that an ACL opens to others as if its mode did."""
+    found = os.fstat(fd)
+    if is_open_by_acl(fd, found):
+        found = os.stat_result((found.st_mode | 0o002,) + tuple(found)[1:])
+    return path, found
+
+
+def open_way(path: str, make: bool = False) -> Tuple[int, List[Tuple[str, os.stat_result]]]:
+    """A folder, opened step by step without following any link, and what each step on the way is.
+
+    make: makes what is missing, the last for its user alone. A path that begins with a folder that this process has
+    open begins there. OSError.
+    """
+    known = OPEN_FOLDER.match(path)
+    at = known.group() if known else "/"
+    parts = [part for part in path[len(at):].split("/") if part]
+    fd = os.open(at, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    steps = [way_step(at, fd)]
+    try:
+        for number, part in enumerate(parts, 1):
+            at = os.path.join(at, part)
+            is_last = number == len(parts)
+            inner = open_step(fd, part, is_last, (0o700 if is_last else 0o755) if make else None)
+            os.close(fd)
+            fd = inner
+            steps.append(way_step(at, fd))
+        return fd, steps
+    except OSError as error:
+        os.close(fd)
+        raise OSError(error.errno, error.strerror, at) from None
+
+
+def exposed_steps(steps: Sequence[Tuple[str, os.stat_result]], runs: Optional[Tuple[int, int]] = None,
+                  ) -> List[Tuple[str, str]]:
+    """The steps of a way at which others decide what stands there or below: each with why.
+
+    In a folder with the sticky bit everybody may make something, but move only what is his own.
+    runs: the ids of the user who runs and of his group, where that is on another machine.
+    """
+    user, group = runs or (os.geteuid(), os.getegid())
+    trusted_groups, exposed = (0, group), []
+    for (path, found), (_, inner) in zip(steps, list(steps[1:]) + [steps[-1]]):
+        is_shared = found.st_mode & 0o002 or (found.st_mode & 0o020 and found.st_gid not in trusted_groups)
+        is_kept = found.st_mode & stat.S_ISVTX and inner is not found and not is_of_others(inner, user)
+        if is_of_others(found, user):
+            exposed.append((path, "belongs to user {}".format(found.st_uid)))
+        elif is_shared and not is_kept:
+            exposed.append((path, "can be written by others"))
+    return exposed
+
+
+def is_exposed(folder: str) -> bool:
+    """Whether others decide what bears the names in a folder. OSError."""
+    fd, steps = open_way(folder)
+    os.close(fd)
+    return bool(exposed_steps(steps))
+
+
+@contextlib.contextmanager
+def firm_path(path: str, uuid: Optional[str]) -> Iterator[str]:
+    """A path that leads to the subvolume with this UUID at `path` alone, whatever others make of the name meanwhile.
+
+    Where nobody else has a say it is the path itself, but not in an open folder, whose own path may change. OSError;
+    BackupError where it is another subvolume.
+    """
+    folder, name = os.path.split(path)
+    fd, steps = open_way(folder)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, fd)
+        if exposed_steps(steps) or OPEN_FOLDER.match(path):
+            inner = open_step(fd, name, True, None)
+            stack.callback(os.close, inner)
+            path = "/proc/{}/fd/{}".format(os.getpid(), inner)
+            if os.fstat(inner).st_ino != SUBVOLUME_INODE or subvolume_of_fd(inner, name).uuid != uuid:
+                raise BackupError("{} has become another".format(os.path.join(folder, name)), "look there")
+        yield path
+
+
+def foreign_link(path: str) -> str:
+    """The first link on the way to `path` that somebody else has made than root and the user who runs, or ''.
+
+    Under sudo that is the one who typed the command as well.
+    """
+    users = {"0", str(os.geteuid()), os.environ.get("SUDO_UID", "0")}
+    at, left, most = "/", path.split("/")[::-1], 1000
+    while left and most:
+        part, most = left.pop(), most - 1
+        at = os.path.dirname(at) if part == ".." else os.path.join(at, part) if part not in ("", ".") else at
+        try:
+            found = os.lstat(at)
+            if stat.S_ISLNK(found.st_mode):
+                if str(found.st_uid) not in users:
+                    return at
+                target = os.readlink(at)
+                at, left = "/" if target.startswith("/") else os.path.dirname(at), left + target.split("/")[::-1]
+        except OSError:
+            break
+    return ""
+
+
+########################################################################################################
+# FILES: small files, read and written so that nobody else can have a hand in it
+#
+# All small files of this program, wherever they lie, go through here. What is read is opened without following links, must
+# be a plain file with a single name, and is waited for never. What is written stands aside, is synced, gets its name, and
+# the folder is synced.
+########################################################################################################
+
+LOCK_FILE = ".outstanding_transfers"
+LARGEST_NOTE, LARGEST_STATE = 1 << 20, 64 << 20  # bytes of a file about one backup, about all
+ENOUGH_FOR_STATE = 64 << 10  # bytes
+ASIDE = ".new"  # ends the name of a file that shall replace another
+
+
+def open_plain(name: str, flags: int, folder: int, single: bool = True) -> int:
+    """Opens the plain file `name` in an open folder, for its user alone where it is made. single: of no other name.
+
+    Whatever else bears the name: OSError at once, and nothing was followed, waited for or changed.
+    """
+    fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o600, dir_fd=folder)
+    found = os.fstat(fd)
+    if stat.S_ISREG(found.st_mode) and (found.st_nlink <= 1 or not single):  # 0: replaced meanwhile
+        return fd
+    os.close(fd)
+    raise OSError(errno.EMLINK, "it is no plain file with a single name")
+
+
+@contextlib.contextmanager
+def opened_folder(path: str) -> Iterator[int]:
+    """The folder at `path` as a file descriptor."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def plain_error(path: str, doing: str, error: OSError, hint: str = "") -> BackupError:
+    """What is said of the plain file at `path` where `doing` it failed. hint: where nothing better is known."""
+    if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EMLINK):  # a link, a socket, a folder
+        return BackupError("cannot {} {}: it is no plain file with a single name".format(doing, path),
+                           "somebody may have put it there; look at it, and move it away")
+    words = error.strerror or str(error)
+    return os_error("cannot {} {}".format(doing, path), OSError(error.errno, words), hint_for(words) or hint)
+
+
+def read_note(folder: str, name: str, most: int = LARGEST_NOTE, single: bool = True) -> Tuple[str, os.stat_result]:
+    """The text of a small plain file, of at most so many bytes, and what is known of the file. OSError."""
+    with opened_folder(folder) as top:
+        fd = open_plain(name, os.O_RDONLY, top, single)
+    with open(fd, encoding="utf-8", errors="surrogateescape") as file:
+        found = os.fstat(fd)
+        if found.st_size > most:
+            raise OSError(errno.EFBIG, "it is larger than {}".format(format_size(most)))
+        return file.read(most), found
+
+
+def open_log(path: str) -> int:
+    """Opens a log for appending. In a folder where others decide what bears its name it must be a plain file.
+
+    A fifo would stop the run, a link would lead to a file of root's.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    place, name = os.path.split(os.path.abspath(path))
+    folder, steps = open_way(os.path.realpath(place))
+    try:
+        if not exposed_steps(steps) and not foreign_link(os.path.join(place, name)):
+            return os.open(path, flags, 0o666)
+        return open_plain(name, flags, folder)
+    except OSError as error:
+        raise plain_error(path, "write", error, "the run goes on without this log") from None
+    finally:
+        os.close(folder)
+
+
+def write_aside(folder: int, name: str, content: bytes, durably: bool) -> None:
+    """A new file of that name, in place of what a crash or anybody left under it; none where that fails."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+    fd = open_plain(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, folder)
+    try:
+        with open(fd, "wb", 0) as file:
+            left = memoryview(content)
+            while left:
+                left = left[file.write(left):]
+            if durably:
+                os.fsync(fd)
+    except OSError:
+        os.unlink(name, dir_fd=folder)
+        raise
+
+
+def sync_folder(folder: Union[int, str]) -> None:
+    """Makes renames in a folder durable, at a path or open; some filesystems of networks know of no such thing."""
+    fd = folder if isinstance(folder, int) else os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+    finally:
+        if fd is not folder:
+            os.close(fd)
+
+
+def replace_file(folder: str, name: str, text: str, durably: bool = True, aside: str = "") -> None:
+    """Replaces a small file; durably: after any crash it is the old or the new one, whole."""
+    aside = aside or name + ASIDE
+    try:
+        with opened_folder(folder) as top:
+            try:
+                write_aside(top, aside, text.encode("utf-8", "surrogateescape"), durably)
+                os.rename(aside, name, src_dir_fd=top, dst_dir_fd=top)
+            except BaseException:  # a signal as well
+                with contextlib.suppress(OSError):
+                    os.unlink(aside, dir_fd=top)
+                raise
+            if durably:
+                sync_folder(top)
+    except OSError as error:
+        raise plain_error(os.path.join(folder, name), "write", error) from None
+
+
+def prove_writable(folder: str) -> None:
+    """BackupError where the state files of a folder could not be replaced."""
+    path = os.path.join(folder, LOCK_FILE)
+    try:
+        with opened_folder(folder) as top:
+            write_aside(top, LOCK_FILE + ASIDE, bytes(ENOUGH_FOR_STATE), durably=False)
+            os.unlink(LOCK_FILE + ASIDE, dir_fd=top)
+    except OSError as error:
+        raise plain_error(path, "write", error) from None
+
+
+def boot_id() -> str:
+    """What tells this boot of the machine from others."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def unlink_own(path: str, fd: int) -> None:
+    """Removes the name of an open file where it still is that file's."""
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.fstat(fd), os.lstat(path)):
+            os.unlink(path)
+
+
+def remove_file(folder: str, name: str) -> None:
+    """Removes a file; no error where it is gone already."""
+    try:
+        os.unlink(os.path.join(folder, name))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise os_error("cannot delete {}".format(os.path.join(folder, name)), error) from None
+
+
+########################################################################################################
+# STATE: locks and pins in the snapshot folder
 #
 # `.outstanding_transfers` holds locks and parent notes in the format of release 0.6.6, so that either
 # program takes over from the other; `.destinations.json` the pins, `.own-destinations.json` the far destinations
@@ -4525,16 +4673,9 @@ def parse_find_new(text: str) -> int:
 # a plain file with a single name is opened, and nothing is waited for without limit.
 ########################################################################################################
 
-LOCK_FILE = ".outstanding_transfers"
 PIN_FILE = ".destinations.json"
 SOURCE_NOTE = ".source"  # ends the name of the note that says whose backups of a prefix a folder holds
-LARGEST_NOTE, LARGEST_STATE = 1 << 20, 64 << 20  # bytes of a file about one backup, about all
-ENOUGH_FOR_STATE = 64 << 10  # bytes
-ASIDE = ".new"  # ends the name of a file that shall replace another
-OPEN_FOLDER = re.compile(r"/proc/[0-9]+/fd/[0-9]+")  # begins a path to what a process has open
 MOST_TEXT = 1 << 16  # characters of one text
-MUTEX_PATIENCE = 60.0  # seconds; a change takes milliseconds
-
 OWN_FILE = ".own-destinations.json"
 Pins = Dict[str, Dict[str, Tuple[Pin, ...]]]  # {destination: {prefix: pins}}
 FORMAT_ERRORS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # of what is read
@@ -4652,6 +4793,13 @@ def changed_pins(pins: Pins, prefix: str, changes: Dict[str, Optional[Pin]]) -> 
     return {destination: entry for destination, entry in after.items() if entry}
 
 
+def parse_pin(fields: Dict[str, Any]) -> Pin:
+    sent = fields.get("sent", [])
+    if not isinstance(sent, list):
+        raise TypeError("sent")
+    return check_fields(Pin(**dict(fields, sent=tuple(sent))))
+
+
 def parse_pins(text: str) -> Pins:
     """The pins that `text` holds; an error of the kinds in FORMAT_ERRORS for anything but the format."""
     import json
@@ -4659,13 +4807,6 @@ def parse_pins(text: str) -> Pins:
     return {destination: {prefix: tuple(map(parse_pin, entry if isinstance(entry, list) else [entry]))
                           for prefix, entry in entries.items()}
             for destination, entries in document["destinations"].items()}
-
-
-def parse_pin(fields: Dict[str, Any]) -> Pin:
-    sent = fields.get("sent", [])
-    if not isinstance(sent, list):
-        raise TypeError("sent")
-    return check_fields(Pin(**dict(fields, sent=tuple(sent))))
 
 
 def plain_pins(pins: Tuple[Pin, ...]) -> Any:
@@ -4679,54 +4820,6 @@ def format_pins(pins: Pins) -> str:
     plain = {destination: {prefix: plain_pins(entry) for prefix, entry in entries.items()}
              for destination, entries in pins.items()}
     return json.dumps({"version": 1, "destinations": plain}, indent=1, sort_keys=True) + "\n"
-
-
-def open_plain(name: str, flags: int, folder: int, single: bool = True) -> int:
-    """Opens the plain file `name` in an open folder, for its user alone where it is made. single: of no other name.
-
-    Whatever else bears the name: OSError at once, and nothing was followed, waited for or changed.
-    """
-    fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o600, dir_fd=folder)
-    found = os.fstat(fd)
-    if stat.S_ISREG(found.st_mode) and (found.st_nlink <= 1 or not single):  # 0: replaced meanwhile
-        return fd
-    os.close(fd)
-    raise OSError(errno.EMLINK, "it is no plain file with a single name")
-
-
-@contextlib.contextmanager
-def opened_folder(path: str) -> Iterator[int]:
-    """The folder at `path` as a file descriptor."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def plain_error(path: str, doing: str, error: OSError, hint: str = "") -> BackupError:
-    """What is said of the plain file at `path` where `doing` it failed. hint: where nothing better is known."""
-    if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EMLINK):  # a link, a socket, a folder
-        return BackupError("cannot {} {}: it is no plain file with a single name".format(doing, path),
-                           "somebody may have put it there; look at it, and move it away")
-    words = error.strerror or str(error)
-    return os_error("cannot {} {}".format(doing, path), OSError(error.errno, words), hint_for(words) or hint)
-
-
-def read_note(folder: str, name: str, most: int = LARGEST_NOTE, single: bool = True) -> Tuple[str, os.stat_result]:
-    """The text of a small plain file, of at most so many bytes, and what is known of the file. OSError."""
-    with opened_folder(folder) as top:
-        fd = open_plain(name, os.O_RDONLY, top, single)
-    with open(fd, encoding="utf-8", errors="surrogateescape") as file:
-        found = os.fstat(fd)
-        if found.st_size > most:
-            raise OSError(errno.EFBIG, "it is larger than {}".format(format_size(most)))
-        return file.read(most), found
-
-
-def is_of_others(found: os.stat_result, user: Optional[int] = None) -> bool:
-    """Whether somebody else than root and the user who runs owns a file. user: who runs, where that is elsewhere."""
-    return found.st_uid not in (0, os.geteuid() if user is None else user)
 
 
 def parse_sources(text: str) -> Tuple[str, ...]:
@@ -4765,119 +4858,6 @@ def check_claim(folder: str, claim: Claim, found: Sequence[str], names: Iterable
         raise BackupError("that names no source")
 
 
-def open_step(folder: int, name: str, readable: bool, mode: Optional[int]) -> int:
-    """A folder in an open one, made with `mode` where it is missing and that is no None. Passing needs no reading."""
-    flags = (os.O_RDONLY if readable else os.O_PATH) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        return os.open(name, flags, dir_fd=folder)
-    except FileNotFoundError:
-        if mode is None:
-            raise
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(name, mode, dir_fd=folder)
-    return os.open(name, flags, dir_fd=folder)
-
-
-ACL_ENTRY = struct.Struct("<HHI")  # of a POSIX ACL: whom, what he may, id; behind a version of 4 bytes
-ACL_USER, ACL_GROUP, ACL_WRITE = 0x02, 0x08, 2
-
-
-def acl_admits_others(acl: bytes) -> bool:
-    """Whether an ACL lets users and groups write beside those that the mode of a folder tells of."""
-    entries = (ACL_ENTRY.unpack_from(acl, at) for at in range(4, len(acl) - ACL_ENTRY.size + 1, ACL_ENTRY.size))
-    own = {ACL_USER: (0, os.geteuid()), ACL_GROUP: (0, os.getegid())}
-    return any(may & ACL_WRITE and whom in own and number not in own[whom] for whom, may, number in entries)
-
-
-def is_open_by_acl(fd: int, found: os.stat_result) -> bool:
-    """Whether others may write to an open folder for its ACL, whose mask stands as the group's rights in its mode."""
-    if not found.st_mode & 0o020:
-        return False
-    try:
-        return acl_admits_others(os.getxattr("/proc/self/fd/{}".format(fd), "system.posix_acl_access"))
-    except OSError:
-        return False
-
-
-def way_step(path: str, fd: int) -> Tuple[str, os.stat_result]:
-    """What a step is; one that an ACL opens to others as if its mode did."""
-    found = os.fstat(fd)
-    if is_open_by_acl(fd, found):
-        found = os.stat_result((found.st_mode | 0o002,) + tuple(found)[1:])
-    return path, found
-
-
-def open_way(path: str, make: bool = False) -> Tuple[int, List[Tuple[str, os.stat_result]]]:
-    """A folder, opened step by step without following any link, and what each step on the way is.
-
-    make: makes what is missing, the last for its user alone. A path that begins with a folder that this process has
-    open begins there. OSError.
-    """
-    known = OPEN_FOLDER.match(path)
-    at = known.group() if known else "/"
-    parts = [part for part in path[len(at):].split("/") if part]
-    fd = os.open(at, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    steps = [way_step(at, fd)]
-    try:
-        for number, part in enumerate(parts, 1):
-            at = os.path.join(at, part)
-            is_last = number == len(parts)
-            inner = open_step(fd, part, is_last, (0o700 if is_last else 0o755) if make else None)
-            os.close(fd)
-            fd = inner
-            steps.append(way_step(at, fd))
-        return fd, steps
-    except OSError as error:
-        os.close(fd)
-        raise OSError(error.errno, error.strerror, at) from None
-
-
-def exposed_steps(steps: Sequence[Tuple[str, os.stat_result]], runs: Optional[Tuple[int, int]] = None,
-                  ) -> List[Tuple[str, str]]:
-    """The steps of a way at which others decide what stands there or below: each with why.
-
-    In a folder with the sticky bit everybody may make something, but move only what is his own.
-    runs: the ids of the user who runs and of his group, where that is on another machine.
-    """
-    user, group = runs or (os.geteuid(), os.getegid())
-    trusted_groups, exposed = (0, group), []
-    for (path, found), (_, inner) in zip(steps, list(steps[1:]) + [steps[-1]]):
-        is_shared = found.st_mode & 0o002 or (found.st_mode & 0o020 and found.st_gid not in trusted_groups)
-        is_kept = found.st_mode & stat.S_ISVTX and inner is not found and not is_of_others(inner, user)
-        if is_of_others(found, user):
-            exposed.append((path, "belongs to user {}".format(found.st_uid)))
-        elif is_shared and not is_kept:
-            exposed.append((path, "can be written by others"))
-    return exposed
-
-
-def is_exposed(folder: str) -> bool:
-    """Whether others decide what bears the names in a folder. OSError."""
-    fd, steps = open_way(folder)
-    os.close(fd)
-    return bool(exposed_steps(steps))
-
-
-@contextlib.contextmanager
-def firm_path(path: str, uuid: Optional[str]) -> Iterator[str]:
-    """A path that leads to the subvolume with this UUID at `path` alone, whatever others make of the name meanwhile.
-
-    Where nobody else has a say it is the path itself, but not in an open folder, whose own path may change. OSError;
-    BackupError where it is another subvolume.
-    """
-    folder, name = os.path.split(path)
-    fd, steps = open_way(folder)
-    with contextlib.ExitStack() as stack:
-        stack.callback(os.close, fd)
-        if exposed_steps(steps) or OPEN_FOLDER.match(path):
-            inner = open_step(fd, name, True, None)
-            stack.callback(os.close, inner)
-            path = "/proc/{}/fd/{}".format(os.getpid(), inner)
-            if os.fstat(inner).st_ino != SUBVOLUME_INODE or subvolume_of_fd(inner, name).uuid != uuid:
-                raise BackupError("{} has become another".format(os.path.join(folder, name)), "look there")
-        yield path
-
-
 def delete_firm(firm: str, path: str, command: Callable[[Sequence[str], str], Any] = check) -> None:
     """Deletes the subvolume at `path`, to which `firm` leads, see `firm_path`. command: runs a program. OSError."""
     if firm != path:
@@ -4890,81 +4870,12 @@ def delete_firm(firm: str, path: str, command: Callable[[Sequence[str], str], An
     command(["btrfs", "subvolume", "delete", firm], "cannot delete {}".format(path))
 
 
-def foreign_link(path: str) -> str:
-    """The first link on the way to `path` that somebody else has made than root and the user who runs, or ''.
-
-    Under sudo that is the one who typed the command as well.
-    """
-    users = {"0", str(os.geteuid()), os.environ.get("SUDO_UID", "0")}
-    at, left, most = "/", path.split("/")[::-1], 1000
-    while left and most:
-        part, most = left.pop(), most - 1
-        at = os.path.dirname(at) if part == ".." else os.path.join(at, part) if part not in ("", ".") else at
-        try:
-            found = os.lstat(at)
-            if stat.S_ISLNK(found.st_mode):
-                if str(found.st_uid) not in users:
-                    return at
-                target = os.readlink(at)
-                at, left = "/" if target.startswith("/") else os.path.dirname(at), left + target.split("/")[::-1]
-        except OSError:
-            break
-    return ""
-
-
-def open_log(path: str) -> int:
-    """Opens a log for appending. In a folder where others decide what bears its name it must be a plain file.
-
-    A fifo would stop the run, a link would lead to a file of root's.
-    """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-    place, name = os.path.split(os.path.abspath(path))
-    folder, steps = open_way(os.path.realpath(place))
-    try:
-        if not exposed_steps(steps) and not foreign_link(os.path.join(place, name)):
-            return os.open(path, flags, 0o666)
-        return open_plain(name, flags, folder)
-    except OSError as error:
-        raise plain_error(path, "write", error, "the run goes on without this log") from None
-    finally:
-        os.close(folder)
-
-
 def parse_own(text: str) -> Dict[str, List[str]]:
     import json
     destinations = json.loads(text)["destinations"]
     if not is_of_type(destinations, List[str]):
         raise ValueError("not a list of destinations")
     return {"destinations": destinations}
-
-
-def read_own_destinations(folder: str) -> List[str]:
-    """The destinations on other machines that this machine's own runs have noted in `folder`."""
-    return list(read_state_file(folder, OWN_FILE, parse_own).get("destinations", ()))
-
-
-def note_own_destinations(folder: str, destinations: Iterable[str]) -> None:
-    """Keeps in mind which notes a key that others have must never touch."""
-    import json
-    far = {destination for destination in destinations if destination.startswith(("ssh://", "raw+ssh://"))}
-    known = read_own_destinations(folder) if far else []
-    if not far <= set(known):
-        replace_file(folder, OWN_FILE, json.dumps(
-            {"version": 1, "destinations": sorted(far | set(known))}, indent=1) + "\n")
-
-
-def read_state_file(folder: str, name: str, parse: Callable[[str], Any], own: bool = False) -> Any:
-    """What `parse` makes of a state file, {} where there is none. own: BackupError for one of another user's."""
-    path = os.path.join(folder, name)
-    try:
-        text, found = read_note(folder, name, LARGEST_STATE)
-        if own and is_of_others(found):
-            raise BackupError("{} belongs to user {}".format(path, found.st_uid))
-        return parse_state(path, text, parse)
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise plain_error(path, "read", error) from None
 
 
 DAMAGE_HINTS = {
@@ -4983,59 +4894,33 @@ def parse_state(path: str, text: str, parse: Callable[[str], Any]) -> Any:
         raise BackupError("{} is damaged or not ours, so nothing was changed".format(path), hint) from None
 
 
-def replace_file(folder: str, name: str, text: str, durably: bool = True, aside: str = "") -> None:
-    """Replaces a small file; durably: after any crash it is the old or the new one, whole."""
-    aside = aside or name + ASIDE
+def read_state_file(folder: str, name: str, parse: Callable[[str], Any], own: bool = False) -> Any:
+    """What `parse` makes of a state file, {} where there is none. own: BackupError for one of another user's."""
+    path = os.path.join(folder, name)
     try:
-        with opened_folder(folder) as top:
-            try:
-                write_aside(top, aside, text.encode("utf-8", "surrogateescape"), durably)
-                os.rename(aside, name, src_dir_fd=top, dst_dir_fd=top)
-            except BaseException:  # a signal as well
-                with contextlib.suppress(OSError):
-                    os.unlink(aside, dir_fd=top)
-                raise
-            if durably:
-                sync_folder(top)
+        text, found = read_note(folder, name, LARGEST_STATE)
+        if own and is_of_others(found):
+            raise BackupError("{} belongs to user {}".format(path, found.st_uid))
+        return parse_state(path, text, parse)
+    except FileNotFoundError:
+        return {}
     except OSError as error:
-        raise plain_error(os.path.join(folder, name), "write", error) from None
+        raise plain_error(path, "read", error) from None
 
 
-def prove_writable(folder: str) -> None:
-    """BackupError where the state files of a folder could not be replaced."""
-    path = os.path.join(folder, LOCK_FILE)
-    try:
-        with opened_folder(folder) as top:
-            write_aside(top, LOCK_FILE + ASIDE, bytes(ENOUGH_FOR_STATE), durably=False)
-            os.unlink(LOCK_FILE + ASIDE, dir_fd=top)
-    except OSError as error:
-        raise plain_error(path, "write", error) from None
+def read_own_destinations(folder: str) -> List[str]:
+    """The destinations on other machines that this machine's own runs have noted in `folder`."""
+    return list(read_state_file(folder, OWN_FILE, parse_own).get("destinations", ()))
 
 
-def write_aside(folder: int, name: str, content: bytes, durably: bool) -> None:
-    """A new file of that name, in place of what a crash or anybody left under it; none where that fails."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(name, dir_fd=folder)
-    fd = open_plain(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, folder)
-    try:
-        with open(fd, "wb", 0) as file:
-            left = memoryview(content)
-            while left:
-                left = left[file.write(left):]
-            if durably:
-                os.fsync(fd)
-    except OSError:
-        os.unlink(name, dir_fd=folder)
-        raise
-
-
-def boot_id() -> str:
-    """What tells this boot of the machine from others."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
+def note_own_destinations(folder: str, destinations: Iterable[str]) -> None:
+    """Keeps in mind which notes a key that others have must never touch."""
+    import json
+    far = {destination for destination in destinations if destination.startswith(("ssh://", "raw+ssh://"))}
+    known = read_own_destinations(folder) if far else []
+    if not far <= set(known):
+        replace_file(folder, OWN_FILE, json.dumps(
+            {"version": 1, "destinations": sorted(far | set(known))}, indent=1) + "\n")
 
 
 def parse_record(text: str) -> Record:
@@ -5082,24 +4967,23 @@ def remove_record(folder: str, name: str) -> None:
             os.unlink(os.path.join(folder, path))
 
 
-def sync_folder(folder: Union[int, str]) -> None:
-    """Makes renames in a folder durable, at a path or open; some filesystems of networks know of no such thing."""
-    fd = folder if isinstance(folder, int) else os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+########################################################################################################
+# LOCKS: who works on a folder now
+#
+# A run holds a flock on a file of its prefix; the kernel drops it however the run ends. Changes of notes take turns by a
+# flock on the folder.
+########################################################################################################
+
+MUTEX_PATIENCE = 60.0  # seconds; a change takes milliseconds
+
+
+def try_flock(fd: int) -> bool:
+    """Takes the flock of an open file, unless another has it."""
     try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
-    finally:
-        if fd is not folder:
-            os.close(fd)
-
-
-def unlink_own(path: str, fd: int) -> None:
-    """Removes the name of an open file where it still is that file's."""
-    with contextlib.suppress(OSError):
-        if os.path.samestat(os.fstat(fd), os.lstat(path)):
-            os.unlink(path)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -5117,15 +5001,6 @@ def folder_mutex(folder: str) -> Iterator[None]:
                                       typed(["fuser", "-v", folder]), typed(["chmod", "go=", folder])))
             time.sleep(0.01)
         yield
-
-
-def try_flock(fd: int) -> bool:
-    """Takes the flock of an open file, unless another has it."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def run_lock_name(prefix: str) -> str:
@@ -5215,7 +5090,7 @@ def run_lock(folder: str, prefix: str, wait: float, on_wait: Callable[[], None],
 
 
 ########################################################################################################
-# 14 SWAP: a restored state put in a subvolume's place
+# SWAP: a restored state put in a subvolume's place
 #
 # The new subvolume is made ready beside the place, under a name that says so, and made durable; then both
 # change names in one step, so that at every moment the old or the new one stands there. Notes beside the
@@ -5229,15 +5104,6 @@ RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # uapi/linux/fs.h
 RENAMEAT2_NUMBERS = {"x86_64": 316, "aarch64": 276, "riscv64": 276, "armv7l": 382, "i686": 353, "ppc64le": 357,
                      "s390x": 347}  # for C libraries without the function, as glibc before 2.28
 AT_FDCWD = -100
-
-
-class Mount(NamedTuple):
-    """A row of /proc/self/mountinfo: `root` is the path of `point` in its filesystem."""
-
-    point: str
-    root: str
-    kind: str
-    device: str
 
 
 class SwapPlace(NamedTuple):
@@ -5281,39 +5147,6 @@ class SwapNotes(NamedTuple):
     old_uuid: Optional[str]
     old_name: str
     new_uuid: Optional[str] = None
-
-
-def parse_mountinfo(text: str) -> List[Mount]:
-    """The mounts that /proc/self/mountinfo lists, the last mounted last."""
-    def plain(field: str) -> str:
-        return re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), field)
-
-    mounts = []
-    for line in text.splitlines():
-        before, _, after = line.partition(" - ")
-        fields, kind_and_device = before.split(" "), after.split(" ")
-        if len(fields) > 4 and len(kind_and_device) > 1:
-            mounts.append(Mount(plain(fields[4]), plain(fields[3]), kind_and_device[0], plain(kind_and_device[1])))
-    return mounts
-
-
-def read_mounts() -> List[Mount]:
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mountinfo:
-        return parse_mountinfo(mountinfo.read())
-
-
-def mount_around(path: str, mounts: Sequence[Mount]) -> Optional[Mount]:
-    """The mount that a real path lies on; of several at one point the last covers the others."""
-    around = [m for m in mounts if (path + "/").startswith(m.point.rstrip("/") + "/")]
-    longest = max((len(m.point) for m in around), default=0)
-    return next((m for m in reversed(around) if len(m.point) == longest), None)
-
-
-def reachable_path(path: str, mount: Mount) -> Optional[str]:
-    """Where a path relative to a filesystem's top is found below `mount`, None where it is not."""
-    inner = "/" + path
-    root = mount.root.rstrip("/")
-    return mount.point.rstrip("/") + inner[len(root):] if (inner + "/").startswith(root + "/") else None
 
 
 def rename_with(flag: int, source: str, target: str) -> bool:
@@ -5406,14 +5239,6 @@ def delete_prepared(aside: str, notes: SwapNotes) -> None:
                 delete_subvolume(path, made)
 
 
-def remove_temporary(notes: SwapNotes) -> None:
-    """Removes the restored subvolume and its folder where both were made for the swap alone."""
-    found, folder = subvolume_at(notes.restored), os.path.dirname(notes.restored)
-    if found is not None and found.uuid == notes.restored_uuid:
-        delete_subvolume(notes.restored, found)
-    remove_restore_folder(folder)
-
-
 def remove_restore_folder(folder: str) -> None:
     """Removes a folder that holds nothing but what a restore notes for itself."""
     with contextlib.suppress(OSError):
@@ -5424,6 +5249,14 @@ def remove_restore_folder(folder: str) -> None:
                 for name in os.listdir(fd):
                     os.unlink(name, dir_fd=fd)
                 os.rmdir(folder)
+
+
+def remove_temporary(notes: SwapNotes) -> None:
+    """Removes the restored subvolume and its folder where both were made for the swap alone."""
+    found, folder = subvolume_at(notes.restored), os.path.dirname(notes.restored)
+    if found is not None and found.uuid == notes.restored_uuid:
+        delete_subvolume(notes.restored, found)
+    remove_restore_folder(folder)
 
 
 def finish_swap(place: str) -> Optional[SwapNotes]:
@@ -5454,6 +5287,14 @@ def finish_swap(place: str) -> Optional[SwapNotes]:
     return notes if is_done else None
 
 
+def is_mounted(point: str, subvolume: Subvolume) -> bool:
+    try:
+        found = subvolume_at(point)
+    except OSError:
+        return False
+    return found is not None and found.uuid == subvolume.uuid
+
+
 def look_at_swap_place(path: str) -> SwapPlace:
     """The place of a swap; BackupError where none can be done there."""
     place, mounts = os.path.realpath(path), read_mounts()
@@ -5477,12 +5318,98 @@ def look_at_swap_place(path: str) -> SwapPlace:
     return SwapPlace(place, old, tuple(points), os.path.lexists(beside(place, "restoring.json")))
 
 
-def is_mounted(point: str, subvolume: Subvolume) -> bool:
+def free_name(folder: str, name: str) -> str:
+    """`name`, or where something bears it, with the first free number added."""
+    number, free = 1, name
+    while os.path.lexists(os.path.join(folder, free)):
+        number += 1
+        free = "{}-{}".format(name, number)
+    return free
+
+
+@contextlib.contextmanager
+def opened_snapshot_folder(folder: str) -> Iterator[str]:
+    """A path that leads to the folder for the restored state, made where it is missing, through no link.
+
+    A backup holds what another machine or a user has put into it: a link there may lead to another's snapshots.
+    """
     try:
-        found = subvolume_at(point)
-    except OSError:
-        return False
-    return found is not None and found.uuid == subvolume.uuid
+        fd, _ = open_way(folder, make=True)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+            raise
+        raise BackupError("{} is a link or no folder in the backup, so that nothing can be kept there".format(
+            error.filename), "take -f with a folder outside of the subvolume, for it and its backups") from None
+    try:
+        yield "/proc/{}/fd/{}".format(os.getpid(), fd)
+    finally:
+        os.close(fd)
+
+
+def remove_stand_ins(folder: str) -> None:
+    """Removes the empty folders that a snapshot has in the place of snapshots that lay in the source."""
+    with os.scandir(folder) as entries:
+        stand_ins = [entry.path for entry in entries if os.lstat(entry.path).st_ino == STAND_IN_INODE]
+    for path in stand_ins:
+        os.rmdir(path)
+
+
+def pins_after_restore(pins: Pins, order: SwapOrder, stream_id: str) -> Pins:
+    """Pins that name the restored state: nothing newer is left in common with any destination.
+
+    What was last sent into a command cannot be looked at, so there only a pin of this very state stays.
+    """
+    prefix = prefix_of(order.name)
+    result = {destination: dict(entry) for destination, entry in pins.items()}
+    if prefix is None:
+        return result
+    for destination, entry in result.items():
+        if prefix in entry and not is_command(destination):
+            entry[prefix] = tuple(order.pin._replace(filesystem=pin.filesystem) for pin in entry[prefix])
+        elif prefix in entry and all(pin.uuid != stream_id for pin in entry[prefix]):
+            del entry[prefix]
+    return changed_pins(result, prefix, {order.key: order.pin})
+
+
+def carry_state(old: str, new: str, order: SwapOrder, stream_id: str) -> List[str]:
+    """Writes the state files of the new snapshot folder, from the old one where that is still there.
+
+    Else the pins, which only protect, from what the restored state itself holds; no locks, for a backup says what
+    whoever has it likes, and a lock may name a command. What cannot be read is named in a warning: what matters
+    now is to get the data back.
+    """
+    is_there, warnings = os.path.isdir(old), []
+    locks: Locks = {}
+    pins: Pins = {}
+    try:
+        locks = read_state_file(old, LOCK_FILE, parse_locks, own=True) if is_there else {}
+        pins = read_state_file(old if is_there else new, PIN_FILE, parse_pins, own=True)
+    except BackupError as error:
+        warnings.append("{}; the restored subvolume goes on without it".format(error.message))
+    replace_file(new, LOCK_FILE, format_locks(locks))
+    replace_file(new, PIN_FILE, format_pins(pins_after_restore(pins, order, stream_id)))
+    return warnings
+
+
+def prepare_swap(order: SwapOrder, notes: SwapNotes, snapshots: str) -> List[str]:
+    """Makes the new subvolume beside the place, with a snapshot of the restored state and the state files."""
+    aside = beside(order.place, "restoring")
+    snapshot_argv = ["btrfs", "subvolume", "snapshot"]
+    check(snapshot_argv + [order.restored, aside], "cannot take a snapshot of {}".format(order.restored))
+    new = subvolume_at(aside)
+    if new is None or new.received_uuid is not None:
+        raise BackupError("the writable snapshot of {} kept its received UUID".format(order.restored))
+    kept_in = os.path.dirname(os.path.join(aside, notes.kept)) if notes.kept else snapshots
+    with opened_snapshot_folder(kept_in) as folder:
+        path = os.path.join(folder, order.name)
+        if notes.kept:
+            remove_stand_ins(folder)
+        there = subvolume_at(path)
+        if there is None or not there.readonly or there.stream_id != notes.stream_id:
+            if os.path.lexists(path):  # it would be made inside
+                raise BackupError("{} is another one".format(os.path.join(kept_in, order.name)), "move it away")
+            check(snapshot_argv + ["-r", order.restored, path], "cannot keep a snapshot of the restored state")
+        return carry_state(snapshots, folder, order, notes.stream_id) if notes.kept else []
 
 
 def swap_in(order: SwapOrder) -> Tuple[SwapNotes, List[str]]:
@@ -5518,203 +5445,341 @@ def swap_in(order: SwapOrder) -> Tuple[SwapNotes, List[str]]:
     return notes, warnings
 
 
-def free_name(folder: str, name: str) -> str:
-    """`name`, or where something bears it, with the first free number added."""
-    number, free = 1, name
-    while os.path.lexists(os.path.join(folder, free)):
-        number += 1
-        free = "{}-{}".format(name, number)
-    return free
+########################################################################################################
+# DIGEST: a tree of files as one digest, and what differs in two of them
+#
+# A folder's digest covers the name of each entry and all that send and receive are to bring over: type, mode,
+# owner, time of change, extended attributes (ACLs and capabilities are such), target, device, content, and which
+# names are one file. The tree's digest covers those of its folders. Left out: what a snapshot shows of nested
+# subvolumes, the top folder's times, holes (a hole is the zeros it reads as). Contents go by blocks, so that
+# threads share a large file, as hashing does not hold the interpreter, and holes are skipped unread.
+########################################################################################################
+
+DIGEST_BLOCK = 1 << 20
+DIGEST_RUN = 32 * DIGEST_BLOCK  # of a large file, for one thread at a time
+SMALL_FILE = 128 << 10  # bytes; below that another thread costs more than it gains
+MOST_PENDING = 256  # runs handed to threads and not yet used
+MOST_THREADS = 4
+PAGE_OF_DIGESTS = 20000  # folders
+MOST_DIGESTED = 4  # trees whose folders a host remembers
+MOST_DIFFERENCES = 10  # that are named
+TYPE_NAMES = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "symbolic link", stat.S_IFIFO: "fifo",
+              stat.S_IFSOCK: "socket", stat.S_IFCHR: "character device", stat.S_IFBLK: "block device"}
+Aspects = Dict[str, str]  # of one entry: what it is by what that is about
 
 
-def prepare_swap(order: SwapOrder, notes: SwapNotes, snapshots: str) -> List[str]:
-    """Makes the new subvolume beside the place, with a snapshot of the restored state and the state files."""
-    aside = beside(order.place, "restoring")
-    snapshot_argv = ["btrfs", "subvolume", "snapshot"]
-    check(snapshot_argv + [order.restored, aside], "cannot take a snapshot of {}".format(order.restored))
-    new = subvolume_at(aside)
-    if new is None or new.received_uuid is not None:
-        raise BackupError("the writable snapshot of {} kept its received UUID".format(order.restored))
-    kept_in = os.path.dirname(os.path.join(aside, notes.kept)) if notes.kept else snapshots
-    with opened_snapshot_folder(kept_in) as folder:
-        path = os.path.join(folder, order.name)
-        if notes.kept:
-            remove_stand_ins(folder)
-        there = subvolume_at(path)
-        if there is None or not there.readonly or there.stream_id != notes.stream_id:
-            if os.path.lexists(path):  # it would be made inside
-                raise BackupError("{} is another one".format(os.path.join(kept_in, order.name)), "move it away")
-            check(snapshot_argv + ["-r", order.restored, path], "cannot keep a snapshot of the restored state")
-        return carry_state(snapshots, folder, order, notes.stream_id) if notes.kept else []
+class TreeDigest(NamedTuple):
+    """The digest of a tree, and how much it covers: entries, and bytes of file contents."""
+
+    digest: str
+    entries: int
+    size: int
 
 
-@contextlib.contextmanager
-def opened_snapshot_folder(folder: str) -> Iterator[str]:
-    """A path that leads to the folder for the restored state, made where it is missing, through no link.
-
-    A backup holds what another machine or a user has put into it: a link there may lead to another's snapshots.
-    """
+def open_quietly(path: bytes) -> int:
+    """Opens a file for reading without a trace in its access time, where that is allowed."""
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        fd, _ = open_way(folder, make=True)
+        return os.open(path, flags | os.O_NOATIME)
+    except PermissionError:
+        return os.open(path, flags)
+
+
+@functools.lru_cache(maxsize=None)
+def digest_of_zeros() -> bytes:
+    import hashlib
+    return hashlib.sha256(bytes(DIGEST_BLOCK)).digest()
+
+
+def next_data(fd: int, at: int, end: int) -> int:
+    """Where the first data at or after `at` begins, `end` where there is none."""
+    try:
+        return min(end, os.lseek(fd, at, os.SEEK_DATA))
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
-            raise
-        raise BackupError("{} is a link or no folder in the backup, so that nothing can be kept there".format(
-            error.filename), "take -f with a folder outside of the subvolume, for it and its backups") from None
+        return end if error.errno == errno.ENXIO else at
+
+
+def digest_run(path: bytes, start: int, end: int, is_sparse: bool, buffer: bytearray) -> bytes:
+    """The digests of the blocks of a file from `start`, a multiple of the block size, to `end`, put together."""
+    import hashlib
+    digests, at, view = [], start, memoryview(buffer)
+    fd = open_quietly(path)
     try:
-        yield "/proc/{}/fd/{}".format(os.getpid(), fd)
+        while at < end:
+            holes = (next_data(fd, at, end) - at) // DIGEST_BLOCK if is_sparse else 0
+            digests.append(digest_of_zeros() * holes)
+            at += holes * DIGEST_BLOCK
+            os.lseek(fd, at, os.SEEK_SET)
+            size = min(DIGEST_BLOCK, end - at)
+            got = os.readv(fd, [view[:size]]) if size else 0
+            while 0 < got < size:
+                more = os.readv(fd, [view[got:size]])
+                got = got + more if more else -1
+            if got < size:
+                raise OSError(errno.EIO, "it became shorter while it was read")
+            if size:
+                digests.append(hashlib.sha256(view[:size]).digest())
+            at += size
     finally:
         os.close(fd)
+    return b"".join(digests)
 
 
-def remove_stand_ins(folder: str) -> None:
-    """Removes the empty folders that a snapshot has in the place of snapshots that lay in the source."""
-    with os.scandir(folder) as entries:
-        stand_ins = [entry.path for entry in entries if os.lstat(entry.path).st_ino == STAND_IN_INODE]
-    for path in stand_ins:
-        os.rmdir(path)
+class Run:
+    """A run of a file that a thread digests: its result or its error, once it is done."""
 
+    def __init__(self, path: bytes, start: int, end: int, is_sparse: bool) -> None:
+        self.path, self.start, self.end, self.is_sparse = path, start, end, is_sparse
+        self.digests = b""
+        self.error: Optional[BaseException] = None
+        self.done = threading.Event()
 
-def carry_state(old: str, new: str, order: SwapOrder, stream_id: str) -> List[str]:
-    """Writes the state files of the new snapshot folder, from the old one where that is still there.
-
-    Else the pins, which only protect, from what the restored state itself holds; no locks, for a backup says what
-    whoever has it likes, and a lock may name a command. What cannot be read is named in a warning: what matters
-    now is to get the data back.
-    """
-    is_there, warnings = os.path.isdir(old), []
-    locks: Locks = {}
-    pins: Pins = {}
-    try:
-        locks = read_state_file(old, LOCK_FILE, parse_locks, own=True) if is_there else {}
-        pins = read_state_file(old if is_there else new, PIN_FILE, parse_pins, own=True)
-    except BackupError as error:
-        warnings.append("{}; the restored subvolume goes on without it".format(error.message))
-    replace_file(new, LOCK_FILE, format_locks(locks))
-    replace_file(new, PIN_FILE, format_pins(pins_after_restore(pins, order, stream_id)))
-    return warnings
-
-
-def pins_after_restore(pins: Pins, order: SwapOrder, stream_id: str) -> Pins:
-    """Pins that name the restored state: nothing newer is left in common with any destination.
-
-    What was last sent into a command cannot be looked at, so there only a pin of this very state stays.
-    """
-    prefix = prefix_of(order.name)
-    result = {destination: dict(entry) for destination, entry in pins.items()}
-    if prefix is None:
-        return result
-    for destination, entry in result.items():
-        if prefix in entry and not is_command(destination):
-            entry[prefix] = tuple(order.pin._replace(filesystem=pin.filesystem) for pin in entry[prefix])
-        elif prefix in entry and all(pin.uuid != stream_id for pin in entry[prefix]):
-            del entry[prefix]
-    return changed_pins(result, prefix, {order.key: order.pin})
-
-
-########################################################################################################
-# 15 ENDS: the processes at the two ends of a stream
-#
-# A sender (`start`, read, wait_readable, finish, end) fills buffers, a receiver takes them (`resume`, offer,
-# pump, `pending`, check_alive, close_pipe, finish, end), and neither ever blocks. The receiver alone makes a
-# backup complete: `btrfs receive` exited 0, the result was seen read-only with the right identity, its
-# filesystem is synced; only then it gets its name. Before that it is a partial: a checkpoint ends receive between
-# two commands, stamps what there is with a private received UUID, syncs, and writes a record; the next piece is a
-# snapshot of it. Never: a piece to go on from that no record vouches for; two writers of one partial.
-########################################################################################################
-
-
-CHECKPOINT_DISTANCE = 256 << 20  # bytes of stream between checkpoints, at least
-CHECKPOINT_INTERVAL = 5.0  # seconds between them, at least: each waits for a sync
-CUT_PATIENCE = 5.0  # seconds for a `btrfs receive` that is cut to take what it got
-SUSPEND_TIMEOUT = 120.0  # seconds to make a last checkpoint durable
-HOLDER_IDLE = 10.0  # seconds without a byte after which a writer of the same stream counts as abandoned
-HOLDER_PATIENCE = 90.0  # seconds for it to end
-SKIP_PATIENCE = 900.0  # seconds without a byte
-
-
-def socket_pair() -> Tuple[int, int]:
-    """Two ends for the output of the program `btrfs send`, which makes a pipe as small as its own 64 or 256 KiB."""
-    import socket
-    ours, theirs = socket.socketpair()
-    for option in (socket.SO_SNDBUF, 32):  # 32: SO_SNDBUFFORCE, beyond the limit for users
-        with contextlib.suppress(OSError):
-            theirs.setsockopt(socket.SOL_SOCKET, option, SENDER_BUFFER)
-    return ours.detach(), theirs.detach()
-
-
-def read_from(fd: int, stage: Stage, buffer: Union[bytearray, memoryview]) -> Optional[int]:
-    """How many bytes of a program came into `buffer`: None while there are none, 0 at its end or the pipe's."""
-    try:
-        return os.readv(fd, [buffer])
-    except BlockingIOError:
-        if not stage.has_ended():
-            return None
-    try:
-        return os.readv(fd, [buffer])  # what came right before
-    except BlockingIOError:
-        return 0
-
-
-class LocalSender:
-    """A sending process and what it writes.
-
-    ends: what it is read from and what it writes to.
-    """
-
-    def __init__(self, argv: Sequence[str], ends: Tuple[int, int]) -> None:
-        self.read_end, write_end = ends
+    def do(self, buffer: bytearray) -> None:
         try:
-            self.stage = Stage(argv, subprocess.DEVNULL, write_end)
-        except BackupError:
-            os.close(self.read_end)
-            raise
-        finally:
-            os.close(write_end)
-        self.stage.program = "btrfs send"
-        os.set_blocking(self.read_end, False)
-        self.poll = select.poll()
-        self.poll.register(self.read_end, select.POLLIN)
-        self.start = 0  # offset in the stream of the first byte that read() gives
+            self.digests = digest_run(self.path, self.start, self.end, self.is_sparse, buffer)
+        except BaseException as error:  # whatever it is, it is raised where the result is wanted
+            self.error = error
+        self.done.set()
 
-    def skip(self, resume: ResumePoint, on_progress: Callable[[int], None]) -> None:
-        """Reads up to where a partial goes on; StreamDiffers where that is not what it was received from."""
-        check, buffer = PrefixCheck(resume.marks), memoryview(bytearray(PIPE_SIZE))
-        last_moved = time.monotonic()
-        while check.left:
-            got = self.read(buffer[:min(PIPE_SIZE, check.left)])
-            if got:
-                check.feed(buffer[:got])
-                last_moved = time.monotonic()
-                on_progress(check.at)
-            elif got == 0:
-                self.finish(ENDING_GRACE)
-                raise StreamDiffers("the stream is shorter than what has arrived of it")
-            elif time.monotonic() - last_moved > SKIP_PATIENCE:
-                raise Stalled("btrfs send stalled: not a byte came for {}".format(format_duration(SKIP_PATIENCE)))
-            else:
-                self.wait_readable(0.1)
-        self.start = check.at
+    def result(self) -> bytes:
+        self.done.wait()
+        if self.error is not None:
+            raise self.error
+        return self.digests
 
-    def wait_readable(self, seconds: float) -> None:
-        self.poll.poll(1000 * seconds)
 
-    def read(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
-        """How many bytes came into `buffer`: None while there are none, 0 at the end."""
-        return read_from(self.read_end, self.stage, buffer)
+class RunThreads:
+    """Threads that digest runs of large files; they are made when the first one comes."""
 
-    def finish(self, timeout: float) -> None:
-        self.stage.wait(timeout)
+    def __init__(self) -> None:
+        import queue
+        self.queue: Any = queue.Queue(MOST_PENDING)
+        self.threads: List[threading.Thread] = []
+
+    def put(self, run: Run) -> Run:
+        if len(self.threads) < min(MOST_THREADS, os.cpu_count() or 1):
+            self.threads.append(threading.Thread(target=self.work, daemon=True))
+            self.threads[-1].start()
+        self.queue.put(run)
+        return run
+
+    def work(self) -> None:
+        buffer = bytearray(DIGEST_BLOCK)
+        for run in iter(self.queue.get, None):
+            run.do(buffer)
 
     def end(self) -> None:
-        os.close(self.read_end)
-        self.stage.end()
+        for _ in self.threads:
+            self.queue.put(None)
 
 
-def start_sender(path: str, parent: Optional[str], options: SendOptions) -> LocalSender:
-    if options.debug or not can_call_send():
-        return LocalSender(send_argv(path, parent, options), socket_pair())
-    return LocalSender(call_send_argv(path, parent, options), make_pipe())
+class DigestedFolder(NamedTuple):
+    """A folder whose entries are known but perhaps not yet all contents."""
+
+    path: bytes
+    names: List[bytes]
+    aspects: List[Aspects]
+    contents: Dict[int, List[Run]]  # by number of the entry
+
+
+def aspects_of(path: bytes, status: os.stat_result, is_top: bool) -> Aspects:
+    """All about an entry but links and content."""
+    import hashlib
+    kind = stat.S_IFMT(status.st_mode)
+    aspects = {"type": TYPE_NAMES.get(kind, oct(kind)), "mode": "{:04o}".format(stat.S_IMODE(status.st_mode)),
+               "owner": "{}:{}".format(status.st_uid, status.st_gid)}
+    if not is_top:
+        aspects["time"] = str(status.st_mtime_ns)
+    if kind == stat.S_IFLNK:
+        aspects["target"] = os.fsdecode(os.readlink(path))
+    if kind in (stat.S_IFCHR, stat.S_IFBLK):
+        aspects["device"] = "{}:{}".format(os.major(status.st_rdev), os.minor(status.st_rdev))
+    for name in sorted(os.listxattr(path, follow_symlinks=False)):
+        value = os.getxattr(path, name, follow_symlinks=False)
+        aspects["attribute " + os.fsdecode(name)] = hashlib.sha256(value).hexdigest()
+    return aspects
+
+
+class TreeReader:
+    """Reads a tree, folder by folder in the order of names, and remembers the digest of each folder."""
+
+    def __init__(self, top: str, on_progress: Callable[[int], None] = lambda size: None) -> None:
+        self.top, self.on_progress = os.fsencode(top), on_progress
+        self.folders: Dict[bytes, str] = {}  # relative path to digest
+        self.links: Dict[int, bytes] = {}  # inode of a file with several names to the first of them
+        self.contents: Dict[int, str] = {}  # of the same
+        self.entries = self.size = 0
+        self.buffer = bytearray(DIGEST_BLOCK)
+        self.threads = RunThreads()
+        self.pending: "collections.deque[DigestedFolder]" = collections.deque()
+        self.runs = 0
+        self.last_told = time.monotonic()
+
+    def run(self) -> TreeDigest:
+        """The digest of the whole tree; BackupError where not all of it can be read."""
+        import hashlib
+        self.links.clear()
+        left = [b""]
+        try:
+            while left:
+                folder, inner = self.read_folder(left.pop())
+                left += inner[::-1]
+                self.pending.append(folder)
+                self.settle(MOST_PENDING // 2)
+            self.settle(0)
+        finally:
+            self.threads.end()
+        whole = hashlib.sha256()
+        for path in sorted(self.folders):
+            whole.update(path + b"\0" + self.folders[path].encode("ascii") + b"\0")
+        return TreeDigest(whole.hexdigest(), self.entries, self.size)
+
+    def settle(self, most: int) -> None:
+        """Brings folders to their digest until at most `most` runs are under way, and in any case those that can be."""
+        while self.pending and (self.runs > most or not self.pending[0].contents or not most):
+            folder = self.pending.popleft()
+            self.folders[folder.path] = self.digest_folder(folder)
+        self.tell()
+
+    def tell(self) -> None:
+        if time.monotonic() - self.last_told > 0.2:
+            self.last_told = time.monotonic()
+            self.on_progress(self.size)
+
+    def digest_folder(self, folder: DigestedFolder) -> str:
+        import hashlib
+        whole = hashlib.sha256()
+        self.add_contents(folder)
+        for name, aspects in zip(folder.names, folder.aspects):
+            whole.update(b"%s\0%s\0\0" % (name, os.fsencode("\0".join(map("\0".join, aspects.items())))))
+        return whole.hexdigest()
+
+    def add_contents(self, folder: DigestedFolder) -> None:
+        """Adds the contents of large files, which threads have digested, to the folder's aspects."""
+        import hashlib
+        for number, runs in folder.contents.items():
+            path = os.path.join(self.top, folder.path, folder.names[number])
+            try:
+                digests = b"".join(run.result() for run in runs)
+            except OSError as error:
+                raise self.unreadable(path, error) from None
+            self.runs -= len(runs)
+            folder.aspects[number]["content"] = hashlib.sha256(digests).hexdigest()
+
+    @staticmethod
+    def unreadable(path: bytes, error: OSError) -> BackupError:
+        hint = "see dmesg: the disk or its data may be damaged" if error.errno == errno.EIO else ""
+        return os_error("cannot read {}".format(os.fsdecode(path)), error, hint)
+
+    def read_folder(self, folder: bytes) -> Tuple[DigestedFolder, List[bytes]]:
+        """What is in a folder, and the paths of the folders in it."""
+        path = os.path.join(self.top, folder) if folder else self.top
+        found, inner = DigestedFolder(folder, [], [], {}), []
+        at = path
+        try:
+            if not folder:
+                self.add_entry(found, b".", path, os.lstat(path))
+            for name in sorted(os.listdir(path)):
+                at = os.path.join(path, name)
+                status = os.lstat(at)
+                if stat.S_ISDIR(status.st_mode):
+                    if status.st_ino in (SUBVOLUME_INODE, STAND_IN_INODE):
+                        continue
+                    inner.append(os.path.join(folder, name))
+                self.add_entry(found, name, at, status)
+        except OSError as error:
+            raise self.unreadable(at, error) from None
+        return found, inner
+
+    def add_entry(self, folder: DigestedFolder, name: bytes, path: bytes, status: os.stat_result) -> None:
+        aspects = aspects_of(path, status, name == b"." and not folder.path)
+        folder.names.append(name)
+        folder.aspects.append(aspects)
+        self.entries += 1
+        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+            first = self.links.setdefault(status.st_ino, os.path.join(folder.path, name))
+            aspects["links"] = os.fsdecode(first)
+            if first != os.path.join(folder.path, name):
+                return  # the same file again
+        if stat.S_ISREG(status.st_mode):
+            aspects["size"] = str(status.st_size)
+            self.add_content(folder, path, status)
+
+    def add_content(self, folder: DigestedFolder, path: bytes, status: os.stat_result) -> None:
+        """Digests a small file at once, and hands a large one to the threads."""
+        size, is_sparse = status.st_size, status.st_blocks * 512 < status.st_size
+        if size <= SMALL_FILE:
+            folder.aspects[-1]["content"] = self.digest_small(path, size)
+            self.size += size
+            return
+        runs = folder.contents.setdefault(len(folder.names) - 1, [])
+        for start in range(0, size, DIGEST_RUN):
+            end = min(start + DIGEST_RUN, size)
+            runs.append(self.threads.put(Run(path, start, end, is_sparse)))
+            self.size += end - start
+            self.runs += 1
+            self.tell()
+
+    def digest_small(self, path: bytes, size: int) -> str:
+        import hashlib
+        fd = open_quietly(path)
+        try:
+            got = os.readv(fd, [memoryview(self.buffer)[:size]]) if size else 0
+        finally:
+            os.close(fd)
+        if got < size:  # where a read was interrupted, what follows reads on
+            return hashlib.sha256(digest_run(path, 0, size, False, self.buffer)).hexdigest()
+        block = hashlib.sha256(memoryview(self.buffer)[:size]).digest() if size else b""
+        return hashlib.sha256(block).hexdigest()
+
+    def page(self, after: str, most: int) -> List[Tuple[str, str]]:
+        """At most `most` folders in the order of their paths, from the one after `after`, '' for all, with digests."""
+        wanted = sorted(path for path in self.folders if not after or path > os.fsencode(after[1:]))[:most]
+        return [("/" + os.fsdecode(path), self.folders[path]) for path in wanted]
+
+    def describe(self, folder: str) -> Dict[str, Aspects]:
+        """The aspects of each entry of a folder (its path begins with a slash)."""
+        try:
+            found, _ = self.read_folder(os.fsencode(folder[1:]))
+            self.add_contents(found)
+        finally:
+            self.threads.end()
+        return {os.fsdecode(name): aspects for name, aspects in zip(found.names, found.aspects)}
+
+
+def differing_aspects(one: Optional[Aspects], other: Optional[Aspects]) -> str:
+    """In words what differs in an entry: `content`, `owner 0:0 instead of 1000:1000`, `missing`."""
+    if one is None or other is None:
+        return "only in the backup" if one is None else "missing"
+    if one["type"] != other["type"]:
+        return "a {} instead of a {}".format(other["type"], one["type"])
+    words: List[str] = []
+    for key in list(one) + [key for key in other if key not in one]:
+        ours, theirs = one.get(key), other.get(key)
+        if ours == theirs or (key == "content" and "size" in words[-1:]):
+            continue
+        if key in ("mode", "owner", "target", "device"):
+            words.append("{} {} instead of {}".format(key, theirs, ours))
+        elif key == "links":
+            words.append("hard links")
+        elif key.startswith("attribute "):
+            words.append(key + (" missing" if theirs is None else " added" if ours is None else ""))
+        else:
+            words.append("time of change" if key == "time" else key)
+    return ", ".join(words)
+
+
+########################################################################################################
+# PART VI THE TRANSFER: one snapshot on its way
+########################################################################################################
+
+
+########################################################################################################
+# CONFINEMENT: where a stream that others could have made is received
+#
+# A private folder, a mount namespace and a chroot, so that receive reaches nothing but the folder it works in, and follows
+# no link, opens no device and runs nothing there, as far as the kernel can see to it.
+########################################################################################################
 
 
 class PrivateFolder:
@@ -5846,63 +5911,15 @@ def find_hazards(top: str) -> Iterator[Hazard]:
                 yield path, A_LINK if entry.is_symlink() else SPECIAL
 
 
-def receiver_error(error: BackupError, expected: ExpectedStream) -> ReceiverFailed:
-    """Why `btrfs receive` failed.
+########################################################################################################
+# PARTIALS: backups that are not complete, in pieces
+#
+# A checkpoint ends receive between two commands, stamps what there is with a private received UUID, syncs, and writes a
+# record; the next piece is a snapshot of it. Never: a piece to go on from that no record vouches for; two writers of one.
+########################################################################################################
 
-    A parent there that is the original snapshot, as in a restore, has an empty folder where a subvolume was nested
-    in the source. Those are in no stream, and so in the way of what the stream does there.
-    """
-    in_the_way = re.search(r"failed: (Directory not empty|File exists)", error.message)
-    if in_the_way and expected.base is not None and expected.base == expected.parent_uuid:
-        return AmbiguousParent("the parent {} has empty folders where subvolumes were nested".format(expected.base),
-                               "send in full with -I", error.detail)
-    return ReceiverFailed(error.message, error.hint, error.detail, error.transient)
-
-
-class Background:
-    """Something that is done in a thread.
-
-    A thread whose join() a signal's exception leaves counts as ended in Python 3.9 to 3.12, though it is not:
-    so the end is told by an event.
-    """
-
-    def __init__(self, act: Callable[[], Any]) -> None:
-        self.act, self.outcome, self.error = act, None, None  # type: Callable[[], Any], Any, Optional[BaseException]
-        self.over = threading.Event()
-        try:
-            threading.Thread(target=self.run, daemon=True).start()
-        except RuntimeError:  # no process or memory is left for one
-            self.run()
-
-    def run(self) -> None:
-        try:
-            self.outcome = self.act()
-        except BaseException as error:
-            self.error = error
-        finally:
-            self.over.set()
-
-    @property
-    def is_over(self) -> bool:
-        return self.over.is_set()
-
-    def result(self) -> Any:
-        """Waits for what came out; raises what was raised."""
-        self.over.wait()
-        if self.error is not None:
-            raise self.error
-        return self.outcome
-
-    def outlast(self, seconds: float) -> None:
-        """Waits for the end even where a signal asks to stop meanwhile, which is raised afterwards."""
-        deadline, interruption = time.monotonic() + seconds, None  # type: float, Optional[Interrupted]
-        while not self.is_over and time.monotonic() < deadline:
-            try:
-                self.over.wait(max(0.0, deadline - time.monotonic()))
-            except Interrupted as signalled:
-                interruption = signalled
-        if interruption is not None:
-            raise interruption
+HOLDER_IDLE = 10.0  # seconds without a byte after which a writer of the same stream counts as abandoned
+HOLDER_PATIENCE = 90.0  # seconds for it to end
 
 
 class BeingWritten(ReceiverFailed):
@@ -6129,6 +6146,121 @@ class Partial:
         except OSError as error:
             raise os_error("cannot rename {}".format(backup.name), error) from None
         return backup._replace(name=self.name)
+
+
+########################################################################################################
+# ENDS: the processes at the two ends of a stream
+#
+# A sender (`start`, read, wait_readable, finish, end) fills buffers, a receiver takes them (`resume`, offer,
+# pump, `pending`, check_alive, close_pipe, finish, end), and neither ever blocks. The receiver alone makes a
+# backup complete: `btrfs receive` exited 0, the result was seen read-only with the right identity, its
+# filesystem is synced; only then it gets its name. Before that it is a partial: a checkpoint ends receive between
+# two commands, stamps what there is with a private received UUID, syncs, and writes a record; the next piece is a
+# snapshot of it. Never: a piece to go on from that no record vouches for; two writers of one partial.
+########################################################################################################
+
+CHECKPOINT_DISTANCE = 256 << 20  # bytes of stream between checkpoints, at least
+CHECKPOINT_INTERVAL = 5.0  # seconds between them, at least: each waits for a sync
+CUT_PATIENCE = 5.0  # seconds for a `btrfs receive` that is cut to take what it got
+SUSPEND_TIMEOUT = 120.0  # seconds to make a last checkpoint durable
+SKIP_PATIENCE = 900.0  # seconds without a byte
+
+
+def socket_pair() -> Tuple[int, int]:
+    """Two ends for the output of the program `btrfs send`, which makes a pipe as small as its own 64 or 256 KiB."""
+    import socket
+    ours, theirs = socket.socketpair()
+    for option in (socket.SO_SNDBUF, 32):  # 32: SO_SNDBUFFORCE, beyond the limit for users
+        with contextlib.suppress(OSError):
+            theirs.setsockopt(socket.SOL_SOCKET, option, SENDER_BUFFER)
+    return ours.detach(), theirs.detach()
+
+
+def read_from(fd: int, stage: Stage, buffer: Union[bytearray, memoryview]) -> Optional[int]:
+    """How many bytes of a program came into `buffer`: None while there are none, 0 at its end or the pipe's."""
+    try:
+        return os.readv(fd, [buffer])
+    except BlockingIOError:
+        if not stage.has_ended():
+            return None
+    try:
+        return os.readv(fd, [buffer])  # what came right before
+    except BlockingIOError:
+        return 0
+
+
+class LocalSender:
+    """A sending process and what it writes.
+
+    ends: what it is read from and what it writes to.
+    """
+
+    def __init__(self, argv: Sequence[str], ends: Tuple[int, int]) -> None:
+        self.read_end, write_end = ends
+        try:
+            self.stage = Stage(argv, subprocess.DEVNULL, write_end)
+        except BackupError:
+            os.close(self.read_end)
+            raise
+        finally:
+            os.close(write_end)
+        self.stage.program = "btrfs send"
+        os.set_blocking(self.read_end, False)
+        self.poll = select.poll()
+        self.poll.register(self.read_end, select.POLLIN)
+        self.start = 0  # offset in the stream of the first byte that read() gives
+
+    def skip(self, resume: ResumePoint, on_progress: Callable[[int], None]) -> None:
+        """Reads up to where a partial goes on; StreamDiffers where that is not what it was received from."""
+        check, buffer = PrefixCheck(resume.marks), memoryview(bytearray(PIPE_SIZE))
+        last_moved = time.monotonic()
+        while check.left:
+            got = self.read(buffer[:min(PIPE_SIZE, check.left)])
+            if got:
+                check.feed(buffer[:got])
+                last_moved = time.monotonic()
+                on_progress(check.at)
+            elif got == 0:
+                self.finish(ENDING_GRACE)
+                raise StreamDiffers("the stream is shorter than what has arrived of it")
+            elif time.monotonic() - last_moved > SKIP_PATIENCE:
+                raise Stalled("btrfs send stalled: not a byte came for {}".format(format_duration(SKIP_PATIENCE)))
+            else:
+                self.wait_readable(0.1)
+        self.start = check.at
+
+    def wait_readable(self, seconds: float) -> None:
+        self.poll.poll(1000 * seconds)
+
+    def read(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
+        """How many bytes came into `buffer`: None while there are none, 0 at the end."""
+        return read_from(self.read_end, self.stage, buffer)
+
+    def finish(self, timeout: float) -> None:
+        self.stage.wait(timeout)
+
+    def end(self) -> None:
+        os.close(self.read_end)
+        self.stage.end()
+
+
+def start_sender(path: str, parent: Optional[str], options: SendOptions) -> LocalSender:
+    if options.debug or not can_call_send():
+        return LocalSender(send_argv(path, parent, options), socket_pair())
+    return LocalSender(call_send_argv(path, parent, options), make_pipe())
+
+
+def receiver_error(error: BackupError, expected: ExpectedStream) -> ReceiverFailed:
+    """Why `btrfs receive` failed.
+
+    A parent there that is the original snapshot, as in a restore, has an empty folder where a subvolume was nested
+    in the source. Those are in no stream, and so in the way of what the stream does there.
+    """
+    in_the_way = re.search(r"failed: (Directory not empty|File exists)", error.message)
+    if in_the_way and expected.base is not None and expected.base == expected.parent_uuid:
+        return AmbiguousParent("the parent {} has empty folders where subvolumes were nested".format(expected.base),
+                               "send in full with -I", error.detail)
+    return ReceiverFailed(error.message, error.hint, error.detail, error.transient)
 
 
 class LocalReceiver:
@@ -6428,7 +6560,7 @@ class Measuring:
 
 
 ########################################################################################################
-# 16 FILTERS: programs that compress and encrypt a stream, and back
+# FILTERS: programs that compress and encrypt a stream, and back
 #
 # They run on the machine that runs the command: what is encrypted has left it in no other form. Programs
 # in a row are fed and read without blocking. Encryption that is asked for is proven with a few bytes before
@@ -6663,7 +6795,405 @@ def prove_filters(steps: Sequence[str]) -> None:
 
 
 ########################################################################################################
-# 17 COMMANDS: shell://: a command of the user's takes the stream
+# RELAY: one stream from a sender to its receivers
+#
+# The relay moves what can be moved, then naps. Waking for every few KiB costs more than moving them, and
+# memory made anew for each read more than both, so a few buffers go round, and it naps for so
+# long that the ends run neither full nor dry. One sender may feed several receivers (lanes), each from where it is to
+# go on; what was last sent is kept in a window, from which a lane that broke is served again. One that fails for
+# good, or that the others wait for too long, is dropped with a checkpoint. Signals wait until no step is half
+# done, lest a stream is torn. Never: a lane finished before the sender exited 0.
+########################################################################################################
+
+READ_SIZE = PIPE_SIZE
+LANE_CHUNKS = 4  # of READ_SIZE at most: what a lane holds that it has not written yet
+
+# How far back from the position of a lane its pipe may still read: what it holds, what is lent to the pipe, and a
+# command that a chunk has torn, which is written with the next one only.
+LENT = LANE_CHUNKS * READ_SIZE + PIPE_SIZE + COMMAND_HEADER.size + LARGEST_COMMAND
+
+# Bytes kept in memory: little, which stays in the processor's caches, and what a broken lane goes on from.
+SMALL_WINDOW, WINDOW, HISTORY = 8 << 20, 24 << 20, 16 << 20
+SHORTEST_NAP, LONGEST_NAP, IDLE_NAP = 0.0005, 0.008, 0.1  # seconds
+PROGRESS_INTERVAL = 0.2  # seconds
+SLOW_PATIENCE = 5.0  # seconds that others wait for a lane which has less than a quarter of their speed
+FINISH_PATIENCE = 1.0  # seconds that a lane which has everything waits for others, as all can finish at once
+LEAVING_TIMEOUT = 150.0  # seconds for the checkpoint of a lane that has left
+
+
+class Figures(NamedTuple):
+    """What went to one receiver: bytes, bytes of these that had been sent before, how often it was taken up."""
+
+    sent: int = 0
+    again: int = 0
+    taken_up: int = 0
+
+    def plus(self, other: "Figures") -> "Figures":
+        return Figures(self.sent + other.sent, self.again + other.again, self.taken_up + other.taken_up)
+
+
+class Relayed(NamedTuple):
+    """How a relay ended: bytes and seconds, and per lane its backup or its error, and its figures.
+
+    postponed: lanes that a stream of their own has to serve, and why. source_error: the sender's, if it failed.
+    """
+
+    size: int
+    seconds: float
+    backups: Dict[str, Subvolume]
+    errors: Dict[str, BackupError]
+    postponed: Dict[str, str]
+    figures: Dict[str, Figures]
+    source_error: Optional[BackupError] = None
+
+
+class Manner(NamedTuple):
+    """How a relay treats its lanes.
+
+    limit: bytes a second for each. reopen: what opens a lane's receiver again, after how many seconds, when it
+    broke with an error; None gives it up. on_lane: told offset in the stream and bytes of file contents of each.
+    """
+
+    limit: float = 0.0
+    reopen: Optional[Callable[[str, BackupError, int], Optional[Tuple[float, Callable[[], Receiver]]]]] = None
+    on_lane: Callable[[str, int, int], None] = lambda key, position, file_data: None
+
+
+PLAIN = Manner()
+
+
+class Window:
+    """The last bytes of a stream, in memory that goes round."""
+
+    def __init__(self, begun: int, size: int) -> None:
+        self.begun = self.end = begun  # offsets in the stream
+        self.memory = map_memory(size)
+
+    @property
+    def start(self) -> int:
+        return max(self.begun, self.end - len(self.memory))
+
+    def room(self, needed: int) -> Optional[memoryview]:
+        """Where the next bytes can be read to; None where that would cost bytes from offset `needed` on."""
+        at = (self.end - self.begun) % len(self.memory)
+        size = min(READ_SIZE, len(self.memory) - at)
+        return memoryview(self.memory)[at:at + size] if self.end + size - len(self.memory) <= needed else None
+
+    def view(self, offset: int, most: int) -> memoryview:
+        """Bytes from `offset` on, as they lie in one piece."""
+        at = (offset - self.begun) % len(self.memory)
+        return memoryview(self.memory)[at:at + min(most, self.end - offset, len(self.memory) - at)]
+
+    def renew(self) -> None:
+        """Leaves the memory to whom still reads from it, and goes on in a copy."""
+        before, self.memory = self.memory, map_memory(len(self.memory))
+        self.memory[:] = before
+
+
+class Pace:
+    """Lets at most `limit` bytes a second pass, of which those of a tenth of a second may come at once."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self.left, self.last = limit, 0.0, time.monotonic()
+
+    def allowed(self) -> int:
+        """How many bytes may pass now."""
+        if not self.limit:
+            return READ_SIZE
+        now = time.monotonic()
+        self.left = min(self.left + (now - self.last) * self.limit, max(self.limit / 10, 4096.0))
+        self.last = now
+        return min(READ_SIZE, int(self.left))
+
+
+class Lane:
+    """One receiver's way through a relay. `position`: offset in the stream of what it gets next."""
+
+    def __init__(self, receiver: Receiver, start: int, limit: float) -> None:
+        self.receiver: Optional[Receiver] = receiver
+        self.reopening: Optional[Background] = None  # while there is no receiver
+        self.check: Optional[PrefixCheck] = None  # of what is skipped
+        self.pace = Pace(limit)
+        self.figures = Figures()
+        self.waited = 0.0  # seconds that others waited for it, less what they did not
+        self.position = self.begun = start
+        resume = getattr(receiver, "resume", None)
+        if resume is not None and resume.offset != start:
+            self.check = PrefixCheck(resume.marks)
+        if resume is not None and resume.offset:
+            self.figures = Figures(taken_up=1)
+
+    def give(self, chunk: memoryview) -> None:
+        """Takes the next bytes of the stream."""
+        if self.check is None:
+            self.receiver.offer(chunk)  # type: ignore[union-attr]
+            self.figures = self.figures._replace(sent=self.figures.sent + len(chunk))
+            self.pace.left -= len(chunk)
+        else:
+            self.check.feed(chunk)
+            self.check = self.check if self.check.left else None
+        self.position += len(chunk)
+
+    def share(self) -> int:
+        """How many bytes it may be given now."""
+        if self.check is not None:
+            return min(READ_SIZE, self.check.left)
+        return self.pace.allowed() if self.receiver.pending < LANE_CHUNKS else 0  # type: ignore[union-attr]
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the receiver still works on what it has, for as long as it likes."""
+        return bool(getattr(self.receiver, "is_busy", False))
+
+    def is_drained(self, end: int) -> bool:
+        return self.receiver is not None and self.position == end and not (self.check or self.receiver.pending)
+
+
+class Relay:
+    """Moves one stream from a sender to the receivers in `lanes` (destination id to receiver)."""
+
+    def __init__(self, sender: Any, lanes: Dict[str, Receiver], stall_timeout: float,
+                 on_progress: Callable[[int, int], None], manner: Manner = PLAIN) -> None:
+        self.sender, self.stall_timeout, self.on_progress, self.manner = sender, stall_timeout, on_progress, manner
+        start = getattr(sender, "start", 0)
+        self.lanes = {key: Lane(receiver, start, manner.limit) for key, receiver in lanes.items()}
+        is_near = all(isinstance(receiver, LocalReceiver) for receiver in lanes.values())
+        is_small = is_near or manner.reopen is None  # nothing goes on from this relay's memory
+        self.history = LENT if is_small else HISTORY
+        self.window = Window(start, SMALL_WINDOW if is_small else WINDOW)
+        self.result = Relayed(0, 0.0, {}, {}, {}, {})
+        self.signals = HeldSignals()
+        self.leaving: List[Background] = []
+        self.stopped = threading.Event()
+        self.ended = False  # the sender, and well
+        self.much = getattr(sender, "capacity", PIPE_SIZE) // 2  # bytes at once
+        self.rest = SHORTEST_NAP
+        self.begun = self.last_moved = self.last_look = self.last_undrained = time.monotonic()
+
+    def run(self) -> Relayed:
+        """The relay from first byte to named backups. All lanes have ended then; an error of the sender is theirs."""
+        with self.signals:
+            try:
+                self.move_all()
+            except Exception as error:
+                broken = explain(error, "btrfs send")
+                self.result = self.result._replace(source_error=broken)
+                for key in list(self.lanes):
+                    self.leave(key, broken)
+            finally:
+                self.stopped.set()
+                self.leaving += [Background(functools.partial(self.end_lane, lane)) for lane in self.lanes.values()]
+                self.leaving.append(Background(self.sender.end))
+                outlast_all(self.leaving, LEAVING_TIMEOUT)
+        return self.result._replace(size=self.window.end - self.window.begun, seconds=time.monotonic() - self.begun)
+
+    def move_all(self) -> None:
+        while self.lanes:
+            self.signals.look()
+            got = self.read_more()
+            moved = 0
+            for key in list(self.lanes):
+                moved += self.try_lane(key, self.serve)
+            now = time.monotonic()
+            if moved or got:
+                self.last_moved = now
+            if self.ended:
+                self.finish_drained(now)
+            self.look_around(now)
+            if self.lanes:
+                self.nap(got, moved)
+
+    def read_more(self) -> Optional[int]:
+        """Bytes read from the sender: None while there are none, 0 where there is no room or no more to come."""
+        needed = min(lane.position for lane in self.lanes.values()) - self.history
+        room = None if self.ended else self.window.room(needed)
+        if room is None:
+            return 0
+        got = self.sender.read(room)
+        if got == 0:
+            with self.signals.let_in():
+                self.sender.finish(self.stall_timeout)
+            self.ended = True
+        self.window.end += got or 0
+        return got
+
+    def nap(self, got: Optional[int], moved: int) -> None:
+        """Lets something come together, or go: shorter where much had come meanwhile, longer where little had."""
+        flow = max(got or 0, moved // len(self.lanes))
+        if got is None and not any(lane.receiver and lane.receiver.pending for lane in self.lanes.values()):
+            self.sender.wait_readable(IDLE_NAP)
+        elif flow >= self.much:
+            self.rest = max(SHORTEST_NAP, self.rest / 2)
+        else:
+            self.rest = min(LONGEST_NAP, self.rest * 1.2) if flow < self.much / 4 else self.rest
+            time.sleep(self.rest)
+
+    def serve(self, key: str) -> int:
+        """Gives a lane what it may have; how many bytes moved."""
+        lane = self.lanes[key]
+        if lane.receiver is None:
+            self.look_at_reopening(key)
+            return 0
+        checked = 0
+        while lane.position < self.window.end:
+            size = lane.share()
+            if size <= 0:
+                break
+            view = self.window.view(lane.position, size)
+            checked += len(view) if lane.check else 0
+            lane.give(view)
+        if self.ended and lane.check and lane.position == self.window.end:
+            raise StreamDiffers("the stream is shorter than what has arrived of it")
+        return checked + (lane.receiver.pump() or 0)
+
+    def try_lane(self, key: str, act: Callable[[str], Optional[int]]) -> int:
+        """Does something with a lane; one that fails is opened again, or dropped."""
+        try:
+            return act(key) or 0 if key in self.lanes else 0
+        except StreamDamaged:  # for all lanes
+            raise
+        except Exception as error:
+            if key not in self.lanes:
+                raise
+            self.fail(key, explain(error, getattr(self.lanes[key].receiver, "program", "receiving")))
+            return 0
+
+    # -- lanes that come and go
+
+    def fail(self, key: str, error: BackupError) -> None:
+        lane = self.lanes[key]
+        self.window.renew()  # what the receiver holds of it may still be on its way
+        again = None
+        if self.manner.reopen is not None and error.transient:
+            again = self.manner.reopen(key, error, lane.position)
+        if again is None:
+            self.leave(key, error)
+            return
+        pause, reopen = again
+        receiver, lane.receiver = lane.receiver, None
+
+        def open_again() -> Optional[Receiver]:
+            if receiver is not None:
+                receiver.end()
+            return None if self.stopped.wait(pause) else reopen()
+
+        lane.reopening = Background(open_again)
+
+    def look_at_reopening(self, key: str) -> None:
+        """Puts the receiver that was opened again to work, where the window still holds what it needs."""
+        lane = self.lanes[key]
+        if lane.reopening is None or not lane.reopening.is_over:
+            return
+        lane.receiver, lane.reopening = lane.reopening.result(), None
+        resume = getattr(lane.receiver, "resume", None) or BEGINNING
+        if resume.complete:
+            lane.position = self.window.end
+            self.finish_lane(key)
+        elif max(self.window.start, lane.begun) <= resume.offset <= lane.position:
+            again = lane.figures.again + lane.position - resume.offset
+            lane.figures = lane.figures._replace(again=again, taken_up=lane.figures.taken_up + (resume.offset > 0))
+            lane.position, lane.check = resume.offset, None
+        else:
+            self.postpone(key, "it goes on further back than is in memory")
+
+    def leave(self, key: str, error: Optional[BackupError]) -> None:
+        """Lets a lane go, with its checkpoint; in the background, for the others go on."""
+        lane = self.lanes.pop(key)
+        self.result.figures[key] = lane.figures
+        if error is not None:
+            self.result.errors[key] = error
+        self.leaving.append(Background(functools.partial(self.end_lane, lane)))
+
+    def postpone(self, key: str, reason: str) -> None:
+        self.window.renew()
+        self.result.postponed[key] = reason
+        self.leave(key, None)
+
+    def end_lane(self, lane: Lane) -> None:
+        if lane.reopening is not None:
+            with contextlib.suppress(Exception):
+                lane.receiver = lane.reopening.result()
+        if lane.receiver is not None:
+            lane.receiver.end()
+
+    # -- looking after them
+
+    def look_around(self, now: float) -> None:
+        passed = now - self.last_look
+        if passed < PROGRESS_INTERVAL:
+            return
+        self.last_look = now
+        for key in list(self.lanes):
+            self.try_lane(key, self.look_at)
+        if self.lanes:
+            self.drop_slow(passed)
+        working = [lane for lane in self.lanes.values() if lane.receiver is not None]
+        self.on_progress(max((lane.position for lane in working), default=0),
+                         max((getattr(lane.receiver, "file_data", 0) for lane in working), default=0))
+        if all(lane.is_busy for lane in working):
+            self.last_moved = now
+        if now - self.last_moved > self.stall_timeout and len(working) == len(self.lanes):
+            self.give_up_stalled()
+
+    def look_at(self, key: str) -> None:
+        lane = self.lanes[key]
+        if lane.receiver is not None:
+            lane.receiver.check_alive()
+            self.manner.on_lane(key, lane.position, getattr(lane.receiver, "file_data", 0))
+
+    def drop_slow(self, passed: float) -> None:
+        """Lets a lane go that the others have to wait for, most of the time and for long enough."""
+        slowest = min(self.lanes, key=lambda key: self.lanes[key].position)
+        lane = self.lanes[slowest]
+        is_full = not self.ended and self.window.room(lane.position - self.history) is None
+        others = [other for other in self.lanes.values() if other is not lane]
+        if is_full and any(other.is_drained(self.window.end) for other in others):
+            lane.waited += passed
+        else:
+            lane.waited = max(0.0, lane.waited - 3 * passed)
+        if lane.waited > SLOW_PATIENCE:
+            self.postpone(slowest, "the others had to wait for it")
+
+    def give_up_stalled(self) -> None:
+        stalled = "stalled: not a byte moved for {}".format(format_duration(self.stall_timeout))
+        slow = [key for key, lane in self.lanes.items() if lane.receiver.pending]  # type: ignore[union-attr]
+        if not slow:
+            raise Stalled("btrfs send " + stalled)
+        self.window.renew()
+        for key in slow:
+            program = self.lanes[key].receiver.program  # type: ignore[union-attr]
+            self.leave(key, ReceiverFailed("{} {}".format(program, stalled)))
+
+    def finish_drained(self, now: float) -> None:
+        """Finishes the lanes that have everything: at best all at once, for each takes its time to be durable."""
+        drained = [key for key, lane in self.lanes.items() if lane.is_drained(self.window.end)]
+        if len(drained) < len(self.lanes) and now - self.last_undrained < FINISH_PATIENCE:
+            return
+        for key in drained:
+            self.try_lane(key, self.close_lane)
+        for key in drained:
+            if key in self.lanes and not self.lanes[key].is_busy:
+                self.try_lane(key, self.finish_lane)
+        self.last_undrained = time.monotonic()
+
+    def close_lane(self, key: str) -> None:
+        self.lanes[key].receiver.close_pipe()  # type: ignore[union-attr]
+
+    def finish_lane(self, key: str) -> None:
+        lane = self.lanes[key]
+        if lane.receiver is not None:
+            with self.signals.let_in():
+                self.result.backups[key] = lane.receiver.finish(self.stall_timeout)
+            self.leave(key, None)
+
+
+########################################################################################################
+# PART VII PLACES: hosts, and what lies on them
+########################################################################################################
+
+
+########################################################################################################
+# COMMANDS: shell://: a command of the user's takes the stream
 #
 # `sh -c COMMAND`, here, with the stream as `btrfs send` writes it on its stdin and what it is in its
 # environment. It has succeeded when the stream came to its end and the command has read all of it and exited 0,
@@ -6671,6 +7201,7 @@ def prove_filters(steps: Sequence[str]) -> None:
 # killed before its pipe is closed, lest it takes a cut stream for a whole one. Nobody can list what it made of
 # the streams: what it took is remembered in the pins.
 ########################################################################################################
+
 
 class ShellReceiver:
     """A command that takes one stream."""
@@ -6787,7 +7318,7 @@ class ShellPlace:
 
 
 ########################################################################################################
-# 18 STREAM FILES: raw folders: files with streams, and what is known of each
+# STREAM FILES: raw folders: files with streams, and what is known of each
 #
 # NAME.btrfs, with a suffix for each filter, holds a stream; beside it FILE.json, the sidecar, says whose
 # stream it is, what it builds on, sizes and digests. A file is written as .NAME.partial and synced; then the
@@ -6935,6 +7466,19 @@ def stream_file_stem(path: str) -> str:
     return os.path.join(folder, name.partition(STREAM_SUFFIX)[0])
 
 
+def without_full_stream(backups: Sequence[RawBackup]) -> List[RawBackup]:
+    """Those of `backups` whose parents do not lead to a full stream among them, but nowhere, or in a circle."""
+    children: Dict[Optional[str], List[RawBackup]] = {}
+    for backup in backups:
+        children.setdefault(backup.parent_uuid, []).append(backup)
+    sound, reached = list(children.get(None, ())), {None}  # type: List[RawBackup], Set[Optional[str]]
+    for backup in sound:
+        if backup.uuid not in reached:
+            reached.add(backup.uuid)
+            sound += children.get(backup.uuid, ())
+    return [backup for backup in backups if backup.parent_uuid not in reached]
+
+
 def broken_backups(folder: RawFolder) -> Dict[str, str]:
     """What is wrong, by name of the backup, with those that cannot be restored for what can be seen from outside."""
     wrong, missing = {}, set()
@@ -6954,17 +7498,10 @@ def broken_backups(folder: RawFolder) -> Dict[str, str]:
     return wrong
 
 
-def without_full_stream(backups: Sequence[RawBackup]) -> List[RawBackup]:
-    """Those of `backups` whose parents do not lead to a full stream among them, but nowhere, or in a circle."""
-    children: Dict[Optional[str], List[RawBackup]] = {}
-    for backup in backups:
-        children.setdefault(backup.parent_uuid, []).append(backup)
-    sound, reached = list(children.get(None, ())), {None}  # type: List[RawBackup], Set[Optional[str]]
-    for backup in sound:
-        if backup.uuid not in reached:
-            reached.add(backup.uuid)
-            sound += children.get(backup.uuid, ())
-    return [backup for backup in backups if backup.parent_uuid not in reached]
+def raw_subvolume(backup: RawBackup) -> Subvolume:
+    """A backup as if it had been received, with a number made of its id."""
+    return Subvolume(backup.name, backup.uuid, backup.parent_uuid, backup.uuid, True, backup.otime,
+                     subvolid=crc32c(os.fsencode(backup.uuid)))
 
 
 def listing_of(folder: RawFolder) -> Listing:
@@ -7001,18 +7538,37 @@ def raw_options(folder: RawFolder, prefix: str) -> List[str]:
             for word in ("--raw-encrypt" if is_encryption(step) else "--raw-compress", step)]
 
 
-def raw_subvolume(backup: RawBackup) -> Subvolume:
-    """A backup as if it had been received, with a number made of its id."""
-    return Subvolume(backup.name, backup.uuid, backup.parent_uuid, backup.uuid, True, backup.otime,
-                     subvolid=crc32c(os.fsencode(backup.uuid)))
-
-
 def publish_stream_file(folder: str, backup: RawBackup) -> None:
     """Gives a synced partial its final name, after its sidecar. OSError where that fails."""
     replace_file(folder, backup.file + SIDECAR_SUFFIX, format_sidecar(backup),
                  aside=partial_name(backup.name + SIDECAR_SUFFIX))
     os.rename(os.path.join(folder, partial_name(backup.name)), os.path.join(folder, backup.file))
     sync_folder(folder)
+
+
+def chain_length(name: str, backups: Dict[str, RawBackup]) -> int:
+    """How many streams restoring the backup `name` takes, as far as they are there."""
+    seen = []  # type: List[str]
+    at: Optional[str] = name
+    while at in backups and at not in seen:
+        seen.append(at)
+        at = backups[at].parent
+    return len(seen)
+
+
+def clear_sidecars(folder: str) -> None:
+    held = read_raw_folder(folder)
+    needed = {b.parent_uuid for b in held.backups}
+    for backup in held.backups:
+        if backup.file not in held.sizes and backup.uuid not in needed and backup.name not in held.partials:
+            remove_file(folder, backup.file + SIDECAR_SUFFIX)
+
+
+def checked_name(name: str, part: str = "") -> str:
+    """A name in a folder as it is; BackupError for what leads elsewhere, or does not have `part` in it."""
+    if "/" in name or "\0" in name or name in ("", ".", "..") or part not in name:
+        raise BackupError("{} is no name of a stream file".format(printable(repr(name))))
+    return name
 
 
 def delete_stream_files(folder: str, doomed: Sequence[Subvolume]) -> List[BackupError]:
@@ -7042,41 +7598,6 @@ def delete_stream_files(folder: str, doomed: Sequence[Subvolume]) -> List[Backup
         clear_sidecars(folder)
     sync_folder(folder)
     return errors
-
-
-def chain_length(name: str, backups: Dict[str, RawBackup]) -> int:
-    """How many streams restoring the backup `name` takes, as far as they are there."""
-    seen = []  # type: List[str]
-    at: Optional[str] = name
-    while at in backups and at not in seen:
-        seen.append(at)
-        at = backups[at].parent
-    return len(seen)
-
-
-def clear_sidecars(folder: str) -> None:
-    held = read_raw_folder(folder)
-    needed = {b.parent_uuid for b in held.backups}
-    for backup in held.backups:
-        if backup.file not in held.sizes and backup.uuid not in needed and backup.name not in held.partials:
-            remove_file(folder, backup.file + SIDECAR_SUFFIX)
-
-
-def remove_file(folder: str, name: str) -> None:
-    """Removes a file; no error where it is gone already."""
-    try:
-        os.unlink(os.path.join(folder, name))
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise os_error("cannot delete {}".format(os.path.join(folder, name)), error) from None
-
-
-def checked_name(name: str, part: str = "") -> str:
-    """A name in a folder as it is; BackupError for what leads elsewhere, or does not have `part` in it."""
-    if "/" in name or "\0" in name or name in ("", ".", "..") or part not in name:
-        raise BackupError("{} is no name of a stream file".format(printable(repr(name))))
-    return name
 
 
 class FileSink:
@@ -7232,331 +7753,7 @@ def digest_file(folder: str, file: str) -> RawFile:
 
 
 ########################################################################################################
-# 19 DIGEST: a tree of files as one digest, and what differs in two of them
-#
-# A folder's digest covers the name of each entry and all that send and receive are to bring over: type, mode,
-# owner, time of change, extended attributes (ACLs and capabilities are such), target, device, content, and which
-# names are one file. The tree's digest covers those of its folders. Left out: what a snapshot shows of nested
-# subvolumes, the top folder's times, holes (a hole is the zeros it reads as). Contents go by blocks, so that
-# threads share a large file, as hashing does not hold the interpreter, and holes are skipped unread.
-########################################################################################################
-
-DIGEST_BLOCK = 1 << 20
-DIGEST_RUN = 32 * DIGEST_BLOCK  # of a large file, for one thread at a time
-SMALL_FILE = 128 << 10  # bytes; below that another thread costs more than it gains
-MOST_PENDING = 256  # runs handed to threads and not yet used
-MOST_THREADS = 4
-PAGE_OF_DIGESTS = 20000  # folders
-MOST_DIGESTED = 4  # trees whose folders a host remembers
-MOST_DIFFERENCES = 10  # that are named
-TYPE_NAMES = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "symbolic link", stat.S_IFIFO: "fifo",
-              stat.S_IFSOCK: "socket", stat.S_IFCHR: "character device", stat.S_IFBLK: "block device"}
-Aspects = Dict[str, str]  # of one entry: what it is by what that is about
-
-
-class TreeDigest(NamedTuple):
-    """The digest of a tree, and how much it covers: entries, and bytes of file contents."""
-
-    digest: str
-    entries: int
-    size: int
-
-
-def open_quietly(path: bytes) -> int:
-    """Opens a file for reading without a trace in its access time, where that is allowed."""
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    try:
-        return os.open(path, flags | os.O_NOATIME)
-    except PermissionError:
-        return os.open(path, flags)
-
-
-@functools.lru_cache(maxsize=None)
-def digest_of_zeros() -> bytes:
-    import hashlib
-    return hashlib.sha256(bytes(DIGEST_BLOCK)).digest()
-
-
-def next_data(fd: int, at: int, end: int) -> int:
-    """Where the first data at or after `at` begins, `end` where there is none."""
-    try:
-        return min(end, os.lseek(fd, at, os.SEEK_DATA))
-    except OSError as error:
-        return end if error.errno == errno.ENXIO else at
-
-
-def digest_run(path: bytes, start: int, end: int, is_sparse: bool, buffer: bytearray) -> bytes:
-    """The digests of the blocks of a file from `start`, a multiple of the block size, to `end`, put together."""
-    import hashlib
-    digests, at, view = [], start, memoryview(buffer)
-    fd = open_quietly(path)
-    try:
-        while at < end:
-            holes = (next_data(fd, at, end) - at) // DIGEST_BLOCK if is_sparse else 0
-            digests.append(digest_of_zeros() * holes)
-            at += holes * DIGEST_BLOCK
-            os.lseek(fd, at, os.SEEK_SET)
-            size = min(DIGEST_BLOCK, end - at)
-            got = os.readv(fd, [view[:size]]) if size else 0
-            while 0 < got < size:
-                more = os.readv(fd, [view[got:size]])
-                got = got + more if more else -1
-            if got < size:
-                raise OSError(errno.EIO, "it became shorter while it was read")
-            if size:
-                digests.append(hashlib.sha256(view[:size]).digest())
-            at += size
-    finally:
-        os.close(fd)
-    return b"".join(digests)
-
-
-class Run:
-    """A run of a file that a thread digests: its result or its error, once it is done."""
-
-    def __init__(self, path: bytes, start: int, end: int, is_sparse: bool) -> None:
-        self.path, self.start, self.end, self.is_sparse = path, start, end, is_sparse
-        self.digests = b""
-        self.error: Optional[BaseException] = None
-        self.done = threading.Event()
-
-    def do(self, buffer: bytearray) -> None:
-        try:
-            self.digests = digest_run(self.path, self.start, self.end, self.is_sparse, buffer)
-        except BaseException as error:  # whatever it is, it is raised where the result is wanted
-            self.error = error
-        self.done.set()
-
-    def result(self) -> bytes:
-        self.done.wait()
-        if self.error is not None:
-            raise self.error
-        return self.digests
-
-
-class RunThreads:
-    """Threads that digest runs of large files; they are made when the first one comes."""
-
-    def __init__(self) -> None:
-        import queue
-        self.queue: Any = queue.Queue(MOST_PENDING)
-        self.threads: List[threading.Thread] = []
-
-    def put(self, run: Run) -> Run:
-        if len(self.threads) < min(MOST_THREADS, os.cpu_count() or 1):
-            self.threads.append(threading.Thread(target=self.work, daemon=True))
-            self.threads[-1].start()
-        self.queue.put(run)
-        return run
-
-    def work(self) -> None:
-        buffer = bytearray(DIGEST_BLOCK)
-        for run in iter(self.queue.get, None):
-            run.do(buffer)
-
-    def end(self) -> None:
-        for _ in self.threads:
-            self.queue.put(None)
-
-
-class DigestedFolder(NamedTuple):
-    """A folder whose entries are known but perhaps not yet all contents."""
-
-    path: bytes
-    names: List[bytes]
-    aspects: List[Aspects]
-    contents: Dict[int, List[Run]]  # by number of the entry
-
-
-class TreeReader:
-    """Reads a tree, folder by folder in the order of names, and remembers the digest of each folder."""
-
-    def __init__(self, top: str, on_progress: Callable[[int], None] = lambda size: None) -> None:
-        self.top, self.on_progress = os.fsencode(top), on_progress
-        self.folders: Dict[bytes, str] = {}  # relative path to digest
-        self.links: Dict[int, bytes] = {}  # inode of a file with several names to the first of them
-        self.contents: Dict[int, str] = {}  # of the same
-        self.entries = self.size = 0
-        self.buffer = bytearray(DIGEST_BLOCK)
-        self.threads = RunThreads()
-        self.pending: "collections.deque[DigestedFolder]" = collections.deque()
-        self.runs = 0
-        self.last_told = time.monotonic()
-
-    def run(self) -> TreeDigest:
-        """The digest of the whole tree; BackupError where not all of it can be read."""
-        import hashlib
-        self.links.clear()
-        left = [b""]
-        try:
-            while left:
-                folder, inner = self.read_folder(left.pop())
-                left += inner[::-1]
-                self.pending.append(folder)
-                self.settle(MOST_PENDING // 2)
-            self.settle(0)
-        finally:
-            self.threads.end()
-        whole = hashlib.sha256()
-        for path in sorted(self.folders):
-            whole.update(path + b"\0" + self.folders[path].encode("ascii") + b"\0")
-        return TreeDigest(whole.hexdigest(), self.entries, self.size)
-
-    def settle(self, most: int) -> None:
-        """Brings folders to their digest until at most `most` runs are under way, and in any case those that can be."""
-        while self.pending and (self.runs > most or not self.pending[0].contents or not most):
-            folder = self.pending.popleft()
-            self.folders[folder.path] = self.digest_folder(folder)
-        self.tell()
-
-    def tell(self) -> None:
-        if time.monotonic() - self.last_told > 0.2:
-            self.last_told = time.monotonic()
-            self.on_progress(self.size)
-
-    def digest_folder(self, folder: DigestedFolder) -> str:
-        import hashlib
-        whole = hashlib.sha256()
-        self.add_contents(folder)
-        for name, aspects in zip(folder.names, folder.aspects):
-            whole.update(b"%s\0%s\0\0" % (name, os.fsencode("\0".join(map("\0".join, aspects.items())))))
-        return whole.hexdigest()
-
-    def add_contents(self, folder: DigestedFolder) -> None:
-        """Adds the contents of large files, which threads have digested, to the folder's aspects."""
-        import hashlib
-        for number, runs in folder.contents.items():
-            path = os.path.join(self.top, folder.path, folder.names[number])
-            try:
-                digests = b"".join(run.result() for run in runs)
-            except OSError as error:
-                raise self.unreadable(path, error) from None
-            self.runs -= len(runs)
-            folder.aspects[number]["content"] = hashlib.sha256(digests).hexdigest()
-
-    @staticmethod
-    def unreadable(path: bytes, error: OSError) -> BackupError:
-        hint = "see dmesg: the disk or its data may be damaged" if error.errno == errno.EIO else ""
-        return os_error("cannot read {}".format(os.fsdecode(path)), error, hint)
-
-    def read_folder(self, folder: bytes) -> Tuple[DigestedFolder, List[bytes]]:
-        """What is in a folder, and the paths of the folders in it."""
-        path = os.path.join(self.top, folder) if folder else self.top
-        found, inner = DigestedFolder(folder, [], [], {}), []
-        at = path
-        try:
-            if not folder:
-                self.add_entry(found, b".", path, os.lstat(path))
-            for name in sorted(os.listdir(path)):
-                at = os.path.join(path, name)
-                status = os.lstat(at)
-                if stat.S_ISDIR(status.st_mode):
-                    if status.st_ino in (SUBVOLUME_INODE, STAND_IN_INODE):
-                        continue
-                    inner.append(os.path.join(folder, name))
-                self.add_entry(found, name, at, status)
-        except OSError as error:
-            raise self.unreadable(at, error) from None
-        return found, inner
-
-    def add_entry(self, folder: DigestedFolder, name: bytes, path: bytes, status: os.stat_result) -> None:
-        aspects = aspects_of(path, status, name == b"." and not folder.path)
-        folder.names.append(name)
-        folder.aspects.append(aspects)
-        self.entries += 1
-        if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
-            first = self.links.setdefault(status.st_ino, os.path.join(folder.path, name))
-            aspects["links"] = os.fsdecode(first)
-            if first != os.path.join(folder.path, name):
-                return  # the same file again
-        if stat.S_ISREG(status.st_mode):
-            aspects["size"] = str(status.st_size)
-            self.add_content(folder, path, status)
-
-    def add_content(self, folder: DigestedFolder, path: bytes, status: os.stat_result) -> None:
-        """Digests a small file at once, and hands a large one to the threads."""
-        size, is_sparse = status.st_size, status.st_blocks * 512 < status.st_size
-        if size <= SMALL_FILE:
-            folder.aspects[-1]["content"] = self.digest_small(path, size)
-            self.size += size
-            return
-        runs = folder.contents.setdefault(len(folder.names) - 1, [])
-        for start in range(0, size, DIGEST_RUN):
-            end = min(start + DIGEST_RUN, size)
-            runs.append(self.threads.put(Run(path, start, end, is_sparse)))
-            self.size += end - start
-            self.runs += 1
-            self.tell()
-
-    def digest_small(self, path: bytes, size: int) -> str:
-        import hashlib
-        fd = open_quietly(path)
-        try:
-            got = os.readv(fd, [memoryview(self.buffer)[:size]]) if size else 0
-        finally:
-            os.close(fd)
-        if got < size:  # where a read was interrupted, what follows reads on
-            return hashlib.sha256(digest_run(path, 0, size, False, self.buffer)).hexdigest()
-        block = hashlib.sha256(memoryview(self.buffer)[:size]).digest() if size else b""
-        return hashlib.sha256(block).hexdigest()
-
-    def page(self, after: str, most: int) -> List[Tuple[str, str]]:
-        """At most `most` folders in the order of their paths, from the one after `after`, '' for all, with digests."""
-        wanted = sorted(path for path in self.folders if not after or path > os.fsencode(after[1:]))[:most]
-        return [("/" + os.fsdecode(path), self.folders[path]) for path in wanted]
-
-    def describe(self, folder: str) -> Dict[str, Aspects]:
-        """The aspects of each entry of a folder (its path begins with a slash)."""
-        try:
-            found, _ = self.read_folder(os.fsencode(folder[1:]))
-            self.add_contents(found)
-        finally:
-            self.threads.end()
-        return {os.fsdecode(name): aspects for name, aspects in zip(found.names, found.aspects)}
-
-
-def aspects_of(path: bytes, status: os.stat_result, is_top: bool) -> Aspects:
-    """All about an entry but links and content."""
-    import hashlib
-    kind = stat.S_IFMT(status.st_mode)
-    aspects = {"type": TYPE_NAMES.get(kind, oct(kind)), "mode": "{:04o}".format(stat.S_IMODE(status.st_mode)),
-               "owner": "{}:{}".format(status.st_uid, status.st_gid)}
-    if not is_top:
-        aspects["time"] = str(status.st_mtime_ns)
-    if kind == stat.S_IFLNK:
-        aspects["target"] = os.fsdecode(os.readlink(path))
-    if kind in (stat.S_IFCHR, stat.S_IFBLK):
-        aspects["device"] = "{}:{}".format(os.major(status.st_rdev), os.minor(status.st_rdev))
-    for name in sorted(os.listxattr(path, follow_symlinks=False)):
-        value = os.getxattr(path, name, follow_symlinks=False)
-        aspects["attribute " + os.fsdecode(name)] = hashlib.sha256(value).hexdigest()
-    return aspects
-
-
-def differing_aspects(one: Optional[Aspects], other: Optional[Aspects]) -> str:
-    """In words what differs in an entry: `content`, `owner 0:0 instead of 1000:1000`, `missing`."""
-    if one is None or other is None:
-        return "only in the backup" if one is None else "missing"
-    if one["type"] != other["type"]:
-        return "a {} instead of a {}".format(other["type"], one["type"])
-    words: List[str] = []
-    for key in list(one) + [key for key in other if key not in one]:
-        ours, theirs = one.get(key), other.get(key)
-        if ours == theirs or (key == "content" and "size" in words[-1:]):
-            continue
-        if key in ("mode", "owner", "target", "device"):
-            words.append("{} {} instead of {}".format(key, theirs, ours))
-        elif key == "links":
-            words.append("hard links")
-        elif key.startswith("attribute "):
-            words.append(key + (" missing" if theirs is None else " added" if ours is None else ""))
-        else:
-            words.append("time of change" if key == "time" else key)
-    return ", ".join(words)
-
-
-########################################################################################################
-# 20 HOST: the semantic calls that everything above planning goes through
+# HOST: the semantic calls that everything above planning goes through
 #
 # A host is a machine that things are done on. Its calls take and return plain values, so that they can
 # travel: look at a place, list a folder, snapshot, delete, rename, state, send, receive. LocalHost does
@@ -7589,42 +7786,6 @@ def is_received_into(folder: str) -> bool:
             if is_btrfs and has_open(pid, top):
                 return True
     return False
-
-
-def nearest_existing(path: str) -> str:
-    while not os.path.isdir(path):
-        path = os.path.dirname(path)
-    return path
-
-
-def parse_fstab(text: str) -> List[str]:
-    """The mount points of a file in fstab's format."""
-    rows = (line.split() for line in text.splitlines() if not line.lstrip().startswith("#"))
-    return [re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), row[1]) for row in rows if len(row) > 2]
-
-
-def find_unmounted(path: str) -> str:
-    """The mount point of /etc/fstab at or above `path` that has nothing mounted, or ''."""
-    try:
-        with open("/etc/fstab", encoding="utf-8", errors="surrogateescape") as fstab:
-            points = [point.rstrip("/") for point in parse_fstab(fstab.read()) if point.startswith("/")]
-    except OSError:
-        return ""
-    above = [point for point in points if point and (path + "/").startswith(point + "/")]
-    return next((point for point in above if not os.path.ismount(point)), "")
-
-
-def find_mount(folder: str) -> str:
-    """Where the filesystem of an existing folder is mounted; the top of a subvolume is not for that a mount point."""
-    mount = mount_around(folder, read_mounts())
-    return mount.point if mount is not None else "/"
-
-
-def is_in_memory(folder: str) -> bool:
-    """Whether a folder's filesystem is gone at the next boot, for what its mount tells."""
-    mount = mount_around(folder, read_mounts())
-    return mount is not None and (mount.kind in ("tmpfs", "ramfs", "devtmpfs", "rootfs")
-                                  or re.match(r"/dev/z?ram[0-9]", mount.device) is not None)
 
 
 class SkipReport:
@@ -8222,7 +8383,7 @@ class LocalHost:
 
 
 ########################################################################################################
-# 21 RAW BACKUPS: raw:// and raw+ssh://: streams through filters into files, and back
+# RAW FOLDERS: raw:// and raw+ssh://: streams through filters into files, and back
 #
 # The filters run here, the file is written where the folder is. A backup needs its whole chain, from the full
 # stream to its own: what a kept one needs is kept, and a chain is as long as --raw-full-every allows. Streams
@@ -8604,410 +8765,7 @@ class RawPlace:
 
 
 ########################################################################################################
-# 22 RELAY: one stream from a sender to its receivers
-#
-# The relay moves what can be moved, then naps. Waking for every few KiB costs more than moving them, and
-# memory made anew for each read more than both, so a few buffers go round, and it naps for so
-# long that the ends run neither full nor dry. One sender may feed several receivers (lanes), each from where it is to
-# go on; what was last sent is kept in a window, from which a lane that broke is served again. One that fails for
-# good, or that the others wait for too long, is dropped with a checkpoint. Signals wait until no step is half
-# done, lest a stream is torn. Never: a lane finished before the sender exited 0.
-########################################################################################################
-
-READ_SIZE = PIPE_SIZE
-LANE_CHUNKS = 4  # of READ_SIZE at most: what a lane holds that it has not written yet
-# How far back from the position of a lane its pipe may still read: what it holds, what is lent to the pipe, and a
-# command that a chunk has torn, which is written with the next one only.
-LENT = LANE_CHUNKS * READ_SIZE + PIPE_SIZE + COMMAND_HEADER.size + LARGEST_COMMAND
-# Bytes kept in memory: little, which stays in the processor's caches, and what a broken lane goes on from.
-SMALL_WINDOW, WINDOW, HISTORY = 8 << 20, 24 << 20, 16 << 20
-SHORTEST_NAP, LONGEST_NAP, IDLE_NAP = 0.0005, 0.008, 0.1  # seconds
-PROGRESS_INTERVAL = 0.2  # seconds
-SLOW_PATIENCE = 5.0  # seconds that others wait for a lane which has less than a quarter of their speed
-FINISH_PATIENCE = 1.0  # seconds that a lane which has everything waits for others, as all can finish at once
-LEAVING_TIMEOUT = 150.0  # seconds for the checkpoint of a lane that has left
-
-
-class Figures(NamedTuple):
-    """What went to one receiver: bytes, bytes of these that had been sent before, how often it was taken up."""
-
-    sent: int = 0
-    again: int = 0
-    taken_up: int = 0
-
-    def plus(self, other: "Figures") -> "Figures":
-        return Figures(self.sent + other.sent, self.again + other.again, self.taken_up + other.taken_up)
-
-
-class Relayed(NamedTuple):
-    """How a relay ended: bytes and seconds, and per lane its backup or its error, and its figures.
-
-    postponed: lanes that a stream of their own has to serve, and why. source_error: the sender's, if it failed.
-    """
-
-    size: int
-    seconds: float
-    backups: Dict[str, Subvolume]
-    errors: Dict[str, BackupError]
-    postponed: Dict[str, str]
-    figures: Dict[str, Figures]
-    source_error: Optional[BackupError] = None
-
-
-class Manner(NamedTuple):
-    """How a relay treats its lanes.
-
-    limit: bytes a second for each. reopen: what opens a lane's receiver again, after how many seconds, when it
-    broke with an error; None gives it up. on_lane: told offset in the stream and bytes of file contents of each.
-    """
-
-    limit: float = 0.0
-    reopen: Optional[Callable[[str, BackupError, int], Optional[Tuple[float, Callable[[], Receiver]]]]] = None
-    on_lane: Callable[[str, int, int], None] = lambda key, position, file_data: None
-
-
-PLAIN = Manner()
-
-
-class Window:
-    """The last bytes of a stream, in memory that goes round."""
-
-    def __init__(self, begun: int, size: int) -> None:
-        self.begun = self.end = begun  # offsets in the stream
-        self.memory = map_memory(size)
-
-    @property
-    def start(self) -> int:
-        return max(self.begun, self.end - len(self.memory))
-
-    def room(self, needed: int) -> Optional[memoryview]:
-        """Where the next bytes can be read to; None where that would cost bytes from offset `needed` on."""
-        at = (self.end - self.begun) % len(self.memory)
-        size = min(READ_SIZE, len(self.memory) - at)
-        return memoryview(self.memory)[at:at + size] if self.end + size - len(self.memory) <= needed else None
-
-    def view(self, offset: int, most: int) -> memoryview:
-        """Bytes from `offset` on, as they lie in one piece."""
-        at = (offset - self.begun) % len(self.memory)
-        return memoryview(self.memory)[at:at + min(most, self.end - offset, len(self.memory) - at)]
-
-    def renew(self) -> None:
-        """Leaves the memory to whom still reads from it, and goes on in a copy."""
-        before, self.memory = self.memory, map_memory(len(self.memory))
-        self.memory[:] = before
-
-
-class Pace:
-    """Lets at most `limit` bytes a second pass, of which those of a tenth of a second may come at once."""
-
-    def __init__(self, limit: float) -> None:
-        self.limit, self.left, self.last = limit, 0.0, time.monotonic()
-
-    def allowed(self) -> int:
-        """How many bytes may pass now."""
-        if not self.limit:
-            return READ_SIZE
-        now = time.monotonic()
-        self.left = min(self.left + (now - self.last) * self.limit, max(self.limit / 10, 4096.0))
-        self.last = now
-        return min(READ_SIZE, int(self.left))
-
-
-class Lane:
-    """One receiver's way through a relay. `position`: offset in the stream of what it gets next."""
-
-    def __init__(self, receiver: Receiver, start: int, limit: float) -> None:
-        self.receiver: Optional[Receiver] = receiver
-        self.reopening: Optional[Background] = None  # while there is no receiver
-        self.check: Optional[PrefixCheck] = None  # of what is skipped
-        self.pace = Pace(limit)
-        self.figures = Figures()
-        self.waited = 0.0  # seconds that others waited for it, less what they did not
-        self.position = self.begun = start
-        resume = getattr(receiver, "resume", None)
-        if resume is not None and resume.offset != start:
-            self.check = PrefixCheck(resume.marks)
-        if resume is not None and resume.offset:
-            self.figures = Figures(taken_up=1)
-
-    def give(self, chunk: memoryview) -> None:
-        """Takes the next bytes of the stream."""
-        if self.check is None:
-            self.receiver.offer(chunk)  # type: ignore[union-attr]
-            self.figures = self.figures._replace(sent=self.figures.sent + len(chunk))
-            self.pace.left -= len(chunk)
-        else:
-            self.check.feed(chunk)
-            self.check = self.check if self.check.left else None
-        self.position += len(chunk)
-
-    def share(self) -> int:
-        """How many bytes it may be given now."""
-        if self.check is not None:
-            return min(READ_SIZE, self.check.left)
-        return self.pace.allowed() if self.receiver.pending < LANE_CHUNKS else 0  # type: ignore[union-attr]
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether the receiver still works on what it has, for as long as it likes."""
-        return bool(getattr(self.receiver, "is_busy", False))
-
-    def is_drained(self, end: int) -> bool:
-        return self.receiver is not None and self.position == end and not (self.check or self.receiver.pending)
-
-
-class Relay:
-    """Moves one stream from a sender to the receivers in `lanes` (destination id to receiver)."""
-
-    def __init__(self, sender: Any, lanes: Dict[str, Receiver], stall_timeout: float,
-                 on_progress: Callable[[int, int], None], manner: Manner = PLAIN) -> None:
-        self.sender, self.stall_timeout, self.on_progress, self.manner = sender, stall_timeout, on_progress, manner
-        start = getattr(sender, "start", 0)
-        self.lanes = {key: Lane(receiver, start, manner.limit) for key, receiver in lanes.items()}
-        is_near = all(isinstance(receiver, LocalReceiver) for receiver in lanes.values())
-        is_small = is_near or manner.reopen is None  # nothing goes on from this relay's memory
-        self.history = LENT if is_small else HISTORY
-        self.window = Window(start, SMALL_WINDOW if is_small else WINDOW)
-        self.result = Relayed(0, 0.0, {}, {}, {}, {})
-        self.signals = HeldSignals()
-        self.leaving: List[Background] = []
-        self.stopped = threading.Event()
-        self.ended = False  # the sender, and well
-        self.much = getattr(sender, "capacity", PIPE_SIZE) // 2  # bytes at once
-        self.rest = SHORTEST_NAP
-        self.begun = self.last_moved = self.last_look = self.last_undrained = time.monotonic()
-
-    def run(self) -> Relayed:
-        """The relay from first byte to named backups. All lanes have ended then; an error of the sender is theirs."""
-        with self.signals:
-            try:
-                self.move_all()
-            except Exception as error:
-                broken = explain(error, "btrfs send")
-                self.result = self.result._replace(source_error=broken)
-                for key in list(self.lanes):
-                    self.leave(key, broken)
-            finally:
-                self.stopped.set()
-                self.leaving += [Background(functools.partial(self.end_lane, lane)) for lane in self.lanes.values()]
-                self.leaving.append(Background(self.sender.end))
-                outlast_all(self.leaving, LEAVING_TIMEOUT)
-        return self.result._replace(size=self.window.end - self.window.begun, seconds=time.monotonic() - self.begun)
-
-    def move_all(self) -> None:
-        while self.lanes:
-            self.signals.look()
-            got = self.read_more()
-            moved = 0
-            for key in list(self.lanes):
-                moved += self.try_lane(key, self.serve)
-            now = time.monotonic()
-            if moved or got:
-                self.last_moved = now
-            if self.ended:
-                self.finish_drained(now)
-            self.look_around(now)
-            if self.lanes:
-                self.nap(got, moved)
-
-    def read_more(self) -> Optional[int]:
-        """Bytes read from the sender: None while there are none, 0 where there is no room or no more to come."""
-        needed = min(lane.position for lane in self.lanes.values()) - self.history
-        room = None if self.ended else self.window.room(needed)
-        if room is None:
-            return 0
-        got = self.sender.read(room)
-        if got == 0:
-            with self.signals.let_in():
-                self.sender.finish(self.stall_timeout)
-            self.ended = True
-        self.window.end += got or 0
-        return got
-
-    def nap(self, got: Optional[int], moved: int) -> None:
-        """Lets something come together, or go: shorter where much had come meanwhile, longer where little had."""
-        flow = max(got or 0, moved // len(self.lanes))
-        if got is None and not any(lane.receiver and lane.receiver.pending for lane in self.lanes.values()):
-            self.sender.wait_readable(IDLE_NAP)
-        elif flow >= self.much:
-            self.rest = max(SHORTEST_NAP, self.rest / 2)
-        else:
-            self.rest = min(LONGEST_NAP, self.rest * 1.2) if flow < self.much / 4 else self.rest
-            time.sleep(self.rest)
-
-    def serve(self, key: str) -> int:
-        """Gives a lane what it may have; how many bytes moved."""
-        lane = self.lanes[key]
-        if lane.receiver is None:
-            self.look_at_reopening(key)
-            return 0
-        checked = 0
-        while lane.position < self.window.end:
-            size = lane.share()
-            if size <= 0:
-                break
-            view = self.window.view(lane.position, size)
-            checked += len(view) if lane.check else 0
-            lane.give(view)
-        if self.ended and lane.check and lane.position == self.window.end:
-            raise StreamDiffers("the stream is shorter than what has arrived of it")
-        return checked + (lane.receiver.pump() or 0)
-
-    def try_lane(self, key: str, act: Callable[[str], Optional[int]]) -> int:
-        """Does something with a lane; one that fails is opened again, or dropped."""
-        try:
-            return act(key) or 0 if key in self.lanes else 0
-        except StreamDamaged:  # for all lanes
-            raise
-        except Exception as error:
-            if key not in self.lanes:
-                raise
-            self.fail(key, explain(error, getattr(self.lanes[key].receiver, "program", "receiving")))
-            return 0
-
-    # -- lanes that come and go
-
-    def fail(self, key: str, error: BackupError) -> None:
-        lane = self.lanes[key]
-        self.window.renew()  # what the receiver holds of it may still be on its way
-        again = None
-        if self.manner.reopen is not None and error.transient:
-            again = self.manner.reopen(key, error, lane.position)
-        if again is None:
-            self.leave(key, error)
-            return
-        pause, reopen = again
-        receiver, lane.receiver = lane.receiver, None
-
-        def open_again() -> Optional[Receiver]:
-            if receiver is not None:
-                receiver.end()
-            return None if self.stopped.wait(pause) else reopen()
-
-        lane.reopening = Background(open_again)
-
-    def look_at_reopening(self, key: str) -> None:
-        """Puts the receiver that was opened again to work, where the window still holds what it needs."""
-        lane = self.lanes[key]
-        if lane.reopening is None or not lane.reopening.is_over:
-            return
-        lane.receiver, lane.reopening = lane.reopening.result(), None
-        resume = getattr(lane.receiver, "resume", None) or BEGINNING
-        if resume.complete:
-            lane.position = self.window.end
-            self.finish_lane(key)
-        elif max(self.window.start, lane.begun) <= resume.offset <= lane.position:
-            again = lane.figures.again + lane.position - resume.offset
-            lane.figures = lane.figures._replace(again=again, taken_up=lane.figures.taken_up + (resume.offset > 0))
-            lane.position, lane.check = resume.offset, None
-        else:
-            self.postpone(key, "it goes on further back than is in memory")
-
-    def leave(self, key: str, error: Optional[BackupError]) -> None:
-        """Lets a lane go, with its checkpoint; in the background, for the others go on."""
-        lane = self.lanes.pop(key)
-        self.result.figures[key] = lane.figures
-        if error is not None:
-            self.result.errors[key] = error
-        self.leaving.append(Background(functools.partial(self.end_lane, lane)))
-
-    def postpone(self, key: str, reason: str) -> None:
-        self.window.renew()
-        self.result.postponed[key] = reason
-        self.leave(key, None)
-
-    def end_lane(self, lane: Lane) -> None:
-        if lane.reopening is not None:
-            with contextlib.suppress(Exception):
-                lane.receiver = lane.reopening.result()
-        if lane.receiver is not None:
-            lane.receiver.end()
-
-    # -- looking after them
-
-    def look_around(self, now: float) -> None:
-        passed = now - self.last_look
-        if passed < PROGRESS_INTERVAL:
-            return
-        self.last_look = now
-        for key in list(self.lanes):
-            self.try_lane(key, self.look_at)
-        if self.lanes:
-            self.drop_slow(passed)
-        working = [lane for lane in self.lanes.values() if lane.receiver is not None]
-        self.on_progress(max((lane.position for lane in working), default=0),
-                         max((getattr(lane.receiver, "file_data", 0) for lane in working), default=0))
-        if all(lane.is_busy for lane in working):
-            self.last_moved = now
-        if now - self.last_moved > self.stall_timeout and len(working) == len(self.lanes):
-            self.give_up_stalled()
-
-    def look_at(self, key: str) -> None:
-        lane = self.lanes[key]
-        if lane.receiver is not None:
-            lane.receiver.check_alive()
-            self.manner.on_lane(key, lane.position, getattr(lane.receiver, "file_data", 0))
-
-    def drop_slow(self, passed: float) -> None:
-        """Lets a lane go that the others have to wait for, most of the time and for long enough."""
-        slowest = min(self.lanes, key=lambda key: self.lanes[key].position)
-        lane = self.lanes[slowest]
-        is_full = not self.ended and self.window.room(lane.position - self.history) is None
-        others = [other for other in self.lanes.values() if other is not lane]
-        if is_full and any(other.is_drained(self.window.end) for other in others):
-            lane.waited += passed
-        else:
-            lane.waited = max(0.0, lane.waited - 3 * passed)
-        if lane.waited > SLOW_PATIENCE:
-            self.postpone(slowest, "the others had to wait for it")
-
-    def give_up_stalled(self) -> None:
-        stalled = "stalled: not a byte moved for {}".format(format_duration(self.stall_timeout))
-        slow = [key for key, lane in self.lanes.items() if lane.receiver.pending]  # type: ignore[union-attr]
-        if not slow:
-            raise Stalled("btrfs send " + stalled)
-        self.window.renew()
-        for key in slow:
-            program = self.lanes[key].receiver.program  # type: ignore[union-attr]
-            self.leave(key, ReceiverFailed("{} {}".format(program, stalled)))
-
-    def finish_drained(self, now: float) -> None:
-        """Finishes the lanes that have everything: at best all at once, for each takes its time to be durable."""
-        drained = [key for key, lane in self.lanes.items() if lane.is_drained(self.window.end)]
-        if len(drained) < len(self.lanes) and now - self.last_undrained < FINISH_PATIENCE:
-            return
-        for key in drained:
-            self.try_lane(key, self.close_lane)
-        for key in drained:
-            if key in self.lanes and not self.lanes[key].is_busy:
-                self.try_lane(key, self.finish_lane)
-        self.last_undrained = time.monotonic()
-
-    def close_lane(self, key: str) -> None:
-        self.lanes[key].receiver.close_pipe()  # type: ignore[union-attr]
-
-    def finish_lane(self, key: str) -> None:
-        lane = self.lanes[key]
-        if lane.receiver is not None:
-            with self.signals.let_in():
-                self.result.backups[key] = lane.receiver.finish(self.stall_timeout)
-            self.leave(key, None)
-
-
-def outlast_all(works: Sequence[Background], seconds: float) -> None:
-    """Waits for all of them, even where a signal asks to stop meanwhile, which is raised afterwards."""
-    deadline, interruption = time.monotonic() + seconds, None  # type: float, Optional[Interrupted]
-    for work in works:
-        try:
-            work.outlast(max(0.0, deadline - time.monotonic()))
-        except Interrupted as signalled:
-            interruption = signalled
-    if interruption is not None:
-        raise interruption
-
-
-########################################################################################################
-# 23 WIRE: calls, results and streams as frames on a channel
+# WIRE: calls, results and streams as frames on a channel
 #
 # A frame is `kind (1 byte) | be32 length | payload`. Calls and results are JSON in which each value says
 # what it is, from a table: nothing is pickled or evaluated. A channel carries one call or one stream at a
@@ -9083,34 +8841,6 @@ def pack_value(value: Any) -> Any:
     return {"is": name, "of": [pack_value(item) for item in value]}
 
 
-def unpack_value(packed: Any, depth: int = 0) -> Any:
-    """The value that pack_value made `packed` of; ValueError for anything else."""
-    if depth > DEEPEST_VALUE:
-        raise ValueError("a value is too deep")
-    if isinstance(packed, list):
-        return [unpack_value(item, depth + 1) for item in packed]
-    if not isinstance(packed, dict):
-        return packed
-    if set(packed) != {"is", "of"} or not isinstance(packed["of"], list) or not isinstance(packed["is"], str):
-        raise ValueError("a value without its class")
-    items = [unpack_value(item, depth + 1) for item in packed["of"]]
-    try:
-        return unpack_class(packed["is"], items)
-    except (TypeError, KeyError) as error:
-        raise ValueError("no value of class {}: {}".format(packed["is"], error)) from None
-
-
-def unpack_class(name: str, items: List[Any]) -> Any:
-    if name == "dict":
-        return dict(items)
-    if name == "error":
-        kind, message, hint, detail = (str(item)[:MOST_TOLD] for item in items[:4])
-        return error_classes().get(kind, BackupError)(message, hint, detail, items[4:] == [True])
-    if name in ("tuple", "set"):
-        return tuple(items) if name == "tuple" else frozenset(items)
-    return check_bounds(check_fields(WIRE_CLASSES[name](*items)))
-
-
 def is_file_name(text: str) -> bool:
     return len(os.fsencode(text)) <= 255 and "/" not in text and text not in (".", "..")
 
@@ -9150,6 +8880,34 @@ def check_bounds(value: Any) -> Any:
     return value
 
 
+def unpack_class(name: str, items: List[Any]) -> Any:
+    if name == "dict":
+        return dict(items)
+    if name == "error":
+        kind, message, hint, detail = (str(item)[:MOST_TOLD] for item in items[:4])
+        return error_classes().get(kind, BackupError)(message, hint, detail, items[4:] == [True])
+    if name in ("tuple", "set"):
+        return tuple(items) if name == "tuple" else frozenset(items)
+    return check_bounds(check_fields(WIRE_CLASSES[name](*items)))
+
+
+def unpack_value(packed: Any, depth: int = 0) -> Any:
+    """The value that pack_value made `packed` of; ValueError for anything else."""
+    if depth > DEEPEST_VALUE:
+        raise ValueError("a value is too deep")
+    if isinstance(packed, list):
+        return [unpack_value(item, depth + 1) for item in packed]
+    if not isinstance(packed, dict):
+        return packed
+    if set(packed) != {"is", "of"} or not isinstance(packed["of"], list) or not isinstance(packed["is"], str):
+        raise ValueError("a value without its class")
+    items = [unpack_value(item, depth + 1) for item in packed["of"]]
+    try:
+        return unpack_class(packed["is"], items)
+    except (TypeError, KeyError) as error:
+        raise ValueError("no value of class {}: {}".format(packed["is"], error)) from None
+
+
 def check_values(value: Any) -> Any:
     """The same value, each class in it checked."""
     if isinstance(value, (tuple, list, frozenset)):
@@ -9163,6 +8921,13 @@ def parse_whole(digits: str) -> int:
     if len(digits) > 20:
         raise ValueError("a number is too large")
     return int(digits)
+
+
+def poll_fds(interests: Iterable[Tuple[int, int]], seconds: float) -> List[Tuple[int, int]]:
+    poll = select.poll()
+    for fd, mask in interests:
+        poll.register(fd, mask)
+    return poll.poll(None if seconds == float("inf") else 1000 * seconds)
 
 
 class Channel:
@@ -9403,13 +9168,6 @@ class Channel:
                 os.close(fd)
 
 
-def poll_fds(interests: Iterable[Tuple[int, int]], seconds: float) -> List[Tuple[int, int]]:
-    poll = select.poll()
-    for fd, mask in interests:
-        poll.register(fd, mask)
-    return poll.poll(None if seconds == float("inf") else 1000 * seconds)
-
-
 # those of COMPRESSORS that are used on the way, the better first, and what they are told besides
 COMPRESSIONS: Dict[str, Tuple[str, ...]] = {"zstd": (), "lz4": (), "gzip": ("-1",)}
 MOST_DRAINED = 64 << 20  # bytes that may be under way when a stream is given up
@@ -9618,13 +9376,10 @@ class StreamSink:
 
 
 ########################################################################################################
-# 24 AGENT: the program on another host, serving calls over a channel
+# GUARD: what a restricted key may ask for
 #
-# What it may do is what CALLS names: calls of LocalHost, with arguments of the types that these declare.
-# Each channel has an agent of its own, which ends, and with it all that it has started, when its channel
-# does: a thread waits for that and interrupts whatever is being done. A key that is restricted has a
-# Guard: every path is opened step by step below one folder, no link is followed, no mount and no received
-# subvolume entered, and receive is confined by chroot. Never: SSH_ORIGINAL_COMMAND looked at.
+# Every path is opened step by step below one folder, no link is followed, no mount and no received subvolume entered.
+# Never: SSH_ORIGINAL_COMMAND looked at.
 ########################################################################################################
 
 CALLS = {  # each call of LocalHost, and the groups that it belongs to
@@ -9648,20 +9403,6 @@ LISTINGS = frozenset((  # what is answered may be large
     "list", "list_raw", "own_sizes", "nested_subvolumes", "idle_partials", "idle_raw_partials", "read_locks",
     "change_locks", "read_pins", "read_notes", "folder_digests", "describe_folder", "delete", "delete_raw"))
 NAMED = frozenset(("idle_partials", "idle_raw_partials", "settle_partials"))  # what they give are names
-CALL_FAILURES = (BackupError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
-                 RecursionError, MemoryError, struct.error)
-
-
-def checked_result(call: str, result: Any) -> Any:
-    """What a call gave, if it is what LocalHost's gives; ValueError else. Its classes were checked on arrival."""
-    hint = type_hints(getattr(LocalHost, {"release": "hold"}.get(call, call)))["return"]
-    if call in SENDERS or call in ("hold", "release"):
-        hint = type(None)
-    if not is_of_type(result, hint):
-        raise ValueError("an answer to {} that is none".format(call.replace("_", " ")))
-    if call in NAMED and not all(map(is_file_name, result)):
-        raise ValueError("an answer to {} with names that are none".format(call.replace("_", " ")))
-    return result
 
 
 class Refused(BackupError):
@@ -9901,6 +9642,32 @@ class Guard:
         """Whether notes of a destination belong to whoever has this key. own: the destinations of this machine."""
         name = self.restriction.known_as + "/" if self.restriction.known_as else ""
         return destination.startswith(("ssh://" + name, "raw+ssh://" + name)) and destination not in own
+
+
+########################################################################################################
+# AGENT: the program on another host, serving calls over a channel
+#
+# What it may do is what CALLS names: calls of LocalHost, with arguments of the types that these declare.
+# Each channel has an agent of its own, which ends, and with it all that it has started, when its channel
+# does: a thread waits for that and interrupts whatever is being done. A key that is restricted has a
+# Guard: every path is opened step by step below one folder, no link is followed, no mount and no received
+# subvolume entered, and receive is confined by chroot. Never: SSH_ORIGINAL_COMMAND looked at.
+########################################################################################################
+
+CALL_FAILURES = (BackupError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+                 RecursionError, MemoryError, struct.error)
+
+
+def checked_result(call: str, result: Any) -> Any:
+    """What a call gave, if it is what LocalHost's gives; ValueError else. Its classes were checked on arrival."""
+    hint = type_hints(getattr(LocalHost, {"release": "hold"}.get(call, call)))["return"]
+    if call in SENDERS or call in ("hold", "release"):
+        hint = type(None)
+    if not is_of_type(result, hint):
+        raise ValueError("an answer to {} that is none".format(call.replace("_", " ")))
+    if call in NAMED and not all(map(is_file_name, result)):
+        raise ValueError("an answer to {} with names that are none".format(call.replace("_", " ")))
+    return result
 
 
 class Greeting(NamedTuple):
@@ -10181,14 +9948,11 @@ def serve_agent(restriction: Optional[Restriction] = None) -> None:
 
 
 ########################################################################################################
-# 25 REMOTE: hosts over ssh
+# SSH: connections to other machines
 #
-# `ssh HOST python3 -I -c STAGE_1` reads one line, STAGE_2, which looks for this very source in the cache
-# folder of the user there, by SHA-256, or asks for it; then the agent serves. Isolated (-I), that Python imports
-# nothing from the folder it starts in, the login's home, nor from what the user has installed. The user's ssh
-# configuration wins: only what it leaves open is set. All channels to a machine share one connection
-# (ControlMaster), so there is one authentication. A channel that breaks is replaced by the next call.
-# Never: anything installed there, a weaker check of host keys, a password asked for without a terminal.
+# The user's ssh configuration wins: only what it leaves open is set. All channels to a machine share one connection
+# (ControlMaster), so there is one authentication. Never: a weaker check of host keys, a password asked for without a
+# terminal.
 ########################################################################################################
 
 STAGE_1 = 'exec(open(0,"rb",0,closefd=False).readline())'
@@ -10301,8 +10065,6 @@ raise SystemExit(program.main(["agent"]))
 '''
 CONNECT_TIMEOUT = 20  # seconds
 ENDING_TIMEOUT = 10.0  # seconds for the far side to say that it has ended a transfer
-MOST_DOOMED = 400  # in one call, whatever their names
-LONGEST_WAIT = 1e9  # seconds for another run; infinity does not travel
 
 
 class NoPython(BackupError):
@@ -10513,6 +10275,76 @@ class Connection:
         with contextlib.suppress(BackupError):
             self.stage.wait(ENDING_GRACE)
         self.stage.end()
+
+
+Share = Callable[[Endpoint, Dict[str, str]], str]
+
+
+class SshConnector:
+    """Makes connections to one machine; they share one authentication.
+
+    share: gives the control path of a connection to the endpoint that others keep, by ssh's settings for it; '' where
+    there is none.
+    """
+
+    def __init__(self, endpoint: Endpoint, options: SshOptions, events: Events, share: Optional[Share] = None) -> None:
+        self.endpoint, self.options, self.events, self.share = endpoint, options, events, share
+        self.folder: Optional[PrivateFolder] = None  # of the control socket
+        self.settings: Optional[Dict[str, str]] = None
+
+    def __call__(self, is_first: bool) -> Connection:
+        argv = self.argv(is_first)
+        self.events.debug("command", "starting {} ...".format(" ".join(argv)))
+        words = ["sudo", "-n"] * self.options.sudo + ["python3", "-I", "-c", "'" + STAGE_1 + "'"]
+        return Connection(self.endpoint.machine, argv + [" ".join(words)], interactive=has_terminal())
+
+    def argv(self, is_first: bool) -> List[str]:
+        """The command up to what runs there."""
+        if self.settings is None:
+            outcome = run(ssh_argv(self.endpoint, self.options, ())[:-2] + ["-G", "--", self.endpoint.login])
+            if outcome.status != 0:
+                raise no_agent_error(self.endpoint.machine, outcome.status, outcome.error, "")
+            self.settings = parse_ssh_settings(outcome.out)
+        if self.share is not None and self.settings.get("controlpath", "none") == "none":
+            shared = self.share(self.endpoint, self.settings)
+            if shared:
+                return ssh_argv(self.endpoint, self.options, open_settings(self.settings, shared, False))
+        return ssh_argv(self.endpoint, self.options, open_settings(self.settings, self.control_path(), is_first))
+
+    def await_master(self, master: Stage) -> None:
+        """Waits until others can share the connection of `master`, or it has ended."""
+        deadline = time.monotonic() + GREETING_TIMEOUT
+        is_ours = (self.settings or {}).get("controlpath", "none") == "none"
+        while is_ours and self.folder and not os.path.exists(self.control_path()):
+            if master.has_ended() or time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+
+    def control_path(self) -> str:
+        """A socket in a private folder; '' where there can be none."""
+        if self.folder is None:
+            with contextlib.suppress(OSError):
+                self.folder = PrivateFolder()
+        return os.path.join(self.folder.path, "ssh") if self.folder else ""
+
+    def end(self) -> None:
+        if self.folder is not None:
+            self.folder.end()
+
+
+########################################################################################################
+# REMOTE: hosts over ssh
+#
+# `ssh HOST python3 -I -c STAGE_1` reads one line, STAGE_2, which looks for this very source in the cache
+# folder of the user there, by SHA-256, or asks for it; then the agent serves. Isolated (-I), that Python imports
+# nothing from the folder it starts in, the login's home, nor from what the user has installed. The user's ssh
+# configuration wins: only what it leaves open is set. All channels to a machine share one connection
+# (ControlMaster), so there is one authentication. A channel that breaks is replaced by the next call.
+# Never: anything installed there, a weaker check of host keys, a password asked for without a terminal.
+########################################################################################################
+
+MOST_DOOMED = 400  # in one call, whatever their names
+LONGEST_WAIT = 1e9  # seconds for another run; infinity does not travel
 
 
 class RemoteReceiver(StreamSink):
@@ -10885,63 +10717,8 @@ class AgentHost:
         return RemoteMeasuring(self, (folder, name, parent))
 
 
-Share = Callable[[Endpoint, Dict[str, str]], str]
-
-
-class SshConnector:
-    """Makes connections to one machine; they share one authentication.
-
-    share: gives the control path of a connection to the endpoint that others keep, by ssh's settings for it; '' where
-    there is none.
-    """
-
-    def __init__(self, endpoint: Endpoint, options: SshOptions, events: Events, share: Optional[Share] = None) -> None:
-        self.endpoint, self.options, self.events, self.share = endpoint, options, events, share
-        self.folder: Optional[PrivateFolder] = None  # of the control socket
-        self.settings: Optional[Dict[str, str]] = None
-
-    def __call__(self, is_first: bool) -> Connection:
-        argv = self.argv(is_first)
-        self.events.debug("command", "starting {} ...".format(" ".join(argv)))
-        words = ["sudo", "-n"] * self.options.sudo + ["python3", "-I", "-c", "'" + STAGE_1 + "'"]
-        return Connection(self.endpoint.machine, argv + [" ".join(words)], interactive=has_terminal())
-
-    def argv(self, is_first: bool) -> List[str]:
-        """The command up to what runs there."""
-        if self.settings is None:
-            outcome = run(ssh_argv(self.endpoint, self.options, ())[:-2] + ["-G", "--", self.endpoint.login])
-            if outcome.status != 0:
-                raise no_agent_error(self.endpoint.machine, outcome.status, outcome.error, "")
-            self.settings = parse_ssh_settings(outcome.out)
-        if self.share is not None and self.settings.get("controlpath", "none") == "none":
-            shared = self.share(self.endpoint, self.settings)
-            if shared:
-                return ssh_argv(self.endpoint, self.options, open_settings(self.settings, shared, False))
-        return ssh_argv(self.endpoint, self.options, open_settings(self.settings, self.control_path(), is_first))
-
-    def await_master(self, master: Stage) -> None:
-        """Waits until others can share the connection of `master`, or it has ended."""
-        deadline = time.monotonic() + GREETING_TIMEOUT
-        is_ours = (self.settings or {}).get("controlpath", "none") == "none"
-        while is_ours and self.folder and not os.path.exists(self.control_path()):
-            if master.has_ended() or time.monotonic() > deadline:
-                break
-            time.sleep(0.02)
-
-    def control_path(self) -> str:
-        """A socket in a private folder; '' where there can be none."""
-        if self.folder is None:
-            with contextlib.suppress(OSError):
-                self.folder = PrivateFolder()
-        return os.path.join(self.folder.path, "ssh") if self.folder else ""
-
-    def end(self) -> None:
-        if self.folder is not None:
-            self.folder.end()
-
-
 ########################################################################################################
-# 26 PLAIN COMMANDS: hosts without Python; the hosts of a run
+# PLAIN COMMANDS: hosts without Python
 #
 # Where the agent cannot run, plain commands over ssh do the main job, with what busybox has: listing,
 # snapshots, transfers, deletion, locks and pins. Each is `sh -c` with a script that comes through any login
@@ -11074,16 +10851,19 @@ def shell_command(script: str, arguments: Sequence[str]) -> str:
 PLAIN_READ = (
     'if [ -L "$a0" ]; then echo "it is a link" >&2; exit 1; fi; '
     'if [ -e "$a0" ]; then [ -f "$a0" ] || { echo "it is no plain file" >&2; exit 1; }; echo found; cat "$a0"; fi')
+
 # `cat` ends as well where the connection does: then less has come than was sent. No link is followed (-C: O_EXCL).
 PLAIN_REPLACE = (
     'umask 077; rm -f "$a0.new"; (set -C; cat > "$a0.new") || exit 1; '
     '[ "$(wc -c < "$a0.new")" -eq "$a1" ] || { echo "it did not arrive whole" >&2; exit 1; }; '
     'if [ -d "$a0" ]; then echo "it is a folder" >&2; exit 1; fi; sync && mv "$a0.new" "$a0" && sync')
+
 # `btrfs subvolume sync` says nothing for as long as a large subvolume takes.
 PLAIN_SYNC = ('while l=$(btrfs subvolume list -d "$a0") || exit 1; [ -n "$l" ]; do echo "$l"; sleep 2; done')
 PLAIN_WRITTEN = (  # see check_written; a sync that knows no -f says how it is used
     'said=$(sync -f "$a0" 2>&1) || case $said in *option*|*sage*) ;; '
     '*) printf "%s: contents of files were lost\\n" "$said" >&2; exit 1;; esac; ')
+
 # By its id, from within it, for others may change what bears its name meanwhile; before Linux 5.7 or btrfs-progs 5.7 by
 # its name. Nothing that is opened as "." is looked for by a path.
 PLAIN_DELETE = (
@@ -11166,6 +10946,15 @@ def parse_plain_list(text: str) -> Listing:
                                         int(row.group(1)), int(row.group(2))))
     taken = {s.name for s in subvolumes}
     return Listing(tuple(subvolumes), frozenset(name for name in names.splitlines() if name not in taken))
+
+
+class NotMeasured:
+    """Stands where a size cannot be known."""
+
+    meter = SendSize()
+
+    def end(self) -> None:
+        """Nothing is under way."""
 
 
 class ShellHost:
@@ -11468,13 +11257,11 @@ class ShellHost:
         return []
 
 
-class NotMeasured:
-    """Stands where a size cannot be known."""
-
-    meter = SendSize()
-
-    def end(self) -> None:
-        """Nothing is under way."""
+########################################################################################################
+# HOSTS: the hosts of a run
+#
+# Each machine is reached once; one that cannot be is not tried again.
+########################################################################################################
 
 
 class Hosts:
@@ -11526,7 +11313,12 @@ class Hosts:
 
 
 ########################################################################################################
-# 27 DELIVERY: one snapshot to its destinations, through as many relays as it takes
+# PART VIII THE VERBS: what the program is asked to do
+########################################################################################################
+
+
+########################################################################################################
+# DELIVERY: one snapshot to its destinations, through as many relays as it takes
 #
 # Receivers say how far their partials have come; those that go on at the same place, or from the start,
 # share one send. What breaks for a reason that does not last is taken up after a pause, from the window of a
@@ -11608,6 +11400,45 @@ class Tries:
         self.pause = FIRST_PAUSE if position > self.furthest else min(2 * self.pause, LONGEST_PAUSE)
         self.furthest = max(self.furthest, position)
         return self.pause
+
+
+class ProgressOf:
+    """Tells the progress of one delivery as events; measures beside it what is to come."""
+
+    def __init__(self, shipment: Shipment, targets: Dict[str, Target], events: Events) -> None:
+        self.shipment, self.events = shipment, events
+        self.texts = {key: target.text for key, target in targets.items()}
+        self.is_wanted = any(getattr(reader, "progress", False) for reader in events.readers)
+        self.measuring: Any = None
+        self.recent: Dict[str, "collections.deque[Tuple[float, int]]"] = {
+            key: collections.deque(maxlen=25) for key in targets}
+
+    def __enter__(self) -> "ProgressOf":
+        shipment = self.shipment
+        if self.is_wanted:
+            with apart(self.events, lambda error: self.events.debug("measuring", format_error(error)), "measuring"):
+                self.measuring = shipment.host.measure_send(
+                    shipment.folder, shipment.snapshot.name, shipment.parent_name)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.measuring is not None:
+            self.measuring.end()
+            self.events.emit("progress", "progress")
+
+    def tell(self, key: str, position: int, file_data: int) -> None:
+        """position: bytes of stream so far; file_data: bytes of file contents so far."""
+        if self.measuring is None:
+            return
+        meter = self.measuring.meter
+        done, expected = ((file_data, meter.file_data) if self.shipment.options.compressed
+                          else (position, meter.stream_size))
+        now, recent = time.monotonic(), self.recent[key]
+        recent.append((now, done))
+        elapsed = now - recent[0][0]
+        self.events.emit("progress", "progress", snapshot=self.shipment.snapshot.name, destination=self.texts[key],
+                         done=done, expected=expected if meter.ended else None,
+                         rate=max(0.0, (done - recent[0][1]) / elapsed) if elapsed > 0 else 0.0)
 
 
 class Delivery:
@@ -11752,54 +11583,18 @@ class Delivery:
         return pause, functools.partial(self.open, self.targets[key])
 
 
-class ProgressOf:
-    """Tells the progress of one delivery as events; measures beside it what is to come."""
-
-    def __init__(self, shipment: Shipment, targets: Dict[str, Target], events: Events) -> None:
-        self.shipment, self.events = shipment, events
-        self.texts = {key: target.text for key, target in targets.items()}
-        self.is_wanted = any(getattr(reader, "progress", False) for reader in events.readers)
-        self.measuring: Any = None
-        self.recent: Dict[str, "collections.deque[Tuple[float, int]]"] = {
-            key: collections.deque(maxlen=25) for key in targets}
-
-    def __enter__(self) -> "ProgressOf":
-        shipment = self.shipment
-        if self.is_wanted:
-            with apart(self.events, lambda error: self.events.debug("measuring", format_error(error)), "measuring"):
-                self.measuring = shipment.host.measure_send(
-                    shipment.folder, shipment.snapshot.name, shipment.parent_name)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.measuring is not None:
-            self.measuring.end()
-            self.events.emit("progress", "progress")
-
-    def tell(self, key: str, position: int, file_data: int) -> None:
-        """position: bytes of stream so far; file_data: bytes of file contents so far."""
-        if self.measuring is None:
-            return
-        meter = self.measuring.meter
-        done, expected = ((file_data, meter.file_data) if self.shipment.options.compressed
-                          else (position, meter.stream_size))
-        now, recent = time.monotonic(), self.recent[key]
-        recent.append((now, done))
-        elapsed = now - recent[0][0]
-        self.events.emit("progress", "progress", snapshot=self.shipment.snapshot.name, destination=self.texts[key],
-                         done=done, expected=expected if meter.ended else None,
-                         rate=max(0.0, (done - recent[0][1]) / elapsed) if elapsed > 0 else 0.0)
-
-
 ########################################################################################################
-# 28 TASK: observe, plan, show or execute
+# DESTINATIONS: where backups go in this run, and whether they may
 #
-# The order: locks and pins are read, and where they cannot be the task stops; the snapshot is taken;
-# each destination is reached, listed and rid of what a failed transfer left; what is missing is sent,
-# oldest first, to all destinations that lack it on the same parent at once; retention comes last. A
-# destination that fails is reported and left alone from there on: nothing is deleted at it, and the
-# others go on. A dry run observes and plans with the same functions and prints instead of doing.
+# A destination is known by an id in notes, which says its machine and folder. What speaks against writing there is found
+# before anything is written, first what explains the rest.
 ########################################################################################################
+
+
+def folder_key(kind: Kind, machine: str, path: str) -> str:
+    """What locks and pins call the folder `path` on a machine; '' is this one."""
+    scheme = kind.on_host if machine else kind.here
+    return scheme + "://" * bool(scheme) + machine + path
 
 
 def destination_key(text: str, pulled: bool = False) -> str:
@@ -11816,12 +11611,6 @@ def destination_key(text: str, pulled: bool = False) -> str:
     path = normal_destination(endpoint.path) if endpoint.login else os.path.realpath(endpoint.path)
     machine = endpoint.machine or (os.uname().nodename if pulled else "")
     return folder_key(endpoint.kind, machine, path)
-
-
-def folder_key(kind: Kind, machine: str, path: str) -> str:
-    """What locks and pins call the folder `path` on a machine; '' is this one."""
-    scheme = kind.on_host if machine else kind.here
-    return scheme + "://" * bool(scheme) + machine + path
 
 
 def prefix_key(task: Task) -> str:
@@ -11856,9 +11645,6 @@ def check_together(tasks: Sequence[Task]) -> None:
                     "own, and delete them".format(first, number, printable(text), printable(task.source),
                                                   printable(name)),
                     "give each a prefix of its own with -p, or a folder of its own")
-
-
-LOCKED_HINT = "look at it, move it away or delete it, then run again"  # a lock names what may not be deleted
 
 
 class Grounds(NamedTuple):
@@ -11972,6 +11758,19 @@ class StreamsDestination(Destination):
 
 def destination_at(text: str, key: str) -> Destination:
     return (StreamsDestination if parse_endpoint(text).kind.has_streams else Destination)(text, key)
+
+
+########################################################################################################
+# BACKUP: observe, plan, show or execute
+#
+# The order: locks and pins are read, and where they cannot be the task stops; the snapshot is taken;
+# each destination is reached, listed and rid of what a failed transfer left; what is missing is sent,
+# oldest first, to all destinations that lack it on the same parent at once; retention comes last. A
+# destination that fails is reported and left alone from there on: nothing is deleted at it, and the
+# others go on. A dry run observes and plans with the same functions and prints instead of doing.
+########################################################################################################
+
+LOCKED_HINT = "look at it, move it away or delete it, then run again"  # a lock names what may not be deleted
 
 
 class Gate:
@@ -12839,6 +12638,20 @@ class TaskRun:
         return "about {}".format(format_size(self.host.data_since(self.source, parent.generation + 1 if parent else 0)))
 
 
+def print_result(text: str) -> None:
+    """Writes text to stdout in whatever encoding that has; BackupError where it cannot be written."""
+    data = text.encode(sys.stdout.encoding or "ascii", "backslashreplace") + b"\n"
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads it has seen enough
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer must not fail again at exit
+        raise os_error("cannot write the result", error) from None
+
+
 def run_task(task: Task, events: Events, gate: Optional[Gate] = None) -> int:
     """Does one task; the exit status. Errors that stop it are raised."""
     run = TaskRun(task, events, gate)
@@ -12856,22 +12669,8 @@ def run_task(task: Task, events: Events, gate: Optional[Gate] = None) -> int:
     return 1 if run.failed else 0
 
 
-def print_result(text: str) -> None:
-    """Writes text to stdout in whatever encoding that has; BackupError where it cannot be written."""
-    data = text.encode(sys.stdout.encoding or "ascii", "backslashreplace") + b"\n"
-    try:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(data)
-        sys.stdout.flush()
-    except BrokenPipeError:  # who reads it has seen enough
-        raise
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer must not fail again at exit
-        raise os_error("cannot write the result", error) from None
-
-
 ########################################################################################################
-# 29 LIST: which snapshots are where
+# LIST: which snapshots are where
 #
 # A location is the snapshot folder of a source, or a folder of backups; an entry one subvolume in it. What
 # belongs to what goes by identity, as in a transfer; a name alone only says where a stranger stands in the
@@ -13219,844 +13018,13 @@ def run_list(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 30 PRUNE: retention of a folder of backups by itself
-#
-# No source is looked at: what is kept is decided by names, and by what the folder itself tells of transfers
-# that are not complete. Each prefix is counted by itself. A folder is worked on under the same lock as a
-# run that has it as its snapshot folder, so that two do not collide. Never deleted: what is no complete
-# backup, but for partials that are provably ours, unused and old, and only where that is asked for.
-########################################################################################################
-
-
-def plan_prune(listing: Listing, prefix: str, policy: Policy, protected: Dict[str, str], now: float) -> List[Verdict]:
-    """Verdicts on the backups of `prefix` in a folder."""
-    moments = backup_moments(prefix, backups_of(listing, prefix), [])
-    return keep_chains(plan_retention(moments, policy, protected, now), listing)
-
-
-def abandoned_partials(listing: Listing, prefix: str, idle: Dict[str, float], limit: float) -> List[Subvolume]:
-    """Partial backups of `prefix` that nothing uses and nothing has changed for `limit` seconds, oldest first."""
-    found = [s for s in listing.subvolumes if idle.get(s.name, -1.0) >= limit
-             and name_time(prefix, partial_of(s.name) or "") is not None]
-    return sorted(found, key=by_creation)
-
-
-def lone_lock_names(listing: Listing, prefix: str) -> List[str]:
-    """Snapshots of `prefix` of whose transfers to a folder nothing is left but a lock file."""
-    names = {partial_of(name[:-len(".lock")]) for name in listing.others if name.endswith(".partial.lock")}
-    busy = {partial_of(s.name) for s in listing.subvolumes} | {record.name for record in listing.records}
-    return sorted(name for name in names - busy if name and name_time(prefix, name) is not None)
-
-
-class Pruning:
-    """The pruning of one folder."""
-
-    def __init__(self, task: Task, hosts: Hosts, text: str, events: Events) -> None:
-        self.task, self.hosts, self.text, self.events = task, hosts, text, events
-        self.deleted = self.kept = 0
-        self.statuses: Set[int] = set()  # of what was not done
-        self.told: Set[str] = set()
-
-    def run(self) -> None:
-        """Does each prefix by itself: one that another run is at work on, or that fails, does not stop the others."""
-        with apart(self.events, self.report, self.text):
-            endpoint = parse_endpoint(self.text)
-            self.host = self.hosts.of(endpoint)
-            self.folder, listing = list_endpoint(self.host, endpoint)
-            for prefix in folder_prefixes(listing, self.task.prefix):
-                self.try_to_prune(prefix)
-            if self.deleted and self.task.sync and not self.task.dry_run:
-                self.host.wait_for_cleaning(self.folder)
-            if not self.deleted and not self.kept and not self.statuses:
-                self.tell_empty(listing)
-
-    def try_to_prune(self, prefix: str) -> None:
-        with apart(self.events, self.report, self.text):
-            if self.task.dry_run:
-                self.prune(prefix)
-            else:
-                with self.host.hold(self.folder, prefix, self.task.wait):
-                    self.prune(prefix)
-
-    def tell_empty(self, listing: Listing) -> None:
-        """An error where a prefix was asked for: it may be mistyped, and then nothing is ever deleted."""
-        if self.task.prefix is None:
-            self.events.warning("empty", "no backups in {}".format(self.text), folder=self.folder)
-            return
-        others = ", ".join("'{}'".format(prefix) for prefix in folder_prefixes(listing, None))
-        self.report(BackupError("no backups of prefix '{}' in {}".format(self.task.prefix, self.text),
-                                "there are some of {}".format(others) if others else "look there with list"))
-
-    def report(self, error: BackupError) -> None:
-        """Tells an error, once where it is the same for each prefix."""
-        self.statuses.add(error.status)
-        text = error.message if self.text in error.message else "{}: {}".format(self.text, error.message)
-        if text not in self.told:
-            self.told.add(text)
-            self.events.error(BackupError(text, error.hint, error.detail))
-
-    def prune(self, prefix: str) -> None:
-        """Looks at what there is now, and deletes what goes of one prefix."""
-        listing = self.host.list(self.folder)
-        protected = known_protections(listing, prefix, self.host.read_notes(self.folder, prefix))
-        verdicts = plan_prune(listing, prefix, self.task.backup_policy, protected, time.time())
-        self.tell_kept(verdicts)
-        named = {s.name: s for s in listing.subvolumes}
-        self.delete([(named[v.name], v.reason) for v in deletions(verdicts)], self.task.convert_rw)
-        self.tell_needed(verdicts)
-        if self.task.partials_older_than is not None:
-            idle = self.host.idle_partials(self.folder)
-            self.delete([(s, "of a transfer that was broken off, unchanged for {}".format(format_age(idle[s.name])))
-                         for s in abandoned_partials(listing, prefix, idle, self.task.partials_older_than)], False)
-            self.delete_lone_locks(listing, prefix)
-
-    def delete_lone_locks(self, listing: Listing, prefix: str) -> None:
-        """Deletes what is left of a broken transfer whose partial is gone: a lock file, unless it is held."""
-        lone = lone_lock_names(listing, prefix)
-        if self.task.dry_run:
-            for name in lone:
-                print_result("  delete {}: of a transfer that was broken off".format(partial_lock_name(name)))
-        elif lone:
-            for error in self.host.forget_partials(self.folder, lone):
-                self.report(error)
-            gone = set(lone) - set(lone_lock_names(self.host.list(self.folder), prefix))
-            self.events.info("deleting", "deleted {} at {}: of transfers that were broken off".format(
-                some_of([partial_lock_name(name) for name in sorted(gone)]), self.text), folder=self.folder)
-
-    def tell_kept(self, verdicts: Sequence[Verdict]) -> None:
-        for verdict in verdicts:
-            self.kept += verdict.keep
-            if verdict.keep and self.task.dry_run and self.task.verbosity == "debug":
-                print_result("  keep {}: {}".format(verdict.name, verdict.reason))
-            elif verdict.keep:
-                self.events.debug("kept", "kept {} at {}: {}".format(verdict.name, self.text, verdict.reason))
-
-    def tell_needed(self, verdicts: Sequence[Verdict]) -> None:
-        needed = describe_needed(verdicts, self.text, self.task.backup_policy)
-        if needed and self.task.dry_run:
-            print_result("  " + needed)
-        elif needed:
-            self.events.info("needed", needed, folder=self.folder)
-
-    def delete(self, doomed: Sequence[Tuple[Subvolume, str]], convert_rw: bool) -> None:
-        """Deletes subvolumes, each with its reason; a dry run only says so."""
-        if self.task.dry_run:
-            for subvolume, reason in doomed:
-                print_result("  delete {}: {}".format(subvolume.name, reason))
-            self.deleted += len(doomed)
-            return
-        for subvolume, reason in doomed:
-            self.events.info("deleting", "deleting {} at {}: {}".format(subvolume.name, self.text, reason),
-                             name=subvolume.name, folder=self.folder, reason=reason)
-        errors = self.host.delete(self.folder, [subvolume for subvolume, _ in doomed], convert_rw)
-        for error in errors:
-            self.report(error)
-        self.deleted += len(doomed) - len(errors)
-
-
-def check_prune(task: Task) -> None:
-    """UsageError where nothing says what to keep, or where there is nothing to prune."""
-    if not task.source:
-        raise UsageError("no folder given", "btrfs-backup-ng prune [options] FOLDER ...; see prune --help")
-    policy = task.backup_policy
-    if policy.keeps_all and not policy.everything and task.partials_older_than is None:
-        raise UsageError("nothing says what to keep",
-                         "give --keep-backups '14d 8w 12m' or -n NUMBER, or --partials-older-than alone")
-    check_folders(task, "pruned", "name a folder")
-
-
-def run_prune(task: Task, events: Events) -> int:
-    """Prunes each folder; one that fails does not stop the others. The status of what failed, 1 where that differs."""
-    hosts = Hosts(task, events)
-    failures, deleted, kept = set(), 0, 0  # type: Set[int], int, int
-    try:
-        for text in (task.source,) + task.destinations:
-            if task.dry_run:
-                print_result("folder {}".format(text))
-            pruning = Pruning(task, hosts, text, events)
-            pruning.run()
-            failures |= pruning.statuses
-            deleted, kept = deleted + pruning.deleted, kept + pruning.kept
-    finally:
-        hosts.end()
-    if not task.dry_run:
-        events.info("done", "{}: {} deleted, {} kept".format(
-            "finished with errors" if failures else "done", plural(deleted, "subvolume"),
-            plural(kept, "backup")))
-    return failures.pop() if len(failures) == 1 else int(bool(failures))
-
-
-########################################################################################################
-# 31 CREW: the tasks of one command, each in a process of its own
-#
-# Each task runs in a child of ours: down a pipe comes the leave to go on, up another come its events, each a list
-# in a line of JSON, and what it asks of us, each an object, which nothing that an event holds can become. All take
-# their snapshots first; then they go on, no more at once than allowed. Tasks on one snapshot folder and prefix take
-# turns. A child whose pipe from us ends has lost us, and stops as if it were interrupted. Never: a child left
-# running when we are done with it; a display that a child writes to; a command line that a child has sent.
-########################################################################################################
-
-TICK = 0.1  # seconds between looks at everything
-SNAPSHOT_PATIENCE = 60.0  # seconds for which a task that is not ready keeps the others from going on
-STOP_GRACE = 60.0  # seconds a task gets to end its transfers
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-CREW_SIGNALS = STOP_SIGNALS + (signal.SIGQUIT,)  # a crew does not leave its children and terminal behind
-LEAVE_SIZE = 5  # bytes
-TURN, GO, UNSHARED = b"turn\n", b"go  \n", b"s-  \n"  # and s012, the number of a shared connection
-MASTER_TASKS = 3  # on one connection: sshd's MaxSessions is 10 by default, and a task may have three at once
-SUMMARY_ERRORS = 5  # of one task
-SWALLOWED_NAP = 0.01  # seconds
-
-
-def pass_over(_number: int, _frame: Any) -> None:
-    """Does nothing. SIG_IGN would be inherited by programs that are started, and not bear a signal under way."""
-
-
-def catch_signals() -> None:
-    """Makes INT, TERM and HUP raise Interrupted, once: cleaning up is not interrupted again.
-
-    Where a finalizer happens to run, Python swallows what is raised: there it is raised again a moment later.
-    """
-
-    def interrupt(number: int, _frame: Any) -> None:
-        for other in STOP_SIGNALS:
-            signal.signal(other, pass_over)
-        raise Interrupted(number)
-
-    def raise_again(unraisable: Any) -> None:
-        if not isinstance(unraisable.exc_value, Interrupted):
-            tell_unraisable(unraisable)
-            return
-        number = unraisable.exc_value.status - 128
-        signal.signal(number, interrupt)
-        later = threading.Timer(SWALLOWED_NAP, lambda: os.kill(os.getpid(), number))
-        later.daemon = True
-        later.start()
-
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, interrupt)
-    if sys.version_info >= (3, 8):
-        tell_unraisable = sys.__unraisablehook__  # novermin
-        sys.unraisablehook = raise_again  # novermin
-
-
-def format_interruption(name: str, tasks: Sequence[Task]) -> str:
-    """What a signal did to tasks: whether locks stay is not known here, and a dry run leaves nothing to go on with."""
-    goes_on = any(task.verb in ("", "restore") and not task.dry_run for task in tasks)
-    return "interrupted by {}{}".format(name, "; the next run goes on" if goes_on else "")
-
-
-def run_and_report(run: Callable[[Task, Events], int], task: Task, events: Events) -> int:
-    """Does a task and says what stopped it; the exit status."""
-    try:
-        return run(task, events)
-    except BrokenPipeError:  # nobody reads the results any more
-        raise
-    except Exception as error:
-        if task.verbosity == "debug":
-            import traceback
-            traceback.print_exc()
-        told = explain(error, "stopped")
-        events.error(told)
-        return told.status
-    except Interrupted as interruption:
-        end_children()
-        events.warning("interrupted", format_interruption(str(interruption), [task]))
-        return interruption.status
-
-
-def overall_status(statuses: Sequence[int]) -> int:
-    """The exit status of a command from those of its tasks: busy only where nothing else went wrong."""
-    bad = {status for status in statuses if status}
-    return 0 if not bad else Busy.status if bad == {Busy.status} else 1
-
-
-def format_request(request: Request, *more: str) -> str:
-    """The command line of one task, for a shell; without the options that hold for the whole command."""
-    plain = all(split_word(path) == (path, None) and path[:1] not in ("-", "@") for path in request.paths)
-    return typed(["btrfs-backup-ng"] + list(more) + list(request.words) + ([] if plain else ["--"])
-                 + list(request.paths))
-
-
-def task_names(requests: Sequence[Request]) -> List[str]:
-    """What to call each task: its source, with a number where several have the same."""
-    sources = [printable(request.task.source) for request in requests]
-    return [source if sources.count(source) == 1 else "{} ({})".format(source, sources[:number].count(source))
-            for number, source in enumerate(sources, 1)]
-
-
-# In the child.
-
-
-class ChildEvents:
-    """A reader of events that passes them on to the parent; and the way to ask something of it."""
-
-    def __init__(self, fd: int, progress: bool) -> None:
-        self.fd, self.progress, self.mutex = fd, progress, threading.Lock()
-        self.is_torn = False  # a signal has left the last line in its midst
-
-    def __call__(self, event: Event) -> None:
-        self.write(event)
-
-    def ask(self, word: str, what: Any = None) -> None:
-        self.write({"ask": word, "of": what})
-
-    def write(self, said: Any) -> None:
-        import json
-        data = b"\n" + json.dumps(said, default=str).encode("ascii") + b"\n"
-        with self.mutex, contextlib.suppress(BrokenPipeError):  # that the parent has gone is seen elsewhere
-            data, self.is_torn = data[not self.is_torn:], True
-            while data:
-                data = data[os.write(self.fd, data):]
-            self.is_torn = False
-
-
-def master_path(folder: str, number: int) -> str:
-    return os.path.join(folder, str(number))
-
-
-class ChildGate(Gate):
-    """Asks the parent, and hears from it on stdin."""
-
-    def __init__(self, parent: ChildEvents, folder: str, on_loss: Callable[[], None]) -> None:
-        """folder: of the sockets of shared connections; '' where there are none."""
-        import queue
-        self.parent, self.folder, self.on_loss = parent, folder, on_loss
-        self.leaves = {TURN: threading.Event(), GO: threading.Event()}
-        self.answers: "queue.Queue[bytes]" = queue.Queue()
-        self.asking = threading.Lock()
-        threading.Thread(target=self.listen, daemon=True).start()
-
-    def listen(self) -> None:
-        for leave in iter(lambda: os.read(0, LEAVE_SIZE), b""):
-            if leave in self.leaves:
-                self.leaves[leave].set()
-            else:
-                self.answers.put(leave)
-        self.on_loss()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def take_turn(self, key: str) -> None:
-        self.parent.ask("turn", key)
-        self.leaves[TURN].wait()
-
-    def snapshot_taken(self) -> None:
-        self.parent.ask("ready")
-        self.leaves[GO].wait()
-
-    def share(self, endpoint: Endpoint, settings: Dict[str, str]) -> str:
-        if not self.folder:
-            return ""
-        with self.asking:
-            self.parent.ask("share", [endpoint.machine, settings])
-            answer = self.answers.get()
-        return master_path(self.folder, int(answer[1:4])) if answer != UNSHARED else ""
-
-
-def close_lost_screen(terminal: int, token: int) -> None:
-    """Gives a terminal back whose owner was killed; of several tasks the one does it that gets the token."""
-    with contextlib.suppress(OSError):
-        if os.read(token, 1):
-            os.write(terminal, CLOSE_SCREEN.encode("ascii"))
-
-
-# In the parent.
-
-
-class TaskProcess:
-    """One task's process, as its parent sees it."""
-
-    def __init__(self, name: str, request: Request) -> None:
-        self.name, self.request = name, request
-        self.pid: Optional[int] = None  # while there is a process
-        self.leave_fd = -1  # while it can be told something
-        self.status: Optional[int] = None
-        self.streams: Dict[int, str] = {}  # what comes on each open pipe
-        self.rest = {"events": b"", "stdout": b"", "stderr": b""}
-        self.turn: Optional[str] = None  # what it wants to be alone with
-        self.is_told = False  # that it waits for its turn
-        self.has_turn = self.is_ready = self.waits = self.goes = self.took_snapshot = False
-        self.errors: List[Dict[str, Any]] = []
-
-    @property
-    def runs(self) -> bool:
-        return self.status is None
-
-    @property
-    def delays(self) -> bool:
-        """Whether the others should wait for its snapshot."""
-        return self.runs and not (self.is_ready or self.waits or (self.turn is not None and not self.has_turn))
-
-    def start(self, siblings: Sequence["TaskProcess"], act: Callable[[int, int], int]) -> None:
-        """Forks a child that does `act`, given where to write its events and our stderr; OSError where it cannot be.
-
-        Forked, not started anew, for compiling this file takes longer than taking a snapshot.
-        """
-        with contextlib.ExitStack() as stack:
-            theirs, ours = [], []  # type: List[int], List[int]
-            for number in range(4):
-                ends = os.pipe()
-                for fd, kept in zip(ends if number == 0 else ends[::-1], (theirs, ours)):
-                    kept.append(fd)
-                    stack.callback(os.close, fd)
-            sys.stdout.flush()
-            pid = os.fork()
-            if pid == 0:
-                for sibling in siblings:
-                    sibling.close()
-                live_as_child(functools.partial(self.begin, theirs, ours, act))
-            stack.pop_all()
-        self.pid = pid
-        for fd in theirs:
-            os.close(fd)
-        self.leave_fd, self.streams = ours[0], dict(zip(ours[1:], ("stdout", "stderr", "events")))
-        for fd in self.streams:
-            os.set_blocking(fd, False)
-
-    @staticmethod
-    def begin(theirs: Sequence[int], ours: Sequence[int], act: Callable[[int, int], int]) -> int:
-        """What the child does: with the pipes in place of its standard streams."""
-        terminal = os.dup(2)
-        for fd in ours:
-            os.close(fd)
-        for number in range(3):
-            os.dup2(theirs[number], number)
-            os.close(theirs[number])
-        return act(theirs[3], terminal)
-
-    def tell(self, leave: bytes) -> None:
-        """Tells it something, if it is still there to hear it."""
-        if self.leave_fd >= 0:
-            with contextlib.suppress(BrokenPipeError):
-                os.write(self.leave_fd, leave)
-
-    def signal(self, number: int) -> None:
-        signal_process(self.pid, number)
-
-    def look(self) -> Optional[int]:
-        """The status of a process that has ended by now, negative where a signal ended it; None otherwise."""
-        pid, code = os.waitpid(self.pid, os.WNOHANG) if self.pid is not None else (0, 0)
-        if not pid:
-            return None
-        self.pid = None
-        return -os.WTERMSIG(code) if os.WIFSIGNALED(code) else os.WEXITSTATUS(code)
-
-    def read(self, fd: int) -> bytes:
-        """What has come on a pipe; a pipe at its end is closed."""
-        try:
-            data = os.read(fd, PIPE_SIZE)
-        except BlockingIOError:
-            return b""
-        if not data:
-            os.close(fd)
-            del self.streams[fd]
-        return data
-
-    def take_lines(self, kind: str, data: bytes) -> List[bytes]:
-        """The lines that are whole now."""
-        *lines, self.rest[kind] = (self.rest[kind] + data).split(b"\n")
-        return lines
-
-    def close(self) -> None:
-        for fd in list(self.streams) + ([self.leave_fd] if self.leave_fd >= 0 else []):
-            os.close(fd)
-        self.streams, self.leave_fd = {}, -1
-
-
-def until_interrupted(act: Callable[[], int]) -> int:
-    """What `act` returns, or the status of the signal that asked it to stop; one that comes later changes nothing."""
-    status = None
-    try:
-        catch_signals()
-        status = act()
-        for number in STOP_SIGNALS:
-            signal.signal(number, pass_over)
-    except Interrupted as interruption:  # is raised once
-        status = interruption.status if status is None else status
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # a handler would be taken back as the interpreter ends
-    return status
-
-
-def live_as_child(act: Callable[[], int]) -> None:
-    """The rest of a forked process's life. The signals, held back by the parent, are free again."""
-    status = 1
-    try:
-        signal.signal(signal.SIGQUIT, signal.SIG_IGN)
-        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        status = until_interrupted(functools.partial(act_and_flush, act))
-    except Exception as error:  # before there was anything to report it with
-        with contextlib.suppress(OSError):
-            print(format_error(explain(error, "stopped")), file=sys.stderr, flush=True)
-    finally:
-        os._exit(status)
-
-
-def act_and_flush(act: Callable[[], int]) -> int:
-    try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        return act()
-    finally:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-
-
-def ignore_interrupts() -> None:
-    """For what may ask at our terminal: Ctrl-C there is for us, as the tasks end first, and need it for that."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-class Master:
-    """A connection over ssh that tasks share, so that a person is asked once.
-
-    It lives as long as its `cat` there, whose stdin is ours: killed we leave none behind.
-    """
-
-    def __init__(self, folder: str, number: int, argv: Sequence[str]) -> None:
-        self.number, self.argv, self.path = number, argv, master_path(folder, number)
-        self.users: List[TaskProcess] = []
-        self.waiting: List[TaskProcess] = []
-        self.deadline = time.monotonic() + GREETING_TIMEOUT
-        more = ["-o", "ControlMaster=yes", "-o", "ControlPersist=no", "-o", "ControlPath=" + self.path]
-        read_end, self.write_end = os.pipe()
-        try:
-            self.stage = Stage(list(argv[:1]) + more + list(argv[1:]) + ["cat"], read_end, subprocess.DEVNULL,
-                               prepare=ignore_interrupts if has_terminal() else None)
-        except BaseException:
-            os.close(self.write_end)
-            raise
-        finally:
-            os.close(read_end)
-
-    def answer(self) -> bool:
-        """Tells those that wait, once it is known whether it works; whether it may still be used."""
-        is_there = os.path.exists(self.path)
-        ended = self.stage.has_ended() or (not is_there and time.monotonic() > self.deadline)
-        if ended or is_there:
-            for process in self.waiting:  # those that have ended meanwhile do not hear it
-                process.tell(UNSHARED if ended else "s{:03}\n".format(self.number).encode("ascii"))
-            self.waiting = []
-        return not ended
-
-    def end(self) -> None:
-        os.close(self.write_end)
-        self.stage.end()
-
-
-class Masters:
-    """The shared connections of a crew; a context, at whose end they end."""
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        paths = [path for request in requests for path in request.paths]
-        is_remote = len(requests) > 1 and any(parse_endpoint(path).login for path in paths)
-        self.private: Optional[PrivateFolder] = None  # none where there is no place for it: then nothing is shared
-        with contextlib.suppress(OSError):
-            self.private = PrivateFolder() if is_remote else None
-        self.folder = self.private.path if self.private else ""
-        self.all: List[Master] = []
-        self.numbers = itertools.count()
-
-    @staticmethod
-    def argv(request: Request, machine: str, settings: Dict[str, str]) -> List[str]:
-        """The ssh command to a machine that the user has named, by ssh's settings for it; [] for any other machine."""
-        options = SshOptions(request.task.ssh_options, request.task.ssh_sudo)
-        return next((ssh_argv(endpoint, options, open_settings(settings, "", True))
-                     for endpoint in map(parse_endpoint, request.paths) if endpoint.machine == machine != ""), [])
-
-    def ask(self, process: TaskProcess, machine: str, settings: Dict[str, str]) -> None:
-        """Finds a connection to a machine that the task may share, or makes it; `look` answers."""
-        argv = self.argv(process.request, machine, settings)
-        if not argv:
-            process.tell(UNSHARED)
-            return
-        for master in self.all:
-            running = [user for user in master.users if user.runs]
-            if master.argv == argv and (process in running or len(running) < MASTER_TASKS):
-                break
-        else:
-            try:
-                master = Master(self.folder, next(self.numbers), argv)
-            except Exception:  # nor is it shared where there is no descriptor or process for it
-                process.tell(UNSHARED)
-                return
-            self.all.append(master)
-        master.users.append(process)
-        master.waiting.append(process)
-
-    def look(self) -> None:
-        for master in list(self.all):
-            if not master.answer():
-                self.all.remove(master)
-                master.end()
-
-    def __enter__(self) -> "Masters":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for master in self.all:
-            master.end()
-        if self.private is not None:
-            self.private.end()
-
-
-class Crew:
-    """The tasks of one command at work. `tick` draws what a display shows; `token` is for the children's gates."""
-
-    def __init__(self, requests: Sequence[Request], events: Events, tick: Callable[[], None], token: int = -1) -> None:
-        self.events, self.tick, self.token = events, tick, token
-        self.jobs = requests[0].task.jobs or len(requests)
-        self.progress = any(getattr(reader, "progress", False) for reader in events.readers)
-        self.processes = [TaskProcess(name, request) for name, request in zip(task_names(requests), requests)]
-        self.owners: Dict[int, TaskProcess] = {}
-        self.masters = Masters(requests)
-        self.poll = select.poll()
-        self.begun = time.monotonic()
-        self.is_open = False  # all that can have taken their snapshots
-        self.stopped_by: Optional[int] = None
-        self.deadline: Optional[float] = None  # for those that were asked to stop
-
-    def run(self) -> List[int]:
-        """The exit status of each task, when all have ended."""
-        with self.noted_signals(), self.masters:
-            try:
-                for process in self.processes:
-                    self.start(process)
-                while any(process.runs for process in self.processes):
-                    self.step()
-            finally:
-                self.end()
-        return [process.status or 0 for process in self.processes]
-
-    @contextlib.contextmanager
-    def noted_signals(self) -> Iterator[None]:
-        """Signals that ask to stop are noted here, so that none comes between two steps."""
-
-        def note(number: int, _frame: Any) -> None:
-            self.stopped_by = self.stopped_by or number
-
-        before = {number: signal.getsignal(number) for number in CREW_SIGNALS}
-        for number, handler in before.items():
-            if handler != signal.SIG_IGN:
-                signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def end(self) -> None:
-        """Where we fail ourselves: lets those that run end as if they were interrupted, and waits for them."""
-        for process in self.processes:
-            process.close()
-            process.signal(signal.SIGTERM)
-            process.signal(signal.SIGCONT)
-        left, deadline = self.processes, time.monotonic() + STOP_GRACE
-        while left:
-            if time.monotonic() > deadline:
-                for process in left:
-                    process.signal(signal.SIGKILL)
-            left = [process for process in left if process.pid is not None and process.look() is None]
-            time.sleep(TICK if left else 0)
-
-    def start(self, process: TaskProcess) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the child has handlers of its own
-        try:
-            process.start(self.processes, functools.partial(self.act, process.request.task))
-        except Exception as error:  # no descriptors, processes or memory are left
-            process.status = 1
-            self.fail(process, explain(error, "cannot start the task"))
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        for fd in process.streams:
-            self.owners[fd] = process
-            self.poll.register(fd, select.POLLIN)
-
-    def act(self, task: Task, fd: int, terminal: int) -> int:
-        """What the child does."""
-        parent = ChildEvents(fd, self.progress)
-        on_loss = functools.partial(close_lost_screen, terminal, self.token)
-        return run_and_report(lambda task, events: run_task(task, events, ChildGate(
-            parent, self.masters.folder, on_loss)), task, Events(parent))
-
-    def step(self) -> None:
-        for fd, _ in self.poll.poll(1000 * TICK):
-            self.read(self.owners[fd], fd)
-        for process in self.processes:
-            status = process.look()
-            if status is not None:
-                self.conclude(process, status)
-        self.masters.look()
-        if self.stopped_by:
-            self.stop()
-        else:
-            self.give_leave()
-        self.tick()
-
-    def stop(self) -> None:
-        """Asks all to end, and kills in the end what does not."""
-        now = time.monotonic()
-        if self.deadline is None:
-            for process in self.processes:
-                process.signal(signal.SIGTERM)
-                process.signal(signal.SIGCONT)  # a stopped process takes no other signal
-                self.show(process, "stopping")
-        elif now > self.deadline:
-            for process in [process for process in self.processes if process.runs]:
-                self.emit(process, "killed", "warning", "it did not end within {}, and was killed".format(
-                    format_duration(STOP_GRACE)))
-                process.signal(signal.SIGKILL)
-            self.deadline += STOP_GRACE
-        self.deadline = self.deadline or now + STOP_GRACE
-
-    def give_leave(self) -> None:
-        """Turns to those whose folder nobody else has, and leave to go on once all have their snapshots."""
-        running = [process for process in self.processes if process.runs]
-        for process in running:
-            others = {other.turn for other in running if other.has_turn}
-            if process.turn is None or process.has_turn:
-                continue
-            if process.turn not in others:
-                process.has_turn = True
-                process.tell(TURN)
-            elif not process.is_told:
-                process.is_told = True
-                self.emit(process, "waiting", "info", "waiting for another task on the same snapshots")
-        late = time.monotonic() - self.begun > SNAPSHOT_PATIENCE
-        self.is_open = self.is_open or late or not any(process.delays for process in running)
-        free = self.jobs - sum(process.goes for process in running)
-        for process in [process for process in running if process.is_ready and not process.goes and self.is_open]:
-            if free > 0:
-                process.goes, free = True, free - 1
-                process.tell(GO)
-                self.show(process, "at work")
-
-    def conclude(self, process: TaskProcess, status: int) -> None:
-        """Books the end of a task's process."""
-        process.status = 1 if status < 0 or status == UsageError.status else status
-        for fd in list(process.streams):
-            while fd in process.streams and self.read(process, fd):
-                pass
-        for fd in process.streams:  # something that it has started holds the other end
-            self.poll.unregister(fd)
-        process.close()
-        if status < 0 and not self.stopped_by:
-            self.fail(process, BackupError("its process was killed by {}".format(signal_name(-status)), "run it again"))
-        self.show(process, "done" if status == 0 else "busy" if status == Busy.status else
-                  "stopped" if self.stopped_by else "failed", ended=True)
-
-    # -- what the children say
-
-    def read(self, process: TaskProcess, fd: int) -> bool:
-        """Takes what has come on a pipe; whether that was anything."""
-        kind = process.streams[fd]
-        data = process.read(fd)
-        if fd not in process.streams:
-            self.poll.unregister(fd)
-        if kind == "stdout":
-            process.rest[kind] += data
-            return bool(data)
-        for line in process.take_lines(kind, data):
-            if kind == "events":
-                self.take(process, line)
-            elif line:
-                self.emit(process, "stderr", "warning", os.fsdecode(line))
-        return bool(data)
-
-    def take(self, process: TaskProcess, line: bytes) -> None:
-        """Takes one line of what a child says; one that a signal has torn is the beginning of an event."""
-        import json
-        try:
-            said = json.loads(line.decode("ascii"))
-        except ValueError:
-            return
-        if isinstance(said, dict):
-            self.answer(process, said["ask"], said["of"])
-        else:
-            self.take_event(process, Event(*said))
-
-    def answer(self, process: TaskProcess, word: str, what: Any) -> None:
-        """Notes what a child asks for; `give_leave` and the masters answer."""
-        if word == "turn":
-            process.turn = what
-        elif word == "share":
-            self.masters.ask(process, *what)
-        elif word == "ready":
-            process.is_ready = True
-            self.show(process, "waiting")
-
-    def take_event(self, process: TaskProcess, event: Event) -> None:
-        if event.kind != "interrupted" or not self.stopped_by:
-            process.waits = event.kind == "waiting"
-            process.took_snapshot = process.took_snapshot or event.kind == "snapshot"
-            self.emit(process, *event[:3], **event.facts)
-
-    def fail(self, process: TaskProcess, error: BackupError) -> None:
-        self.emit(process, "error", "error", format_error(error), message=error.message, hint=error.hint)
-
-    def emit(self, process: TaskProcess, kind: str, level: str, text: str = "", **facts: Any) -> None:
-        if level == "error":
-            process.errors.append(dict(facts, text=text))
-        if len(self.processes) > 1:
-            facts["task"] = process.name
-        self.events.emit(kind, level, text, **facts)
-
-    def show(self, process: TaskProcess, state: str, ended: bool = False) -> None:
-        self.emit(process, "task", "state", state=state, ended=ended)
-
-    # -- what is said at the end
-
-    def summary(self) -> List[str]:
-        """For each failed task what failed, where, why, and what to type."""
-        lines = []
-        for process in self.processes:
-            if process.status:
-                said = [error.get("message") and "{}{}".format(
-                    error["message"], "; " + error["hint"] if error.get("hint") else "") or error["text"]
-                    for error in process.errors] or ["ended with status {}".format(process.status)]
-                lines += ["    {}: {}".format(process.name, line) for line in said[:SUMMARY_ERRORS]]
-                lines += ["    {}: … and {}".format(process.name, plural(len(said) - SUMMARY_ERRORS, "more error"))
-                          ] * (len(said) > SUMMARY_ERRORS)
-                kept = process.took_snapshot and not process.request.task.no_snapshot
-                lines.append("        again: " + format_request(process.request, *["-S"] * kept))
-        return lines
-
-    def results(self) -> List[Tuple[Request, str]]:
-        """What each task has written to its stdout."""
-        return [(process.request, os.fsdecode(process.rest["stdout"]).rstrip("\n")) for process in self.processes]
-
-
-def run_crew(requests: Sequence[Request], events: Events, view: Union[LogLines, LiveView]) -> int:
-    """Does several tasks at once, shown by `view`; the exit status of the command."""
-    with view:
-        crew = Crew(requests, events, view.tick, view.token)
-        statuses = crew.run()
-        failed = sum(status != 0 for status in statuses)
-        if crew.stopped_by:
-            events.warning("interrupted", format_interruption(
-                signal.Signals(crew.stopped_by).name, [request.task for request in requests]))
-        elif failed and len(statuses) > 1:
-            head = "{} of {} was not done as asked" if failed == 1 else "{} of {} were not done as asked"
-            events.emit("summary", "error", "\n".join(
-                [head.format(failed, plural(len(statuses), "task"))] + crew.summary()))
-    for number, (request, text) in enumerate(crew.results(), 1):
-        if request.task.dry_run and len(requests) > 1:
-            print_result("task {} of {}: {}".format(number, len(requests), format_request(request)))
-        if text:
-            print_result(text)
-    return 128 + crew.stopped_by if crew.stopped_by else overall_status(statuses)
-
-
-########################################################################################################
-# 32 RESTORE: one backup back, beside a subvolume or in its place
+# RESTORE: one backup back, beside a subvolume or in its place
 #
 # choose the backup -> look at the target -> choose the parent -> show, or transfer and swap. The transfer is
 # a task's own, from the folder of backups to the target, and its lock stands in the target's folder: of a
 # restore that was broken off the next one clears what the lock names. What is there already with the right
 # identity is not sent again. Never: anything written where the backup lies; anything overwritten.
 ########################################################################################################
-
 
 STREAM_FILES_ARE = "stream files are restored from raw://PATH"
 STEP = "restore: a step on the way"  # locks what a chain brings only to build on; no destination's name
@@ -14512,7 +13480,175 @@ def run_restore(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 33 DOCTOR: what is wrong, and what to do about it
+# PRUNE: retention of a folder of backups by itself
+#
+# No source is looked at: what is kept is decided by names, and by what the folder itself tells of transfers
+# that are not complete. Each prefix is counted by itself. A folder is worked on under the same lock as a
+# run that has it as its snapshot folder, so that two do not collide. Never deleted: what is no complete
+# backup, but for partials that are provably ours, unused and old, and only where that is asked for.
+########################################################################################################
+
+
+def plan_prune(listing: Listing, prefix: str, policy: Policy, protected: Dict[str, str], now: float) -> List[Verdict]:
+    """Verdicts on the backups of `prefix` in a folder."""
+    moments = backup_moments(prefix, backups_of(listing, prefix), [])
+    return keep_chains(plan_retention(moments, policy, protected, now), listing)
+
+
+def abandoned_partials(listing: Listing, prefix: str, idle: Dict[str, float], limit: float) -> List[Subvolume]:
+    """Partial backups of `prefix` that nothing uses and nothing has changed for `limit` seconds, oldest first."""
+    found = [s for s in listing.subvolumes if idle.get(s.name, -1.0) >= limit
+             and name_time(prefix, partial_of(s.name) or "") is not None]
+    return sorted(found, key=by_creation)
+
+
+def lone_lock_names(listing: Listing, prefix: str) -> List[str]:
+    """Snapshots of `prefix` of whose transfers to a folder nothing is left but a lock file."""
+    names = {partial_of(name[:-len(".lock")]) for name in listing.others if name.endswith(".partial.lock")}
+    busy = {partial_of(s.name) for s in listing.subvolumes} | {record.name for record in listing.records}
+    return sorted(name for name in names - busy if name and name_time(prefix, name) is not None)
+
+
+class Pruning:
+    """The pruning of one folder."""
+
+    def __init__(self, task: Task, hosts: Hosts, text: str, events: Events) -> None:
+        self.task, self.hosts, self.text, self.events = task, hosts, text, events
+        self.deleted = self.kept = 0
+        self.statuses: Set[int] = set()  # of what was not done
+        self.told: Set[str] = set()
+
+    def run(self) -> None:
+        """Does each prefix by itself: one that another run is at work on, or that fails, does not stop the others."""
+        with apart(self.events, self.report, self.text):
+            endpoint = parse_endpoint(self.text)
+            self.host = self.hosts.of(endpoint)
+            self.folder, listing = list_endpoint(self.host, endpoint)
+            for prefix in folder_prefixes(listing, self.task.prefix):
+                self.try_to_prune(prefix)
+            if self.deleted and self.task.sync and not self.task.dry_run:
+                self.host.wait_for_cleaning(self.folder)
+            if not self.deleted and not self.kept and not self.statuses:
+                self.tell_empty(listing)
+
+    def try_to_prune(self, prefix: str) -> None:
+        with apart(self.events, self.report, self.text):
+            if self.task.dry_run:
+                self.prune(prefix)
+            else:
+                with self.host.hold(self.folder, prefix, self.task.wait):
+                    self.prune(prefix)
+
+    def tell_empty(self, listing: Listing) -> None:
+        """An error where a prefix was asked for: it may be mistyped, and then nothing is ever deleted."""
+        if self.task.prefix is None:
+            self.events.warning("empty", "no backups in {}".format(self.text), folder=self.folder)
+            return
+        others = ", ".join("'{}'".format(prefix) for prefix in folder_prefixes(listing, None))
+        self.report(BackupError("no backups of prefix '{}' in {}".format(self.task.prefix, self.text),
+                                "there are some of {}".format(others) if others else "look there with list"))
+
+    def report(self, error: BackupError) -> None:
+        """Tells an error, once where it is the same for each prefix."""
+        self.statuses.add(error.status)
+        text = error.message if self.text in error.message else "{}: {}".format(self.text, error.message)
+        if text not in self.told:
+            self.told.add(text)
+            self.events.error(BackupError(text, error.hint, error.detail))
+
+    def prune(self, prefix: str) -> None:
+        """Looks at what there is now, and deletes what goes of one prefix."""
+        listing = self.host.list(self.folder)
+        protected = known_protections(listing, prefix, self.host.read_notes(self.folder, prefix))
+        verdicts = plan_prune(listing, prefix, self.task.backup_policy, protected, time.time())
+        self.tell_kept(verdicts)
+        named = {s.name: s for s in listing.subvolumes}
+        self.delete([(named[v.name], v.reason) for v in deletions(verdicts)], self.task.convert_rw)
+        self.tell_needed(verdicts)
+        if self.task.partials_older_than is not None:
+            idle = self.host.idle_partials(self.folder)
+            self.delete([(s, "of a transfer that was broken off, unchanged for {}".format(format_age(idle[s.name])))
+                         for s in abandoned_partials(listing, prefix, idle, self.task.partials_older_than)], False)
+            self.delete_lone_locks(listing, prefix)
+
+    def delete_lone_locks(self, listing: Listing, prefix: str) -> None:
+        """Deletes what is left of a broken transfer whose partial is gone: a lock file, unless it is held."""
+        lone = lone_lock_names(listing, prefix)
+        if self.task.dry_run:
+            for name in lone:
+                print_result("  delete {}: of a transfer that was broken off".format(partial_lock_name(name)))
+        elif lone:
+            for error in self.host.forget_partials(self.folder, lone):
+                self.report(error)
+            gone = set(lone) - set(lone_lock_names(self.host.list(self.folder), prefix))
+            self.events.info("deleting", "deleted {} at {}: of transfers that were broken off".format(
+                some_of([partial_lock_name(name) for name in sorted(gone)]), self.text), folder=self.folder)
+
+    def tell_kept(self, verdicts: Sequence[Verdict]) -> None:
+        for verdict in verdicts:
+            self.kept += verdict.keep
+            if verdict.keep and self.task.dry_run and self.task.verbosity == "debug":
+                print_result("  keep {}: {}".format(verdict.name, verdict.reason))
+            elif verdict.keep:
+                self.events.debug("kept", "kept {} at {}: {}".format(verdict.name, self.text, verdict.reason))
+
+    def tell_needed(self, verdicts: Sequence[Verdict]) -> None:
+        needed = describe_needed(verdicts, self.text, self.task.backup_policy)
+        if needed and self.task.dry_run:
+            print_result("  " + needed)
+        elif needed:
+            self.events.info("needed", needed, folder=self.folder)
+
+    def delete(self, doomed: Sequence[Tuple[Subvolume, str]], convert_rw: bool) -> None:
+        """Deletes subvolumes, each with its reason; a dry run only says so."""
+        if self.task.dry_run:
+            for subvolume, reason in doomed:
+                print_result("  delete {}: {}".format(subvolume.name, reason))
+            self.deleted += len(doomed)
+            return
+        for subvolume, reason in doomed:
+            self.events.info("deleting", "deleting {} at {}: {}".format(subvolume.name, self.text, reason),
+                             name=subvolume.name, folder=self.folder, reason=reason)
+        errors = self.host.delete(self.folder, [subvolume for subvolume, _ in doomed], convert_rw)
+        for error in errors:
+            self.report(error)
+        self.deleted += len(doomed) - len(errors)
+
+
+def check_prune(task: Task) -> None:
+    """UsageError where nothing says what to keep, or where there is nothing to prune."""
+    if not task.source:
+        raise UsageError("no folder given", "btrfs-backup-ng prune [options] FOLDER ...; see prune --help")
+    policy = task.backup_policy
+    if policy.keeps_all and not policy.everything and task.partials_older_than is None:
+        raise UsageError("nothing says what to keep",
+                         "give --keep-backups '14d 8w 12m' or -n NUMBER, or --partials-older-than alone")
+    check_folders(task, "pruned", "name a folder")
+
+
+def run_prune(task: Task, events: Events) -> int:
+    """Prunes each folder; one that fails does not stop the others. The status of what failed, 1 where that differs."""
+    hosts = Hosts(task, events)
+    failures, deleted, kept = set(), 0, 0  # type: Set[int], int, int
+    try:
+        for text in (task.source,) + task.destinations:
+            if task.dry_run:
+                print_result("folder {}".format(text))
+            pruning = Pruning(task, hosts, text, events)
+            pruning.run()
+            failures |= pruning.statuses
+            deleted, kept = deleted + pruning.deleted, kept + pruning.kept
+    finally:
+        hosts.end()
+    if not task.dry_run:
+        events.info("done", "{}: {} deleted, {} kept".format(
+            "finished with errors" if failures else "done", plural(deleted, "subvolume"),
+            plural(kept, "backup")))
+    return failures.pop() if len(failures) == 1 else int(bool(failures))
+
+
+########################################################################################################
+# DOCTOR: what is wrong, and what to do about it
 #
 # A check is a generator of findings about one place: ok, a problem with its remedy, or not checked. An
 # error in a check is a problem; what a key may not ask, or what could not be looked at because an earlier
@@ -14747,6 +13883,18 @@ def nearest_place(host: Any, path: str) -> Place:
     while place.kind == "missing" and place.path != "/":
         place = host.look(os.path.dirname(place.path))
     return place
+
+
+def check_unused(listing: Listing, idle: Dict[str, float], task: Task) -> Findings:
+    """Partials in a folder of backups by itself: only their sources know whether they are still wanted."""
+    names = [s.name for s in listing.subvolumes
+             if partial_of(s.name) is not None and is_asked_for(s, task.prefix, set())]
+    old = [name for name in names if idle.get(name, 0.0) > 7 * 86400]
+    if old:
+        yield Finding(PROBLEM, "unchanged for more than a week: {}".format(some_of(old)),
+                      typed(["btrfs-backup-ng", "prune", "--partials-older-than", "7d"] + place_words(task)))
+    else:
+        yield Finding(OK, "{} under way or to be taken up".format(plural(len(names), "transfer")) if names else "none")
 
 
 class Doctor:
@@ -15050,18 +14198,6 @@ class Doctor:
         return self.checked if self.task.max_age is None else list(map(for_monitors, self.checked))
 
 
-def check_unused(listing: Listing, idle: Dict[str, float], task: Task) -> Findings:
-    """Partials in a folder of backups by itself: only their sources know whether they are still wanted."""
-    names = [s.name for s in listing.subvolumes
-             if partial_of(s.name) is not None and is_asked_for(s, task.prefix, set())]
-    old = [name for name in names if idle.get(name, 0.0) > 7 * 86400]
-    if old:
-        yield Finding(PROBLEM, "unchanged for more than a week: {}".format(some_of(old)),
-                      typed(["btrfs-backup-ng", "prune", "--partials-older-than", "7d"] + place_words(task)))
-    else:
-        yield Finding(OK, "{} under way or to be taken up".format(plural(len(names), "transfer")) if names else "none")
-
-
 def describe_checks(checks: Sequence[Checked]) -> Dict[str, Any]:
     return {"problems": sum(checked.finding.state == PROBLEM for checked in checks),
             "checks": [dict(checked.finding._asdict(), name=checked.name, where=checked.where) for checked in checks]}
@@ -15123,7 +14259,7 @@ def run_doctor(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 34 VERIFY: whether backups are what their snapshots are
+# VERIFY: whether backups are what their snapshots are
 #
 # survey -> the backups to check -> for each snapshot its digest and those of its backups, at the same time, each
 # computed where the data lies -> where they differ, the folders' digests, and of differing folders the entries. A
@@ -15449,7 +14585,7 @@ def run_verify(task: Task, events: Events) -> int:
 
 
 ########################################################################################################
-# 35 HELP: help and man page, from the tables
+# HELP: help and man page, from the tables
 #
 # What there is to say about options stands in the tables of OPTIONS, once; here it is only laid out, so
 # that help, manual and completions cannot drift from what is parsed. Texts are paragraphs apart by empty
@@ -15459,14 +14595,12 @@ def run_verify(task: Task, events: Events) -> int:
 PROGRAM = "btrfs-backup-ng"
 HELP_WIDTH = 80
 FLAGS_WIDTH = 28
-
 STATUS_TEXT = """\
   0         all done
   1         something was not done as asked; the errors say what
   2         the command line is wrong, nothing was started
   75        another run is at work on the same snapshots
   130, 143  interrupted (Ctrl-C, SIGTERM); locks stay, and the next run goes on"""
-
 FILES_TEXT = """\
 In the snapshot folder, by default .btrfs-backup-ng/snapshots in the source:
 
@@ -15476,7 +14610,6 @@ In the snapshot folder, by default .btrfs-backup-ng/snapshots in the source:
 
 At a destination, .NAME.partial is what has arrived of the backup NAME so far, and .NAME.partial.json says how much
 that is."""
-
 PLACES_TEXT = """\
   /PATH, ./PATH                   on this machine
   ssh://[USER@]HOST[:PORT]/PATH   on another, by ssh; also [USER@]HOST:/PATH
@@ -15485,7 +14618,6 @@ PLACES_TEXT = """\
   raw+ssh://[USER@]HOST[:PORT]/PATH
 
 A source is a subvolume. A destination is a folder on btrfs, but for shell:// and raw://."""
-
 TOPICS = (("places", PLACES_TEXT), ("exit status", STATUS_TEXT), ("files", FILES_TEXT))  # said of all verbs
 
 
@@ -15617,7 +14749,7 @@ def format_man() -> str:
 
 
 ########################################################################################################
-# 36 COMPLETION: what the Tab key offers in bash, zsh and fish
+# COMPLETION: what the Tab key offers in bash, zsh and fish
 #
 # Scripts for the shells, from the tables of options. They know the verbs, each verb's options, the words
 # that an option takes, and where a file or a folder is wanted; they never run the program. A value that
@@ -15673,7 +14805,6 @@ _btrfs_backup_ng() {{
     COMPREPLY+=($(compgen -d -- "$cur"))
 }}
 complete -F _btrfs_backup_ng {program}"""
-
 BASH_VALUES = {"file": "COMPREPLY=($(compgen -f -- \"$cur\"))", "folder": "COMPREPLY=($(compgen -d -- \"$cur\"))",
                "": "COMPREPLY=()"}
 
@@ -15813,7 +14944,7 @@ def fish_completion() -> str:
 
 
 ########################################################################################################
-# 37 UNITS: a systemd service and its timer
+# UNITS: a systemd service and its timer
 #
 # The service may do what a backup needs and little else: see HARDENING for what is asked and what must
 # not be. It is written as a shell script, to be read before it is given to sh. The arguments are parsed
@@ -15843,7 +14974,6 @@ SystemCallArchitectures=native
 SystemCallErrorNumber=EPERM
 SystemCallFilter=~@clock @cpu-emulation @debug @module @obsolete @raw-io @reboot @swap
 """
-
 SERVICE = """\
 [Unit]
 Description={description}
@@ -15855,7 +14985,6 @@ KillMode=mixed
 Nice=10
 IOSchedulingClass=idle
 {hardening}"""
-
 TIMER = """\
 [Unit]
 Description={description}
@@ -15867,7 +14996,6 @@ Persistent=true
 [Install]
 WantedBy=timers.target
 """
-
 UNITS_SCRIPT = """\
 #!/bin/sh
 # Writes a systemd service and its timer into {folder}, or into the folder given.
@@ -15942,7 +15070,1082 @@ def format_units(task: Task, requests: Sequence[Request], arguments: Sequence[st
 
 
 ########################################################################################################
-# 38 COPIES: the program's own copies in the user's cache folder
+# PART IX THE SURFACE: what a person and a shell see
+########################################################################################################
+
+
+########################################################################################################
+# DISPLAY: what a person sees while it works
+#
+# A board gathers from the events what is at work: tasks, and in each the transfers by destination. Log
+# lines scroll; on a terminal the running transfers stand below them, a line each, or the live view takes
+# the whole screen. What is drawn is laid out by pure functions and never wider than the terminal, whose
+# size is asked each time. A terminal that goes away stops nothing. Never: a word here that no event said.
+########################################################################################################
+
+DRAW_INTERVAL = 0.1  # seconds
+OPEN_SCREEN = "\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[2J"  # the other screen, no cursor, no wrapping
+CLOSE_SCREEN = "\x1b[?7h\x1b[?25h\x1b[?1049l"
+STATES = {"waiting": "waiting", "snapshot": "snapshot taken", "sending": "sending", "sent": "sent",
+          "deleting": "deleting", "recovered": "clearing up"}
+PLAIN_GLYPHS = {ord("…"): "~", ord("█"): "#", ord("░"): "-", ord("─"): "-"}
+BAR_WIDTH = 16
+SMALLEST_VIEW = (40, 8)  # columns, lines
+
+
+def shown_width(text: str) -> int:
+    """The columns that `text` takes on a terminal."""
+    try:
+        return len(text.encode("ascii"))
+    except UnicodeEncodeError:
+        import unicodedata
+        return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+                   for c in text)
+
+
+def clip(text: str, width: int, from_left: bool = False) -> str:
+    """`text` in at most `width` columns, with a mark where something is left out.
+
+    >>> clip("/mnt/backup", 7), clip("/mnt/backup", 7, from_left=True)
+    ('/mnt/b…', '…backup')
+    """
+    if shown_width(text) <= width:
+        return text
+    left, room = 0, width - 1
+    for c in reversed(text) if from_left else text:
+        room -= shown_width(c)
+        if room < 0:
+            break
+        left += 1
+    return ("…" + text[len(text) - left:] if from_left else text[:left] + "…") if width > 0 else ""
+
+
+def clip_pair(one: str, between: str, other: str, width: int) -> str:
+    """Both texts in `width` columns, each without its beginning where it is too long; paths tell most at their end."""
+    room = max(0, width - shown_width(between))
+    size, other_size = shown_width(one), shown_width(other)
+    if size + other_size > room:
+        size = min(size, max(room // 2, room - other_size))
+        other_size = room - size
+    return clip(clip(one, size, True) + between + clip(other, other_size, True), width)
+
+
+def pad(text: str, width: int) -> str:
+    return text + " " * max(0, width - shown_width(text))
+
+
+def fold(line: str, width: int) -> List[str]:
+    """A line as lines of at most `width` columns, parted at blanks, the later ones indented; words stay whole.
+
+    A line that is indented by 8 is one to be copied and typed: it is left to the terminal.
+    """
+    if line.startswith(" " * 8):
+        return [line]
+    lines, indent = [""], " " * (len(line) - len(line.lstrip(" ")))
+    for word in re.findall(r" *[^ ]+| +$", line):
+        if shown_width(lines[-1] + word) > width and lines[-1].strip():
+            lines.append(indent + "    " + word.lstrip(" "))
+        else:
+            lines[-1] += word
+    return lines
+
+
+class Work:
+    """One task as the board knows it. Times as the board's clock tells them."""
+
+    def __init__(self, title: str, begun: float) -> None:
+        self.title, self.begun = title, begun
+        self.ended: Optional[float] = None
+        self.state, self.snapshot, self.message, self.cause = "starting", "", "", ""
+        self.bars: Dict[str, Dict[str, Any]] = {}  # destination to the facts of its last progress
+
+    @property
+    def is_at_work(self) -> bool:
+        return self.ended is None and bool(self.bars or self.state in ("sending", "deleting", "clearing up"))
+
+
+class Board:
+    """What is at work, by task, gathered from events. `encoding` is that of the terminal."""
+
+    def __init__(self, titles: Dict[str, str], encoding: str = "utf-8",
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.encoding, self.clock = encoding, clock
+        self.begun = clock()
+        self.works = {task: Work(self.shown(title), self.begun) for task, title in titles.items()}
+
+    def shown(self, text: str) -> str:
+        """`text` in characters that the terminal can show, on one line."""
+        return printable(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+
+    def take(self, event: Event) -> None:
+        task = event.facts.get("task", "")
+        if task not in self.works:
+            self.works[task] = Work(self.shown(task), self.clock())
+        work = self.works[task]
+        if event.level == "progress":
+            self.take_progress(work, event)
+        elif event.kind == "task":
+            work.state = event.facts["state"]
+            if event.facts.get("ended"):
+                work.ended, work.bars = self.clock(), {}
+        elif event.level in LEVELS and event.level != "debug":
+            work.state = STATES.get(event.kind, work.state)
+            work.snapshot = self.shown(event.facts.get("snapshot") or work.snapshot)
+            work.message = self.shown(event.text.split("\n")[0])
+            work.cause = work.message if event.level == "error" else work.cause
+
+    def take_progress(self, work: Work, event: Event) -> None:
+        destination = event.facts.get("destination", "")
+        if "done" in event.facts:
+            label = event.text or "{} to {}".format(event.facts.get("snapshot", ""), destination)
+            to = self.shown(destination)
+            is_to = label.endswith(" to " + destination)
+            work.bars[destination] = dict(event.facts, label=self.shown(label), to=to if is_to else "")
+        elif "destination" in event.facts:
+            work.bars.pop(destination, None)
+        else:
+            work.bars.clear()
+
+    def bars(self) -> List[Tuple[Work, Dict[str, Any]]]:
+        return [(work, facts) for work in self.works.values() for facts in work.bars.values()]
+
+
+def progress_parts(facts: Dict[str, Any]) -> List[str]:
+    """`45%`, `1.2 GiB`, `of 2.7 GiB`, `85.2 MiB/s`, `0:18 left`; what is unknown is ''."""
+    done, expected, rate = facts["done"], facts.get("expected") or 0, facts.get("rate") or 0.0
+    seconds = round(max(0, expected - done) / rate) if expected and rate >= 1 else 0
+    left = format_duration(seconds).replace(".0 s", " s") if expected and rate >= 1 else ""
+    return ["{:.0f}%".format(min(100.0, 100.0 * done / expected)) if expected else "",
+            format_size(min(done, expected) if expected else done), "of " + format_size(expected) if expected else "",
+            format_size(rate) + "/s" if rate else "", left + " left" if left else ""]
+
+
+def progress_label(facts: Dict[str, Any], title: str) -> str:
+    """What is sent where; of a task where several are at work, for these may bear the same prefix."""
+    return "{} to {}".format(title, facts["to"]) if title and facts["to"] else facts["label"]
+
+
+def format_progress(facts: Dict[str, Any], width: int, title: str = "", column: int = 0) -> str:
+    """One transfer on one line: what, how far, how fast. Where room is short, less, and the end of the destination.
+
+    column: where the numbers begin if that is beyond the label.
+    """
+    percent, done, total, rate, left = progress_parts(facts)
+    label, percent = progress_label(facts, title), percent.rjust(4) if column else percent
+    for parts in ((percent, (done + " " + total).strip(), rate, left), (percent, done, rate, left)):
+        numbers = "  ".join(part for part in parts if part)
+        room = width - 2 - shown_width(numbers)
+        if shown_width(label) <= room:
+            return pad(label, min(column, room)) + "  " + numbers
+    if facts["to"]:
+        label = clip_pair(label[:-len(facts["to"]) - 4], " to ", facts["to"], max(8, room))
+    return clip(clip(label, max(8, room)) + "  " + numbers, width)
+
+
+def progress_lines(board: Board, width: int, most: int) -> List[str]:
+    """The running transfers, a line each, at most `most` lines."""
+    several = len(board.works) > 1
+    bars = [(facts, work.title if several else "") for work, facts in board.bars()]
+    column = min(max([shown_width(progress_label(*bar)) for bar in bars] or [0]), width // 2)
+    lines = [format_progress(facts, width, title, column) for facts, title in bars]
+    if len(lines) > most:
+        lines[max(0, most - 1):] = [clip("… and {}".format(plural(len(lines) - most + 1, "more transfer")), width)]
+    return lines[:most]
+
+
+def format_bar(facts: Dict[str, Any]) -> str:
+    done, expected = facts["done"], facts.get("expected")
+    full = int(BAR_WIDTH * min(1.0, done / expected)) if expected else 0
+    return "█" * full + "░" * (BAR_WIDTH - full)
+
+
+def format_clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return "{}:{:02}:{:02}".format(minutes // 60, minutes % 60, rest) if minutes >= 60 else "{}:{:02}".format(
+        minutes, rest)
+
+
+def sides(left: str, right: str, width: int) -> str:
+    """Two texts at both ends of a line; the left one gives way."""
+    room = max(0, width - shown_width(right) - 1)
+    return clip(pad(clip(left, room), room) + " " + right, width)
+
+
+def work_lines(work: Work, titles: int, width: int, now: float) -> List[str]:
+    """One task in the live view: what it does, then a line for each running transfer."""
+    said = work.cause or work.message if work.ended is not None or not work.snapshot else work.snapshot
+    head = " {}  {}  {}".format(pad(clip(work.title, titles, from_left=True), titles), pad(work.state, 14), said)
+    lines = [sides(head, format_clock((work.ended or now) - work.begun), width)]
+    for facts in work.bars.values():
+        percent, done, total, rate, left = progress_parts(facts)
+        full = "{}  {:>4}  {:>10} {:>13}  {:>12}  {:>12}".format(format_bar(facts), percent, done, total, rate, left)
+        short = "{}  {:>4}  {:>10}  {:>12}".format(format_bar(facts), percent, done, rate)
+        numbers = full if shown_width(full) + 30 <= width else short
+        room = max(0, width - shown_width(numbers) - 9)
+        name = clip(facts["to"] or facts["label"], room, from_left=True)
+        lines.append(clip("    to {}  {}".format(pad(name, room), numbers), width))
+    return lines
+
+
+def choose_works(works: Sequence[Work], heights: Dict[int, int], room: int) -> Tuple[List[Work], List[Work]]:
+    """The tasks that fit into `room` lines, those at work first, in their own order; and the rest."""
+    ranked = sorted(works, key=lambda w: (w.ended is not None, not w.is_at_work, w.state == "done"))
+    if sum(heights.values()) <= room:
+        return list(works), []
+    chosen, left = set(), room - 1  # a line for those left out
+    for work in ranked:
+        if heights[id(work)] <= left:
+            chosen.add(id(work))
+            left -= heights[id(work)]
+    return [w for w in works if id(w) in chosen], [w for w in works if id(w) not in chosen]
+
+
+def count_states(works: Iterable[Work]) -> str:
+    """`3 sending, 1 done, 1 failed`."""
+    counts = collections.Counter("at work" if work.is_at_work else work.state for work in works)
+    return ", ".join("{} {}".format(count, state) for state, count in sorted(counts.items()))
+
+
+def live_lines(board: Board, messages: Sequence[str], width: int, height: int) -> List[str]:
+    """The live view: a head, the tasks, the last messages; exactly `height` lines of at most `width` columns."""
+    now, works = board.clock(), list(board.works.values())
+    head = sides(" btrfs-backup-ng  {}: {}".format(plural(len(works), "task"), count_states(works)),
+                 format_clock(now - board.begun) + " ", width)
+    titles = min(max([shown_width(w.title) for w in works] or [0]), max(8, width // 3))
+    blocks = {id(w): work_lines(w, titles, width, now) for w in works}
+    room = max(1, height - 3 - min(5, max(2, height // 5)))
+    chosen, rest = choose_works(works, {key: len(lines) for key, lines in blocks.items()}, room)
+    lines = [head, "─" * width] + [line for w in chosen for line in blocks[id(w)]]
+    if rest:
+        lines.append(clip(" … and {}: {}".format(plural(len(rest), "more task"), count_states(rest)), width))
+    lines.append("─" * width)
+    folded = [part for message in messages[-height:] for part in fold(message, width - 2)]
+    space = max(0, height - len(lines))
+    lines += [clip(" " + line, width) for line in folded[-space:]] if space else []
+    return (lines + [""] * height)[:height]
+
+
+class Terminal:
+    """stderr. What cannot be written any more, as the terminal is closed, is dropped."""
+
+    def __init__(self) -> None:
+        self.encoding = sys.stderr.encoding or "ascii"
+        self.glyphs = {} if self.encoding.lower().replace("-", "") == "utf8" else PLAIN_GLYPHS
+        self.can_draw = os.isatty(2) and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
+
+    def size(self) -> Tuple[int, int]:
+        """Columns and lines."""
+        try:
+            size = os.get_terminal_size(2)
+        except OSError:
+            return 80, 24
+        return size.columns or 80, size.lines or 24
+
+    def write(self, text: str) -> None:
+        try:
+            sys.stderr.write(text.translate(self.glyphs))
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nor may flushing at the end of the process fail
+
+
+def format_event(event: Event) -> List[str]:
+    """An event as lines of a log, with its task in front where several run."""
+    mark = event.level + ": " if event.level in ("warning", "error") else ""
+    task = "{}: ".format(event.facts["task"]) if "task" in event.facts else ""
+    return [printable(line) for line in (mark + task + event.text).split("\n")]
+
+
+class LogLines:
+    """Writes events of `level` and above to stderr; on a terminal the running transfers below them."""
+
+    token = -1
+
+    def __init__(self, level: str, progress: bool, terminal: Terminal, board: Board) -> None:
+        self.levels = LEVELS[LEVELS.index(level):]
+        self.progress, self.terminal, self.board = progress and terminal.can_draw, terminal, board
+        self.block: List[str] = []  # as it stands on the terminal
+        self.drawn = 0.0
+
+    def __call__(self, event: Event) -> None:
+        if self.progress:
+            self.board.take(event)
+        if event.level in self.levels:
+            lines = format_event(event)
+            if self.terminal.can_draw:
+                width = self.terminal.size()[0] - 1
+                lines = [part for line in lines for part in fold(line, width)]
+            self.draw(lines)
+        elif self.progress and event.level == "progress":
+            self.tick("done" not in event.facts)
+
+    def __enter__(self) -> "LogLines":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Leaves nothing but what was said."""
+        self.board.works.clear()
+        self.draw([])
+
+    def tick(self, now: bool = False) -> None:
+        """Draws the transfers again where that is due."""
+        if self.progress and (now or time.monotonic() - self.drawn >= DRAW_INTERVAL):
+            self.draw([])
+
+    def draw(self, lines: Sequence[str]) -> None:
+        """Writes `lines` above the transfers."""
+        columns, height = self.terminal.size()
+        # with room for the ^C that a terminal writes behind it
+        block = progress_lines(self.board, columns - 4, max(1, height - 2)) if self.progress else []
+        if lines or block != self.block:
+            self.terminal.write(self.erase(columns) + "".join(line + "\n" for line in lines) + "\n".join(block))
+        self.block, self.drawn = block, time.monotonic()
+
+    def erase(self, columns: int) -> str:
+        """What removes the block, also where the terminal has become narrower and has wrapped it."""
+        if not self.block:
+            return ""
+        rows = sum(max(1, -(-shown_width(line) // columns)) for line in self.block)
+        return "\r" + ("\x1b[{}A".format(rows - 1) if rows > 1 else "") + "\x1b[J"
+
+
+class LiveView:
+    """Draws the whole screen anew a few times a second; a context, in which the terminal shows it.
+
+    Where this process is killed so that it cannot give the terminal back, a child may do it that reads a byte
+    from `token`, a pipe.
+    """
+
+    progress = True
+
+    def __init__(self, level: str, terminal: Terminal, board: Board) -> None:
+        self.levels = LEVELS[LEVELS.index(level):]
+        self.terminal, self.board = terminal, board
+        self.messages: List[str] = []
+        self.last: List[Event] = []  # what still matters when the screen is gone
+        self.frame: List[str] = []
+        self.size, self.drawn = (0, 0), 0.0
+        self.pausing = False
+
+    def __call__(self, event: Event) -> None:
+        self.board.take(event)
+        if event.level in self.levels:
+            self.messages = self.messages[-200:] + [self.board.shown(line) for line in format_event(event)]
+            if event.level in ("warning", "error") or event.kind in ("done", "summary"):
+                self.last.append(event)
+        self.tick()
+
+    def tick(self, now: bool = False) -> None:
+        if self.pausing:
+            self.pause()
+        size = self.terminal.size()
+        if not now and size == self.size and time.monotonic() - self.drawn < DRAW_INTERVAL:
+            return
+        frame = live_lines(self.board, self.messages, *size)
+        if frame != self.frame or size != self.size:
+            clear = "\x1b[2J" if size != self.size else ""
+            lines = [pad(line, size[0]) for line in frame]  # erasing after a full line would take its last column
+            self.terminal.write(clear + "\x1b[H\x1b[7m" + "\r\n".join([lines[0] + "\x1b[0m"] + lines[1:]) + "\x1b[H")
+        self.frame, self.size, self.drawn = frame, size, time.monotonic()
+
+    def __enter__(self) -> "LiveView":
+        self.token, write_end = os.pipe()
+        os.write(write_end, b"x")
+        os.close(write_end)
+        self.before = signal.signal(signal.SIGTSTP, self.note_pause)
+        self.open()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Gives the terminal back as it was, and says there what still matters."""
+        signal.signal(signal.SIGTSTP, self.before)
+        os.close(self.token)
+        self.terminal.write(CLOSE_SCREEN)
+        for event in self.last:
+            width = self.terminal.size()[0] - 1
+            self.terminal.write("".join(part + "\n" for line in format_event(event) for part in fold(line, width)))
+
+    def note_pause(self, _number: int, _frame: Any) -> None:
+        self.pausing = True
+
+    def open(self) -> None:
+        self.terminal.write(OPEN_SCREEN)
+        self.size = (0, 0)
+        self.tick(True)
+
+    def pause(self) -> None:
+        """Stops as Ctrl-Z asks, with the terminal given back meanwhile."""
+        self.pausing = False
+        self.terminal.write(CLOSE_SCREEN)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self.open()
+
+
+########################################################################################################
+# CREW: the tasks of one command, each in a process of its own
+#
+# Each task runs in a child of ours: down a pipe comes the leave to go on, up another come its events, each a list
+# in a line of JSON, and what it asks of us, each an object, which nothing that an event holds can become. All take
+# their snapshots first; then they go on, no more at once than allowed. Tasks on one snapshot folder and prefix take
+# turns. A child whose pipe from us ends has lost us, and stops as if it were interrupted. Never: a child left
+# running when we are done with it; a display that a child writes to; a command line that a child has sent.
+########################################################################################################
+
+TICK = 0.1  # seconds between looks at everything
+SNAPSHOT_PATIENCE = 60.0  # seconds for which a task that is not ready keeps the others from going on
+STOP_GRACE = 60.0  # seconds a task gets to end its transfers
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+CREW_SIGNALS = STOP_SIGNALS + (signal.SIGQUIT,)  # a crew does not leave its children and terminal behind
+LEAVE_SIZE = 5  # bytes
+TURN, GO, UNSHARED = b"turn\n", b"go  \n", b"s-  \n"  # and s012, the number of a shared connection
+MASTER_TASKS = 3  # on one connection: sshd's MaxSessions is 10 by default, and a task may have three at once
+SUMMARY_ERRORS = 5  # of one task
+SWALLOWED_NAP = 0.01  # seconds
+
+
+def pass_over(_number: int, _frame: Any) -> None:
+    """Does nothing. SIG_IGN would be inherited by programs that are started, and not bear a signal under way."""
+
+
+def catch_signals() -> None:
+    """Makes INT, TERM and HUP raise Interrupted, once: cleaning up is not interrupted again.
+
+    Where a finalizer happens to run, Python swallows what is raised: there it is raised again a moment later.
+    """
+
+    def interrupt(number: int, _frame: Any) -> None:
+        for other in STOP_SIGNALS:
+            signal.signal(other, pass_over)
+        raise Interrupted(number)
+
+    def raise_again(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, Interrupted):
+            tell_unraisable(unraisable)
+            return
+        number = unraisable.exc_value.status - 128
+        signal.signal(number, interrupt)
+        later = threading.Timer(SWALLOWED_NAP, lambda: os.kill(os.getpid(), number))
+        later.daemon = True
+        later.start()
+
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, interrupt)
+    if sys.version_info >= (3, 8):
+        tell_unraisable = sys.__unraisablehook__  # novermin
+        sys.unraisablehook = raise_again  # novermin
+
+
+def format_interruption(name: str, tasks: Sequence[Task]) -> str:
+    """What a signal did to tasks: whether locks stay is not known here, and a dry run leaves nothing to go on with."""
+    goes_on = any(task.verb in ("", "restore") and not task.dry_run for task in tasks)
+    return "interrupted by {}{}".format(name, "; the next run goes on" if goes_on else "")
+
+
+def run_and_report(run: Callable[[Task, Events], int], task: Task, events: Events) -> int:
+    """Does a task and says what stopped it; the exit status."""
+    try:
+        return run(task, events)
+    except BrokenPipeError:  # nobody reads the results any more
+        raise
+    except Exception as error:
+        if task.verbosity == "debug":
+            import traceback
+            traceback.print_exc()
+        told = explain(error, "stopped")
+        events.error(told)
+        return told.status
+    except Interrupted as interruption:
+        end_children()
+        events.warning("interrupted", format_interruption(str(interruption), [task]))
+        return interruption.status
+
+
+def overall_status(statuses: Sequence[int]) -> int:
+    """The exit status of a command from those of its tasks: busy only where nothing else went wrong."""
+    bad = {status for status in statuses if status}
+    return 0 if not bad else Busy.status if bad == {Busy.status} else 1
+
+
+def format_request(request: Request, *more: str) -> str:
+    """The command line of one task, for a shell; without the options that hold for the whole command."""
+    plain = all(split_word(path) == (path, None) and path[:1] not in ("-", "@") for path in request.paths)
+    return typed(["btrfs-backup-ng"] + list(more) + list(request.words) + ([] if plain else ["--"])
+                 + list(request.paths))
+
+
+def task_names(requests: Sequence[Request]) -> List[str]:
+    """What to call each task: its source, with a number where several have the same."""
+    sources = [printable(request.task.source) for request in requests]
+    return [source if sources.count(source) == 1 else "{} ({})".format(source, sources[:number].count(source))
+            for number, source in enumerate(sources, 1)]
+
+
+# In the child.
+
+
+class ChildEvents:
+    """A reader of events that passes them on to the parent; and the way to ask something of it."""
+
+    def __init__(self, fd: int, progress: bool) -> None:
+        self.fd, self.progress, self.mutex = fd, progress, threading.Lock()
+        self.is_torn = False  # a signal has left the last line in its midst
+
+    def __call__(self, event: Event) -> None:
+        self.write(event)
+
+    def ask(self, word: str, what: Any = None) -> None:
+        self.write({"ask": word, "of": what})
+
+    def write(self, said: Any) -> None:
+        import json
+        data = b"\n" + json.dumps(said, default=str).encode("ascii") + b"\n"
+        with self.mutex, contextlib.suppress(BrokenPipeError):  # that the parent has gone is seen elsewhere
+            data, self.is_torn = data[not self.is_torn:], True
+            while data:
+                data = data[os.write(self.fd, data):]
+            self.is_torn = False
+
+
+def master_path(folder: str, number: int) -> str:
+    return os.path.join(folder, str(number))
+
+
+class ChildGate(Gate):
+    """Asks the parent, and hears from it on stdin."""
+
+    def __init__(self, parent: ChildEvents, folder: str, on_loss: Callable[[], None]) -> None:
+        """folder: of the sockets of shared connections; '' where there are none."""
+        import queue
+        self.parent, self.folder, self.on_loss = parent, folder, on_loss
+        self.leaves = {TURN: threading.Event(), GO: threading.Event()}
+        self.answers: "queue.Queue[bytes]" = queue.Queue()
+        self.asking = threading.Lock()
+        threading.Thread(target=self.listen, daemon=True).start()
+
+    def listen(self) -> None:
+        for leave in iter(lambda: os.read(0, LEAVE_SIZE), b""):
+            if leave in self.leaves:
+                self.leaves[leave].set()
+            else:
+                self.answers.put(leave)
+        self.on_loss()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def take_turn(self, key: str) -> None:
+        self.parent.ask("turn", key)
+        self.leaves[TURN].wait()
+
+    def snapshot_taken(self) -> None:
+        self.parent.ask("ready")
+        self.leaves[GO].wait()
+
+    def share(self, endpoint: Endpoint, settings: Dict[str, str]) -> str:
+        if not self.folder:
+            return ""
+        with self.asking:
+            self.parent.ask("share", [endpoint.machine, settings])
+            answer = self.answers.get()
+        return master_path(self.folder, int(answer[1:4])) if answer != UNSHARED else ""
+
+
+def close_lost_screen(terminal: int, token: int) -> None:
+    """Gives a terminal back whose owner was killed; of several tasks the one does it that gets the token."""
+    with contextlib.suppress(OSError):
+        if os.read(token, 1):
+            os.write(terminal, CLOSE_SCREEN.encode("ascii"))
+
+
+def until_interrupted(act: Callable[[], int]) -> int:
+    """What `act` returns, or the status of the signal that asked it to stop; one that comes later changes nothing."""
+    status = None
+    try:
+        catch_signals()
+        status = act()
+        for number in STOP_SIGNALS:
+            signal.signal(number, pass_over)
+    except Interrupted as interruption:  # is raised once
+        status = interruption.status if status is None else status
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # a handler would be taken back as the interpreter ends
+    return status
+
+
+def act_and_flush(act: Callable[[], int]) -> int:
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        return act()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+
+def live_as_child(act: Callable[[], int]) -> None:
+    """The rest of a forked process's life. The signals, held back by the parent, are free again."""
+    status = 1
+    try:
+        signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        status = until_interrupted(functools.partial(act_and_flush, act))
+    except Exception as error:  # before there was anything to report it with
+        with contextlib.suppress(OSError):
+            print(format_error(explain(error, "stopped")), file=sys.stderr, flush=True)
+    finally:
+        os._exit(status)
+
+
+# In the parent.
+
+
+class TaskProcess:
+    """One task's process, as its parent sees it."""
+
+    def __init__(self, name: str, request: Request) -> None:
+        self.name, self.request = name, request
+        self.pid: Optional[int] = None  # while there is a process
+        self.leave_fd = -1  # while it can be told something
+        self.status: Optional[int] = None
+        self.streams: Dict[int, str] = {}  # what comes on each open pipe
+        self.rest = {"events": b"", "stdout": b"", "stderr": b""}
+        self.turn: Optional[str] = None  # what it wants to be alone with
+        self.is_told = False  # that it waits for its turn
+        self.has_turn = self.is_ready = self.waits = self.goes = self.took_snapshot = False
+        self.errors: List[Dict[str, Any]] = []
+
+    @property
+    def runs(self) -> bool:
+        return self.status is None
+
+    @property
+    def delays(self) -> bool:
+        """Whether the others should wait for its snapshot."""
+        return self.runs and not (self.is_ready or self.waits or (self.turn is not None and not self.has_turn))
+
+    def start(self, siblings: Sequence["TaskProcess"], act: Callable[[int, int], int]) -> None:
+        """Forks a child that does `act`, given where to write its events and our stderr; OSError where it cannot be.
+
+        Forked, not started anew, for compiling this file takes longer than taking a snapshot.
+        """
+        with contextlib.ExitStack() as stack:
+            theirs, ours = [], []  # type: List[int], List[int]
+            for number in range(4):
+                ends = os.pipe()
+                for fd, kept in zip(ends if number == 0 else ends[::-1], (theirs, ours)):
+                    kept.append(fd)
+                    stack.callback(os.close, fd)
+            sys.stdout.flush()
+            pid = os.fork()
+            if pid == 0:
+                for sibling in siblings:
+                    sibling.close()
+                live_as_child(functools.partial(self.begin, theirs, ours, act))
+            stack.pop_all()
+        self.pid = pid
+        for fd in theirs:
+            os.close(fd)
+        self.leave_fd, self.streams = ours[0], dict(zip(ours[1:], ("stdout", "stderr", "events")))
+        for fd in self.streams:
+            os.set_blocking(fd, False)
+
+    @staticmethod
+    def begin(theirs: Sequence[int], ours: Sequence[int], act: Callable[[int, int], int]) -> int:
+        """What the child does: with the pipes in place of its standard streams."""
+        terminal = os.dup(2)
+        for fd in ours:
+            os.close(fd)
+        for number in range(3):
+            os.dup2(theirs[number], number)
+            os.close(theirs[number])
+        return act(theirs[3], terminal)
+
+    def tell(self, leave: bytes) -> None:
+        """Tells it something, if it is still there to hear it."""
+        if self.leave_fd >= 0:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(self.leave_fd, leave)
+
+    def signal(self, number: int) -> None:
+        signal_process(self.pid, number)
+
+    def look(self) -> Optional[int]:
+        """The status of a process that has ended by now, negative where a signal ended it; None otherwise."""
+        pid, code = os.waitpid(self.pid, os.WNOHANG) if self.pid is not None else (0, 0)
+        if not pid:
+            return None
+        self.pid = None
+        return -os.WTERMSIG(code) if os.WIFSIGNALED(code) else os.WEXITSTATUS(code)
+
+    def read(self, fd: int) -> bytes:
+        """What has come on a pipe; a pipe at its end is closed."""
+        try:
+            data = os.read(fd, PIPE_SIZE)
+        except BlockingIOError:
+            return b""
+        if not data:
+            os.close(fd)
+            del self.streams[fd]
+        return data
+
+    def take_lines(self, kind: str, data: bytes) -> List[bytes]:
+        """The lines that are whole now."""
+        *lines, self.rest[kind] = (self.rest[kind] + data).split(b"\n")
+        return lines
+
+    def close(self) -> None:
+        for fd in list(self.streams) + ([self.leave_fd] if self.leave_fd >= 0 else []):
+            os.close(fd)
+        self.streams, self.leave_fd = {}, -1
+
+
+def ignore_interrupts() -> None:
+    """For what may ask at our terminal: Ctrl-C there is for us, as the tasks end first, and need it for that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Master:
+    """A connection over ssh that tasks share, so that a person is asked once.
+
+    It lives as long as its `cat` there, whose stdin is ours: killed we leave none behind.
+    """
+
+    def __init__(self, folder: str, number: int, argv: Sequence[str]) -> None:
+        self.number, self.argv, self.path = number, argv, master_path(folder, number)
+        self.users: List[TaskProcess] = []
+        self.waiting: List[TaskProcess] = []
+        self.deadline = time.monotonic() + GREETING_TIMEOUT
+        more = ["-o", "ControlMaster=yes", "-o", "ControlPersist=no", "-o", "ControlPath=" + self.path]
+        read_end, self.write_end = os.pipe()
+        try:
+            self.stage = Stage(list(argv[:1]) + more + list(argv[1:]) + ["cat"], read_end, subprocess.DEVNULL,
+                               prepare=ignore_interrupts if has_terminal() else None)
+        except BaseException:
+            os.close(self.write_end)
+            raise
+        finally:
+            os.close(read_end)
+
+    def answer(self) -> bool:
+        """Tells those that wait, once it is known whether it works; whether it may still be used."""
+        is_there = os.path.exists(self.path)
+        ended = self.stage.has_ended() or (not is_there and time.monotonic() > self.deadline)
+        if ended or is_there:
+            for process in self.waiting:  # those that have ended meanwhile do not hear it
+                process.tell(UNSHARED if ended else "s{:03}\n".format(self.number).encode("ascii"))
+            self.waiting = []
+        return not ended
+
+    def end(self) -> None:
+        os.close(self.write_end)
+        self.stage.end()
+
+
+class Masters:
+    """The shared connections of a crew; a context, at whose end they end."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        paths = [path for request in requests for path in request.paths]
+        is_remote = len(requests) > 1 and any(parse_endpoint(path).login for path in paths)
+        self.private: Optional[PrivateFolder] = None  # none where there is no place for it: then nothing is shared
+        with contextlib.suppress(OSError):
+            self.private = PrivateFolder() if is_remote else None
+        self.folder = self.private.path if self.private else ""
+        self.all: List[Master] = []
+        self.numbers = itertools.count()
+
+    @staticmethod
+    def argv(request: Request, machine: str, settings: Dict[str, str]) -> List[str]:
+        """The ssh command to a machine that the user has named, by ssh's settings for it; [] for any other machine."""
+        options = SshOptions(request.task.ssh_options, request.task.ssh_sudo)
+        return next((ssh_argv(endpoint, options, open_settings(settings, "", True))
+                     for endpoint in map(parse_endpoint, request.paths) if endpoint.machine == machine != ""), [])
+
+    def ask(self, process: TaskProcess, machine: str, settings: Dict[str, str]) -> None:
+        """Finds a connection to a machine that the task may share, or makes it; `look` answers."""
+        argv = self.argv(process.request, machine, settings)
+        if not argv:
+            process.tell(UNSHARED)
+            return
+        for master in self.all:
+            running = [user for user in master.users if user.runs]
+            if master.argv == argv and (process in running or len(running) < MASTER_TASKS):
+                break
+        else:
+            try:
+                master = Master(self.folder, next(self.numbers), argv)
+            except Exception:  # nor is it shared where there is no descriptor or process for it
+                process.tell(UNSHARED)
+                return
+            self.all.append(master)
+        master.users.append(process)
+        master.waiting.append(process)
+
+    def look(self) -> None:
+        for master in list(self.all):
+            if not master.answer():
+                self.all.remove(master)
+                master.end()
+
+    def __enter__(self) -> "Masters":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for master in self.all:
+            master.end()
+        if self.private is not None:
+            self.private.end()
+
+
+class Crew:
+    """The tasks of one command at work. `tick` draws what a display shows; `token` is for the children's gates."""
+
+    def __init__(self, requests: Sequence[Request], events: Events, tick: Callable[[], None], token: int = -1) -> None:
+        self.events, self.tick, self.token = events, tick, token
+        self.jobs = requests[0].task.jobs or len(requests)
+        self.progress = any(getattr(reader, "progress", False) for reader in events.readers)
+        self.processes = [TaskProcess(name, request) for name, request in zip(task_names(requests), requests)]
+        self.owners: Dict[int, TaskProcess] = {}
+        self.masters = Masters(requests)
+        self.poll = select.poll()
+        self.begun = time.monotonic()
+        self.is_open = False  # all that can have taken their snapshots
+        self.stopped_by: Optional[int] = None
+        self.deadline: Optional[float] = None  # for those that were asked to stop
+
+    def run(self) -> List[int]:
+        """The exit status of each task, when all have ended."""
+        with self.noted_signals(), self.masters:
+            try:
+                for process in self.processes:
+                    self.start(process)
+                while any(process.runs for process in self.processes):
+                    self.step()
+            finally:
+                self.end()
+        return [process.status or 0 for process in self.processes]
+
+    @contextlib.contextmanager
+    def noted_signals(self) -> Iterator[None]:
+        """Signals that ask to stop are noted here, so that none comes between two steps."""
+
+        def note(number: int, _frame: Any) -> None:
+            self.stopped_by = self.stopped_by or number
+
+        before = {number: signal.getsignal(number) for number in CREW_SIGNALS}
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:
+                signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def end(self) -> None:
+        """Where we fail ourselves: lets those that run end as if they were interrupted, and waits for them."""
+        for process in self.processes:
+            process.close()
+            process.signal(signal.SIGTERM)
+            process.signal(signal.SIGCONT)
+        left, deadline = self.processes, time.monotonic() + STOP_GRACE
+        while left:
+            if time.monotonic() > deadline:
+                for process in left:
+                    process.signal(signal.SIGKILL)
+            left = [process for process in left if process.pid is not None and process.look() is None]
+            time.sleep(TICK if left else 0)
+
+    def start(self, process: TaskProcess) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until the child has handlers of its own
+        try:
+            process.start(self.processes, functools.partial(self.act, process.request.task))
+        except Exception as error:  # no descriptors, processes or memory are left
+            process.status = 1
+            self.fail(process, explain(error, "cannot start the task"))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        for fd in process.streams:
+            self.owners[fd] = process
+            self.poll.register(fd, select.POLLIN)
+
+    def act(self, task: Task, fd: int, terminal: int) -> int:
+        """What the child does."""
+        parent = ChildEvents(fd, self.progress)
+        on_loss = functools.partial(close_lost_screen, terminal, self.token)
+        return run_and_report(lambda task, events: run_task(task, events, ChildGate(
+            parent, self.masters.folder, on_loss)), task, Events(parent))
+
+    def step(self) -> None:
+        for fd, _ in self.poll.poll(1000 * TICK):
+            self.read(self.owners[fd], fd)
+        for process in self.processes:
+            status = process.look()
+            if status is not None:
+                self.conclude(process, status)
+        self.masters.look()
+        if self.stopped_by:
+            self.stop()
+        else:
+            self.give_leave()
+        self.tick()
+
+    def stop(self) -> None:
+        """Asks all to end, and kills in the end what does not."""
+        now = time.monotonic()
+        if self.deadline is None:
+            for process in self.processes:
+                process.signal(signal.SIGTERM)
+                process.signal(signal.SIGCONT)  # a stopped process takes no other signal
+                self.show(process, "stopping")
+        elif now > self.deadline:
+            for process in [process for process in self.processes if process.runs]:
+                self.emit(process, "killed", "warning", "it did not end within {}, and was killed".format(
+                    format_duration(STOP_GRACE)))
+                process.signal(signal.SIGKILL)
+            self.deadline += STOP_GRACE
+        self.deadline = self.deadline or now + STOP_GRACE
+
+    def give_leave(self) -> None:
+        """Turns to those whose folder nobody else has, and leave to go on once all have their snapshots."""
+        running = [process for process in self.processes if process.runs]
+        for process in running:
+            others = {other.turn for other in running if other.has_turn}
+            if process.turn is None or process.has_turn:
+                continue
+            if process.turn not in others:
+                process.has_turn = True
+                process.tell(TURN)
+            elif not process.is_told:
+                process.is_told = True
+                self.emit(process, "waiting", "info", "waiting for another task on the same snapshots")
+        late = time.monotonic() - self.begun > SNAPSHOT_PATIENCE
+        self.is_open = self.is_open or late or not any(process.delays for process in running)
+        free = self.jobs - sum(process.goes for process in running)
+        for process in [process for process in running if process.is_ready and not process.goes and self.is_open]:
+            if free > 0:
+                process.goes, free = True, free - 1
+                process.tell(GO)
+                self.show(process, "at work")
+
+    def conclude(self, process: TaskProcess, status: int) -> None:
+        """Books the end of a task's process."""
+        process.status = 1 if status < 0 or status == UsageError.status else status
+        for fd in list(process.streams):
+            while fd in process.streams and self.read(process, fd):
+                pass
+        for fd in process.streams:  # something that it has started holds the other end
+            self.poll.unregister(fd)
+        process.close()
+        if status < 0 and not self.stopped_by:
+            self.fail(process, BackupError("its process was killed by {}".format(signal_name(-status)), "run it again"))
+        self.show(process, "done" if status == 0 else "busy" if status == Busy.status else
+                  "stopped" if self.stopped_by else "failed", ended=True)
+
+    # -- what the children say
+
+    def read(self, process: TaskProcess, fd: int) -> bool:
+        """Takes what has come on a pipe; whether that was anything."""
+        kind = process.streams[fd]
+        data = process.read(fd)
+        if fd not in process.streams:
+            self.poll.unregister(fd)
+        if kind == "stdout":
+            process.rest[kind] += data
+            return bool(data)
+        for line in process.take_lines(kind, data):
+            if kind == "events":
+                self.take(process, line)
+            elif line:
+                self.emit(process, "stderr", "warning", os.fsdecode(line))
+        return bool(data)
+
+    def take(self, process: TaskProcess, line: bytes) -> None:
+        """Takes one line of what a child says; one that a signal has torn is the beginning of an event."""
+        import json
+        try:
+            said = json.loads(line.decode("ascii"))
+        except ValueError:
+            return
+        if isinstance(said, dict):
+            self.answer(process, said["ask"], said["of"])
+        else:
+            self.take_event(process, Event(*said))
+
+    def answer(self, process: TaskProcess, word: str, what: Any) -> None:
+        """Notes what a child asks for; `give_leave` and the masters answer."""
+        if word == "turn":
+            process.turn = what
+        elif word == "share":
+            self.masters.ask(process, *what)
+        elif word == "ready":
+            process.is_ready = True
+            self.show(process, "waiting")
+
+    def take_event(self, process: TaskProcess, event: Event) -> None:
+        if event.kind != "interrupted" or not self.stopped_by:
+            process.waits = event.kind == "waiting"
+            process.took_snapshot = process.took_snapshot or event.kind == "snapshot"
+            self.emit(process, *event[:3], **event.facts)
+
+    def fail(self, process: TaskProcess, error: BackupError) -> None:
+        self.emit(process, "error", "error", format_error(error), message=error.message, hint=error.hint)
+
+    def emit(self, process: TaskProcess, kind: str, level: str, text: str = "", **facts: Any) -> None:
+        if level == "error":
+            process.errors.append(dict(facts, text=text))
+        if len(self.processes) > 1:
+            facts["task"] = process.name
+        self.events.emit(kind, level, text, **facts)
+
+    def show(self, process: TaskProcess, state: str, ended: bool = False) -> None:
+        self.emit(process, "task", "state", state=state, ended=ended)
+
+    # -- what is said at the end
+
+    def summary(self) -> List[str]:
+        """For each failed task what failed, where, why, and what to type."""
+        lines = []
+        for process in self.processes:
+            if process.status:
+                said = [error.get("message") and "{}{}".format(
+                    error["message"], "; " + error["hint"] if error.get("hint") else "") or error["text"]
+                    for error in process.errors] or ["ended with status {}".format(process.status)]
+                lines += ["    {}: {}".format(process.name, line) for line in said[:SUMMARY_ERRORS]]
+                lines += ["    {}: … and {}".format(process.name, plural(len(said) - SUMMARY_ERRORS, "more error"))
+                          ] * (len(said) > SUMMARY_ERRORS)
+                kept = process.took_snapshot and not process.request.task.no_snapshot
+                lines.append("        again: " + format_request(process.request, *["-S"] * kept))
+        return lines
+
+    def results(self) -> List[Tuple[Request, str]]:
+        """What each task has written to its stdout."""
+        return [(process.request, os.fsdecode(process.rest["stdout"]).rstrip("\n")) for process in self.processes]
+
+
+def run_crew(requests: Sequence[Request], events: Events, view: Union[LogLines, LiveView]) -> int:
+    """Does several tasks at once, shown by `view`; the exit status of the command."""
+    with view:
+        crew = Crew(requests, events, view.tick, view.token)
+        statuses = crew.run()
+        failed = sum(status != 0 for status in statuses)
+        if crew.stopped_by:
+            events.warning("interrupted", format_interruption(
+                signal.Signals(crew.stopped_by).name, [request.task for request in requests]))
+        elif failed and len(statuses) > 1:
+            head = "{} of {} was not done as asked" if failed == 1 else "{} of {} were not done as asked"
+            events.emit("summary", "error", "\n".join(
+                [head.format(failed, plural(len(statuses), "task"))] + crew.summary()))
+    for number, (request, text) in enumerate(crew.results(), 1):
+        if request.task.dry_run and len(requests) > 1:
+            print_result("task {} of {}: {}".format(number, len(requests), format_request(request)))
+        if text:
+            print_result(text)
+    return 128 + crew.stopped_by if crew.stopped_by else overall_status(statuses)
+
+
+########################################################################################################
+# COPIES: the program's own copies in the user's cache folder
 #
 # A zipapp, and an agent on a remote host, run from a copy of the source in CACHE/btrfs-backup-ng/SHA-256/,
 # where Python keeps its bytecode. The folder's time says when the copy was last used, by the day. A run
@@ -16002,11 +16205,12 @@ def tend_copies(now: float) -> None:
 
 
 ########################################################################################################
-# 39 COMMAND LINE: help, version, sudo, signals, main
+# COMMAND LINE: help, version, sudo, signals, main
 #
 # The thin shell around a task: everything that touches the process as a whole (its arguments, user,
 # signals, exit status) is here and nowhere else.
 ########################################################################################################
+
 
 def format_version() -> str:
     try:
@@ -16043,6 +16247,11 @@ def make_view(requests: Sequence[Request], terminal: Terminal) -> Union[LogLines
     return LogLines(task.verbosity, not task.no_progress and task.verbosity in ("info", "debug"), terminal, board)
 
 
+def no_operands(operands: Sequence[str]) -> None:
+    if operands:
+        raise UsageError("print: {} is too much".format(printable(operands[0])), "see print --help")
+
+
 def print_man(task: Task) -> str:
     no_operands(task.destinations)
     return format_man()
@@ -16068,11 +16277,6 @@ def print_systemd(task: Task) -> str:
         check_absolute(request)
     check_together([request.task for request in requests])
     return format_units(task, requests, task.destinations)
-
-
-def no_operands(operands: Sequence[str]) -> None:
-    if operands:
-        raise UsageError("print: {} is too much".format(printable(operands[0])), "see print --help")
 
 
 PUBLIC_KEY = re.compile(r"((?:sk-)?(?:ssh|ecdsa)-[a-z0-9@.-]+) ([A-Za-z0-9+/=]+)(?: (.*))?")
@@ -16229,16 +16433,6 @@ def wants_debug(arguments: Sequence[str]) -> bool:
     return False
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Does what the arguments ask; returns the exit status."""
-    if argv is None:
-        use_utf8()
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    open_standard_streams()
-    tend_copies(time.time())
-    return until_interrupted(lambda: run_and_explain(arguments))
-
-
 def run_and_explain(arguments: Sequence[str]) -> int:
     """Does what the arguments ask, says what goes wrong; returns the exit status."""
     try:
@@ -16254,6 +16448,16 @@ def run_and_explain(arguments: Sequence[str]) -> int:
             raise
         print("error: " + format_error(explain(error, "stopped")), file=sys.stderr)
         return 1
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Does what the arguments ask; returns the exit status."""
+    if argv is None:
+        use_utf8()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    open_standard_streams()
+    tend_copies(time.time())
+    return until_interrupted(lambda: run_and_explain(arguments))
 
 
 if __name__ == "__main__":
