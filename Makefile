@@ -7,7 +7,7 @@ DESTDIR ?=
 TESTS ?=
 # How long the long versions of the tests are: moments to kill at, rounds of churn.
 TORTURE ?= 50
-# What 'make mutants' hands on, for example MUTANTS='PLANNING STREAM.begin'.
+# What 'make mutants' hands on, for example MUTANTS='PLANNING GATE.StreamGate'.
 MUTANTS ?=
 # What 'make bench' hands on, for example BENCH='--rounds 9 full-large'.
 BENCH ?= --json bench.json

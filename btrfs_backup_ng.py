@@ -824,8 +824,8 @@ def parse_encryption(text: str) -> str:
 ########################################################################################################
 # PLACES: what a typed place names, and what can be done there
 #
-# An endpoint is taken as it stands: nothing in it is decoded, lower-cased or guessed. What a kind of place can do stands
-# in its row; nothing else in the file compares kinds or schemes.
+# An endpoint is taken as it stands: nothing in it is decoded, lower-cased or guessed. What a kind of place can do
+# stands in its row; nothing else in the file compares kinds or schemes.
 ########################################################################################################
 
 
@@ -931,9 +931,9 @@ def parse_endpoint(text: str) -> Endpoint:
 ########################################################################################################
 # OPTIONS: the table of options and verbs, and what a task is
 #
-# One table feeds the parser, the help, the manual and the completions. Long options may be shortened as far as they stay
-# unique among those of all verbs, but never those that delete, forget or are deprecated. Every mistake here is found
-# before anything is started.
+# One table feeds the parser, the help, the manual and the completions. Long options may be shortened as far as they
+# stay unique among those of all verbs, but never those that delete, forget or are deprecated. Every mistake here is
+# found before anything is started.
 ########################################################################################################
 
 
@@ -2480,8 +2480,8 @@ def after_transfers(listing: Listing, plan: DestinationPlan) -> Listing:
 # STREAM: the stream as btrfs writes it, and its first command
 #
 # A header of 17 bytes, then commands: `le32 length | le16 command | le32 crc32c | payload` of attributes `le16 type |
-# le16 length | data` (btrfs-progs, send.h). The first says which subvolume `btrfs receive` makes, on which parent: it must
-# be what was planned.
+# le16 length | data` (btrfs-progs, send.h). The first says which subvolume `btrfs receive` makes, on which parent: it
+# must be what was planned.
 ########################################################################################################
 
 STREAM_MAGIC = b"btrfs-stream\0"
@@ -3320,7 +3320,7 @@ class Outcome(NamedTuple):
 OWN_GROUP: Dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"preexec_fn": os.setpgrp}
 
 
-def start(argv: Sequence[str], stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE,
+def start_program(argv: Sequence[str], stdin: Any = subprocess.DEVNULL, stdout: Any = subprocess.PIPE,
           stderr: Any = subprocess.PIPE, environment: Optional[Dict[str, str]] = None,
           own_group: bool = True, prepare: Optional[Callable[[], None]] = None) -> "subprocess.Popen":
     """Starts a program; in our own process group only if it may have to ask at the terminal.
@@ -3517,7 +3517,7 @@ class Conversation:
 
 def run(argv: Sequence[str]) -> Outcome:
     """Runs a program to its end; Interrupted ends it first."""
-    process = start(argv)
+    process = start_program(argv)
     out, error = Conversation(process).run()
     return Outcome(process.returncode, os.fsdecode(out), os.fsdecode(error).strip())
 
@@ -3588,9 +3588,9 @@ class Stage:
                  prepare: Optional[Callable[[], None]] = None) -> None:
         self.program = " ".join(argv[:2])
         if stdout is None:
-            self.process = start(argv, stdin, subprocess.PIPE, subprocess.STDOUT, environment, own_group)
+            self.process = start_program(argv, stdin, subprocess.PIPE, subprocess.STDOUT, environment, own_group)
         else:
-            self.process = start(argv, stdin, stdout, subprocess.PIPE, environment, own_group, prepare)
+            self.process = start_program(argv, stdin, stdout, subprocess.PIPE, environment, own_group, prepare)
         self.stderr: Any = self.process.stderr or self.process.stdout
         self.tail: "collections.deque[bytes]" = collections.deque([b""], maxlen=20)  # lines, the last as far as it came
         self.is_over = False
@@ -4102,8 +4102,9 @@ def parse_find_new(text: str) -> int:
 ########################################################################################################
 # SEND CALL: the kernel's own send call, with reading ahead
 #
-# `btrfs send` hands its stream on through a pipe and a thread of its own. A bare interpreter makes the call itself and
-# reads from the disk what comes next. It serves the machines whose ioctl numbers are known here; others use the program.
+# `btrfs send` hands its stream on through a pipe and a thread of its own. A bare interpreter makes the call itself
+# and reads from the disk what comes next. It serves the machines whose ioctl numbers are known here; others use the
+# program.
 ########################################################################################################
 
 # `btrfs send` hands its stream on through a pipe and a thread of its own, which takes a third of its time where files
@@ -4503,9 +4504,9 @@ def foreign_link(path: str) -> str:
 ########################################################################################################
 # FILES: small files, read and written so that nobody else can have a hand in it
 #
-# All small files of this program, wherever they lie, go through here. What is read is opened without following links, must
-# be a plain file with a single name, and is waited for never. What is written stands aside, is synced, gets its name, and
-# the folder is synced.
+# All small files of this program, wherever they lie, go through here. What is read is opened without following links,
+# must be a plain file with a single name, and is waited for never. What is written stands aside, is synced, gets its
+# name, and the folder is synced.
 ########################################################################################################
 
 LOCK_FILE = ".outstanding_transfers"
@@ -4970,8 +4971,8 @@ def remove_record(folder: str, name: str) -> None:
 ########################################################################################################
 # LOCKS: who works on a folder now
 #
-# A run holds a flock on a file of its prefix; the kernel drops it however the run ends. Changes of notes take turns by a
-# flock on the folder.
+# A run holds a flock on a file of its prefix; the kernel drops it however the run ends. Changes of notes take turns
+# by a flock on the folder.
 ########################################################################################################
 
 MUTEX_PATIENCE = 60.0  # seconds; a change takes milliseconds
@@ -5777,8 +5778,8 @@ def differing_aspects(one: Optional[Aspects], other: Optional[Aspects]) -> str:
 ########################################################################################################
 # CONFINEMENT: where a stream that others could have made is received
 #
-# A private folder, a mount namespace and a chroot, so that receive reaches nothing but the folder it works in, and follows
-# no link, opens no device and runs nothing there, as far as the kernel can see to it.
+# A private folder, a mount namespace and a chroot, so that receive reaches nothing but the folder it works in, and
+# follows no link, opens no device and runs nothing there, as far as the kernel can see to it.
 ########################################################################################################
 
 
@@ -5891,7 +5892,7 @@ def confine(folder: str) -> Optional[Confinement]:
     except (ImportError, OSError, AttributeError):  # of a Python without ctypes, a C library without the calls
         return None
     try:
-        start(["true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, prepare=confinement.enter).wait()
+        start_program(["true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, prepare=confinement.enter).wait()
         return confinement
     except BackupError:
         confinement.end()
@@ -5914,8 +5915,9 @@ def find_hazards(top: str) -> Iterator[Hazard]:
 ########################################################################################################
 # PARTIALS: backups that are not complete, in pieces
 #
-# A checkpoint ends receive between two commands, stamps what there is with a private received UUID, syncs, and writes a
-# record; the next piece is a snapshot of it. Never: a piece to go on from that no record vouches for; two writers of one.
+# A checkpoint ends receive between two commands, stamps what there is with a private received UUID, syncs, and writes
+# a record; the next piece is a snapshot of it. Never: a piece to go on from that no record vouches for; two writers
+# of one.
 ########################################################################################################
 
 HOLDER_IDLE = 10.0  # seconds without a byte after which a writer of the same stream counts as abandoned
@@ -10987,7 +10989,7 @@ class ShellHost:
     def run(self, script: str, arguments: Sequence[str], doing: str, data: bytes = b"") -> str:
         """What a script prints there; BackupError 'DOING: its last words' where it fails."""
         begun = time.monotonic()
-        process = start(self.argv(PLAIN_MARK + script, arguments), subprocess.PIPE, subprocess.PIPE)
+        process = start_program(self.argv(PLAIN_MARK + script, arguments), subprocess.PIPE, subprocess.PIPE)
         try:
             out, words = Conversation(process, data, LARGEST_FRAME, self.patience).run()
         except BackupError as error:
@@ -11586,8 +11588,8 @@ class Delivery:
 ########################################################################################################
 # DESTINATIONS: where backups go in this run, and whether they may
 #
-# A destination is known by an id in notes, which says its machine and folder. What speaks against writing there is found
-# before anything is written, first what explains the rest.
+# A destination is known by an id in notes, which says its machine and folder. What speaks against writing there is
+# found before anything is written, first what explains the rest.
 ########################################################################################################
 
 
@@ -13096,7 +13098,7 @@ def parents_in_order(backup: Subvolume, listing: Listing) -> List[Subvolume]:
     return older[::-1] + [b for b in ordered if moment(b) > moment(backup)]
 
 
-def elsewhere(base: Subvolume) -> Subvolume:
+def in_other_folder(base: Subvolume) -> Subvolume:
     """A subvolume of another folder of the same filesystem, under a name that none in a folder has."""
     return base._replace(name="/" + base.name)
 
@@ -13252,7 +13254,7 @@ class RestoreRun:
             self.parent = next(b for b in candidates if b.stream_id == found[0])
             # the transfer takes its base from there, and of several with this id the last
             self.target.listing = self.target.listing._replace(
-                subvolumes=self.target.listing.subvolumes + (elsewhere(found[1]),))
+                subvolumes=self.target.listing.subvolumes + (in_other_folder(found[1]),))
 
     def links(self) -> Tuple[Transfer, ...]:
         """The streams that come before the backup's own, oldest first, as far as the target lacks what they make."""
@@ -13278,7 +13280,7 @@ class RestoreRun:
         if found is None or found[1].received_uuid != link.stream_id or self.target.listing is None:
             return False
         self.target.listing = self.target.listing._replace(
-            subvolumes=self.target.listing.subvolumes + (elsewhere(found[1]),))
+            subvolumes=self.target.listing.subvolumes + (in_other_folder(found[1]),))
         return True
 
     # -- doing it
@@ -15265,7 +15267,7 @@ def format_clock(seconds: float) -> str:
         minutes, rest)
 
 
-def sides(left: str, right: str, width: int) -> str:
+def left_and_right(left: str, right: str, width: int) -> str:
     """Two texts at both ends of a line; the left one gives way."""
     room = max(0, width - shown_width(right) - 1)
     return clip(pad(clip(left, room), room) + " " + right, width)
@@ -15275,7 +15277,7 @@ def work_lines(work: Work, titles: int, width: int, now: float) -> List[str]:
     """One task in the live view: what it does, then a line for each running transfer."""
     said = work.cause or work.message if work.ended is not None or not work.snapshot else work.snapshot
     head = " {}  {}  {}".format(pad(clip(work.title, titles, from_left=True), titles), pad(work.state, 14), said)
-    lines = [sides(head, format_clock((work.ended or now) - work.begun), width)]
+    lines = [left_and_right(head, format_clock((work.ended or now) - work.begun), width)]
     for facts in work.bars.values():
         percent, done, total, rate, left = progress_parts(facts)
         full = "{}  {:>4}  {:>10} {:>13}  {:>12}  {:>12}".format(format_bar(facts), percent, done, total, rate, left)
@@ -15309,7 +15311,7 @@ def count_states(works: Iterable[Work]) -> str:
 def live_lines(board: Board, messages: Sequence[str], width: int, height: int) -> List[str]:
     """The live view: a head, the tasks, the last messages; exactly `height` lines of at most `width` columns."""
     now, works = board.clock(), list(board.works.values())
-    head = sides(" btrfs-backup-ng  {}: {}".format(plural(len(works), "task"), count_states(works)),
+    head = left_and_right(" btrfs-backup-ng  {}: {}".format(plural(len(works), "task"), count_states(works)),
                  format_clock(now - board.begun) + " ", width)
     titles = min(max([shown_width(w.title) for w in works] or [0]), max(8, width // 3))
     blocks = {id(w): work_lines(w, titles, width, now) for w in works}

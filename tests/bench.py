@@ -187,7 +187,7 @@ class Stage:
         """Delete the backups but those named, and what the program noted among the snapshots."""
         for name in sorted(set(names_in(self.backups)) - set(keep)):
             run_quietly(["btrfs", "subvolume", "delete", os.path.join(self.backups, name)])
-        for folder in [self.backups] + [snapshots] * bool(snapshots):
+        for folder in [self.backups] + ([snapshots] if snapshots else []):
             remove_notes(folder)
         self.settle()
 

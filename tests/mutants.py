@@ -38,10 +38,13 @@ PROGRAM = os.path.join(os.path.dirname(TESTS), "btrfs_backup_ng.py")
 SECTIONS = {
     "NAMES": ["test_names"],
     "RETENTION": ["test_retention_time", "test_planning", "test_options"],
+    "PLACES": ["test_options"],
     "ARGUMENTS": ["test_options", "test_files"],
     "IDENTITY": ["test_planning", "test_retention_time"],
+    "OWNERS": ["test_planning"],
     "PLANNING": ["test_planning", "test_retention_time"],
     "STREAM": ["test_gate", "test_stream"],
+    "GATE": ["test_gate", "test_stream"],
     "STATE": ["test_state"],
 }
 PARTS = {"STATE": r"LockChange|parse_\w+|format_\w+|add_locks|clear_locks|locks_of|changed_pins|run_lock_name"}
@@ -118,7 +121,7 @@ def compiled(text: str, line: int) -> Any:
 def statements(source: str) -> List[Statement]:
     """The statements of the module, each compiled by itself."""
     starts = [(source.count("\n", 0, match.start()) + 2, match.group(1))
-              for match in re.finditer(r"^#{20,}\n# [0-9]+ ([^:\n]*): ", source, re.MULTILINE)]
+              for match in re.finditer(r"^#{20,}\n# ([A-Z][A-Z ]*): ", source, re.MULTILINE)]
     lines, found = source.split("\n"), []
     for node in ast.parse(source).body:
         section = ([""] + [name for line, name in starts if line < node.lineno])[-1]

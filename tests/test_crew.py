@@ -298,15 +298,15 @@ class Programs(unittest.TestCase):
 
     def test_what_a_program_is_told(self):
         for size in (0, 10, 300000):
-            process = program.start(["cat"], subprocess.PIPE)
+            process = program.start_program(["cat"], subprocess.PIPE)
             self.assertEqual((b"y" * size, b""), program.Conversation(process, b"y" * size).run())
-            process = program.start(["true"], subprocess.PIPE)
+            process = program.start_program(["true"], subprocess.PIPE)
             self.assertEqual((b"", b""), program.Conversation(process, b"y" * size).run())
 
     def test_whether_one_that_waits_for_a_program_still_works(self):
         """Looking whether the program has ended is no work."""
         for script, works in (("sleep 60", False), ("while :; do sleep 0.05; done", True), ("exit", True)):
-            process = program.start(["sh", "-c", "exec " * (script[:5] == "sleep") + script])
+            process = program.start_program(["sh", "-c", "exec " * (script[:5] == "sleep") + script])
             self.addCleanup(program.end_group, process)
             time.sleep(0.3)
             before = program.work_of(os.getpid())
@@ -318,11 +318,11 @@ class Programs(unittest.TestCase):
     def test_what_it_may_say_and_how_long_it_may_be_silent(self):
         for script, error in (("while :; do echo x; done", program.BackupError), ("sleep 60", program.Stalled),
                               ("sleep 60 >&2", program.Stalled)):
-            process = program.start(["sh", "-c", "exec " * ("while" not in script) + script])
+            process = program.start_program(["sh", "-c", "exec " * ("while" not in script) + script])
             with self.assertRaises(error):
                 program.Conversation(process, b"", 100000, 0.5).run()
             self.assertIsNotNone(process.poll())
-        process = program.start(["sh", "-c", "for i in 1 2 3 4 5; do echo $i; sleep 0.3; done"])
+        process = program.start_program(["sh", "-c", "for i in 1 2 3 4 5; do echo $i; sleep 0.3; done"])
         self.assertEqual(b"1\n2\n3\n4\n5\n", program.Conversation(process, b"", 10, 1.2).run()[0])
 
     def test_a_measuring_whose_stream_is_damaged_ends_its_send(self):
