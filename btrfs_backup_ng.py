@@ -2152,7 +2152,7 @@ def locked_names(locks: Locks, destination: str, kind: str = "locks") -> List[st
 
 def own_locks(locks: Locks, prefix: str) -> Locks:
     """The locks of snapshots of `prefix`: those of others are never touched."""
-    return {name: entry for name, entry in locks.items() if name_time(prefix, name)}
+    return {name: entry for name, entry in locks.items() if name_time(prefix, split_lock_name(name)[0])}
 
 
 ########################################################################################################
@@ -2164,6 +2164,8 @@ def own_locks(locks: Locks, prefix: str) -> Locks:
 # listing or transfer failed, a transfer over a name that something else bears, a deletion of a partial
 # that no lock names.
 ########################################################################################################
+
+LOCK_KINDS = ("locks", "parent_locks")
 
 
 class Transfer(NamedTuple):
@@ -2213,6 +2215,34 @@ class DestinationPlan(NamedTuple):
     transfers: Tuple[Transfer, ...] = ()
     skipped: Tuple[Verdict, ...] = ()
     problems: Tuple[Problem, ...] = ()
+
+
+def split_lock_name(name: str) -> Tuple[str, Optional[str]]:
+    """The snapshot that an entry of locks is of, and the filesystem of its destinations where it is bound to one.
+
+    Bound entries are further ones beside the plain one of a snapshot: "SNAPSHOT on FILESYSTEM". That is no snapshot's
+    name, so that release 0.6.6, which takes no further keys, reads past them.
+    """
+    snapshot, on, filesystem = name.rpartition(" on ")
+    return (snapshot, filesystem) if on and prefix_of(snapshot) is not None else (name, None)
+
+
+def locks_on(locks: Locks, filesystem: Optional[str] = None) -> Locks:
+    """The locks by snapshot, as they are where `filesystem` is mounted; None: on any of the disks that take turns.
+
+    A lock of which nothing says where it was set holds wherever.
+    """
+    bound: Dict[Tuple[str, str, str], Set[Optional[str]]] = {}
+    for name, entry in locks.items():
+        snapshot, where = split_lock_name(name)
+        for kind in LOCK_KINDS:
+            for destination in entry.get(kind, ()):
+                bound.setdefault((snapshot, kind, normal_destination(destination)), set()).add(where)
+    found: Locks = {}
+    for (snapshot, kind, destination), places in bound.items():
+        if filesystem is None or filesystem in places or places == {None}:
+            found.setdefault(snapshot, {one: [] for one in LOCK_KINDS})[kind].append(destination)
+    return found
 
 
 def plan_recovery(name: str, snapshot: Optional[Subvolume], listing: Listing,
@@ -2400,7 +2430,7 @@ def plan_transfers(snapshots: Sequence[Subvolume], listing: Listing, prefix: str
 def lock_reasons(locks: Locks) -> Dict[str, str]:
     """Why the snapshots that locks and parent notes name are kept."""
     reasons = {}
-    for name, entry in locks.items():
+    for name, entry in locks_on(locks).items():
         if entry.get("parent_locks"):
             reasons[name] = "parent of an unfinished transfer to {}".format(printable(entry["parent_locks"][0]))
         if entry.get("locks"):
@@ -4743,7 +4773,7 @@ def parse_locks(text: str) -> Locks:
     if not isinstance(locks, dict):
         raise ValueError("not an object")
     for name, entry in locks.items():
-        if not isinstance(entry, dict) or not set(entry) <= {"locks", "parent_locks"}:
+        if not isinstance(entry, dict) or not set(entry) <= set(LOCK_KINDS):
             raise ValueError("not locks of {!r}".format(name))
         for destinations in entry.values():
             if not isinstance(destinations, list) or not all(isinstance(d, str) for d in destinations):
@@ -4752,8 +4782,7 @@ def parse_locks(text: str) -> Locks:
 
 
 def add_locks(locks: Locks, changes: Iterable[LockChange]) -> Locks:
-    result = {name: {kind: list(entry.get(kind, ())) for kind in ("locks", "parent_locks")}
-              for name, entry in locks.items()}
+    result = {name: {kind: list(entry.get(kind, ())) for kind in LOCK_KINDS} for name, entry in locks.items()}
     for change in changes:
         for name, kind in ((change.snapshot, "locks"), (change.parent, "parent_locks")):
             if name is not None:
@@ -4768,15 +4797,33 @@ def clear_locks(locks: Locks, changes: Iterable[LockChange]) -> Locks:
     for change in changes:
         gone |= {(change.snapshot, "locks", change.destination), (change.parent, "parent_locks", change.destination)}
     result = {name: {kind: [d for d in entry.get(kind, ()) if (name, kind, normal_destination(d)) not in gone]
-                     for kind in ("locks", "parent_locks")} for name, entry in locks.items()}
+                     for kind in LOCK_KINDS} for name, entry in locks.items()}
     return {name: entry for name, entry in result.items() if entry["locks"] or entry["parent_locks"]}
 
 
-def locks_of(locks: Locks, destination: str, prefix: str) -> List[LockChange]:
-    """The locks and notes that snapshots of `prefix` have for `destination`."""
-    own = own_locks(locks, prefix)
-    return ([LockChange(name, destination) for name in locked_names(own, destination)]
-            + [LockChange("", destination, name) for name in locked_names(own, destination, "parent_locks")])
+def bound_changes(changes: Iterable[LockChange], filesystem: Optional[str]) -> List[LockChange]:
+    """Changes of locks, and those of the entries that bind them to the filesystem that a destination is on.
+
+    Without a UUID it is none that is known again, and a name may be too long: then nothing is bound.
+    """
+    result = []
+    for change in changes:
+        result.append(change)
+        names = [name and "{} on {}".format(name, filesystem) for name in (change.snapshot, change.parent)]
+        if is_uuid(filesystem) and all(len(os.fsencode(name or "")) <= LARGEST_NAME for name in names):
+            result.append(LockChange(names[0] or "", change.destination, names[1]))
+    return result
+
+
+def locks_of(locks: Locks, destination: str, prefix: str, filesystem: Optional[str] = None) -> List[LockChange]:
+    """The locks and notes that snapshots of `prefix` have for `destination`: on one filesystem, or (None) on all."""
+    there, changes = locks_on(own_locks(locks, prefix), filesystem), []
+    for name in own_locks(locks, prefix):
+        snapshot, where = split_lock_name(name)
+        if filesystem is None or where in (None, filesystem):
+            noted = [snapshot in locked_names(there, destination, kind) for kind in LOCK_KINDS]
+            changes += [LockChange(name, destination)] * noted[0] + [LockChange("", destination, name)] * noted[1]
+    return changes
 
 
 def format_locks(locks: Locks) -> str:
@@ -11952,7 +11999,8 @@ class TaskRun:
             if not names or not destination.endpoint.kind.has_subvolumes:
                 return
             place = destination.look(self.hosts)
-            if place.kind != "folder":
+            names = self.locked_at(destination)
+            if not names or place.kind != "folder":
                 return
             busy = destination.host.settle_partials(place.path, dict.fromkeys(names, ""))
             left = [s for s in destination.host.list(place.path).subvolumes
@@ -11978,6 +12026,24 @@ class TaskRun:
             host, folder = self.lock_place or (self.host, self.folder)
             host.change_locks(folder, add, clear)
         self.locks = clear_locks(add_locks(self.locks, add), clear)
+
+    def filesystem_of(self, destination: Destination) -> Optional[str]:
+        """What binds a destination's locks to its disk; nothing where these are kept on that itself."""
+        return destination.filesystem if self.lock_place is None else None
+
+    def locked_at(self, destination: Destination) -> List[str]:
+        """The snapshots that are locked for a destination on the filesystem that is there now."""
+        return locked_names(locks_on(self.locks, self.filesystem_of(destination)), destination.key)
+
+    def clear_locks(self, destination: Destination, changes: Sequence[LockChange]) -> None:
+        """Clears locks of a destination, and what binds them to the filesystem that is there now."""
+        self.change_locks(clear=bound_changes(changes, self.filesystem_of(destination)))
+
+    def clear_lone_notes(self, destination: Destination) -> None:
+        """Clears the parent notes of a destination that no transfer there needs any more."""
+        if destination.listing is not None and not self.locked_at(destination):
+            self.change_locks(clear=locks_of(self.locks, destination.key, self.prefix,
+                                             self.filesystem_of(destination)))
 
     def key_of(self, text: str) -> str:
         """The id of a destination in the notes, by the machine that these are kept on."""
@@ -12135,7 +12201,7 @@ class TaskRun:
     def settle(self, destination: Destination) -> None:
         """Ends what still waits for the rest of a transfer that a former run has lost, so that it can be taken up."""
         known = {s.name: s.stream_id or "" for s in self.snapshots}
-        names = {name: known.get(name, "") for name in locked_names(self.locks, destination.key)}
+        names = {name: known.get(name, "") for name in self.locked_at(destination)}
         if names and not self.task.dry_run and destination.endpoint.kind.has_subvolumes:
             destination.busy = frozenset(destination.host.settle_partials(destination.path, names))
 
@@ -12162,8 +12228,8 @@ class TaskRun:
             return
         recoveries = [Recovery(r.snapshot, (), "another run is writing {}".format(partial_name(r.snapshot)))
                       if r.snapshot in destination.busy else r
-                      for r in plan_recoveries(self.locks, destination.key, self.snapshots, destination.listing,
-                                               self.usable_records(destination))]
+                      for r in plan_recoveries(locks_on(self.locks, self.filesystem_of(destination)), destination.key,
+                                               self.snapshots, destination.listing, self.usable_records(destination))]
         destination.plan = plan_transfers(
             self.snapshots, destination.listing, self.prefix, self.task.backup_policy, self.clock(), recoveries,
             not self.task.no_incremental, self.longest_chain(destination))
@@ -12331,15 +12397,14 @@ class TaskRun:
                 self.report(BackupError("{}: {}".format(destination.text, recovery.problem),
                                         LOCKED_HINT), destination)
             elif not errors and recovery.take_up is None:
-                self.change_locks(clear=[LockChange(recovery.snapshot, destination.key)])
+                self.clear_locks(destination, [LockChange(recovery.snapshot, destination.key)])
         for problem in destination.plan.problems:
             self.report(BackupError("{}: {}".format(destination.text, problem.text), problem.remedy(
                 destination.path, destination.endpoint.machine)), destination)
         for verdict in destination.plan.skipped:
             self.events.debug("skipped", "not sent to {}: {}, {}".format(
                 destination.text, verdict.name, verdict.reason))
-        if destination.listing is not None and not locked_names(self.locks, destination.key):
-            self.change_locks(clear=locks_of(self.locks, destination.key, self.prefix))  # notes without a lock
+        self.clear_lone_notes(destination)
         if destination.listing is not None and destination.plan.recoveries:
             gone = {s.name for r in destination.plan.recoveries for s in r.delete}
             destination.listing = destination.listing._replace(
@@ -12417,7 +12482,8 @@ class TaskRun:
     def deliver(self, transfer: Transfer, destinations: List[Destination], compressed: bool) -> Dict[str, Delivered]:
         """What became of one snapshot on its way to some destinations, under locks."""
         name, parent = transfer.snapshot.name, transfer.parent.name if transfer.parent else None
-        self.change_locks(add=[LockChange(name, d.key, parent) for d in destinations])
+        self.change_locks(add=[change for d in destinations for change in bound_changes(
+            [LockChange(name, d.key, parent)], self.filesystem_of(d))])
         for destination in destinations:
             self.events.info("sending", "sending {} to {}{}".format(
                 name, destination.text, ", incrementally from {}".format(parent) if parent else " in full"),
@@ -12436,7 +12502,7 @@ class TaskRun:
         for error in destination.host.delete(destination.path, left, False):
             self.report(error, destination)
         parent = transfer.parent.name if transfer.parent else None
-        self.change_locks(clear=[LockChange(transfer.snapshot.name, destination.key, parent)])
+        self.clear_locks(destination, [LockChange(transfer.snapshot.name, destination.key, parent)])
 
     @staticmethod
     def base_of(parent: Optional[Subvolume], destination: Destination) -> Optional[str]:
@@ -12467,7 +12533,7 @@ class TaskRun:
             records=tuple(record for record in listing.records if record.name != name))
         if not destination.endpoint.kind.has_folder:  # nobody else remembers it
             self.remember([destination])
-        self.change_locks(clear=[LockChange(name, destination.key, parent)])
+        self.clear_locks(destination, [LockChange(name, destination.key, parent)])
         self.counts["backup", "sent"] += 1
         self.tell_sent(name, destination, delivered)
 
@@ -12595,10 +12661,9 @@ class TaskRun:
     def expect_clear(self, destination: Destination) -> None:
         """Clears our view of the locks of what will be done at a destination, as `recover` and `conclude` do."""
         plan, key = destination.plan, destination.key
-        self.change_locks(clear=[LockChange(r.snapshot, key) for r in plan.recoveries if not r.problem] + [
+        self.clear_locks(destination, [LockChange(r.snapshot, key) for r in plan.recoveries if not r.problem] + [
             LockChange(t.snapshot.name, key, t.parent.name if t.parent else None) for t in plan.transfers])
-        if destination.listing is not None and not locked_names(self.locks, key):
-            self.change_locks(clear=locks_of(self.locks, key, self.prefix))
+        self.clear_lone_notes(destination)
 
     def describe_verdict(self, verdict: Verdict) -> List[str]:
         if verdict.keep:
@@ -12744,7 +12809,7 @@ def is_asked_for(subvolume: Subvolume, prefix: Optional[str], ids: Set[str]) -> 
 
 
 def source_entries(listing: Listing, folder: str, prefix: Optional[str], locks: Locks) -> Tuple[Entry, ...]:
-    entries = []
+    entries, locks = [], locks_on(locks)
     for subvolume in sorted(listing.subvolumes, key=by_creation):
         if is_asked_for(subvolume, prefix, set()):
             own, named = locks.get(subvolume.name, {}), prefix_of(subvolume.name)
@@ -12756,7 +12821,7 @@ def source_entries(listing: Listing, folder: str, prefix: Optional[str], locks: 
 
 def backup_entries(listing: Listing, folder: str, prefix: Optional[str], source: Optional[Location],
                    locks: Locks, key: str) -> Tuple[Entry, ...]:
-    """The entries of a folder of backups. key: what locks call it."""
+    """The entries of a folder of backups. locks: those on its filesystem; key: what they call it."""
     snapshots = [entry.subvolume for entry in source.complete()] if source else []
     known, by_name = {s.stream_id: s for s in snapshots if s.stream_id}, {s.name: s for s in snapshots}
     locked, parents = set(locked_names(locks, key)), set(locked_names(locks, key, "parent_locks"))
@@ -12857,8 +12922,9 @@ class Survey:
             if self.source is None and {LOCK_FILE, PIN_FILE} & listing.others:  # a snapshot folder by itself
                 entries = source_entries(listing, folder, self.task.prefix, host.read_locks(folder))
             else:
-                entries = backup_entries(listing, folder, self.task.prefix, self.source, self.locks,
-                                         self.run.key_of(text) if self.locks else "")
+                locks = locks_on(self.locks, host.look(folder).filesystem) if self.locks else {}
+                entries = backup_entries(listing, folder, self.task.prefix, self.source, locks,
+                                         self.run.key_of(text) if locks else "")
             return Location(text, False, entries, None, listing)
         return Location(text, False, (), errors[0])
 
@@ -14011,7 +14077,7 @@ class Doctor:
         """Locks of transfers that nobody works on."""
         self.locks = self.run.host.read_locks(self.run.folder) if self.run.folder_exists else {}
         broken: Dict[Tuple[str, str], List[str]] = {}
-        for name, entry in self.locks.items():
+        for name, entry in locks_on(self.locks).items():
             prefix = prefix_of(name)
             if prefix is not None and self.task.prefix in (None, prefix):
                 for destination in entry.get("locks", ()):
@@ -14107,7 +14173,8 @@ class Doctor:
         where, host = destination.text, destination.host
         source = Location(self.task.source, True, source_entries(
             Listing(tuple(self.snapshots)), self.run.folder, self.task.prefix, self.locks))
-        entries = backup_entries(listing, destination.path, self.task.prefix, source, self.locks, destination.key)
+        locks = locks_on(self.locks, destination.filesystem)
+        entries = backup_entries(listing, destination.path, self.task.prefix, source, locks, destination.key)
         prefixes = self.prefixes()
         own = [e for e in entries if e.state == "complete" and prefix_of(e.snapshot_name) in prefixes]
         self.examine("backups", where, self.check_backups, destination, listing, own)
@@ -14115,7 +14182,7 @@ class Doctor:
             snapshots = [s for s in self.snapshots if name_time(prefix, s.name)]
             if snapshots or backups_of(listing, prefix) or len(prefixes) == 1:
                 self.examine("parent", where, check_parent, snapshots, listing, prefix)
-        locked = set(locked_names(self.locks, destination.key))
+        locked = set(locked_names(locks, destination.key))
         idle = {} if destination.is_new else self.ask(
             "partials", where, lambda: host.idle_partials(destination.path))
         if idle is not None:
@@ -14131,7 +14198,8 @@ class Doctor:
         unfinished = {partial_of(s.name) or s.name for s in listing.subvolumes if is_unfinished(s)}
         for prefix in sorted({prefix_of(s.name) or "" for s in self.snapshots}):
             snapshots = [s for s in self.snapshots if name_time(prefix, s.name)]
-            recoveries = plan_recoveries(own_locks(self.locks, prefix), destination.key, snapshots, listing)
+            locks = locks_on(own_locks(self.locks, prefix), destination.filesystem)
+            recoveries = plan_recoveries(locks, destination.key, snapshots, listing)
             plan = plan_transfers(snapshots, listing, prefix, Policy(), self.now, recoveries)
             problems += [Problem(r.snapshot, r.problem, LOCKED_HINT) for r in plan.recoveries if r.problem]
             problems += [problem for problem in plan.problems if problem.snapshot not in unfinished]

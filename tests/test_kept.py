@@ -9,19 +9,22 @@ import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import support
-from support import names, subvolume
+from support import bulk, names, subvolume
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from btrfs_backup_ng import CHECKPOINT_DISTANCE
 
 ROUNDS = 10 if os.environ.get("TORTURE") else 3
 
 
-class DisksInTurn(support.BackupTestCase):
+class InTurnTestCase(support.BackupTestCase):
     """Two disks that take turns at one mount point."""
 
     target_size = "128M"
 
     def setUp(self):
         super().setUp()
-        self.other_disk = self.disk("128M", at=self.target_disk.path + "-other")
+        self.other_disk = self.disk(self.target_size, at=self.target_disk.path + "-other")
         os.mkdir(os.path.join(self.other_disk.path, "backups"))
         self.other_disk.unmount()
         self.other_disk.path = self.target_disk.path
@@ -30,6 +33,9 @@ class DisksInTurn(support.BackupTestCase):
         self.target_disk.unmount()
         self.target_disk, self.other_disk = self.other_disk, self.target_disk
         self.target_disk.mount()
+
+
+class DisksInTurn(InTurnTestCase):
 
     def test_each_further_backup_of_a_disk_is_incremental(self):
         for day in range(1, ROUNDS + 1):
@@ -81,6 +87,104 @@ class DisksInTurn(support.BackupTestCase):
         self.take(3)
         self.transfer("-T", "-N", "1", "--forget-destination", self.target, to=[])
         self.assertEqual([self.name(3)], names(self.snapshots))
+
+
+class BrokenOffInTurn(InTurnTestCase):
+    """A transfer to one of the disks is killed, then the other has its turn."""
+
+    source_size = target_size = "1G"
+
+    def kill_when(self, last, limit):
+        """kill -9 once that piece is begun; what lies on the disk then."""
+        run = self.start_backup("-S", "--limit", limit)
+        run.wait_for(last, lambda: os.path.lexists(os.path.join(self.target, last)))
+        run.kill()
+        support.command("btrfs", "filesystem", "sync", self.target)  # a disk that is pulled out may lose it again
+        self.assertIn(last, support.hidden(self.target))
+        return support.hidden(self.target)
+
+    def check_backups(self, *days):
+        self.assertEqual([], support.hidden(self.target))
+        self.assertEqual([self.name(day) for day in days], names(self.target))
+        for day in days:
+            self.assertComplete(self.backup_path(self.name(day)), self.snapshot_path(self.name(day)))
+
+    def turn_of_the_other(self, *days):
+        """It gets all that it lacks, and keeps what the first needs; what is on that is for no one to touch."""
+        self.swap()
+        self.transfer("-N", "1")
+        self.check_backups(*days)
+        self.assertNotIn("delete ", self.transfer("--dry-run", "-N", "1").stdout)
+        self.assertIn("locked", self.run_program("list", "-p", "home", self.source).stdout)
+        self.swap()
+
+    def check_end(self, words):
+        result = self.transfer()
+        self.assertIn(words, result.stderr)
+        self.check_backups(1, 2)
+        self.assertEqual({}, support.read_locks(self.snapshots))
+
+    def test_before_its_first_checkpoint(self):
+        self.take(1)
+        self.transfer()
+        bulk(os.path.join(self.source, "large"), 40)
+        self.take(2)
+        left = self.kill_when(".{}.partial".format(self.name(2)), "20M")
+        self.assertNotIn(".{}.partial.json".format(self.name(2)), left)
+        self.turn_of_the_other(1, 2)
+        self.assertEqual(left, support.hidden(self.target))
+        self.check_end("deleted .{}.partial".format(self.name(2)))
+
+    def test_after_its_first_checkpoint(self):
+        self.take(1)
+        self.transfer()
+        bulk(os.path.join(self.source, "large"), CHECKPOINT_DISTANCE // support.MIB + 60)
+        self.take(2)
+        left = self.kill_when(".{}.2.partial".format(self.name(2)), "48M")
+        self.assertIn(".{}.partial.json".format(self.name(2)), left)
+        self.turn_of_the_other(1, 2)
+        self.assertEqual(left, support.hidden(self.target))
+        self.check_end("taking up " + self.name(2))
+
+    def test_where_the_other_had_it_already(self):
+        bulk(os.path.join(self.source, "large"), 40)
+        self.take(1, 2)
+        self.transfer()
+        self.swap()
+        self.kill_when(".{}.partial".format(self.name(1)), "20M")
+        self.turn_of_the_other(1, 2)
+        self.check_end("deleted .{}.partial".format(self.name(1)))
+
+    def test_a_partial_of_somebody_else_on_the_other_is_left_alone(self):
+        """The lock names what is on the first disk, and nothing here."""
+        bulk(os.path.join(self.source, "large"), 40)
+        self.take(1)
+        partial = ".{}.partial".format(self.name(1))
+        left = self.kill_when(partial, "20M")
+        self.swap()
+        support.create(os.path.join(self.target, partial))
+        self.assertErrorSays(self.transfer(status=1), "a partial backup that no lock names")
+        self.assertEqual([partial], support.hidden(self.target))
+        self.swap()
+        self.assertEqual(left, support.hidden(self.target))
+        self.check_only(partial)
+
+    def check_only(self, partial):
+        self.assertIn("deleted " + partial, self.transfer().stderr)
+        self.check_backups(1)
+        self.assertEqual({}, support.read_locks(self.snapshots))
+
+    def test_the_place_is_given_up(self):
+        """All its disks are."""
+        bulk(os.path.join(self.source, "large"), 40)
+        self.take(1)
+        self.kill_when(".{}.partial".format(self.name(1)), "20M")
+        self.swap()
+        self.transfer()
+        self.assertNotEqual({}, support.read_locks(self.snapshots))
+        for options in (["--dry-run"], []):
+            self.transfer("-T", "--forget-destination", self.target, *options, to=[])
+        self.assertEqual({}, support.read_locks(self.snapshots))
 
 
 class WithoutTransfer(support.BackupTestCase):

@@ -50,6 +50,7 @@ from btrfs_backup_ng import (
     left_traces,
     lock_reasons,
     locked_names,
+    locks_on,
     name_problem,
     newest_common,
     normal_destination,
@@ -1154,11 +1155,38 @@ class PlanRecovery(unittest.TestCase):
         self.assertEqual([], locked_names({}, "/b"))
         self.assertEqual(["a"], locked_names({"a": {"locks": ["/"]}, "b": {"locks": ["/b"]}}, "/"))
 
+    def test_where_a_filesystem_is_mounted(self):
+        """What is bound to others does not hold there; what is bound to none holds everywhere."""
+        plain, both = {"locks": ["/b"], "parent_locks": []}, {"locks": ["/b"], "parent_locks": ["/c"]}
+        at_a, at_b = name_of(1) + " on A", name_of(1) + " on B"
+        for locks, there in (
+            ({name_of(1): plain}, {"A": ["/b"], "B": ["/b"], None: ["/b"]}),
+            ({name_of(1): plain, at_a: plain}, {"A": ["/b"], "B": [], None: ["/b"]}),
+            ({at_a: plain}, {"A": ["/b"], "B": [], None: ["/b"]}),
+            ({name_of(1): plain, at_a: plain, at_b: plain}, {"A": ["/b"], "B": ["/b"], None: ["/b"]}),
+            ({name_of(1): {"locks": ["/b/", "/c"]}, at_a: plain}, {"A": ["/b", "/c"], "B": ["/c"]}),
+            ({name_of(1): plain, at_a: {"parent_locks": ["/b"]}}, {"A": ["/b"], "B": ["/b"]}),
+        ):
+            for filesystem, names in there.items():
+                with self.subTest(locks=locks, filesystem=filesystem):
+                    self.assertEqual(names, locks_on(locks, filesystem).get(name_of(1), {}).get("locks", []))
+        self.assertEqual({name_of(1): both}, locks_on({name_of(1): both}, "A"))
+        for name in ("home on A", "on A", " on A", name_of(1) + " on", name_of(1) + "on A"):
+            self.assertEqual({name: plain}, locks_on({name: plain}, "B"))
+
+    def test_a_snapshot_is_kept_for_a_disk_that_is_away(self):
+        verdicts = plan_source_retention(snapshots(1, 2), "home", Policy(1), {name_of(1) + " on A": {"locks": ["/b"]}},
+                                         {}, NOW)
+        self.assertEqual([], deletions(verdicts))
+        self.assertIn((name_of(1), "locked for /b"), [(v.name, v.reason) for v in verdicts])
+
     def test_own_locks(self):
         entry = {"locks": ["/b"]}
         names = (name_of(1), "home-data20260101-000000", "20260101-000000", "home")
         locks = dict.fromkeys(names, entry)
         self.assertEqual({name_of(1): entry}, own_locks(locks, "home"))
+        bound = {name_of(1) + " on A": entry}
+        self.assertEqual(bound, own_locks(dict(bound, **{"home-data20260101-000000 on A": entry}), "home"))
         self.assertEqual({"20260101-000000": entry}, own_locks(locks, ""))
 
 

@@ -36,6 +36,7 @@ from btrfs_backup_ng import (
     ResumePoint,
     SwapNotes,
     add_locks,
+    bound_changes,
     clear_locks,
     folder_mutex,
     format_locks,
@@ -167,6 +168,7 @@ def entry(locks=(), notes=()):
 
 
 ONE = entry(["/b"])
+UUIDS = ["{}0000000-0000-0000-0000-000000000000".format(digit) for digit in "ab"]
 
 
 class Locks(unittest.TestCase):
@@ -220,6 +222,33 @@ class Locks(unittest.TestCase):
         changes = [LockChange("b", destination, "a") for destination in PATHS]
         locks = add_locks({"other": ONE}, changes)
         self.assertEqual({"other": ONE}, clear_locks(locks, changes))
+
+    def test_what_is_bound_to_a_filesystem(self):
+        (name, parent), change = self.NAMES, LockChange(self.NAMES[0], "/b", self.NAMES[1])
+        bound = LockChange(name + " on " + UUIDS[0], "/b", parent + " on " + UUIDS[0])
+        self.assertEqual([change, bound], bound_changes([change], UUIDS[0]))
+        for filesystem in (None, "mounted at /b", "/dev/sdb"):
+            self.assertEqual([change], bound_changes([change], filesystem))
+        self.assertEqual([bound._replace(parent=None)], bound_changes([change._replace(parent=None)], UUIDS[0])[1:])
+        long = LockChange("x" * 220 + name, "/b")
+        self.assertEqual([long], bound_changes([long], UUIDS[0]))
+
+    NAMES = ("home20260131-093000", "home20260130-093000")
+
+    def test_each_disk_has_its_own(self):
+        """One clears what is its own, and the plain entry, which older releases read."""
+        change = LockChange(self.NAMES[0], "/b", self.NAMES[1])
+        on_a, on_b = (bound_changes([change], uuid) for uuid in UUIDS)
+        only_a = add_locks({}, on_a[1:])
+        for begun in (on_a + on_b, on_b + on_a):
+            self.assertEqual(only_a, clear_locks(add_locks({}, begun), on_b))
+        self.assertEqual({}, clear_locks(only_a, on_a))
+        locks = add_locks({}, on_a)
+        self.assertEqual([], locks_of(locks, "/b", "home", UUIDS[1]))
+        for filesystem in (UUIDS[0], None):
+            self.assertEqual({}, clear_locks(locks, locks_of(locks, "/b", "home", filesystem)))
+        self.assertEqual({}, clear_locks(only_a, locks_of(only_a, "/b", "home")))
+        parse_locks(format_locks(locks))
 
     def test_the_locks_given_stay_as_they_are(self):
         before = parse_locks(OLD_LOCKS)
