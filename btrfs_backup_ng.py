@@ -2150,6 +2150,16 @@ def locked_names(locks: Locks, destination: str, kind: str = "locks") -> List[st
     return [name for name, entry in locks.items() if destination in map(normal_destination, entry.get(kind, ()))]
 
 
+def split_lock_name(name: str) -> Tuple[str, Optional[str]]:
+    """The snapshot that an entry of locks is of, and the filesystem of its destinations where it is bound to one.
+
+    Bound entries are further ones beside the plain one of a snapshot: "SNAPSHOT on FILESYSTEM". That is no snapshot's
+    name, so that release 0.6.6, which takes no further keys, reads past them.
+    """
+    snapshot, on, filesystem = name.rpartition(" on ")
+    return (snapshot, filesystem) if on and prefix_of(snapshot) is not None else (name, None)
+
+
 def own_locks(locks: Locks, prefix: str) -> Locks:
     """The locks of snapshots of `prefix`: those of others are never touched."""
     return {name: entry for name, entry in locks.items() if name_time(prefix, split_lock_name(name)[0])}
@@ -2215,16 +2225,6 @@ class DestinationPlan(NamedTuple):
     transfers: Tuple[Transfer, ...] = ()
     skipped: Tuple[Verdict, ...] = ()
     problems: Tuple[Problem, ...] = ()
-
-
-def split_lock_name(name: str) -> Tuple[str, Optional[str]]:
-    """The snapshot that an entry of locks is of, and the filesystem of its destinations where it is bound to one.
-
-    Bound entries are further ones beside the plain one of a snapshot: "SNAPSHOT on FILESYSTEM". That is no snapshot's
-    name, so that release 0.6.6, which takes no further keys, reads past them.
-    """
-    snapshot, on, filesystem = name.rpartition(" on ")
-    return (snapshot, filesystem) if on and prefix_of(snapshot) is not None else (name, None)
 
 
 def locks_on(locks: Locks, filesystem: Optional[str] = None) -> Locks:
