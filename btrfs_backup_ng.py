@@ -604,6 +604,15 @@ class Event(NamedTuple):
     facts: Dict[str, Any]
 
 
+class Reader:
+    """What is told of every event: a display, a log."""
+
+    progress = False  # whether it shows how far transfers have come, which costs something to learn
+
+    def __call__(self, event: Event) -> None:
+        raise NotImplementedError
+
+
 class Events:
     """The stream: everything emitted goes to every reader. Threads may emit.
 
@@ -613,6 +622,10 @@ class Events:
     def __init__(self, *readers: Callable[[Event], None]) -> None:
         self.readers, self.mutex = list(readers), threading.Lock()
         self.is_whole = True
+
+    @property
+    def want_progress(self) -> bool:
+        return any(isinstance(reader, Reader) and reader.progress for reader in self.readers)
 
     def emit(self, kind: str, level: str, text: str = "", **facts: Any) -> None:
         event, errors = Event(kind, level, text, facts), []
@@ -659,7 +672,7 @@ def apart(events: Events, tell: Callable[[BackupError], Any], doing: str) -> Ite
         tell(explain(error, doing))
 
 
-class JsonLog:
+class JsonLog(Reader):
     """Appends each event that a log may show to a file, a JSON object a line, `time` in seconds since the epoch."""
 
     def __init__(self, path: str, opened: Callable[[str], int]) -> None:
@@ -6200,11 +6213,10 @@ class Partial:
 ########################################################################################################
 # ENDS: the processes at the two ends of a stream
 #
-# A sender (`start`, read, wait_readable, finish, end) fills buffers, a receiver takes them (`resume`, offer,
-# pump, `pending`, check_alive, close_pipe, finish, end), and neither ever blocks. The receiver alone makes a
-# backup complete: `btrfs receive` exited 0, the result was seen read-only with the right identity, its
-# filesystem is synced; only then it gets its name. Before that it is a partial: a checkpoint ends receive between
-# two commands, stamps what there is with a private received UUID, syncs, and writes a record; the next piece is a
+# A sender fills buffers, a receiver takes them, and neither ever blocks. The receiver alone makes a backup
+# complete: `btrfs receive` exited 0, the result was seen read-only with the right identity, its filesystem is
+# synced; only then it gets its name. Before that it is a partial: a checkpoint ends receive between two
+# commands, stamps what there is with a private received UUID, syncs, and writes a record; the next piece is a
 # snapshot of it. Never: a piece to go on from that no record vouches for; two writers of one partial.
 ########################################################################################################
 
@@ -6238,7 +6250,83 @@ def read_from(fd: int, stage: Stage, buffer: Union[bytearray, memoryview]) -> Op
         return 0
 
 
-class LocalSender:
+class Sender:
+    """What a stream comes from. Nothing here waits but wait_readable, finish and end."""
+
+    start = 0  # offset in the stream of the first byte that read() gives
+    capacity = PIPE_SIZE  # bytes that can wait where it is read from, about
+
+    def skip(self, resume: ResumePoint, on_progress: Callable[[int], None]) -> None:
+        """Goes on at a place in the stream; StreamDiffers where what comes before it is not what went to it."""
+        raise NotImplementedError
+
+    def wait_readable(self, seconds: float) -> None:
+        """Waits until there is something to read, but no longer than that."""
+        raise NotImplementedError
+
+    def read(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
+        """How many bytes came into `buffer`: None while there are none, 0 at the end."""
+        raise NotImplementedError
+
+    def finish(self, timeout: float) -> None:
+        """After the end: BackupError unless what was read is all that was to be sent."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Ends what was started for it, wherever it stands; does nothing a second time."""
+        raise NotImplementedError
+
+
+class Receiver:
+    """Where a stream goes to. Nothing here waits but finish and end."""
+
+    program = "receiving"  # what messages call it
+    resume: Optional[ResumePoint] = None  # where in the stream it goes on; None: from the start, in one piece
+
+    @property
+    def pending(self) -> int:
+        """Chunks that were offered and are not wholly written."""
+        raise NotImplementedError
+
+    @property
+    def file_data(self) -> int:
+        """Bytes of file contents so far, before compression; 0 where nobody has asked for it."""
+        return 0
+
+    def count_file_data(self) -> None:
+        """Asks for `file_data`, where that is not counted anyway."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it works on what it has got, for as long as it likes."""
+        return False
+
+    def offer(self, chunk: memoryview) -> None:
+        """Takes a chunk, whose memory must not change before `pending` has gone down."""
+        raise NotImplementedError
+
+    def pump(self) -> int:
+        """Writes what goes without waiting; returns how many bytes that were."""
+        raise NotImplementedError
+
+    def check_alive(self) -> None:
+        """BackupError where it can take no more."""
+        raise NotImplementedError
+
+    def close_pipe(self) -> None:
+        """Says, as soon as all is written, that nothing more comes; called until it is."""
+        raise NotImplementedError
+
+    def finish(self, timeout: float) -> Any:
+        """What has become of the stream: a Subvolume, a RawFile; BackupError where it is not complete."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Ends what was started for it, with a last checkpoint where it has any; does nothing a second time."""
+        raise NotImplementedError
+
+
+class LocalSender(Sender):
     """A sending process and what it writes.
 
     ends: what it is read from and what it writes to.
@@ -6312,7 +6400,7 @@ def receiver_error(error: BackupError, expected: ExpectedStream) -> ReceiverFail
     return ReceiverFailed(error.message, error.hint, error.detail, error.transient)
 
 
-class LocalReceiver:
+class LocalReceiver(Receiver):
     """`btrfs receive` and its pipe: takes a stream, leaves a complete backup or a partial to go on from."""
 
     program = "btrfs receive"
@@ -6324,7 +6412,7 @@ class LocalReceiver:
         self.resume = partial.resume
         # an empty piece ends a chunk, a place in the stream asks for a checkpoint there
         self.queue: "collections.deque[Union[memoryview, ResumePoint]]" = collections.deque()
-        self.pending = 0  # chunks not wholly written
+        self.chunks = 0  # that are not wholly written
         self.stage: Optional[Stage] = None  # started with the first byte
         self.write_end = -1  # while there is a pipe
         self.piece = ""
@@ -6335,17 +6423,16 @@ class LocalReceiver:
         self.failed = self.is_over = False
 
     @property
-    def file_data(self) -> int:
-        """Bytes of file contents so far, before compression."""
-        return self.stream.reader.file_data
+    def pending(self) -> int:
+        return self.chunks
 
-    def count_file_data(self) -> None:
-        """Nothing: it is counted anyway."""
+    @property
+    def file_data(self) -> int:
+        return self.stream.reader.file_data
 
     # -- the stream
 
     def offer(self, chunk: memoryview) -> None:
-        """Takes a chunk, whose memory must not change before `pending` has gone down."""
         try:
             self.queue.extend(memoryview(piece) for piece in self.stream.edit(chunk))
         except BackupError:
@@ -6358,7 +6445,7 @@ class LocalReceiver:
             self.queue.append(stream.point)
             self.last_cut, self.last_cut_time = stream.offset, time.monotonic()
         self.queue.append(memoryview(b""))
-        self.pending += 1
+        self.chunks += 1
 
     def pump(self) -> int:
         """Writes what the pipe has room for; returns how many bytes that were."""
@@ -6382,7 +6469,7 @@ class LocalReceiver:
             self.work = Background(functools.partial(self.cut, piece, float("inf")))
             return 0
         if not len(piece):
-            self.pending -= 1
+            self.chunks -= 1
             return 0
         if self.stage is None:
             self.queue.appendleft(piece)
@@ -6561,7 +6648,6 @@ class LocalReceiver:
                 self.confinement.end()
 
 
-Receiver = Any  # a LocalReceiver, or what has its methods
 
 
 class SendSize(NamedTuple):
@@ -6966,7 +7052,7 @@ class Lane:
         self.figures = Figures()
         self.waited = 0.0  # seconds that others waited for it, less what they did not
         self.position = self.begun = start
-        resume = getattr(receiver, "resume", None)
+        resume = receiver.resume
         if resume is not None and resume.offset != start:
             self.check = PrefixCheck(resume.marks)
         if resume is not None and resume.offset:
@@ -6992,7 +7078,7 @@ class Lane:
     @property
     def is_busy(self) -> bool:
         """Whether the receiver still works on what it has, for as long as it likes."""
-        return bool(getattr(self.receiver, "is_busy", False))
+        return self.receiver is not None and self.receiver.is_busy
 
     def is_drained(self, end: int) -> bool:
         return self.receiver is not None and self.position == end and not (self.check or self.receiver.pending)
@@ -7001,21 +7087,20 @@ class Lane:
 class Relay:
     """Moves one stream from a sender to the receivers in `lanes` (destination id to receiver)."""
 
-    def __init__(self, sender: Any, lanes: Dict[str, Receiver], stall_timeout: float,
+    def __init__(self, sender: Sender, lanes: Dict[str, Receiver], stall_timeout: float,
                  on_progress: Callable[[int, int], None], manner: Manner = PLAIN) -> None:
         self.sender, self.stall_timeout, self.on_progress, self.manner = sender, stall_timeout, on_progress, manner
-        start = getattr(sender, "start", 0)
-        self.lanes = {key: Lane(receiver, start, manner.limit) for key, receiver in lanes.items()}
+        self.lanes = {key: Lane(receiver, sender.start, manner.limit) for key, receiver in lanes.items()}
         is_near = all(isinstance(receiver, LocalReceiver) for receiver in lanes.values())
         is_small = is_near or manner.reopen is None  # nothing goes on from this relay's memory
         self.history = LENT if is_small else HISTORY
-        self.window = Window(start, SMALL_WINDOW if is_small else WINDOW)
+        self.window = Window(sender.start, SMALL_WINDOW if is_small else WINDOW)
         self.result = Relayed(0, 0.0, {}, {}, {}, {})
         self.signals = HeldSignals()
         self.leaving: List[Background] = []
         self.stopped = threading.Event()
         self.ended = False  # the sender, and well
-        self.much = getattr(sender, "capacity", PIPE_SIZE) // 2  # bytes at once
+        self.much = sender.capacity // 2  # bytes at once
         self.rest = SHORTEST_NAP
         self.begun = self.last_moved = self.last_look = self.last_undrained = time.monotonic()
 
@@ -7104,7 +7189,8 @@ class Relay:
         except Exception as error:
             if key not in self.lanes:
                 raise
-            self.fail(key, explain(error, getattr(self.lanes[key].receiver, "program", "receiving")))
+            receiver = self.lanes[key].receiver or Receiver()
+            self.fail(key, explain(error, receiver.program))
             return 0
 
     # -- lanes that come and go
@@ -7134,7 +7220,7 @@ class Relay:
         if lane.reopening is None or not lane.reopening.is_over:
             return
         lane.receiver, lane.reopening = lane.reopening.result(), None
-        resume = getattr(lane.receiver, "resume", None) or BEGINNING
+        resume = (lane.receiver.resume if lane.receiver else None) or BEGINNING
         if resume.complete:
             lane.position = self.window.end
             self.finish_lane(key)
@@ -7178,7 +7264,7 @@ class Relay:
             self.drop_slow(passed)
         working = [lane for lane in self.lanes.values() if lane.receiver is not None]
         self.on_progress(max((lane.position for lane in working), default=0),
-                         max((getattr(lane.receiver, "file_data", 0) for lane in working), default=0))
+                         max((lane.receiver.file_data for lane in working if lane.receiver), default=0))
         if all(lane.is_busy for lane in working):
             self.last_moved = now
         if now - self.last_moved > self.stall_timeout and len(working) == len(self.lanes):
@@ -7188,7 +7274,7 @@ class Relay:
         lane = self.lanes[key]
         if lane.receiver is not None:
             lane.receiver.check_alive()
-            self.manner.on_lane(key, lane.position, getattr(lane.receiver, "file_data", 0))
+            self.manner.on_lane(key, lane.position, lane.receiver.file_data)
 
     def drop_slow(self, passed: float) -> None:
         """Lets a lane go that the others have to wait for, most of the time and for long enough."""
@@ -7252,12 +7338,10 @@ class Relay:
 ########################################################################################################
 
 
-class ShellReceiver:
+class ShellReceiver(Receiver):
     """A command that takes one stream."""
 
-    program = "the command"
-
-    resume: Optional[ResumePoint] = None  # nobody knows what a command has kept
+    program = "the command"  # nobody knows what it has kept, so that nothing goes on in it
 
     def __init__(self, command: str, expected: ExpectedStream, source: str) -> None:
         self.stream = WatchedStream(expected)
@@ -7277,11 +7361,7 @@ class ShellReceiver:
     def file_data(self) -> int:
         return self.stream.reader.file_data
 
-    def count_file_data(self) -> None:
-        """Nothing: it is counted anyway."""
-
     def offer(self, chunk: memoryview) -> None:
-        """Takes a chunk, whose memory must not change before `pending` has gone down."""
         self.feed.offer(self.stream.watch(chunk))
 
     def pump(self) -> int:
@@ -7649,7 +7729,7 @@ def delete_stream_files(folder: str, doomed: Sequence[Subvolume]) -> List[Backup
     return errors
 
 
-class FileSink:
+class FileSink(Receiver):
     """Writes `.NAME.partial` in a thread of its own, for a disk may make it wait; digests what it writes."""
 
     program, file_data = "the stream file", 0
@@ -7681,7 +7761,6 @@ class FileSink:
         return self.offered - self.done
 
     def offer(self, chunk: Chunk) -> None:
-        """Takes a chunk, whose memory must not change before `pending` has gone down."""
         if len(chunk):
             self.offered += 1
             self.queue.put(memoryview(chunk))
@@ -7745,7 +7824,7 @@ class FileSink:
         self.fd = -1
 
 
-class FileSource:
+class FileSource(Sender):
     """A stream file as it lies there, as a sender gives it."""
 
     def __init__(self, folder: str, file: str) -> None:
@@ -8441,11 +8520,10 @@ class LocalHost:
 ########################################################################################################
 
 
-class RawReceiver:
+class RawReceiver(Receiver):
     """Takes a stream into a stream file."""
 
     program = "the stream file"
-    resume: Optional[ResumePoint] = None  # stream files are written in one go
 
     def __init__(self, host: LocalHost, folder: str, expected: ExpectedStream, steps: Sequence[str],
                  source: str) -> None:
@@ -8470,15 +8548,11 @@ class RawReceiver:
     def file_data(self) -> int:
         return self.stream.reader.file_data
 
-    def count_file_data(self) -> None:
-        """It is counted in any case."""
-
     @property
     def pending(self) -> int:
         return self.pipeline.feed.pending if self.pipeline else self.sink.pending
 
     def offer(self, chunk: memoryview) -> None:
-        """Takes a chunk, whose memory must not change before `pending` has gone down."""
         passed = self.stream.watch(chunk)
         self.digest.update(passed)
         self.size += len(passed)
@@ -8572,7 +8646,7 @@ def check_digest(backup: RawBackup, sha256: str) -> None:
 LACKING_KEYS = ("No secret key", "Bad passphrase", "no identity matched")  # in the words of gpg and age
 
 
-class RawSender:
+class RawSender(Sender):
     """The stream inside of a stream file, as `btrfs send` would give it; its end is good if both digests are."""
 
     def __init__(self, host: LocalHost, folder: str, backup: RawBackup, identity: str) -> None:
@@ -8601,7 +8675,7 @@ class RawSender:
         else:
             self.source.wait_readable(seconds)
 
-    def read(self, buffer: bytearray) -> Optional[int]:
+    def read(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
         """How many bytes came into `buffer`: None while there are none, 0 at the end."""
         if self.pipeline:
             self.fill(self.pipeline)
@@ -9222,7 +9296,7 @@ COMPRESSIONS: Dict[str, Tuple[str, ...]] = {"zstd": (), "lz4": (), "gzip": ("-1"
 MOST_DRAINED = 64 << 20  # bytes that may be under way when a stream is given up
 
 
-class StreamSource:
+class StreamSource(Sender):
     """A stream that comes over a channel; read like `btrfs send`."""
 
     def __init__(self, channel: Channel, compression: str) -> None:
@@ -9319,7 +9393,7 @@ class StreamSource:
             self.unpacked = None
 
 
-class StreamSink:
+class StreamSink(Receiver):
     """A stream that leaves over a channel; fed like `btrfs receive`."""
 
     def __init__(self, channel: Channel, compression: str) -> None:
@@ -9328,7 +9402,6 @@ class StreamSink:
                        if compression else None)
         self.marks: "collections.deque[int]" = collections.deque()  # where each offered chunk ends in what was queued
         self.finished = False  # the last frame was queued
-        self.resume: Optional[ResumePoint] = None  # where the stream goes on; None where it begins
         self.reader: Optional[CommandReader] = None  # set to learn how much file contents has passed
 
     @property
@@ -9347,7 +9420,6 @@ class StreamSink:
                 pass
 
     def offer(self, chunk: memoryview) -> None:
-        """Takes a chunk, whose memory must not change before `pending` has gone down."""
         self.follow(chunk)
         if self.packed:
             self.packed.feed.offer(chunk)
@@ -9941,10 +10013,9 @@ class Agent:
         source = StreamSource(self.channel, compression)
         try:
             with self.at_work():
-                receiver = self.method(name, arguments)()
-            resume = getattr(receiver, "resume", None)
-            self.channel.send_value(RESULT, resume)
-            source.start = resume.offset if resume else 0
+                receiver: Receiver = self.method(name, arguments)()
+            self.channel.send_value(RESULT, receiver.resume)
+            source.start = receiver.resume.offset if receiver.resume else 0
             relayed = Relay(source, {"": receiver}, float("inf"), lambda size, data: None).run()
             if relayed.errors:
                 raise relayed.errors[""]
@@ -10807,10 +10878,10 @@ class PlainSender(LocalSender):
         return super().read(buffer)
 
 
-class PlainReceiver:
+class PlainReceiver(Receiver):
     """`btrfs receive` by a plain command over ssh. The stream is checked and edited here; it cannot be taken up."""
 
-    program, resume = "btrfs receive", None
+    program = "btrfs receive"
 
     def __init__(self, host: "ShellHost", folder: str, stream: IncomingStream, argv: Sequence[str]) -> None:
         self.host, self.folder, self.stream = host, folder, stream
@@ -10826,11 +10897,7 @@ class PlainReceiver:
     def file_data(self) -> int:
         return self.stream.reader.file_data
 
-    def count_file_data(self) -> None:
-        """Nothing: it is counted anyway."""
-
     def offer(self, chunk: memoryview) -> None:
-        """Takes a chunk, whose memory must not change before `pending` has gone down."""
         for piece in self.stream.edit(chunk):
             self.feed.offer(piece)
 
@@ -11457,7 +11524,7 @@ class ProgressOf:
     def __init__(self, shipment: Shipment, targets: Dict[str, Target], events: Events) -> None:
         self.shipment, self.events = shipment, events
         self.texts = {key: target.text for key, target in targets.items()}
-        self.is_wanted = any(getattr(reader, "progress", False) for reader in events.readers)
+        self.is_wanted = events.want_progress
         self.measuring: Any = None
         self.recent: Dict[str, "collections.deque[Tuple[float, int]]"] = {
             key: collections.deque(maxlen=25) for key in targets}
@@ -11520,7 +11587,7 @@ class Delivery:
             self.fail_at_source(keys, error, 0)
             return
         with contextlib.ExitStack() as stack:
-            opened: Dict[str, Any] = {}
+            opened: Dict[str, Receiver] = {}
             for key in keys:
                 with apart(self.events, functools.partial(self.fail, key, position=0), "cannot receive"):
                     receiver = self.open(self.targets[key])
@@ -11532,17 +11599,17 @@ class Delivery:
             if opened:
                 self.send(*self.sharing(opened))
 
-    def close(self, key: str, receiver: Any) -> None:
+    def close(self, key: str, receiver: Receiver) -> None:
         """What goes wrong when all is over changes nothing of what came out."""
         with apart(self.events, lambda error: self.events.debug("end", format_error(error), destination=key), "ending"):
             receiver.end()
 
-    def open(self, target: Target) -> Any:
+    def open(self, target: Target) -> Receiver:
         open_receive = target.host.open_receive
         if isinstance(self.shipment.host, LocalHost):  # this machine's kernel writes it
             open_receive = getattr(target.host, "open_own_receive", open_receive)
-        receiver = open_receive(target.folder, self.expected._replace(base=target.base), self.shipment.options.debug,
-                                target.begin)
+        expected = self.expected._replace(base=target.base)
+        receiver: Receiver = open_receive(target.folder, expected, self.shipment.options.debug, target.begin)
         resume = receiver.resume
         if resume is not None:
             self.events.info("taking-up", "taking up {} to {} at {}".format(
@@ -11552,10 +11619,10 @@ class Delivery:
             receiver.count_file_data()
         return receiver
 
-    def sharing(self, opened: Dict[str, Any]) -> Tuple[Dict[str, Any], Optional[ResumePoint]]:
+    def sharing(self, opened: Dict[str, Receiver]) -> Tuple[Dict[str, Receiver], Optional[ResumePoint]]:
         """Receivers that one send can serve, and where that begins; None is its start."""
-        points = {key: receiver.resume for key, receiver in opened.items()}
-        distinct = {point.marks if point else () for point in points.values()}
+        points = {key: receiver.resume or BEGINNING for key, receiver in opened.items()}
+        distinct = {point.marks for point in points.values()}
         host = self.shipment.host
         if () in distinct or not getattr(host, "skips", False) or (len(distinct) > 1 and not host.machine):
             return opened, None
@@ -11563,7 +11630,7 @@ class Delivery:
         return ({key: receiver for key, receiver in opened.items() if points[key].marks == marks},
                 next(point for point in points.values() if point.marks == marks))
 
-    def send(self, lanes: Dict[str, Any], resume: Optional[ResumePoint]) -> None:
+    def send(self, lanes: Dict[str, Receiver], resume: Optional[ResumePoint]) -> None:
         shipment = self.shipment
         try:
             sender = shipment.host.open_send(shipment.folder, shipment.snapshot.name, shipment.parent_name,
@@ -11623,7 +11690,7 @@ class Delivery:
                 tries.retries - tries.left, tries.retries), snapshot=self.shipment.snapshot.name, destination=key)
         return pause
 
-    def reopen(self, key: str, error: BackupError, position: int) -> Optional[Tuple[float, Callable[[], Any]]]:
+    def reopen(self, key: str, error: BackupError, position: int) -> Optional[Tuple[float, Callable[[], Receiver]]]:
         """What a relay that still runs does about a lane that broke."""
         pause = self.pause_after(key, error, position)
         if pause is None:
@@ -15427,7 +15494,7 @@ def format_event(event: Event) -> List[str]:
     return [printable(line) for line in (mark + task + event.text).split("\n")]
 
 
-class LogLines:
+class LogLines(Reader):
     """Writes events of `level` and above to stderr; on a terminal the running transfers below them."""
 
     token = -1
@@ -15480,7 +15547,7 @@ class LogLines:
         return "\r" + ("\x1b[{}A".format(rows - 1) if rows > 1 else "") + "\x1b[J"
 
 
-class LiveView:
+class LiveView(Reader):
     """Draws the whole screen anew a few times a second; a context, in which the terminal shows it.
 
     Where this process is killed so that it cannot give the terminal back, a child may do it that reads a byte
@@ -15655,7 +15722,7 @@ def task_names(requests: Sequence[Request]) -> List[str]:
 # In the child.
 
 
-class ChildEvents:
+class ChildEvents(Reader):
     """A reader of events that passes them on to the parent; and the way to ask something of it."""
 
     def __init__(self, fd: int, progress: bool) -> None:
@@ -15973,7 +16040,7 @@ class Crew:
     def __init__(self, requests: Sequence[Request], events: Events, tick: Callable[[], None], token: int = -1) -> None:
         self.events, self.tick, self.token = events, tick, token
         self.jobs = requests[0].task.jobs or len(requests)
-        self.progress = any(getattr(reader, "progress", False) for reader in events.readers)
+        self.progress = events.want_progress
         self.processes = [TaskProcess(name, request) for name, request in zip(task_names(requests), requests)]
         self.owners: Dict[int, TaskProcess] = {}
         self.masters = Masters(requests)
