@@ -8686,7 +8686,7 @@ class RawSender(Sender):
             self.digest.update(memoryview(buffer)[:got])
         return got
 
-    def read_file(self, buffer: bytearray) -> Optional[int]:
+    def read_file(self, buffer: Union[bytearray, memoryview]) -> Optional[int]:
         got = self.source.read(buffer)
         self.all_read = self.all_read or got == 0
         if got:

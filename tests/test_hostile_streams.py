@@ -121,7 +121,7 @@ class Maker:
                 + [self.command(version) for _ in range(self.chance.randrange(1, 30))])
 
 
-class Chunks:
+class Chunks(program.Sender):
     """A sender of whole commands."""
 
     start = 0

@@ -646,7 +646,7 @@ class Lending(unittest.TestCase):
             program.write_or_lend(write_end, memoryview(self.memory))
 
 
-class FromMemory:
+class FromMemory(program.Sender):
     """A sender that is always ahead."""
 
     start = 0
