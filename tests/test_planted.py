@@ -239,16 +239,17 @@ class DestinationFolder(PlantedTestCase):
                 support.delete(self.backup_path(name))
 
     def test_a_link_in_place_of_what_is_received(self):
-        """At any moment of it: what comes then is written nowhere else."""
+        """Before it begins: what comes then is written nowhere else."""
         victims = os.path.join(self.target_disk.path, "victims")
         os.mkdir(victims)
         for folder in (victims, self.source):
             with open(os.path.join(folder, "victim"), "w", encoding="utf-8") as file:
                 file.write(folder)
+        self.transfer()
         name, = self.take(2)
         before = support.tree(victims)
-        run = self.start_backup("-S")
-        held = run.hold("receive")
+        run = self.start_backup("-S", env=support.gate("receive"))
+        held, = run.met_at_gate("receive")
         partials = support.partials(self.target) or [".{}.partial".format(name)]
         swap = 'cd "$0"; [ ! -e "$1" ] || mv "$1" aside; ln -s "$2" "$1"'
         for partial in partials:
