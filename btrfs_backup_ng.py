@@ -10251,8 +10251,10 @@ def ssh_words(machine: str) -> Tuple[str, str]:
 
 
 SSH_FAILED = 255  # of ssh itself, else it ends as the command does
-CUT_OFF = (r"Connection to [^\n]* closed by|client_loop: send disconnect|ssh_dispatch_run_fatal|packet_write_wait"
-           r"|Timeout, server |(read from|write to) master failed|mux_client_[a-z_]+: [^\n]*Broken pipe")
+CUT_OFF = (  # ssh_dispatch_run_fatal stands before what stays as it is as well, such as a host's key that is too short
+    r"Connection to [^\n]* closed by|client_loop: send disconnect|packet_write_wait"
+    r"|ssh_dispatch_run_fatal: [^\n]*: (Broken pipe|message authentication code incorrect|Connection corrupted)"
+    r"|Timeout, server |(read from|write to) master failed|mux_client_[a-z_]+: [^\n]*Broken pipe")
 
 
 def ssh_hints(machine: str) -> Tuple[Tuple[str, str, str], ...]:
@@ -10987,8 +10989,10 @@ PLAIN_DELETE = (
     'btrfs subvolume list -u . | grep -q "^ID $a1 .* uuid $a2 path "; } || '
     '{ echo "it is no longer what it was" >&2; exit 1; }; '
     'if [ "$a3" = writable ]; then btrfs property set -f -ts . ro false || exit 1; fi; '
-    'said=$(btrfs subvolume delete -i "$a1" . 2>&1) || case $said in *option*|*nappropriate*) cd /; '
-    'btrfs subvolume delete "$a0";; *) printf "%s\\n" "$said" >&2; exit 1;; esac')
+    'said="Inappropriate ioctl for device"; if btrfs subvolume delete --help 2>&1 | grep -q -e --subvolid; then '
+    'said=$(btrfs subvolume delete -i "$a1" . 2>&1 >/dev/null) && exit; fi; '
+    'case $said in *"Inappropriate ioctl for device") cd /; btrfs subvolume delete "$a0";; '
+    '*) printf "%s\\n" "$said" >&2; exit 1;; esac')
 PLAIN_MARK = 'printf "\\nbtrfs-backup-ng wire 1\\n"; '
 PLAIN_LOOK = (
     'k=missing; if [ -e "$a0" ] || [ -L "$a0" ]; then k=other; fi; if [ -d "$a0" ]; then k=folder; fi; '
@@ -11768,7 +11772,7 @@ class Grounds(NamedTuple):
 
     place: Place
     source: Place
-    snapshots: str  # the snapshot folder
+    snapshots: Place  # the snapshot folder
     any_filesystem: bool  # --skip-fs-checks
     moved: str  # where it was seen on other filesystems than this, and never on this, what to type if that is right
 
@@ -11832,7 +11836,7 @@ class Destination:
         if place.unmounted:
             yield BackupError("destination {}: nothing is mounted at {}".format(self.text, place.unmounted),
                               "mount it and run again")
-        if place.path == grounds.snapshots:
+        if (place.path, place.filesystem) == (grounds.snapshots.path, grounds.snapshots.filesystem):
             yield BackupError("destination {} is the snapshot folder itself".format(self.text),
                               "name a folder elsewhere")
         if grounds.is_in_source:
@@ -12177,7 +12181,7 @@ class TaskRun:
         """BackupError where nothing may be written there; says where all lies on one filesystem."""
         text = destination.text
         moved = self.pins_elsewhere(destination, place.filesystem)
-        grounds = Grounds(place, self.source_place, self.folder, self.task.skip_fs_checks,
+        grounds = Grounds(place, self.source_place, self.folder_place, self.task.skip_fs_checks,
                           forget_command(self.task, self.prefix, text) if moved else "")
         destination.check(grounds)
         if grounds.is_sources and destination.endpoint.kind.has_subvolumes:

@@ -24,10 +24,13 @@ from support import (
 
 from btrfs_backup_ng import (
     ConnectionLost,
+    Grounds,
     Listing,
     Location,
+    Place,
     Subvolume,
     UsageError,
+    destination_at,
     format_interruption,
     format_locations,
     format_man,
@@ -75,6 +78,20 @@ class Words(unittest.TestCase):
             error = no_agent_error("ssh://nas", status, words, "")
             self.assertNotIsInstance(error, ConnectionLost)
             self.assertIn("restricted", error.hint)
+
+    def test_what_ssh_will_say_again_is_not_tried_again(self):
+        for words in ("Invalid key length", "error in libcrypto", "incorrect signature", "DH GEX group out of range"):
+            said = "ssh_dispatch_run_fatal: Connection to 10.0.0.1 port 22: " + words
+            error = no_agent_error("ssh://nas", 255, said, "")
+            self.assertFalse(error.transient, words)
+            self.assertIn(words, error.message)
+
+    def test_a_snapshot_folder_of_that_path_on_another_machine_is_no_obstacle(self):
+        here, there = (Place("/snapshots", "folder", uuid) for uuid in ("here", "there"))
+        for text in ("ssh://nas/snapshots", "raw+ssh://nas/snapshots"):
+            self.assertEqual([], list(destination_at(text, text).doubts(Grounds(there, here, here, False, ""))))
+            self.assertIn("the snapshot folder itself", str(
+                list(destination_at(text, text).doubts(Grounds(here, here, here, False, "")))))
 
     def test_an_interruption_promises_only_what_is_true(self):
         backup, restore = parse_arguments(["/s", "/b"]), parse_arguments(["restore", "/b/x", "/r"])

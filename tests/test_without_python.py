@@ -244,6 +244,20 @@ class WhatGoesWrong(remote.RemoteTestCase):
         self.assertIn("no longer what it was", str(host.delete(there + "/one", planned, True)))
         self.assertEqual(["doomed"], os.listdir(bed + "/one"))
 
+    def test_a_deletion_by_id_that_fails_is_not_done_by_name(self):
+        """Nor where the path holds a word of what old programs say."""
+        there = os.path.join(self.source_there, "option")
+        bed = os.path.join(self.source_disk.path, "option")
+        for name in ("one", "other"):
+            os.makedirs(os.path.join(bed, name))
+            support.create(os.path.join(bed, name, "doomed"))
+        support.create(os.path.join(bed, "one/doomed/inner"))
+        self.at_each("subvolume delete", "cd '{}'; if [ -d other ]; then mv one aside; mv other one; fi".format(there))
+        host = self.plain_host()
+        planned = [s for s in host.list(there + "/one").subvolumes if s.name == "doomed"]
+        self.assertIn("Directory not empty", str(host.delete(there + "/one", planned, False)))
+        self.assertEqual((["doomed"], ["doomed"]), (os.listdir(bed + "/aside"), os.listdir(bed + "/one")))
+
     def at_each(self, words, script):
         """Has a script run there before each `btrfs` with these first words."""
         folder = os.path.join(remote.folder_for_keys(), "slow btrfs")
