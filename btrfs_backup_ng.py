@@ -3863,9 +3863,14 @@ def subvolume_changed(path: str) -> Optional[float]:
 
 
 def parse_subvolume_show(text: str, name: str) -> Subvolume:
-    """A subvolume from the output of `btrfs subvolume show`, for kernels before 4.18."""
+    """A subvolume from the output of `btrfs subvolume show`, for kernels before 4.18.
+
+    >>> parse_subvolume_show("home\\n\\tUUID: a\\n\\tSnapshot(s):\\n\\t\\ttheir name\\n\\tUUID: b\\n", "home").uuid
+    'a'
+    """
+    own, _, _ = text.partition("\tSnapshot(s):")  # others choose what is below, line breaks in it, too
     fields = {key.strip().lower(): value.strip() for key, _, value in
-              (line.partition(":") for line in text.splitlines())}
+              (line.partition(":") for line in own.splitlines())}
 
     def uuid(key: str) -> Optional[str]:
         return fields.get(key, "-") if fields.get(key, "-") != "-" else None
@@ -10983,10 +10988,11 @@ PLAIN_WRITTEN = (  # see check_written; a sync that knows no -f says how it is u
     '*) printf "%s: contents of files were lost\\n" "$said" >&2; exit 1;; esac; ')
 
 # By its id, from within it, for others may change what bears its name meanwhile; before Linux 5.7 or btrfs-progs 5.7 by
-# its name. Nothing that is opened as "." is looked for by a path.
+# its name. Nothing that is opened as "." is looked for by a path. A path may hold line breaks and seeming rows.
 PLAIN_DELETE = (
     'cd "$a0" || exit 1; { [ "$(btrfs inspect-internal rootid .)" = "$a1" ] && '
-    'btrfs subvolume list -u . | grep -q "^ID $a1 .* uuid $a2 path "; } || '
+    '[ "$(btrfs subvolume list -u . | sed -n '
+    '"s/^ID $a1 gen [0-9]* top level [0-9]* uuid \\([^ ]*\\) path .*/\\1/p")" = "$a2" ]; } || '
     '{ echo "it is no longer what it was" >&2; exit 1; }; '
     'if [ "$a3" = writable ]; then btrfs property set -f -ts . ro false || exit 1; fi; '
     'said="Inappropriate ioctl for device"; if btrfs subvolume delete --help 2>&1 | grep -q -e --subvolid; then '
@@ -10994,78 +11000,107 @@ PLAIN_DELETE = (
     'case $said in *"Inappropriate ioctl for device") cd /; btrfs subvolume delete "$a0";; '
     '*) printf "%s\\n" "$said" >&2; exit 1;; esac')
 PLAIN_MARK = 'printf "\\nbtrfs-backup-ng wire 1\\n"; '
+# Others choose names, line breaks in them, too; so what holds any is kept apart by NUL, which no name can hold.
+PLAIN_LINKS = (  # each link on a way and on those that links lead to; the kernel follows 40 as well
+    'links() ( d="$1"; while [ "$d" != / ] && [ "$d" != . ]; do if [ -L "$d" ]; then '
+    '[ "$2" -lt 41 ] || { echo "too many links" >&2; exit 1; }; '
+    'stat -c "%u %n" "$d" && printf "\\0" && t=$(readlink "$d") || exit 1; '
+    'case $t in /*) ;; *) t="$(dirname "$d")/$t";; esac; links "$t" $(($2 + 1)) || exit 1; fi; '
+    'd=$(dirname "$d"); done ); ')
 PLAIN_LOOK = (
+    PLAIN_LINKS +
     'k=missing; if [ -e "$a0" ] || [ -L "$a0" ]; then k=other; fi; if [ -d "$a0" ]; then k=folder; fi; '
     'g="$a0"; until [ -d "$g" ]; do g=$(dirname "$g"); done; r="${a0#"$g"}"; g=$(cd -P "$g" && pwd -P) || exit 1; '
     't="$g"; until [ "$(stat -c %i "$t")" = 256 ] || [ "$t" = / ]; do t=$(dirname "$t"); done; '
     'w=no; if [ -w "$g" ]; then w=yes; fi; '
-    'printf "kind: %s\\nground: %s\\nrest: %s\\ntop: %s\\nwritable: %s\\n" "$k" "$g" "$r" "$t" "$w"; '
-    'echo "user: $(id -u) $(id -g)"; d="$g"; while stat -c "way: %u %g %f %n" "$d" || exit 1; do '
+    'printf "kind: %s\\nground: %s\\nrest: %s\\ntop: %s\\nwritable: %s\\n\\0" "$k" "$g" "$r" "$t" "$w"; '
+    'echo "user: $(id -u) $(id -g) ${SUDO_UID:-0}"; d="$g"; while stat -c "way: %u %g %f %n" "$d" || exit 1; do '
     'if [ "$d" = / ]; then break; fi; d=$(dirname "$d"); done; '
-    'if [ "$(stat -f -c %t "$g")" = 9123683e ]; then btrfs subvolume show "$t"; echo "--- devices"; '
+    'printf "\\0"; links "$a0" 0 || exit 1; printf "\\0"; '
+    'if [ "$(stat -f -c %t "$g")" = 9123683e ]; then btrfs subvolume show "$t"; printf "\\0"; '
     'for f in /sys/fs/btrfs/*/devices/*; do echo "$f $(cat "$f/dm/name" 2>&1)"; done; '
-    'echo "--- mounts"; cat /proc/self/mountinfo; fi')
+    'printf "\\0"; cat /proc/self/mountinfo; fi')
 PLAIN_LIST = (
     'cd "$a0" || exit 1; g=$(pwd -P); t="$g"; '
     'until [ "$(stat -c %i "$t")" = 256 ] || [ "$t" = / ]; do t=$(dirname "$t"); done; '
     'i=$(btrfs inspect-internal rootid "$t") || exit 1; p=; '
     'if [ "$i" -gt 5 ]; then p=$(btrfs inspect-internal subvolid-resolve "$i" "$t") || exit 1; fi; '
-    'printf "own: %s\\nrest: %s\\n" "$p" "${g#"$t"}"; '
-    'btrfs subvolume list -o -c -u -q -R "$g" || exit 1; echo "--- readonly"; '
-    'btrfs subvolume list -o -r "$g" || exit 1; echo "--- names"; ls -A')
+    'printf "own: %s\\nrest: %s\\n\\0" "$p" "${g#"$t"}"; '
+    'btrfs subvolume list -o -c -u -q -R "$g" || exit 1; printf "\\0"; '
+    'btrfs subvolume list -o -c -u -q -R -r "$g" || exit 1; printf "\\0"; '
+    'find . ! -name . -prune -inum 256 -print0 || exit 1; printf "\\0"; find . ! -name . -prune -print0')
+PLAIN_ROW = re.compile(r"^ID ([0-9]+) gen ([0-9]+) cgen ([0-9]+) top level [0-9]+ parent_uuid (\S+) +"
+                       r"received_uuid (\S+) +uuid (\S+) path (.*)$", re.MULTILINE)
 
 
-def parse_plain_way(text: str, is_ground: bool) -> Tuple[Tuple[str, str], ...]:
+def parse_plain_way(text: str, links: Sequence[str], is_ground: bool) -> Tuple[Tuple[str, str], ...]:
     """What others may change on the way that PLAIN_LOOK has gone up, as `LocalHost.exposed`, but for ACLs.
 
-    >>> way = "user: 0 0\\nway: 0 0 41c0 /home/a/b\\nway: 7 7 41ed /home/a\\nway: 0 0 43ff /home\\nway: 0 0 41ed /\\n"
-    >>> parse_plain_way(way, False)
+    BackupError where one of `links` is another's.
+
+    >>> way = ("user: 0 0 0\\nway: 0 0 41c0 /home/a/b\\nway: 7 7 41ed /home/a\\n"
+    ...        "way: 0 0 43ff /home\\nway: 0 0 41ed /\\n")
+    >>> parse_plain_way(way, (), False)
     (('/home', 'can be written by others'), ('/home/a', 'belongs to user 7'))
     """
-    runs = re.search(r"^user: ([0-9]+) ([0-9]+)$", text, re.MULTILINE)
+    runs = re.match(r"user: ([0-9]+) ([0-9]+) ([0-9]+)$", text, re.MULTILINE)
     found = re.findall(r"^way: ([0-9]+) ([0-9]+) ([0-9a-f]+) (/.*)$", text, re.MULTILINE)
     steps = [(path, os.stat_result((int(mode, 16), 0, 0, 0, int(uid), int(gid), 0, 0, 0, 0)))
              for uid, gid, mode, path in reversed(found)]
     if runs is None or not steps:
         raise ValueError("it does not say whose the folders are")
-    user, group = map(int, runs.groups())
+    user, group, behind_sudo = map(int, runs.groups())
+    for owner, path in (link.split(" ", 1) for link in links):
+        if int(owner) not in (0, user, behind_sudo):
+            raise BackupError("{} is a link of another user's".format(path.rstrip("\n")),
+                              "name the folder that is meant")
     return tuple(exposed_steps(steps + steps[:1] if is_ground else steps, (user, group)))
 
 
 def parse_plain_look(text: str) -> Place:
     """A place from the output of PLAIN_LOOK."""
-    here, _, below = text.partition("--- devices\n")
-    devices, _, mounts = below.partition("--- mounts\n")
+    here, way, *more = text.split("\0")
+    links, below = more[:more.index("")], more[more.index("") + 1:]
     facts = dict(re.findall(r"^(kind|ground|rest|top|writable): (.*)$", here, re.MULTILINE))
     path = os.path.join(facts["ground"], facts["rest"].strip("/")).rstrip("/") or "/"
-    if facts["kind"] == "other" or not below:
+    exposed = parse_plain_way(way, links, facts["kind"] == "missing")
+    if facts["kind"] == "other" or len(below) < 3:
         return Place(path, facts["kind"])
+    show, devices, mounts = below
     mount = mount_around(facts["ground"], parse_mountinfo(mounts))
     names = {os.path.basename(mount.device)} if mount else set()
     found = re.findall(r"^/sys/fs/btrfs/([^/]+)/devices/(\S+) ?(.*)$", devices, re.MULTILINE)
     filesystem = next((uuid for uuid, name, mapped in found if names & {name, mapped}), mount.device if mount else None)
-    return Place(path, facts["kind"], filesystem, parse_subvolume_show(here, os.path.basename(facts["top"])),
+    return Place(path, facts["kind"], filesystem, parse_subvolume_show(show, os.path.basename(facts["top"])),
                  facts["kind"] == "folder" and facts["top"] == facts["ground"], facts["writable"] == "no",
-                 exposed=parse_plain_way(here, facts["kind"] == "missing"))
+                 exposed=exposed)
 
 
 def parse_plain_list(text: str) -> Listing:
-    """A listing from the output of PLAIN_LIST."""
-    head, readonly, names = re.split(r"^--- (?:readonly|names)\n", text, flags=re.MULTILINE)
+    """A listing from the output of PLAIN_LIST: of what is in the folder, each with the one row that there is of it.
+
+    A path of another's elsewhere in the subvolume can end in what looks like a row; BackupError where it takes the
+    place of something that is here.
+    """
+    head, rows, sealed, *more = text.split("\0")
     facts = dict(re.findall(r"^(own|rest): (.*)$", head, re.MULTILINE))
     prefix = "/".join(part for part in (facts["own"], facts["rest"].strip("/")) if part)
     prefix = prefix + "/" if prefix else ""
-    sealed = {found.group(1) for found in re.finditer(r"^ID ([0-9]+) ", readonly, re.MULTILINE)}
-    subvolumes = []
-    for row in re.finditer(r"^ID ([0-9]+) gen ([0-9]+) cgen ([0-9]+) top level [0-9]+ parent_uuid (\S+) +"
-                           r"received_uuid (\S+) +uuid (\S+) path (.*)$", head, re.MULTILINE):
+    tops = {name[len("./"):] for name in more[:more.index("")]}
+    readonly = {row.group() for row in PLAIN_ROW.finditer(sealed)}
+    subvolumes: Dict[str, Subvolume] = {}
+    for row in PLAIN_ROW.finditer(rows):
         name = row.group(7)[len(prefix):]
-        if row.group(7).startswith(prefix) and "/" not in name:
-            parent, received, uuid = (None if found == "-" else found for found in row.group(4, 5, 6))
-            subvolumes.append(Subvolume(name, uuid, parent, received, row.group(1) in sealed, 0, int(row.group(3)),
-                                        int(row.group(1)), int(row.group(2))))
-    taken = {s.name for s in subvolumes}
-    return Listing(tuple(subvolumes), frozenset(name for name in names.splitlines() if name not in taken))
+        if not row.group(7).startswith(prefix) or name not in tops:
+            continue
+        if name in subvolumes:
+            raise BackupError("cannot tell which of two subvolumes is {}{}".format(prefix, name),
+                              "look for one with a line break in its path: btrfs subvolume list -o")
+        parent, received, uuid = (None if found == "-" else found for found in row.group(4, 5, 6))
+        subvolumes[name] = Subvolume(name, uuid, parent, received, row.group() in readonly, 0, int(row.group(3)),
+                                     int(row.group(1)), int(row.group(2)))
+    names = (name[len("./"):] for name in more[more.index("") + 1:] if name)
+    return Listing(tuple(subvolumes.values()), frozenset(name for name in names if name not in subvolumes))
 
 
 class NotMeasured:

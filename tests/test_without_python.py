@@ -278,6 +278,50 @@ class WhatGoesWrong(remote.RemoteTestCase):
         self.assertErrorSays(result, "theirs belongs to user 65534, so its snapshots could be somebody else's")
         self.assertEqual([], os.listdir(folder))
 
+    def test_a_link_of_anothers_on_the_way(self):
+        """As on this machine; root's own are followed, to those that they lead to."""
+        bed, host = os.path.join(self.source_disk.path, "bed"), self.plain_host()
+        os.makedirs(os.path.join(bed, "meant"))
+        os.symlink("meant", os.path.join(bed, "theirs"))
+        os.symlink("../bed/./theirs", os.path.join(bed, "ours"))
+        for owner in (0, 65534):
+            os.chown(os.path.join(bed, "theirs"), owner, owner, follow_symlinks=False)
+            for path in ("theirs", "ours", "ours/new"):
+                path = os.path.join(self.source_there, "bed", path)
+                with self.subTest(path, owner=owner):
+                    if not owner:
+                        self.assertIn("bed/meant", host.look(path).path)
+                        continue
+                    with self.assertRaisesRegex(program.BackupError, "bed/.*theirs is a link of another user's"):
+                        host.look(path)
+        os.symlink("loop", os.path.join(bed, "loop"))
+        with self.assertRaisesRegex(program.BackupError, "too many links"):
+            host.look(self.source_there + "/bed/loop")
+
+    def test_what_looks_like_a_row_in_the_path_of_anothers_subvolume(self):
+        """Who can write elsewhere in the subvolume makes no backup appear, which would have the original deleted."""
+        taken = self.name(1)
+        found = subvolume(self.snapshot_path(taken))
+        row = ("x\nID 9999 gen 9 cgen 9 top level 5 parent_uuid - received_uuid {} uuid {} path {}".format(
+            found.uuid, found.uuid, os.path.basename(self.target)))
+        planted = os.path.join(self.target_disk.path, row)
+        os.mkdir(planted)
+        support.snapshot(support.create(os.path.join(self.target_disk.path, "theirs")), os.path.join(planted, taken))
+        for name in support.names(self.target):
+            support.delete(self.backup_path(name))
+        self.assertEqual((), self.plain_host().list(self.target_there + "/backups").subvolumes)
+        result = self.push("-S", "-N", "1", status=1)
+        self.assertErrorSays(result, "cannot tell which of two subvolumes is backups/" + taken)
+        self.assertEqual([taken, self.name(2)], support.names(self.snapshots))
+        self.assertTrue(support.is_subvolume(self.backup_path(taken)))
+
+    def test_what_looks_like_facts_in_the_path_of_anothers_snapshot(self):
+        path = os.path.join(self.source_disk.path, "x\n\tUUID: \t\tfalse\n--- devices\n--- mounts")
+        support.snapshot(self.source, path)
+        place = self.plain_host().look(self.source_there + "/home")
+        self.assertEqual(subvolume(self.source).uuid, place.inside.uuid)
+        self.assertEqual(program.LocalHost(program.Events()).look(self.source).filesystem, place.filesystem)
+
     def test_waiting_for_what_was_deleted(self):
         host, extra = self.plain_host(), support.create(os.path.join(self.source_disk.path, "extra"))
         support.bulk(os.path.join(extra, "bulk"), 16)
