@@ -12966,6 +12966,16 @@ def folder_prefixes(listing: Listing, only: Optional[str]) -> List[str]:
     return sorted({prefix for prefix in (prefix_of(name) for name in names if name) if prefix is not None})
 
 
+def found_instead(endpoint: Endpoint, listing: Listing, prefix: Optional[str]) -> str:
+    """What a folder holds in the place of backups of `prefix` (None: of any), and how to name it; '' for nothing."""
+    prefixes = [] if prefix is None else folder_prefixes(listing, None)
+    if prefixes:
+        return "there are some of {}".format(", ".join("'{}'".format(printable(found)) for found in prefixes))
+    if not endpoint.kind.has_streams and any(STREAM_SUFFIX in name for name in listing.others):
+        return "its stream files are named as {}".format(folder_key(STREAM_FILES, endpoint.machine, endpoint.path))
+    return ""
+
+
 def is_backup_folder(host: Any, place: Place, snapshot_folder: str) -> bool:
     """Whether a place is a folder of backups and no source: it holds some, and no snapshot folder."""
     return (place.kind == "folder" and host.look(os.path.join(place.path, snapshot_folder)).kind != "folder"
@@ -13031,6 +13041,11 @@ class Survey:
                 locks = locks_on(self.locks, host.look(folder).filesystem) if self.locks else {}
                 entries = backup_entries(listing, folder, self.task.prefix, self.source, locks,
                                          self.run.key_of(text) if locks else "")
+            instead = "" if entries else found_instead(endpoint, listing, self.task.prefix)
+            if instead:
+                self.run.events.warning("empty", "no backups {}in {}; {}".format(
+                    "" if self.task.prefix is None else "of prefix '{}' ".format(printable(self.task.prefix)),
+                    text, instead), folder=folder)
             return Location(text, False, entries, None, listing)
         return Location(text, False, (), errors[0])
 
@@ -13714,13 +13729,13 @@ class Pruning:
                     self.prune(prefix)
 
     def tell_empty(self, listing: Listing) -> None:
-        """An error where a prefix was asked for: it may be mistyped, and then nothing is ever deleted."""
-        if self.task.prefix is None:
+        """An error where something else was meant: a prefix, stream files. Else nothing would ever be deleted."""
+        prefix, instead = self.task.prefix, found_instead(parse_endpoint(self.text), listing, self.task.prefix)
+        if prefix is None and not instead:
             self.events.warning("empty", "no backups in {}".format(self.text), folder=self.folder)
             return
-        others = ", ".join("'{}'".format(prefix) for prefix in folder_prefixes(listing, None))
-        self.report(BackupError("no backups of prefix '{}' in {}".format(self.task.prefix, self.text),
-                                "there are some of {}".format(others) if others else "look there with list"))
+        what = "no backups" if prefix is None else "no backups of prefix '{}'".format(prefix)
+        self.report(BackupError("{} in {}".format(what, self.text), instead or "look there with list"))
 
     def report(self, error: BackupError) -> None:
         """Tells an error, once where it is the same for each prefix."""

@@ -222,6 +222,29 @@ class Prune(BackupTestCase):
         self.assertEqual(1, len(partials(self.target)))
 
 
+class SomethingElseIsThere(BackupTestCase):
+    """A folder that seems to be empty: what was meant is named as it can be typed."""
+
+    def setUp(self):
+        super().setUp()
+        self.take(1)
+
+    def test_stream_files_without_their_scheme(self):
+        self.transfer(to=["raw://" + self.target])
+        listed = self.run_program("list", self.target)
+        self.assertIn("its stream files are named as raw://" + self.target, listed.stderr)
+        pruned = self.run_program("prune", "-n", "1", self.target, status=1)
+        self.assertErrorSays(pruned, "no backups in " + self.target, "raw://" + self.target)
+        for verb in (["list"], ["prune", "-n", "1"]):
+            self.assertNotIn("named as", self.run_program(*verb, "raw://" + self.target).stderr)
+
+    def test_another_prefix(self):
+        self.transfer()
+        listed = self.run_program("list", "-p", "hone", self.target)
+        self.assertIn("no backups of prefix 'hone' in {}; there are some of 'home'".format(self.target), listed.stderr)
+        self.assertEqual("", self.run_program("list", "-p", "home", self.target).stderr)
+
+
 class Restore(BackupTestCase):
 
     def setUp(self):
