@@ -407,13 +407,17 @@ def partials(folder):
 
 
 def read_locks(snapshot_folder):
-    """The locks and parent notes there are, without entries that hold none."""
+    """The locks and parent notes there are, without entries that hold none.
+
+    That of which disk a lock is ("NAME on UUID") stands beside the lock, and is left out with it there.
+    """
     path = os.path.join(snapshot_folder, ".outstanding_transfers")
     if not os.path.exists(path):
         return {}
     with open(path, encoding="utf-8", errors="surrogateescape") as lock_file:
         entries = json.load(lock_file)
-    return {name: entry for name, entry in entries.items() if any(entry.values())}
+    locks = {name: entry for name, entry in entries.items() if any(entry.values())}
+    return {name: entry for name, entry in locks.items() if name.partition(" on ")[0] not in set(locks) - {name}}
 
 
 def write_locks(snapshot_folder, content):
