@@ -15198,12 +15198,20 @@ UNITS_SCRIPT = """\
 set -eu
 folder=${{1:-{folder}}}
 mkdir -p "$folder"
-cat >"$folder/{name}.service" <<'END OF UNIT'
+{guard}cat >"$folder/{name}.service" <<'END OF UNIT'
 {service}END OF UNIT
 cat >"$folder/{name}.timer" <<'END OF UNIT'
 {timer}END OF UNIT
 echo "written: $folder/{name}.service, $folder/{name}.timer"
 echo "next: {systemctl} daemon-reload; {systemctl} enable --now {name}.timer"
+"""
+
+
+OTHERS_UNIT_GUARD = """\
+if [ -e "$folder/{name}.service" ] && ! grep -qxF {description} "$folder/{name}.service"; then
+    echo "error: $folder/{name}.service backs up something else; print these units with --unit NAME" >&2
+    exit 1
+fi
 """
 
 
@@ -15242,7 +15250,11 @@ def default_unit_name(source: str) -> str:
 
 
 def format_units(task: Task, requests: Sequence[Request], arguments: Sequence[str]) -> str:
-    """The script that writes the units of a backup of one or more tasks, which `arguments` ask for."""
+    """The script that writes the units of a backup of one or more tasks, which `arguments` ask for.
+
+    Two sources may come to the same default name: then the script writes nothing.
+    """
+    import shlex
     endpoints = [parse_endpoint(text) for request in requests for text in request.paths]
     sources = [request.task.source for request in requests]
     name = task.unit or default_unit_name(sources[0])
@@ -15255,6 +15267,8 @@ def format_units(task: Task, requests: Sequence[Request], arguments: Sequence[st
     return UNITS_SCRIPT.format(
         folder="$HOME/.config/systemd/user" if task.user else "/etc/systemd/system",
         systemctl="systemctl" + user, journalctl="journalctl" + user, name=name,
+        guard="" if task.unit else OTHERS_UNIT_GUARD.format(
+            name=name, description=shlex.quote("Description=" + description)),
         service=SERVICE.format(description=description, after=after, command=command,
                                hardening=HARDENING if is_hardened else ""),
         timer=TIMER.format(description=description, calendar=unit_text(task.on_calendar))).rstrip("\n")

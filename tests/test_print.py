@@ -327,6 +327,19 @@ class Units(PrintTestCase):
             self.assertEqual([name + ".service", name + ".timer"], sorted(os.listdir(folder)))
             shutil.rmtree(folder)
 
+    def test_units_of_another_source_are_not_overwritten(self):
+        for one, other in (("/a b", "/a-b"), ("/a/b", "/a-b"), ("/\u00e4", "/\u00fc"), ("/home", "nas:/home")):
+            with self.subTest(one=one, other=other):
+                folder = self.units("--", one)
+                before = self.unit("--", one, "/mnt/b")  # the same source again: a change
+                script = self.file("other", self.printed("systemd", "--", other))
+                status, output, errors = run("sh", script, folder)
+                self.assertEqual((1, ""), (status, output))
+                self.assertIn("--unit NAME", errors)
+                with open(os.path.join(folder, min(os.listdir(folder))), encoding="utf-8") as file:
+                    self.assertEqual(before, file.read())
+                shutil.rmtree(folder)
+
 
 class HardenedUnits(support.BackupTestCase):
     """What the service may do is enough for a backup."""
