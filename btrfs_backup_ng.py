@@ -9428,7 +9428,7 @@ class StreamSink(Receiver):
         self.follow(chunk)
         if self.packed:
             self.packed.feed.offer(chunk)
-        else:
+        elif len(chunk):  # an empty frame would be nonsense
             self.channel.send(DATA, chunk)
             self.marks.append(self.channel.queued)
 

@@ -153,6 +153,19 @@ class Frames(unittest.TestCase):
         with self.assertRaises(ConnectionLost):
             source.read(buffer)
 
+    def test_what_is_held_back_of_a_stream_is_no_frame(self):
+        """As all is before its first command was seen whole, which a first short read may not hold."""
+        one, other = self.pair()
+        source, sink = program.StreamSource(one, ""), program.StreamSink(other, "")
+        for chunk in (b"", b"12", b"", b"34"):
+            sink.offer(memoryview(chunk))
+        other.flush(1.0)
+        self.assertEqual(0, sink.pending)
+        buffer, got = bytearray(10), b""
+        while len(got) < 4:
+            got += bytes(buffer[:source.read(buffer) or 0])
+        self.assertEqual(b"1234", got)
+
     def test_after_a_call_that_ended_within_an_answer_the_connection_is_not_used_again(self):
         """What else comes would be taken for the answer to the next call."""
         for error, is_broken in ((MemoryError(), True), (OSError(24, "Too many open files"), True),
