@@ -3451,15 +3451,18 @@ def read_stats() -> Dict[int, Tuple[str, ...]]:
     return found
 
 
+def groups_here() -> Set[int]:
+    """The process groups of our session that somebody is in."""
+    session = str(os.getsid(0))
+    return {int(words[2]) for words in read_stats().values() if words[3] == session and words[0] != "Z"}
+
+
 def is_own_group(process: "subprocess.Popen") -> bool:
     """Whether there is anybody left in the group that a child of ours leads, or led.
 
     Its number is nobody else's while it was not waited for, and while somebody is in that group.
     """
-    if process.poll() is None:
-        return True
-    wanted = (str(process.pid), str(os.getsid(0)))
-    return any(words[2:4] == wanted for words in read_stats().values())
+    return process.poll() is None or process.pid in groups_here()
 
 
 def end_group(process: "subprocess.Popen") -> None:
@@ -3479,20 +3482,28 @@ def find_children() -> List[int]:
     return [pid for pid, words in read_stats().items() if words[1] == str(os.getpid())]
 
 
+def reap_children() -> bool:
+    """Waits for the children that have ended; whether none is left."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return True
+    return False
+
+
 def end_children() -> None:
     """Ends, with their groups, the children that nobody has ended: an interruption may fall into the start of one."""
-    for number, patience in ((signal.SIGTERM, ENDING_GRACE), (signal.SIGKILL, ENDING_GRACE)):
+    groups = {pid for pid in find_children() if pid in groups_here()}
+    for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in find_children():
-            with contextlib.suppress(OSError):
-                for each in (number, signal.SIGCONT):
-                    signal_process(pid, each, with_group=os.getpgid(pid) == pid)
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
-            try:
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
-            except ChildProcessError:
-                return
+            for each in (number, signal.SIGCONT):
+                signal_process(pid, each)
+        for group in groups & groups_here():
+            for each in (number, signal.SIGCONT):
+                signal_process(group, each, with_group=True)
+        deadline = time.monotonic() + ENDING_GRACE
+        while time.monotonic() < deadline and not (reap_children() and not groups & groups_here()):
             time.sleep(0.005)
 
 

@@ -87,6 +87,39 @@ class WhoIsSignalled(unittest.TestCase):
         process.tell(b"go  \n")  # is not heard
 
 
+class NobodysChildren(unittest.TestCase):
+    """What an interruption in the midst of starting leaves to nobody."""
+
+    LEFT = """
+import os, time
+import btrfs_backup_ng as program
+os.setsid()
+process = program.start_program(["sh", "-c", "(trap '' TERM; exec sleep 600) & exec sleep 600"])
+while sum(words[2] == str(process.pid) for words in program.read_stats().values()) < 2:
+    time.sleep(0.01)
+def sleeps():
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open("/proc/%s/cmdline" % name) as words, open("/proc/%s/stat" % name) as stat:
+                if words.read().startswith("sleep") and stat.read().split()[4] == str(process.pid):
+                    yield int(name)
+        except OSError:
+            pass
+while len(list(sleeps())) < 2:
+    time.sleep(0.01)
+program.end_children()
+left = list(sleeps())
+for pid in left:
+    os.kill(pid, 9)
+print(len(left))
+"""
+
+    def test_those_of_its_group_that_take_no_notice_end_as_well(self):
+        done = subprocess.run([sys.executable, "-c", self.LEFT], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              cwd=os.path.dirname(program.__file__), timeout=60)
+        self.assertEqual((b"0\n", b""), (done.stdout, done.stderr))
+
+
 @unittest.skipUnless(shutil.which("strace"), "needs the program strace")
 class AtTheEnd(unittest.TestCase):
     """A signal at each of the last steps at which a process sets what signals do."""
