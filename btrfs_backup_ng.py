@@ -7675,14 +7675,6 @@ def encryption_of(folder: RawFolder, prefix: str) -> str:
     return (known + guessed + [""])[0]
 
 
-def raw_options(folder: RawFolder, prefix: str) -> List[str]:
-    """The options that the newest stream file of `prefix` was made with, for a command that goes on with its chain."""
-    ours = [b for b in folder.backups if name_time(prefix, b.name)]
-    newest = max(ours, key=lambda b: b.otime).pipeline if ours else ()
-    return [word for step in newest
-            for word in ("--raw-encrypt" if is_encryption(step) else "--raw-compress", step)]
-
-
 def publish_stream_file(folder: str, backup: RawBackup) -> None:
     """Gives a synced partial its final name, after its sidecar. OSError where that fails."""
     replace_file(folder, backup.file + SIDECAR_SUFFIX, format_sidecar(backup),
