@@ -19,7 +19,9 @@ SHARE = $(DESTDIR)$(PREFIX)/share
 MANUAL = $(SHARE)/man/man8/btrfs-backup-ng.8
 BASH_COMPLETION = $(SHARE)/bash-completion/completions/btrfs-backup-ng
 ZSH_COMPLETION = $(SHARE)/zsh/site-functions/_btrfs-backup-ng
-FISH_COMPLETION = $(SHARE)/fish/vendor_completions.d/btrfs-backup-ng.fish
+# A root shell's fish looks nowhere below /usr/local.
+FISH_FOLDER = $(if $(filter /usr/local,$(PREFIX)),$(DESTDIR)/etc/fish/completions,$(SHARE)/fish/vendor_completions.d)
+FISH_COMPLETION = $(FISH_FOLDER)/btrfs-backup-ng.fish
 PRINTED = '$(MANUAL)' '$(BASH_COMPLETION)' '$(ZSH_COMPLETION)' '$(FISH_COMPLETION)'
 # Prints a text into a file, which any user may read.
 PRINT_TO = print_to() { file=$$1; shift; install -d "$${file%/*}" && \

@@ -300,6 +300,7 @@ def change_small(folder: str, scale: float, chance: random.Random) -> None:
 
 
 LARGE = Tree("large", fill_large, change_large)
+HALF = Tree("half", lambda folder, scale, chance: fill_large(folder, scale / 2, chance), lambda *_: None)
 SMALL = Tree("small", fill_small, change_small)
 TINY = Tree("tiny", lambda _folder, _scale, _chance: None, lambda _folder, _scale, _chance: None)
 
@@ -584,6 +585,27 @@ def full_over_ssh(tree: Tree, stage: Stage) -> Pair:
     )
 
 
+def far(is_push: bool, delay: float, rate: float, stage: Stage) -> Pair:
+    """512 MiB over a long line."""
+    stage.prepare(HALF)
+    stage.clear()
+    sshd = start_sshd(stage)
+    port = stage.closing.enter_context(contextlib.closing(remote.Proxy(sshd.port, delay, rate))).port
+    snapshots, data = stage.snapshots(HALF, "full"), stage.data(HALF)
+    send = "btrfs send -q {}".format(shlex.quote(os.path.join(snapshots, BEFORE)))
+    receive = "btrfs receive -q {}".format(shlex.quote(stage.backups))
+    sync = "btrfs filesystem sync {}".format(shlex.quote(stage.backups))
+    if is_push:
+        there = " ".join(map(shlex.quote, sshd.argv("{} && {}".format(receive, sync), port=port)))
+        script = "{} | {}".format(send, there)
+        ours = ours_ssh_argv(snapshots, data, sshd.endpoint(stage.backups, port=port))
+    else:
+        script = "{} | {} && {}".format(" ".join(map(shlex.quote, sshd.argv(send, port=port))), receive, sync)
+        ours = ours_ssh_argv(snapshots, sshd.endpoint(data, port=port), stage.backups)
+    return Pair(ours, ["sh", "-c", script], lambda: check_arrived(stage, [BEFORE]),
+                lambda: stage.clear(snapshots=snapshots))
+
+
 def make_wrapped_ssh(stage: Stage) -> str:
     """A folder with an `ssh` that reaches our sshd, for btrbk, which passes no options on."""
     folder = stage.folder(stage.scratch, "bin")
@@ -796,6 +818,13 @@ CASES = {
         "300 on both sides, release of PyPI", 0.5, True, in_turns(nothing_against_release)
     ),
     "ssh-large": Case("1 GiB in 4 files, over ssh", 1.0, True, in_turns(functools.partial(full_over_ssh, LARGE))),
+    "far-push": Case("512 MiB, 50 ms each way", 0.25, True, in_turns(functools.partial(far, True, 0.05, 0)), 3),
+    "far-pull": Case("512 MiB, 50 ms each way", 0.25, True, in_turns(functools.partial(far, False, 0.05, 0)), 3),
+    "nearer-push": Case("512 MiB, 10 ms each way", 0.6, True, in_turns(functools.partial(far, True, 0.01, 0)), 3),
+    "nearer-pull": Case("512 MiB, 10 ms each way", 0.6, True, in_turns(functools.partial(far, False, 0.01, 0)), 3),
+    "far-slow": Case(
+        "the same at 20 MB/s", 1.02, True, in_turns(functools.partial(far, True, 0.05, 20e6)), 3
+    ),
     "ssh-one": Case(
         "1 small, 50 ms each way, btrbk", 0.33, True, in_turns(functools.partial(pending_over_delay, 1))
     ),

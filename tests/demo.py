@@ -3,7 +3,7 @@
     python3 tests/demo.py
 
 Needs root, btrfs-progs, and btrfs_backup_ng.pyz beside this folder. Each command is run the way
-it is shown, and what it should have done is checked. The status is 0 when all was as it should be.
+it is shown, and what it should have done is checked. The status is 0 when everything worked.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from typing import Callable, Iterator, List, NoReturn, Sequence
 
@@ -29,6 +30,9 @@ from scratch import (
 
 # The snapshot folder that the program makes in the source when none is given.
 SNAPSHOT_FOLDER = ".btrfs-backup-ng/snapshots"
+
+# Columns of a terminal.
+WIDTH = 80
 
 FILES = {
     "letters/thanks.txt": b"Dear Aunt,\nthe bicycle has arrived.\n",
@@ -49,26 +53,16 @@ def explain(text: str) -> None:
     print("\n# " + text.replace("\n", "\n# "), flush=True)
 
 
-def type_command(command: str) -> str:
-    """Show a command line, run it in a shell, show and return its output; it has to succeed.
+def type_command(command: str) -> None:
+    """Show a command line and run it in a shell, both of its streams as one; it has to succeed.
 
-    Both streams are shown as one, as on a terminal. Of a pipe the shell tells only how its last
-    command ended, so what a pipe has done is looked at afterwards.
+    Of a pipe the shell tells only how its last command ended, so what a pipe has done is looked at afterwards.
     """
-    print("$ " + command, flush=True)
-    done = subprocess.run(
-        ["sh", "-c", command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    output = done.stdout.decode(errors="backslashreplace")
-    encoding = sys.stdout.encoding or "ascii"
-    print(output.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+    words = textwrap.wrap(command, WIDTH - 4, break_long_words=False, break_on_hyphens=False, subsequent_indent="    ")
+    print("$ " + " \\\n".join(words), flush=True)
+    done = subprocess.run(["sh", "-c", command], stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, check=False)
     if done.returncode != 0:
         fail("that command ended with status {}".format(done.returncode))
-    return output
 
 
 @contextlib.contextmanager
@@ -86,6 +80,17 @@ def program_on_path(folder: str) -> Iterator[None]:
         yield
     finally:
         os.environ["PATH"] = path
+
+
+@contextlib.contextmanager
+def working_folder(folder: str) -> Iterator[None]:
+    """So that paths are short enough for a line of a terminal."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def write_file(path: str, contents: bytes) -> None:
@@ -117,8 +122,8 @@ def shown(subvolume: str, field: str) -> str:
 class Demo:
     """The two disks, and what is to be found on them."""
 
-    def __init__(self, laptop: str, disk: str) -> None:
-        self.home = os.path.join(laptop, "home")
+    def __init__(self, pc: str, disk: str) -> None:
+        self.home = os.path.join(pc, "home")
         self.snapshots = os.path.join(self.home, SNAPSHOT_FOLDER)
         self.backups = os.path.join(disk, "home")
 
@@ -169,7 +174,8 @@ class Demo:
     def listing(self) -> None:
         explain("What is there? `parent` marks what the next backup builds on. Each backup is a\n"
                 "whole subvolume that can be looked into, not a bundle of differences:")
-        output = type_command("btrfs-backup-ng list {} {}".format(self.home, self.backups))
+        type_command("btrfs-backup-ng list {} {}".format(self.home, self.backups))
+        output = run_quietly(["btrfs-backup-ng", "list", self.home, self.backups])
         for name in visible_names(self.backups):
             if name not in output:
                 fail("{} should be listed".format(name))
@@ -193,14 +199,16 @@ class Demo:
     def restore_all(self) -> None:
         explain("And now everything is gone:")
         type_command("rm -r {0}/letters {0}/photos".format(self.home))
-        explain("The newest backup comes back in the place of the subvolume. Nothing is overwritten,\n"
-                "the old one stays beside it. The disk still has a snapshot, so little is sent:")
+        explain("The newest backup comes back in the place of the subvolume. Nothing is\n"
+                "overwritten, the old one stays beside it. The disk still has a snapshot,\n"
+                "so little is sent:")
         type_command("btrfs-backup-ng restore {} --latest --in-place {}".format(self.backups, self.home))
         type_command("diff -r --no-dereference -x .btrfs-backup-ng {} {} && echo equal".format(
             self.newest(self.backups), self.home))
         self.check_restored()
         explain("Backups go on from there, incrementally:")
-        output = type_command("btrfs-backup-ng --dry-run {} {}".format(self.home, self.backups))
+        type_command("btrfs-backup-ng --dry-run {} {}".format(self.home, self.backups))
+        output = run_quietly(["btrfs-backup-ng", "--dry-run", self.home, self.backups])
         if "incrementally from" not in output:
             fail("the next backup should be incremental")
 
@@ -226,11 +234,12 @@ class Demo:
 
 def run_demo() -> None:
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(scratch_folder("demo."))
-        laptop = stack.enter_context(btrfs_on_loop(folder, "laptop", 512 * MIB))
+        folder = stack.enter_context(scratch_folder("d."))
+        pc = stack.enter_context(btrfs_on_loop(folder, "pc", 512 * MIB))
         disk = stack.enter_context(btrfs_on_loop(folder, "disk", 512 * MIB))
         stack.enter_context(program_on_path(os.path.join(folder, "bin")))
-        for step in Demo(laptop, disk).steps():
+        stack.enter_context(working_folder(folder))
+        for step in Demo(*map(os.path.basename, (pc, disk))).steps():
             step()
 
 
@@ -251,7 +260,7 @@ def main() -> int:
         print("\ndemo: interrupted; nothing is left behind", file=sys.stderr)
         return 130
     seconds = time.monotonic() - started
-    explain("All of it was as it should be, in {:.0f} seconds. Nothing is left behind.".format(seconds))
+    explain("Everything worked, in {:.0f} seconds. Nothing is left behind.".format(seconds))
     return 0
 
 

@@ -10,6 +10,7 @@ What a test starts there ends with it: all of it bears a mark in its environment
 
 import collections
 import contextlib
+import fnmatch
 import functools
 import itertools
 import os
@@ -22,21 +23,16 @@ import signal
 import socket
 import struct
 import subprocess
+import tempfile
 import threading
 import time
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Tuple
 
 import support
-from support import require
+from disks import SYSTEM_FOLDERS, find_program
+from support import require, wait_until
 
 MARK = "BTRFS_BACKUP_NG_TEST_SSHD"
-SYSTEM_FOLDERS = ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"]
-PATH = os.pathsep.join([os.environ.get("PATH", os.defpath)] + SYSTEM_FOLDERS)
-
-
-def find_program(name):
-    return shutil.which(name, path=PATH)
-
 
 def why_not():
     """The reason why tests with a real sshd cannot run here, or None."""
@@ -44,16 +40,6 @@ def why_not():
         if not find_program(program):
             return "needs the program " + program
     return support.why_not() or support.why_no_mounts()
-
-
-def wait_until(condition, timeout=support.HANGS):
-    """What the condition says once it is true, else its last word after so many seconds."""
-    deadline = time.monotonic() + timeout
-    while True:
-        said = condition()
-        if said or time.monotonic() > deadline:
-            return said
-        time.sleep(0.01)
 
 
 def write_file(path, text, mode=0o644):
@@ -245,19 +231,21 @@ class Sshd:
     """An sshd at `port` of 127.0.0.1 and ::1.
 
     mounts: {folder here: where it is seen there, a folder that is made and stays empty here}
-    hide: the programs, as patterns of `sh`, that are not installed there
+    hide: the programs, as patterns of the shell's, that are not installed there
     environment: more variables of all its sessions
     lines: more of its configuration
     host_key: which key it proves itself with; root: the key that root logs in with
+    own_cache: whether root has a cache folder of its own there, where nobody has left the program before
     """
 
     numbers = itertools.count(1)
 
-    def __init__(self, mounts=None, hide=(), environment=None, lines=(), host_key="host"):
+    def __init__(self, mounts=None, hide=(), environment=None, lines=(), host_key="host",
+                 own_cache=False):
         self.folder = os.path.join(folder_for_keys(), "sshd%d" % next(self.numbers))
         self.keys = os.path.join(self.folder, "keys")
         self.home = os.path.join(self.folder, "home")  # root's
-        self.cache = os.path.join(self.home, "cache")  # of root, made by whoever needs it
+        self.cache = os.path.join(self.home if own_cache else folder_for_keys(), "cache")  # made by whoever needs it
         for folder in (self.folder, self.keys, self.home):
             os.mkdir(folder)
         self.log = os.path.join(self.folder, "log")
@@ -302,6 +290,8 @@ class Sshd:
         lines += ["HostKey " + key(self.host_key), "PidFile none", "LogLevel VERBOSE", "StrictModes no",
                   "UsePAM no", "PasswordAuthentication no", "KbdInteractiveAuthentication no",
                   "PermitRootLogin yes", "PermitUserEnvironment yes", "MaxStartups 100", "UseDNS no",
+                  "KexAlgorithms curve25519-sha256",  # the default takes three times the processor's time
+                  "Ciphers aes128-gcm@openssh.com",  # the default takes twice as much of it
                   "AuthorizedKeysFile %s/%%u" % self.keys, "AcceptEnv BTRFS_BACKUP_NG_TEST_RUN"]
         lines += penalties() + self.lines
         sudoers = dict({"XDG_CACHE_HOME": self.cache}, **self.environment)
@@ -317,8 +307,8 @@ class Sshd:
         for here, there in self.mounts.items():
             os.makedirs(there, exist_ok=True)
             lines.append("mount --bind %s %s" % (shlex.quote(here), shlex.quote(there)))
-        for folder in {os.path.realpath(folder) for folder in SYSTEM_FOLDERS} if self.hide else ():
-            lines.append(HIDE.format(folder=folder, scratch=shlex.quote(self.folder), hidden="|".join(self.hide)))
+        for folder, real, shown in folders_without(tuple(self.hide)) if self.hide else ():
+            lines += ["mount --bind %s %s" % (folder, real), "mount --bind %s %s" % (shown, folder)]
         return "\n".join(lines + [""])
 
     def authorize(self, user, options="", identity="client"):
@@ -403,16 +393,23 @@ class Sshd:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-# Puts symbolic links in place of a folder of programs, without the hidden ones.
-HIDE = """\
-real={scratch}/real{folder}; shown={scratch}/shown{folder}
-mkdir -p "$real" "$shown"
-mount --bind {folder} "$real"
-for program in "$real"/*; do
-    case ${{program##*/}} in ({hidden}) ;; (*) ln -sfn "$program" "$shown/${{program##*/}}" ;; esac
-done
-mount --bind "$shown" {folder}
-"""
+@functools.lru_cache(maxsize=None)
+def folders_without(hidden):
+    """(path, where it is put aside, links to all but the hidden, which stand for it) of each folder of programs.
+
+    Made once: that takes longer than most tests.
+    """
+    top, found = tempfile.mkdtemp(prefix="hidden", dir=folder_for_keys()), []
+    os.chmod(top, 0o755)
+    for folder in sorted({os.path.realpath(folder) for folder in SYSTEM_FOLDERS}):
+        real, shown = top + "/real" + folder, top + "/shown" + folder
+        os.makedirs(real)
+        os.makedirs(shown)
+        for name in os.listdir(folder):
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in hidden):
+                os.symlink(os.path.join(real, name), os.path.join(shown, name))
+        found.append((folder, real, shown))
+    return found
 
 
 def format_environment(variables):
@@ -458,7 +455,7 @@ class Flow:
         data = b"x"
         while data:
             try:
-                data = self.source.recv(65536)
+                data = self.source.recv(1 << 20)
             except OSError:
                 data = b""
             self.queue.put((time.monotonic() + self.proxy.delay, data))
@@ -472,8 +469,10 @@ class Flow:
             try:
                 if data:
                     self.proxy.pace(len(data))
-                    self.sink.sendall(data)
+                    # Counted first: who has got them finds them counted.
                     self.count(len(data))
+                    self.sink.sendall(data)
+                    self.proxy.look_for_cut()
                 else:
                     self.sink.shutdown(socket.SHUT_WR)
             except OSError:
@@ -557,12 +556,10 @@ class Proxy:
     def count_up(self, size):
         with self.lock:
             self.up += size
-        self.look_for_cut()
 
     def count_down(self, size):
         with self.lock:
             self.down += size
-        self.look_for_cut()
 
     def look_for_cut(self):
         with self.lock:
@@ -615,6 +612,8 @@ class Proxy:
 
 
 class SshdTestCase(support.TestCase):
+
+    usual_seconds = 3.0
 
     @classmethod
     def setUpClass(cls):
@@ -686,3 +685,25 @@ class RemoteTestCase(SshdTestCase, support.BackupTestCase):
         """From the source there to the target here."""
         targets = [self.target] if to is None else to
         return self.run_remote("-p", "home", *list(options) + [self.remote_source] + list(targets), **more)
+
+
+class RestrictedTestCase(RemoteTestCase):
+    """Where the key of root is restricted to an agent below the target."""
+
+    allow = "receive,list"
+    more: Tuple[str, ...] = ()
+
+    def setUp(self):
+        super().setUp()
+        self.under = self.target_there + "/backups"
+        words = support.PROGRAM_ARGV + ["agent", "--under", self.under, "--allow", self.allow]
+        words += self.more
+        command = " ".join(map(shlex.quote, words))
+        self.server.authorize("root", 'restrict,command="{}"'.format(command))
+
+    def connect(self):
+        """A client of its own, which says what it likes."""
+        from btrfs_backup_ng import AgentHost, Connection, Events
+        host = AgentHost("server", lambda first: Connection("server", self.server.argv("true")), Events())
+        self.addCleanup(host.end)
+        return host

@@ -4,9 +4,12 @@
 
 A pattern is a part of a test's full name, or has the shell's wildcards. The status is non-zero
 when a test failed, was not run though it is in the list, or none ran. With CI set in the environment
-a skipped test is a failure, so that nothing goes untested in silence. Without a pattern, one process more
-than there are processors share the classes of tests between them, as most tests wait for others much of
-their time. No test gets a second try: one that passes only now and then is a defect, of itself or of the program.
+a skipped test is a failure, so that nothing goes untested in silence. Without a pattern, three times as many
+processes as there are processors share the tests between them, as most tests wait for others most of their time; what
+takes longest is begun first. No test gets a second try: one that passes only now and then is a defect, of itself or
+of the program.
+
+What is tested where, and how a test is written, stands at the head of tests/support.py.
 
 SEED in the environment is what tests draw their random choices from; without it, a new one is taken. It is printed.
 """
@@ -23,7 +26,7 @@ import threading
 import time
 import unittest
 import warnings
-from typing import Any, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 REPOSITORY = os.path.dirname(TESTS)
@@ -177,7 +180,7 @@ def is_chosen(name: str, patterns: List[str]) -> bool:
 
 
 def choose_tests(patterns: List[str]) -> List[Any]:
-    """The tests that the patterns name. Keeps each class together, as setUpClass wants it."""
+    """The tests that the patterns name, those of a class together."""
     found = unittest.defaultTestLoader.discover(TESTS, top_level_dir=TESTS)
     return [test for test in all_tests(found) if is_chosen(test.id(), patterns)]
 
@@ -206,15 +209,33 @@ def run_tests(tests: List[Any], options: argparse.Namespace) -> Report:
     return report
 
 
-# Several processes: the parent hands out classes of tests, a line each, and gets the tests' lines back, and
-# after each class a line with its figures, which begins with MARK. A process that dies has failed the class
-# that it had, and another takes its place: each death costs a class, so there is an end to it.
+# Several processes: the parent hands out shares of the tests, a line each, and gets the tests' lines back, and after
+# each share a line with its figures, which begins with MARK. A share is a class, or a part of a large one. A process
+# that dies has failed the share that it had, and another takes its place: each death costs one, so there is an end.
 
 MARK = "\x1e"
+SHARE = 20.0  # seconds
 
 
 def class_of(test: Any) -> str:
     return test.id().rpartition(".")[0]
+
+
+def seconds_of(tests: List[Any]) -> float:
+    """About how long tests take, as their classes say."""
+    return sum(getattr(test, "usual_seconds", 0.05) for test in tests)
+
+
+def shares_of(tests: List[Any]) -> List[List[Any]]:
+    """The tests in shares, the longest first."""
+    classes: Dict[str, List[Any]] = {}
+    for test in tests:
+        classes.setdefault(class_of(test), []).append(test)
+    shares: List[List[Any]] = []
+    for members in classes.values():
+        parts = min(len(members), 1 + int(seconds_of(members) / SHARE))
+        shares += [members[part::parts] for part in range(parts)]
+    return sorted(shares, key=seconds_of, reverse=True)
 
 
 def figures_of(report: Report) -> str:
@@ -245,11 +266,10 @@ def own_lines() -> Iterator[str]:
 
 
 def work(options: argparse.Namespace) -> int:
-    """Runs the classes of tests that stdin names, as they come."""
-    tests = choose_tests(options.patterns)
+    """Runs the tests that stdin names, as they come."""
+    tests = {test.id(): test for test in choose_tests(options.patterns)}
     for line in own_lines():
-        chosen = [test for test in tests if class_of(test) == line.rstrip("\n")]
-        report = run_tests(chosen, options)
+        report = run_tests([tests[name] for name in json.loads(line)], options)
         say(figures_of(report))
         if report.shouldStop:
             return 1
@@ -257,19 +277,19 @@ def work(options: argparse.Namespace) -> int:
 
 
 class Crew:
-    """The processes that share the classes of tests, each served by a thread, and the report of all."""
+    """The processes that share the tests, each served by a thread, and the report of all."""
 
-    def __init__(self, classes: List[str], options: argparse.Namespace) -> None:
-        self.classes = classes
+    def __init__(self, shares: List[List[Any]], options: argparse.Namespace) -> None:
+        self.shares = shares
         self.argv = [sys.executable] + ["-W" + option for option in sys.warnoptions] + [
             os.path.abspath(__file__), "--worker", "--limit", str(options.limit)] + options.patterns
         self.report = Report(skips_allowed=not os.environ.get("CI"))
         self.lock = threading.Lock()  # of all that stands above and below
         self.workers: List[Any] = []
 
-    def next_class(self) -> Optional[str]:
+    def next_share(self) -> Optional[List[Any]]:
         with self.lock:
-            return self.classes.pop(0) if self.classes and not self.report.shouldStop else None
+            return self.shares.pop(0) if self.shares and not self.report.shouldStop else None
 
     def begin(self) -> Any:
         with self.lock:
@@ -279,20 +299,20 @@ class Crew:
         return worker
 
     def serve(self) -> None:
-        """Hands classes to one process, or to the next when it dies, until there are no more."""
+        """Hands shares to one process, or to the next when it dies, until there are no more."""
         worker = None
-        for name in iter(self.next_class, None):
+        for share in iter(self.next_share, None):
             worker = worker or self.begin()
-            if not self.hand_over(worker, name):
-                self.lose(name, worker)
+            if not self.hand_over(worker, share):
+                self.lose(class_of(share[0]), worker)
                 worker = None
         if worker:
             worker.communicate()
 
-    def hand_over(self, worker: Any, name: str) -> bool:
-        """Whether the process has run the class. Its lines go to our stdout."""
+    def hand_over(self, worker: Any, share: List[Any]) -> bool:
+        """Whether the process has run the tests. Its lines go to our stdout."""
         try:
-            worker.stdin.write(name + "\n")
+            worker.stdin.write(json.dumps([test.id() for test in share]) + "\n")
             worker.stdin.flush()
         except BrokenPipeError:
             return False
@@ -329,7 +349,7 @@ class Crew:
 
 def run_shared(tests: List[Any], options: argparse.Namespace) -> Report:
     """The report of tests that several processes run."""
-    return Crew(list(dict.fromkeys(map(class_of, tests))), options).run(options.jobs)
+    return Crew(shares_of(tests), options).run(options.jobs)
 
 
 def count_missing(tests: List[Any], report: Report) -> None:
@@ -343,6 +363,15 @@ def count_missing(tests: List[Any], report: Report) -> None:
         if test.id() not in report.seen and not inside & {name, name.partition(".")[0]}:
             report.counts["FAIL"] += 1
             report.problems.append(Problem(test.id(), "it was not run\n"))
+
+
+def count_unmatched(patterns: List[str], tests: List[Any], report: Report) -> None:
+    """Counts as failed what names no test; it may be one of a file that cannot be imported."""
+    for pattern in patterns:
+        if not any(is_chosen(test.id(), [pattern]) for test in tests):
+            report.counts["FAIL"] += 1
+            errors = "\n".join(map(str, unittest.defaultTestLoader.errors))
+            report.problems.append(Problem(pattern, "no test is called so\n" + errors))
 
 
 def format_counts(report: Report) -> str:
@@ -387,7 +416,7 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if not options.jobs:
-        options.jobs = 1 if options.patterns or options.failfast else 1 + (os.cpu_count() or 1)
+        options.jobs = 1 if options.patterns or options.failfast else 3 * (os.cpu_count() or 1)
     return options
 
 
@@ -407,6 +436,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     report = run_shared(tests, options) if options.jobs > 1 else run_tests(tests, options)
     if not report.shouldStop:
         count_missing(tests, report)
+        count_unmatched(options.patterns, tests, report)
     print_summary(report, options.slowest)
     return 0 if is_success(report) else 1
 

@@ -1,8 +1,6 @@
-"""Scratch btrfs filesystems for the demo and the benchmark.
+"""Scratch folders and disks of the demo and the benchmark, where nobody sweeps up behind them.
 
-A sparse image in a temporary folder, mounted through a loop device that goes away by itself when
-it is unmounted. All is a context manager, and nothing outlives it: not on errors, not on Ctrl-C,
-not on SIGTERM.
+All is a context manager, and nothing outlives it: not on errors, not on Ctrl-C, not on SIGTERM.
 """
 
 import contextlib
@@ -10,10 +8,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
-import time
 from typing import Any, Iterator, Optional, Sequence
+
+from disks import Disk
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ZIPAPP = os.path.join(REPOSITORY, "btrfs_backup_ng.pyz")
@@ -68,31 +66,13 @@ def scratch_folder(prefix: str, parent: Optional[str] = None) -> Iterator[str]:
             shutil.rmtree(folder)
 
 
-def unmount(folder: str) -> None:
-    """Unmount, with some patience for a killed child that still holds a file open."""
-    for _ in range(20):
-        try:
-            run_quietly(["umount", folder])
-            return
-        except ScratchError as error:
-            failure = error
-            time.sleep(0.25)
-    print("cannot unmount {}: {}".format(folder, failure), file=sys.stderr)
-
-
 @contextlib.contextmanager
 def btrfs_on_loop(
     folder: str, name: str, size: int, options: str = "noatime"
 ) -> Iterator[str]:
-    """A new btrfs of `size` bytes, its image folder/name.img, mounted at folder/name."""
-    image, mountpoint = os.path.join(folder, name + ".img"), os.path.join(folder, name)
-    with open(image, "wb") as stream:
-        stream.truncate(size)
-    run_quietly(["mkfs.btrfs", "-q", image])
-    os.mkdir(mountpoint)
+    """A new btrfs of `size` bytes, its image in the folder, mounted at folder/name."""
+    disk = Disk(size, options=options, at=os.path.join(folder, name), image_in=folder)
     try:
-        run_quietly(["mount", "-o", "loop," + options, image, mountpoint])
-        yield mountpoint
+        yield disk.path
     finally:
-        if os.path.ismount(mountpoint):
-            unmount(mountpoint)
+        disk.close()

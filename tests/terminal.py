@@ -9,7 +9,6 @@ import fcntl
 import os
 import pty
 import re
-import signal
 import struct
 import subprocess
 import tempfile
@@ -17,7 +16,7 @@ import termios
 import threading
 import unicodedata
 
-from support import FAST_PROGRAM, HANGS, PYTHON, Running, scratch_folder
+from support import HANGS, PROGRAM_ARGV, Running, scratch_folder
 
 SEQUENCE = re.compile(r"\x1b(?:\[(\??)([0-9;]*)([A-Za-z]))")
 
@@ -132,15 +131,16 @@ class Screen:
 class OnTerminal(Running):
     """The program at work on a terminal of its own, whose `screen` follows what it writes there.
 
-    Its stdout is a file, unless told otherwise; a mark in the environment finds its processes.
+    Its stdout is a file, unless results are to be seen as well; a mark in the environment finds its processes.
     """
 
-    def __init__(self, *arguments, columns=80, lines=24, env=None):
+    def __init__(self, *arguments, columns=80, lines=24, env=None, results=False):
         self.screen = Screen(columns, lines)
         mark = "BTRFS_BACKUP_NG_TEST_RUN=%d-t%d" % (os.getpid(), next(self.numbers))
         self.mark = mark.encode()
         name, _, value = mark.partition("=")
         self.stdout, self.stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self.before = set(os.listdir("/proc"))
         self.master, slave = pty.openpty()
         self.set_size(columns, lines)
         self.settings = termios.tcgetattr(self.master)
@@ -149,8 +149,9 @@ class OnTerminal(Running):
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
         self.process = subprocess.Popen(
-            [os.fsencode(word) for word in [PYTHON, "-E", "-s", FAST_PROGRAM] + list(arguments)], stdin=slave,
-            stdout=self.stdout, stderr=slave, cwd=scratch_folder(), start_new_session=True, preexec_fn=take_terminal,
+            [os.fsencode(word) for word in PROGRAM_ARGV + list(arguments)], stdin=slave,
+            stdout=slave if results else self.stdout, stderr=slave, cwd=scratch_folder(), start_new_session=True,
+            preexec_fn=take_terminal,
             env=dict(os.environ, **dict({"TERM": "xterm", "LC_ALL": "C.UTF-8", name: value}, **(env or {}))))
         os.close(slave)
         self.pid = self.process.pid
@@ -216,11 +217,3 @@ class OnTerminal(Running):
         if self.master >= 0:
             os.close(self.master)
         self.reader.join(5)
-
-
-def go_on(pids):
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGCONT)
-        except ProcessLookupError:
-            pass

@@ -166,8 +166,8 @@ class Fuzz(support.TestCase):
         what it has not done yet.
         """
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as error:
-            agent = subprocess.Popen([support.PYTHON, "-E", "-s", support.PROGRAM, "agent"], stdin=subprocess.PIPE,
-                                     stdout=out, stderr=error, cwd=support.scratch_folder())
+            agent = subprocess.Popen(support.PROGRAM_ARGV + ["agent"],
+                                     stdin=subprocess.PIPE, stdout=out, stderr=error, cwd=support.scratch_folder())
             try:
                 with contextlib.suppress(BrokenPipeError):
                     agent.stdin.write(data)
@@ -205,7 +205,7 @@ class Fuzz(support.TestCase):
 
     def test_nonsense(self):
         before = support.listing(self.disk_.path)
-        done, seed = 0, int(os.environ.get("AGENT_FUZZ_SEED") or 0)
+        done, seed = 0, support.FIRST_CASE
         while done < FRAMES:
             nonsense = Nonsense(seed, self.folder)
             data = b"".join(nonsense.frame() for _ in range(FRAMES_EACH))

@@ -173,6 +173,13 @@ class Destination(BadInputTestCase):
         open(path, "w").close()
         self.assertDestinationFails(path, path)
 
+    def test_a_backup(self):
+        backup = self.backup_path(self.name(1))
+        for path, told in ((backup, "is a backup"), (os.path.join(backup, "new"), "new is in a read-only subvolume")):
+            self.assertDestinationFails(path, told)
+            self.assertErrorSays(self.transfer("--dry-run", to=[path], status=1), told)
+            self.assertIn(told, self.run_program("doctor", "-p", "home", self.source, path, status=1).stdout)
+
     def test_a_file_on_the_way(self):
         path = os.path.join(self.target_disk.path, "file")
         open(path, "w").close()
@@ -263,6 +270,15 @@ class Future(BadInputTestCase):
         self.assertIn(future, result.stderr)
         self.assertIn(future, names(self.snapshots))
         self.assertIn(future, names(self.target))
+
+    def test_many_are_one_warning(self):
+        """As after an evening with a clock that was off."""
+        futures = ["home209912{}-235959".format(day) for day in range(10, 20)]
+        for future in futures:
+            snapshot(self.source, self.snapshot_path(future))
+        result = self.transfer()
+        self.assertEqual(1, result.stderr.count("warning:"), result.stderr)
+        self.assertIn("home20991212-235959 and 7 more", result.stderr)
 
     def test_it_does_not_keep_the_next_snapshot_from_being_taken(self):
         snapshot(self.source, self.snapshot_path("home20991231-235959"))

@@ -8,30 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import unittest
+from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import support
+from fakes import beside_a_bystander
 from support import BackupTestCase, TestCase, names
 
 import btrfs_backup_ng as program
-
-# A process that has nothing to do with the run, alone with it in a PID namespace: where all that may be killed is.
-BESIDE_A_BYSTANDER = """
-sleep 1000 &
-bystander=$!
-{limits}
-"$@"
-status=$?
-kill -0 $bystander || echo the bystander was killed >&2
-kill $bystander
-exit $status
-"""
-
-
-def beside_a_bystander(limits):
-    """A wrapper that runs a program so; `limits` are words of the shell, such as `ulimit -n 40`."""
-    return ["unshare", "-m", "-p", "-f", "--mount-proc", "sh", "-c", BESIDE_A_BYSTANDER.format(limits=limits), "sh"]
 
 
 class WhoIsSignalled(unittest.TestCase):
@@ -81,7 +67,7 @@ class WhoIsSignalled(unittest.TestCase):
         process.start([], lambda events, terminal: 3)
         self.assertGreater(process.pid or 0, 1)
         os.waitid(os.P_PID, process.pid or 0, os.WEXITED | os.WNOWAIT)
-        self.assertEqual(3, process.look())
+        self.assertEqual(3, process.reap())
         self.assertIsNone(process.pid)
         process.close()
         process.tell(b"go  \n")  # is not heard
@@ -90,23 +76,21 @@ class WhoIsSignalled(unittest.TestCase):
 class NobodysChildren(unittest.TestCase):
     """What an interruption in the midst of starting leaves to nobody."""
 
+    usual_seconds = 3
+
     LEFT = """
-import os, time
+import os, signal, subprocess, threading, time
 import btrfs_backup_ng as program
 os.setsid()
-process = program.start_program(["sh", "-c", "(trap '' TERM; exec sleep 600) & exec sleep 600"])
-while sum(words[2] == str(process.pid) for words in program.read_stats().values()) < 2:
-    time.sleep(0.01)
 def sleeps():
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
-            with open("/proc/%s/cmdline" % name) as words, open("/proc/%s/stat" % name) as stat:
-                if words.read().startswith("sleep") and stat.read().split()[4] == str(process.pid):
+            with open("/proc/%s/cmdline" % name, "rb") as words, open("/proc/%s/stat" % name, "rb") as stat:
+                if words.read().startswith(b"sleep") and stat.read().split()[5] == b"%d" % os.getpid():
                     yield int(name)
         except OSError:
             pass
-while len(list(sleeps())) < 2:
-    time.sleep(0.01)
+{start}
 program.end_children()
 left = list(sleeps())
 for pid in left:
@@ -114,22 +98,69 @@ for pid in left:
 print(len(left))
 """
 
-    def test_those_of_its_group_that_take_no_notice_end_as_well(self):
-        done = subprocess.run([sys.executable, "-c", self.LEFT], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              cwd=os.path.dirname(program.__file__), timeout=60)
+    RUNS = """
+process = program.start_program(["sh", "-c", "(trap '' TERM; exec sleep 600) & exec sleep 600"])
+while sum(words[2] == str(process.pid) for words in program.read_stats().values()) < 2 or len(list(sleeps())) < 2:
+    time.sleep(0.01)
+"""
+    BEGINS = """
+def prepare():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    os.write(write_end, b".")
+    signal.sigwait([signal.SIGTERM])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    os.setpgrp()
+read_end, write_end = os.pipe()
+threading.Thread(target=subprocess.Popen, args=(["sh", "-c", "sleep 600 & wait"],),
+                 kwargs={"preexec_fn": prepare}, daemon=True).start()
+os.read(read_end, 1)
+"""
+    OF_ANOTHER = """
+roots, own = subprocess.Popen(["sleep", "600"]), subprocess.Popen(["setpriv", "--reuid", "65534", "sleep", "600"])
+while len(list(sleeps())) < 2:
+    time.sleep(0.01)
+program.read_stats()
+program.ENDING_GRACE = 0.5
+os.setresuid(65534, 65534, 0)
+try:
+    program.end_children()
+finally:
+    os.setresuid(0, 0, 0)
+    roots.kill()
+    roots.wait()
+"""
+
+    def check(self, start):
+        done = subprocess.run([sys.executable, "-c", self.LEFT.replace("{start}", start)], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, cwd=os.path.dirname(program.__file__), timeout=60,
+                              env=support.with_bytecode())
         self.assertEqual((b"0\n", b""), (done.stdout, done.stderr))
+
+    def test_those_of_its_group_that_take_no_notice_end_as_well(self):
+        self.check(self.RUNS)
+
+    def test_one_that_is_about_to_lead_a_group_ends_with_it(self):
+        """Its first signal is lost where it comes before the program."""
+        self.check(self.BEGINS)
+
+    @unittest.skipIf(os.geteuid(), "needs root")
+    def test_one_that_may_not_be_signalled_keeps_no_other(self):
+        self.check(self.OF_ANOTHER)
 
 
 @unittest.skipUnless(shutil.which("strace"), "needs the program strace")
 class AtTheEnd(unittest.TestCase):
     """A signal at each of the last steps at which a process sets what signals do."""
 
+    usual_seconds = 6
+
     STEPS = 8
     CHILD = "import btrfs_backup_ng as program; program.live_as_child(lambda: 0); print('went on')"
 
     def trace(self, argv, *options):
         done = subprocess.run(["strace", "-qq", "-e", "trace=rt_sigaction", *options, *argv], universal_newlines=True,
-                              cwd=os.path.dirname(program.__file__), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                              cwd=os.path.dirname(program.__file__), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              env=support.with_bytecode())
         lines = done.stderr.splitlines()
         return done, [line for line in lines if line.startswith("rt_sigaction(")], [
             line for line in lines if not line.startswith(("rt_sigaction(", "--- SIG", "+++ killed by"))]
@@ -144,7 +175,7 @@ class AtTheEnd(unittest.TestCase):
                 self.assertNotIn("went on", done.stdout)
 
     def test_of_the_program(self):
-        self.assert_each_ends_well([sys.executable, program.__file__, "print", "completion", "fish"])
+        self.assert_each_ends_well(support.PROGRAM_ARGV + ["print", "completion", "fish"])
 
     def test_of_a_task(self):
         self.assert_each_ends_well([sys.executable, "-c", self.CHILD])
@@ -209,16 +240,15 @@ class Waiting(unittest.TestCase):
             process.start([], lambda events, terminal: len(os.read(0, 5)))
         gone.tell(b"go  \n")
         os.waitid(os.P_PID, gone.pid or 0, os.WEXITED | os.WNOWAIT)
-        self.assertEqual(5, gone.look())
-        gone.close()
         master = object.__new__(program.Master)
         master.number, master.path, master.waiting = 0, "/", [gone, waiting]
         master.stage = program.Stage(["sleep", "60"], subprocess.DEVNULL, subprocess.DEVNULL)
         self.addCleanup(master.stage.end)
         self.assertTrue(master.answer())
         os.waitid(os.P_PID, waiting.pid or 0, os.WEXITED | os.WNOWAIT)
-        self.assertEqual(5, waiting.look())
-        waiting.close()
+        for process in (gone, waiting):
+            self.assertEqual(5, process.reap())
+            process.close()
 
     def test_a_connection_that_never_comes_about_is_not_waited_for(self):
         told = []
@@ -234,6 +264,19 @@ class Waiting(unittest.TestCase):
         master.waiting.append(process)
         self.assertFalse(master.answer())
         self.assertEqual([program.UNSHARED], told)
+
+    def test_sessions_that_can_be_spared(self):
+        """Of ten the connection has one itself, and each task may need three."""
+        request, = program.parse_command(["/a", "/b"])
+        master: Any = object.__new__(program.Master)
+        master.most, master.stage = None, types.SimpleNamespace(has_ended=lambda: False)
+        for others, most in ((0, 8), (1, 5), (2, 1), (7, 1)):
+            one = program.TaskProcess("a", request)
+            master.users = [one] + [program.TaskProcess("b", request) for _ in range(others)]
+            for _ in range(9):
+                if master.can_spare(one):
+                    master.users.append(one)
+            self.assertEqual(most, master.users.count(one), others)
 
     def test_a_connection_that_cannot_be_made_is_not_shared(self):
         crew = program.Crew(program.parse_command(["/a", "/b", ":", "/c", "/d"]), program.Events(), lambda: None)
@@ -358,9 +401,18 @@ class Programs(unittest.TestCase):
         process = program.start_program(["sh", "-c", "for i in 1 2 3 4 5; do echo $i; sleep 0.3; done"])
         self.assertEqual(b"1\n2\n3\n4\n5\n", program.Conversation(process, b"", 10, 1.2).run()[0])
 
+    def test_a_send_of_which_nothing_comes_is_not_waited_for_while_it_is_skipped(self):
+        before, program.SKIP_PATIENCE = program.SKIP_PATIENCE, 0.2
+        self.addCleanup(setattr, program, "SKIP_PATIENCE", before)
+        sender = program.LocalSender(["sleep", "60"], program.make_pipe())
+        self.addCleanup(sender.end)
+        with self.assertRaises(program.Stalled) as caught:
+            sender.skip(program.ResumePoint((program.Mark(100, 64 * "0"),)), lambda at: None)
+        self.assertIn("btrfs send stalled: no data arrived for 0.2 s", caught.exception.message)
+
     def test_a_measuring_whose_stream_is_damaged_ends_its_send(self):
         script = r"printf 'btrfs-stream\0\1\0\0\0'; while printf '%0100d' 7; do :; done"
-        measuring = program.Measuring(["sh", "-c", script])
+        measuring = program.LocalMeasuring(["sh", "-c", script])
         with self.assertRaises(program.StreamDamaged):
             measuring.wait()
         measuring.stage.process.wait(10)

@@ -11,10 +11,10 @@ import unittest
 from typing import Any, Dict, List, Tuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import fakes
 import remote
 from support import (
-    PROGRAM,
-    PYTHON,
+    PROGRAM_ARGV,
     BackupTestCase,
     as_nobody,
     bulk,
@@ -40,15 +40,15 @@ from btrfs_backup_ng import (
     Refused,
     Subvolume,
     Task,
-    check_age,
-    check_clock,
-    check_devices,
-    check_kernel,
-    check_privileges,
-    check_programs,
-    check_quotas,
-    check_space,
     describe_checks,
+    find_age,
+    find_clock,
+    find_devices,
+    find_kernel,
+    find_privileges,
+    find_programs,
+    find_quotas,
+    find_space,
     format_checks,
     format_status,
     parse_device_stats,
@@ -56,7 +56,7 @@ from btrfs_backup_ng import (
 )
 
 NOW = 1.8e9
-OLD_BTRFS = '#!/bin/sh\ncase $1 in --version) echo btrfs-progs {};; *) exec /usr/bin/btrfs "$@";; esac\n'
+OLD_BTRFS = 'case $1 in --version) echo btrfs-progs {};; *) exec REAL "$@";; esac\n'
 
 
 class Checks(unittest.TestCase):
@@ -70,12 +70,12 @@ class Checks(unittest.TestCase):
     def test_programs(self):
         for progs, state in (("", "problem"), ("btrfs-progs v3.10", "problem"), ("Btrfs v3.12", "ok"),
                              ("btrfs-progs v6.2", "ok")):
-            self.assertEqual([state], self.state(check_programs(self.FACTS._replace(progs=progs))), progs)
+            self.assertEqual([state], self.state(find_programs(self.FACTS._replace(progs=progs))), progs)
 
     def test_kernel_and_user(self):
-        self.assertEqual(["problem"], self.state(check_kernel(self.FACTS._replace(has_btrfs=False))))
+        self.assertEqual(["problem"], self.state(find_kernel(self.FACTS._replace(has_btrfs=False))))
         for is_remote, words in ((True, "--ssh-sudo"), (False, "run as root")):
-            finding, = check_privileges(self.FACTS._replace(user=1000), is_remote)
+            finding, = find_privileges(self.FACTS._replace(user=1000), is_remote)
             self.assertEqual("problem", finding.state)
             self.assertIn(words, finding.remedy)
 
@@ -83,24 +83,24 @@ class Checks(unittest.TestCase):
         for clock, is_remote, state in ((NOW, True, "ok"), (NOW + 599, True, "ok"), (NOW + 601, True, "problem"),
                                         (NOW - 601, True, "problem"), (NOW - 601, False, "ok"),
                                         (0.0, False, "problem")):
-            found = check_clock(self.FACTS._replace(clock=clock), is_remote, NOW)
+            found = find_clock(self.FACTS._replace(clock=clock), is_remote, NOW)
             self.assertEqual([state], self.state(found), (clock, is_remote))
 
     def test_space(self):
         gib = 1 << 30
         for size, free, state in ((100, 5, "ok"), (100, 4, "problem"), (10000, 10, "ok"), (10000, 9, "problem"),
                                   (10, 0, "problem")):
-            self.assertEqual([state], self.state(check_space(Health(size * gib, free * gib, False, (), ()))))
+            self.assertEqual([state], self.state(find_space(Health(size * gib, free * gib, False, (), ()))))
 
     def test_quotas_and_devices(self):
         health = Health(1, 1, True, (("0/5", 95, 100), ("0/6", 96, 100)), ("/dev/x corruption_errs 1",))
-        found = list(check_quotas(health, "/b"))
+        found = list(find_quotas(health, "/b"))
         self.assertEqual(["problem"], self.state(found))
         self.assertIn("0/6", found[0].text)
-        self.assertEqual(["problem"], self.state(check_devices(health, "/b")))
+        self.assertEqual(["problem"], self.state(find_devices(health, "/b")))
         unknown = Health(1, 1, None, (), None)
-        self.assertEqual(["not checked"], self.state(check_quotas(unknown, "/b")))
-        self.assertEqual(["not checked"], self.state(check_devices(unknown, "/b")))
+        self.assertEqual(["not checked"], self.state(find_quotas(unknown, "/b")))
+        self.assertEqual(["not checked"], self.state(find_devices(unknown, "/b")))
 
     def test_what_btrfs_prints(self):
         self.assertEqual((("0/256", 3162112, 10485760), ("1/1", 5, 7)), parse_limits(
@@ -122,7 +122,7 @@ class Checks(unittest.TestCase):
             ([entry(NOW + hour)], 2 * hour, "problem"), ([entry(None)], 2 * hour, "problem"),
             ([], None, "not checked"), ([entry(NOW - 999 * hour)], None, "ok"),
         ):
-            self.assertEqual([state], self.state(check_age(entries, limit, NOW)), (entries, limit))
+            self.assertEqual([state], self.state(find_age(entries, limit, NOW)), (entries, limit))
 
 
 class Reports(unittest.TestCase):
@@ -144,6 +144,10 @@ this machine
   not checked  quotas      see above
 
 2 ok, 1 problem, 1 not checked""", format_checks(self.CHECKS))
+        self.assertIn("""
+  ok           age         the newest is
+                           3 h old
+""", format_checks(self.CHECKS, 41))
 
     def test_json(self):
         found = describe_checks(self.CHECKS)
@@ -165,7 +169,7 @@ class WhatMayNotBeAsked(unittest.TestCase):
         def refuse():
             raise Refused("this key may not", "see --allow")
         doctor = Doctor(Task(), Events())
-        self.assertIsNone(doctor.ask("space", "/b", refuse))
+        doctor.ask("space", "/b", refuse)
         self.assertEqual([Checked("space", "/b", Finding("not checked", "this key may not", "see --allow"))],
                          doctor.checked)
 
@@ -176,9 +180,11 @@ class DoctorTestCase(BackupTestCase):
         """{(name, where): [finding]} as --json tells; the exit status has to fit."""
         result = self.run_program("doctor", "--json", *arguments, status=status, **more)
         found = json.loads(result.stdout)
-        problems = sum(check["state"] == "problem" for check in found["checks"])
-        self.assertEqual(problems, found["problems"])
+        problems = [check for check in found["checks"] if check["state"] == "problem"]
+        self.assertEqual(len(problems), found["problems"])
         self.assertEqual(status, int(bool(problems)))
+        for check in problems[:1]:  # stands at the end as well, for what is above it may have left the screen
+            self.assertIn(" found: {} at {}".format(check["name"], check["where"] or "this machine"), result.stderr)
         checks: Dict[Tuple[str, str], List[Any]] = {}
         for check in found["checks"]:
             checks.setdefault((check["name"], check["where"]), []).append(check)
@@ -257,12 +263,7 @@ class Broken(DoctorTestCase):
         return ["unshare", "-m", "sh", "-ec", hide + '; exec "$@"', "sh"]
 
     def test_an_old_btrfs_program(self):
-        folder = os.path.join(scratch_folder(), "old")
-        os.makedirs(folder, exist_ok=True)
-        with open(folder + "/btrfs", "w") as script:
-            script.write(OLD_BTRFS.format("v3.10"))
-        os.chmod(folder + "/btrfs", 0o755)
-        self.problem("programs", "v3.10", "too old", env={"PATH": folder + ":" + os.environ["PATH"]})
+        self.problem("programs", "v3.10", "too old", env=fakes.fake("btrfs", OLD_BTRFS.format("v3.10")))
 
     def test_not_root(self):
         result = self.run_program("doctor", "--no-elevate", "--json", wrapper=as_nobody(), status=1)
@@ -319,7 +320,7 @@ class Broken(DoctorTestCase):
     def test_damaged_locks(self):
         self.take(1)
         write_locks(self.snapshots, b"{")
-        self.problem("locks", ".outstanding_transfers", "mend it")
+        self.problem("locks", ".outstanding_transfers", "repair it")
 
     def test_damaged_notes(self):
         self.take(1)
@@ -333,6 +334,20 @@ class Broken(DoctorTestCase):
         os.chown(os.path.dirname(self.snapshots), 1000, 1000)
         self.transfer(status=1)
         self.problem("source", "belongs to user 1000", "-f")
+
+    def test_a_folder_of_backups_that_others_may_write_to(self):
+        """It may be meant so, and is no problem; but whoever reads of it knows what it means."""
+        self.take(1)
+        self.transfer()
+        for owner, mode, why, typed in (
+                (1000, 0o755, "belongs to user 1000, who could exchange backups", "chown root " + self.target),
+                (0, 0o777, "can be written by others, who could exchange backups", "chmod go-w " + self.target),
+                (0, 0o755, "writable", "")):
+            os.chown(self.target, owner, 0)
+            os.chmod(self.target, mode)
+            found, = self.examine(self.source, self.target)["folder", self.target]
+            self.assertTrue(found["text"].endswith(why), found)
+            self.assertTrue(found["remedy"].endswith(typed), found)
 
     def test_a_source_that_is_a_read_only_snapshot(self):
         path = snapshot(self.source, os.path.join(self.source_disk.path, "frozen"))
@@ -354,6 +369,21 @@ class Broken(DoctorTestCase):
         os.unlink(os.path.join(self.snapshots, ".destinations.json"))
         self.take(2)
         self.problem("folder", "another source", "--same-source")
+
+    def test_lost_notes(self):
+        self.take(1)
+        self.transfer()
+        os.unlink(os.path.join(self.snapshots, ".destinations.json"))
+        self.assertIn("back up to each destination", self.problem("parent", "remembers no destination")["remedy"])
+        self.transfer("-S")
+        self.fine()
+
+    def test_backups_that_come_from_another_folder_of_backups_are_no_lost_notes(self):
+        self.take(1)
+        self.transfer()
+        second = os.path.join(self.disk().path, "second")
+        self.run_program("-S", "-p", "home", "-f", self.target, self.target_disk.path, second)
+        self.fine(self.source, self.target, second)
 
     def test_an_orphaned_partial_and_its_remedy(self):
         name, = self.take(1)
@@ -412,6 +442,8 @@ class Broken(DoctorTestCase):
         self.take(1)
         self.transfer()
         bulk(self.target + "/data", 40)
+        # what is written out while the rescan counts may be left out of its figures
+        command("btrfs", "filesystem", "sync", self.target_disk.path)
         command("btrfs", "quota", "enable", self.target_disk.path)
         command("btrfs", "quota", "rescan", "-w", self.target_disk.path)
         command("btrfs", "qgroup", "limit", "41M", self.target_disk.path)
@@ -609,8 +641,15 @@ class RawRemotes(DoctorTestCase, remote.RemoteTestCase):
 
 class RestrictedKeys(DoctorTestCase, remote.RemoteTestCase):
 
+    def test_one_for_another_folder(self):
+        os.mkdir(self.target_disk.path + "/other")
+        self.server.authorize("root", 'restrict,command="{}"'.format(" ".join(map(shlex.quote, PROGRAM_ARGV + [
+            "agent", "--under", self.target_there + "/other", "--allow", "receive,list"]))))
+        result = self.run_program("doctor", *self.program_options() + [self.remote_target])
+        self.assertRegex(result.stdout, "not checked  source .* is not below ")
+
     def allow(self, groups):
-        words = [PYTHON, PROGRAM, "agent", "--under", self.target_there + "/backups", "--allow", groups]
+        words = PROGRAM_ARGV + ["agent", "--under", self.target_there + "/backups", "--allow", groups]
         self.server.authorize("root", 'restrict,command="{}"'.format(" ".join(map(shlex.quote, words))))
 
     def test_one_that_may_look(self):
@@ -674,11 +713,7 @@ class BrokenRemotes(DoctorTestCase, remote.RemoteTestCase):
 class OldReceiver(DoctorTestCase, remote.RemoteTestCase):
 
     def setUp(self):
-        folder = os.path.join(scratch_folder(), "old receiver")
-        os.makedirs(folder, exist_ok=True)
-        with open(folder + "/btrfs", "w") as script:
-            script.write(OLD_BTRFS.format("v3.9"))
-        os.chmod(folder + "/btrfs", 0o755)
+        folder = fakes.folder_with("btrfs", OLD_BTRFS.format("v3.9"))
         self.sshd_options = {"environment": {"PATH": folder + ":/usr/sbin:/usr/bin:/sbin:/bin"}}
         super().setUp()
 

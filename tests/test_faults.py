@@ -3,40 +3,33 @@
 TORTURE in the environment is the number of random moments at which a run is killed.
 """
 
+import contextlib
 import os
 import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 import unittest
 
 import support
-from support import bulk, names, partials, snapshot, subvolume
+from fakes import btrfs_where, fails
+from support import bulk, command, names, partials, snapshot, subvolume
 
 MOMENTS = int(os.environ.get("TORTURE", 5))
 
 
 class FaultTestCase(support.BackupTestCase):
 
+    usual_seconds = 2
     source_size = "1G"
     target_size = "1G"
 
-    def assertConverged(self):
-        """Everything at the source is at the target, whole, and no lock is left."""
-        self.assertEqual({}, support.read_locks(self.snapshots))
-        self.assertBackedUp(names(self.snapshots))
-
-    def assertNothingRuns(self, run):
-        """No child outlives the program, but for the moment that the kernel needs to end it."""
-        self.assertEqual({}, run.left())
-
     def start_large_transfer(self, *options):
-        """A transfer of a snapshot large enough to be met half-way; its name and the run."""
-        bulk(os.path.join(self.source, "large"), 192)
+        """A transfer that takes long enough to be met half-way; its name and the run."""
+        bulk(os.path.join(self.source, "large"), 48)
         name, = self.take(9)
-        return name, self.start_backup("-S", *options)
+        return name, self.start_backup("-S", "--limit", "96M", *options)
 
     def stop_half_way(self, run):
         """Stop the receiving process while it has written a part; its pid."""
@@ -47,6 +40,7 @@ class FaultTestCase(support.BackupTestCase):
 class KilledAtRandomMoments(FaultTestCase):
     """kill -9 of the whole process group; then a look, then a clean run."""
 
+    usual_seconds = 25
     options = ("-N", "3", "-n", "3")
 
     def setUp(self):
@@ -126,6 +120,7 @@ class PowerCutAtRandomMoments(KilledAtRandomMoments):
         self.target_disk.cut_power()
         self.remember_snapshots()
         self.look_at_the_target()
+        self.backup("-S")  # what had been cleared away may be there again
         self.assertConverged()
 
 
@@ -218,6 +213,21 @@ class TracesOfWhatIsComplete(FaultTestCase):
         self.assertEqual(["." + name + ".partial", "." + name + ".partial.lock"], support.hidden(self.target))
 
 
+class TakenAway(FaultTestCase):
+
+    def test_a_disk_that_is_unmounted_in_the_middle(self):
+        name, run = self.start_large_transfer()
+        pid = self.stop_half_way(run)
+        support.command("umount", "-l", self.target_disk.path)
+        os.kill(pid, signal.SIGCONT)
+        result = run.finish()
+        self.assertEqual(1, result.status)
+        self.assertErrorSays(result, "sending " + name, "was its disk unmounted? Mount it and run again")
+        support.command("mount", self.target_disk.loop, self.target_disk.path)
+        self.transfer()
+        self.assertConverged()
+
+
 class Interrupted(FaultTestCase):
 
     def interrupt_half_way(self, send_signal, status):
@@ -289,7 +299,8 @@ class ChildKilled(FaultTestCase):
         receiver = self.stop_half_way(run)
         os.kill(run.find(verb), signal.SIGKILL)
         if verb == "send":
-            os.kill(receiver, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):  # the program may have ended it
+                os.kill(receiver, signal.SIGCONT)
         result = run.finish()
         self.assertEqual(1, result.status, result.stderr)
         self.assertTrue(result.errors, result.stderr)
@@ -365,12 +376,63 @@ class OneOfTwoDestinations(FaultTestCase):
 
     def test_read_only(self):
         self.target_disk.remount("ro")
-        self.run_with_a_good_one("(?i)read-only")
+        self.run_with_a_good_one("(?i)read-only; mount it writable; see dmesg")
 
     def test_a_file_in_the_place_of_the_folder(self):
         os.rmdir(self.target)
         open(self.target, "w").close()
         self.run_with_a_good_one()
+
+
+class DiskThatGoes(FaultTestCase):
+    """The destination is the mount point itself, below which lies another disk: what is sent there is not done."""
+
+    def setUp(self):
+        super().setUp()
+        self.below = self.disk()
+        self.point = os.path.join(self.below.path, "mnt")
+        os.mkdir(self.point)
+        self.above = self.disk(at=self.point)
+        self.taken = self.take(1)
+        self.transfer(to=[self.point])
+        for day in (2, 3, 4):
+            bulk(os.path.join(self.source, "large"), 4, day)
+            self.taken += self.take(day)
+
+    def run_while_it_goes(self, go, *options):
+        run = self.start("-p", "home", "-S", "-I", "-N", "1", "--limit", "8M", *options, self.source, self.point)
+        run.wait_to_say("sent " + self.taken[1])
+        go()
+        result = run.finish()
+        self.assertEqual(1, result.status, result.stderr)
+        told = [error for error in result.errors if "was replaced during" in error and "mount it" in error.lower()]
+        self.assertEqual(1, len(told), result.stderr)  # what was under way at that moment may have failed besides
+        self.assertIn(self.point, told[0])
+        self.assertIn("finished with errors: ", result.stderr)
+        self.assertNotIn("backups sent", result.stderr)
+        return result
+
+    def check(self, go, come):
+        self.run_while_it_goes(go)
+        self.assertLessEqual(set(names(self.point)), set(self.taken[2:]))  # what was said to be sent lies elsewhere
+        self.assertLessEqual({self.taken[0], self.taken[3]}, set(names(self.snapshots)))  # the parent is what it was
+        come()
+        self.assertEqual(self.taken[:2], names(self.point))
+        result = self.transfer(to=[self.point])
+        self.assertIn("incrementally from " + self.taken[0], result.stderr)
+        self.assertComplete(os.path.join(self.point, self.taken[3]), self.snapshot_path(self.taken[3]))
+
+    def test_unmounted(self):
+        self.check(lambda: command("umount", "-l", self.point), lambda: command("mount", self.above.loop, self.point))
+
+    def test_another_mounted_over_it(self):
+        other = self.disk()
+        self.check(lambda: command("mount", "--bind", other.path, self.point), lambda: command("umount", self.point))
+
+    def test_nothing_is_deleted_there(self):
+        self.run_while_it_goes(lambda: command("umount", "-l", self.point), "-n", "3")
+        command("mount", self.above.loop, self.point)
+        self.assertEqual(self.taken[:2], names(self.point))
 
 
 class TakenOver(FaultTestCase):
@@ -604,15 +666,9 @@ class TwoRunsAtOnce(FaultTestCase):
 class BrokenBtrfs(FaultTestCase):
     """A `btrfs` found earlier on the PATH, one of whose verbs fails."""
 
-    def path_where(self, verb, *on):
+    def path_where(self, verb, on=""):
         """An environment in which the verb fails; `on` what is so named, else always."""
-        folder = tempfile.mkdtemp(dir=support.scratch_folder())
-        pattern = '"*"'.join((" " + verb + " ",) + on)
-        with open(os.path.join(folder, "btrfs"), "w") as file:
-            file.write('#!/bin/sh\ncase " $* " in *"%s"*) echo "ERROR: out of luck" >&2; exit 1;; esac\n'
-                       'exec %s "$@"\n' % (pattern, shutil.which("btrfs")))
-        os.chmod(file.name, 0o755)
-        return {"PATH": folder + ":" + os.environ["PATH"]}
+        return btrfs_where(fails("ERROR: out of luck"), " " + verb + " ", on)
 
     def test_snapshot(self):
         result = self.backup(status=1, env=self.path_where("snapshot"))

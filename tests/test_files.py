@@ -7,6 +7,8 @@ import tempfile
 import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import support
+
 from btrfs_backup_ng import (
     JOB_VERBS,
     SHARED,
@@ -14,8 +16,8 @@ from btrfs_backup_ng import (
     Task,
     UsageError,
     format_error,
-    parse_arguments,
     parse_command,
+    parse_policy,
     split_word,
 )
 
@@ -137,7 +139,9 @@ class Separators(TableTest):
             self.assertLessEqual(set(fields), SHARED)
             for words in (arguments + ["/a:/b"], ["/a:/b"] + arguments, ["/a"] + arguments + [":/b"]):
                 with self.subTest(words=words):
-                    self.assertEqual([Task(source="/a", **fields), Task(source="/b", **fields)], tasks_of(words))
+                    one, other = tasks_of(words)
+                    self.assertEqual(Task(source="/a", **fields), one)
+                    self.assertEqual(Task(source="/b", **fields), other._replace(after_colon=False))
         self.assertEqual(["error"] * 2, [t.verbosity for t in tasks_of(["-q", "/a:/b", "-v", "error"])])
 
     def test_the_words_of_a_task_give_it_again(self):
@@ -146,8 +150,8 @@ class Separators(TableTest):
         requests = parse_command(arguments)
         self.assertEqual(3, len(requests))
         for request in requests:
-            self.assertEqual(request.task, parse_arguments(
-                list(request.words + request.shared_words) + ["--"] + list(request.paths)))
+            self.assertEqual(request.task, support.task_of(
+                list(request.words) + ["--log-json=/x", "-q", "--"] + list(request.paths)))
 
 
 class Files(TableTest):
@@ -193,6 +197,7 @@ class Files(TableTest):
             ("\ufeff/a\n", {"source": "/a"}),
             ("\ufeff# comment\r\n-p home\r\n/a\r\n", {"source": "/a", "prefix": "home"}),
             (b"/caf\xe9\n", {"source": "/caf\udce9"}),
+            ("/a\nsync:/b\n", {"source": "/a", "destinations": ("sync:/b",)}),  # a host, no option
             ("/a\u2028b\u00a0\x0c/c\n", {"source": os.fsdecode("/a\u2028b\u00a0\x0c/c".encode())}),
         ])
 
@@ -263,15 +268,48 @@ class Files(TableTest):
         self.assertEqual([()], [request.files for request in parse_command(["/a", "--", one])])
 
     def test_what_does_not_concern_a_verb_that_looks_at_a_job(self):
-        conf = self.file("conf", "-p home\n-N 3\n/a\n--keep-backups 7d\n/b\n")
-        for verb in sorted(JOB_VERBS):
+        conf = self.file("conf", "-p home\n-N 3\n/a\n--keep-snapshots 7d\n/b\n")
+        for verb in sorted(JOB_VERBS - {"prune", "restore"}):
             with self.subTest(verb=verb):
                 self.assertEqual(Task(verb=verb, source="/a", destinations=("/b",), prefix="home"),
-                                 parse_arguments([verb, conf]))
+                                 support.task_of([verb, conf]))
                 self.refuse([verb, "-N", "3", conf], "unknown option -N")
                 self.refuse([verb, self.file("bad", "-N x")], "-N", "'x'")
                 self.refuse([verb, self.file("bad", "--no-such")], "unknown option --no-such")
-        self.refuse(["prune", conf], ":2: unknown option -N")
+
+    def test_prune_takes_the_destinations_of_a_job_and_no_source(self):
+        """What lies in the source by the policy of its backups is none of them."""
+        conf = self.file("conf", "-p home\n-N 3\n/a\n--keep-backups 7d\n/b\n/c\n")
+        days = parse_policy("7d")
+        task = Task(verb="prune", source="/b", destinations=("/c",), prefix="home", keep_backups=days)
+        self.assertEqual(task, support.task_of(["prune", conf]))
+        self.assertEqual(task._replace(dry_run=True, destinations=("/c", "/d")),
+                         support.task_of(["prune", "--dry-run", conf, "/d"]))
+        self.assertEqual(task._replace(source="/d", destinations=("/b", "/c")), support.task_of(["prune", "/d", conf]))
+        self.file("places", "/a\n/b\n/c\n")
+        self.file("policy", "-p home\n--keep-backups 7d\n-N 3\n")
+        self.assertEqual(task, support.task_of(["prune", self.file("outer", "@places\n@policy\n")]))
+        self.refuse(["prune", self.file("any", "-N 3\n-n 1\n/a\n/b\n")], "of which prefix", "-p")
+        folders = self.file("folders", "--keep-backups 7d\n/b\n/c\n")
+        self.assertEqual(task._replace(prefix=None), support.task_of(["prune", folders]))
+        self.refuse(["prune", "-N", "3", conf], "unknown option -N")
+        self.refuse(["prune", self.file("bad", "-N x")], "-N", "'x'")
+        self.refuse(["prune", self.file("both", "@conf\n:\n-p opt\n/opt\n/d\n-N 3\n")], "one task at a time")
+
+    def test_restore_takes_the_destination_of_a_job(self):
+        task = Task(verb="restore", source="/b", destinations=("/new",), prefix="home", latest=True)
+        conf = self.file("conf", "-p home\n-N 3\n/a\n/b\n")
+        self.assertEqual(task, support.task_of(["restore", conf, "--latest", "/new"]))
+        in_place = task._replace(destinations=(), in_place="/a")
+        self.assertEqual(in_place, support.task_of(["restore", conf, "--latest", "--in-place", "/a"]))
+        short = self.file("short", "-p home\n/a\n/b\n")
+        self.assertEqual(task, support.task_of(["restore", short, "--latest", "/new"]))
+        self.assertEqual(in_place, support.task_of(["restore", short, "--latest", "--in-place", "/a"]))
+        own = self.file("own", "--latest\n-p home\n/b\n/new\n")
+        self.assertEqual(task, support.task_of(["restore", own]))
+        self.refuse(["restore", self.file("two", "-N 3\n/a\n/b\n/c\n"), "/new"], "2 destinations", "/b or /c")
+        several = self.file("several", "/a\n/b\n:\n/c\n/d\n")
+        self.refuse(["restore", several, "/new"], "one task at a time", "a file of its own")
 
     def test_with_a_colon_in_its_name(self):
         conf = self.file("a:b", "/home\n")
@@ -318,7 +356,7 @@ class Files(TableTest):
         self.refuse_line(1, "--quiet=1", "--quiet takes no value")
         self.refuse_line(1, "--quiet /a", "--quiet takes no value")
         self.refuse_line(1, "-S -T", "-S takes no value")
-        self.refuse_line(1, "-- /a", "-- stands alone")
+        self.refuse_line(1, "-- /a", "-- must stand alone")
         self.refuse_line(2, "/a\nftp://x/y", "ftp://")
         self.refuse_line(2, "/a\nhost:relative", "no absolute path")
         self.refuse_line(1, "@", "names no file")
@@ -348,7 +386,7 @@ class Files(TableTest):
         odd = ("/a /b", '"a', "/a -b", "/a # b", "/a:", "/my\\ disk")
         self.assertEqual([list(odd)], paths_of([self.file("odd", "\n".join(("--",) + odd))]))
         self.assertEqual(Task(source="/a", prefix="x # -y", ssh_options=("ProxyCommand=ssh -W /x # y",)),
-                         parse_arguments([self.file("values", "--snapshot-prefix=x # -y\n/a\n"
+                         support.task_of([self.file("values", "--snapshot-prefix=x # -y\n/a\n"
                                                     "--ssh-opt ProxyCommand=ssh -W /x # y")]))
 
     def test_a_missing_file(self):
@@ -395,17 +433,13 @@ class Files(TableTest):
 
 class Verbs(TableTest):
 
-    def test_a_verb_stands_first(self):
-        for word in ("list", "restore"):
-            arguments = ["-q", word, "/b"]
-            with self.subTest(word=word):
-                try:
-                    tasks = tasks_of(arguments)
-                except UsageError as error:
-                    self.assertIn("./" + word, error.hint)
-                else:  # not a verb of this release
-                    self.assertEqual(word, tasks[0].source)
+    def test_a_verb_stands_first_or_behind_options(self):
+        for before in ([], ["-q"], ["-v", "info"], ["--wait", "5"], ["-p", "list"], ["-qp", "x"]):
+            for word in ("prune", "restore"):
+                task, = tasks_of(before + [word, "/b"])
+                self.assertEqual((word, "/b"), (task.verb, task.source))
         self.assertEqual("./list", tasks_of(["./list"])[0].source)
+        self.assertEqual("list", tasks_of(["-p", "list", "/b"])[0].prefix)
 
 
 class Words(unittest.TestCase):

@@ -7,6 +7,7 @@ import shutil
 import unittest
 
 import support
+from fakes import btrfs_where, fails
 from support import command, names
 
 
@@ -59,7 +60,8 @@ class Source(support.BackupTestCase):
     def test_what_is_in_common_or_under_way_stays(self):
         """Also where nothing notes it: what the destinations hold is looked at first."""
         support.delete(self.backup_path(self.before[2]))
-        os.unlink(os.path.join(self.snapshots, ".destinations.json"))
+        for name in (".destinations.json", ".home.lock"):
+            os.unlink(os.path.join(self.snapshots, name))
         self.backup("-S", "-N", "1")
         self.assertEqual(self.before[-1:], names(self.snapshots))
         self.assertEqual(names(self.target), self.before)
@@ -69,16 +71,8 @@ class Source(support.BackupTestCase):
 class StaysFull(support.BackupTestCase):
     """A source whose room is too little for a snapshot, whatever is deleted."""
 
-    BTRFS = """#!/bin/sh
-case "$1 $2" in "subvolume snapshot") echo "ERROR: No space left on device" >&2; exit 1;; esac
-exec {} "$@"
-"""
-
     def test_what_is_in_common_stays_for_a_destination_that_is_away_then(self):
-        programs = self.disk("128M").path
-        with open(os.path.join(programs, "btrfs"), "w") as script:
-            script.write(self.BTRFS.format(shutil.which("btrfs")))
-        os.chmod(script.name, 0o755)
+        full = btrfs_where(fails("ERROR: No space left on device"), " subvolume snapshot ")
         self.take(1)
         self.transfer()
         with open(os.path.join(self.snapshots, ".destinations.json")) as file:
@@ -88,7 +82,7 @@ exec {} "$@"
         self.take(3)
         with open(os.path.join(self.snapshots, ".destinations.json"), "w") as file:
             file.write(noted)  # as where a full source took no more
-        run = functools.partial(self.backup, "-N", "1", env={"PATH": programs + ":" + os.environ["PATH"]}, status=1)
+        run = functools.partial(self.backup, "-N", "1", env=full, status=1)
         self.assertIn("making room", run().stderr)
         self.assertEqual([self.name(2), self.name(3)], names(self.snapshots))
         self.target_disk.unmount()

@@ -204,7 +204,7 @@ class Planned(unittest.TestCase):
     SNAPSHOT = program.Subvolume("home20260201-093000", OWN)
 
     def planned(self, snapshot=SNAPSHOT, parent=None, **told):
-        shipment = program.Shipment(None, "/f", snapshot, parent, program.SendOptions(compressed=True))
+        shipment = program.Shipment(program.UNREACHED, "/f", snapshot, parent, program.SendOptions(compressed=True))
         return program.planned_stream(shipment, EXPECTED._replace(**told))
 
     def test_what_is_told_is_taken_from_the_plan(self):
@@ -251,7 +251,7 @@ class Trusted(unittest.TestCase):
     def opened(self, source):
         target = program.Target("k", "t", self.Target(program.Events()), "/f", None, program.ANEW)
         shipment = program.Shipment(source, "/s", Planned.SNAPSHOT, None, program.SendOptions())
-        delivery = program.Delivery(shipment, [target], program.Terms(1, 0, True, 0), program.Events())
+        delivery = program.Delivery(shipment, [target], program.Task(stall_timeout=1, retries=0), program.Events())
         delivery.expected = EXPECTED
         with self.assertRaises(BackupError) as caught:
             delivery.open(target)
@@ -262,7 +262,7 @@ class Trusted(unittest.TestCase):
         self.assertEqual("trusted", self.opened(here))
         self.assertEqual("judged", self.opened(program.RawPlace(here, [], "")))
         self.assertEqual("judged", self.opened(mock.Mock(spec=program.AgentHost)))
-        self.assertEqual("judged", self.opened(mock.Mock(spec=program.ShellHost)))
+        self.assertEqual("judged", self.opened(mock.Mock(spec=program.PlainHost)))
 
 
 class WithoutTheKernelsHelp(unittest.TestCase):
@@ -575,7 +575,7 @@ class AtTheEdges(unittest.TestCase):
         with self.assertRaises(BackupError) as caught:
             judge(WRITE, [(A_PATH, b"../\xff"), (A_FILE_OFFSET, number()), (A_DATA, b"evil")])
         self.assertIn(": ../\\udcff", caught.exception.message)
-        self.assertIn("look at the machine that it comes from", caught.exception.hint)
+        self.assertIn("check the machine that it comes from", caught.exception.hint)
         self.assertEqual("the stream holds a second subvolume", program.hostile("a second subvolume").message)
 
 

@@ -3,6 +3,7 @@
 What a call gives or raises, and what its streams do, must not depend on where it is done.
 """
 
+import contextlib
 import os
 import shlex
 import signal
@@ -14,8 +15,7 @@ from unittest import mock
 
 import remote
 import support
-from remote import wait_until
-from support import create, names, partials
+from support import create, names, partials, wait_until
 
 sys.path.insert(0, os.path.dirname(support.HERE))
 import btrfs_backup_ng as program
@@ -68,17 +68,19 @@ class Suite:
         remote.write_file(os.path.join(self.target, "file"), "")
         self.take(1)
         odd = create(os.path.join(self.target, ODD))
+        for disk in (self.source_disk, self.target_disk):  # what is written between two looks changes a generation
+            support.command("btrfs", "filesystem", "sync", disk.path)
         for path in (self.source, self.target, odd, self.snapshot_path(self.name(1)), self.target + "/folder",
                      self.target + "/link", self.target + "/file", self.target + "/missing/too"):
             with self.subTest(path=path):
                 here, there = self.here.look(path), self.host.look(self.there(path))
-                self.assertEqual(self.there(here.path), there.path)
+                self.assertEqual(list(map(self.there, (here.path, here.top))), [there.path, there.top])
                 self.assertEqual(self.nameless(here), self.nameless(there))
 
     @staticmethod
     def nameless(place):
         """Without what differs where a disk is mounted elsewhere."""
-        return place._replace(path="", mount="", inside=place.inside and place.inside._replace(name=""))
+        return place._replace(path="", mount="", top="", inside=place.inside and place.inside._replace(name=""))
 
     def test_listing(self):
         self.take(1, 2)
@@ -208,7 +210,7 @@ class Suite:
         (receiving, view), (sending, view_of_source) = receiver, sender
         lane = receiving.open_receive(view(self.target), expected, False)
         source = sending.open_send(view_of_source(self.snapshots), name, parent, SendOptions())
-        relay = program.Relay(source, {"": lane}, 20, lambda size, data: None)
+        relay = program.Relay(source, {"": lane}, 20)
         if before_run:
             before_run(relay)
         return relay.run()
@@ -237,7 +239,7 @@ class Suite:
         self.assertBackedUp([self.name(day) for day in days])
 
     def test_a_large_one(self):
-        support.bulk(os.path.join(self.source, "bulk"), 150)
+        support.bulk(os.path.join(self.source, "bulk"), 80)
         self.take(1)
         under_test, here = self.sides()
         self.assertEqual({}, self.relay(here, under_test, self.name(1)).errors)
@@ -277,7 +279,7 @@ class Suite:
         expected = self.expected(self.name(2))
         lane = self.host.open_receive(self.there(self.target), expected, False)
         source = self.here.open_send(self.snapshots, self.name(1), None, SendOptions())
-        done = program.Relay(source, {"": lane}, 20, lambda size, data: None).run()
+        done = program.Relay(source, {"": lane}, 20).run()
         self.assertEqual([""], list(done.errors))
         self.assertEqual([], names(self.target) + partials(self.target))
 
@@ -380,6 +382,12 @@ class AgentSuite(Suite):
                 self.host.call("list", *arguments)
         self.assertEqual((), self.host.list(self.there(self.target)).subvolumes)
 
+    def test_a_call_that_is_too_large_to_be_told_keeps_no_connection(self):
+        expected = program.ExpectedStream(self.name(1), "x" * program.LARGEST_CALL, None, 0, 0, 0)
+        with self.assertRaisesRegex(BackupError, "too much to send"):
+            self.host.open_receive(self.there(self.target), expected, False)
+        self.assertEqual(self.host.all, self.host.idle)
+
     def test_a_killed_agent_is_replaced(self):
         os.makedirs(self.snapshots)
         folder = self.there(self.snapshots)
@@ -436,8 +444,16 @@ class AgentHere(AgentSuite, HostTestCase):
         return ["env", "XDG_CACHE_HOME=" + self.server.cache] + agent_argv()
 
     def is_ours(self, pid):
-        with open("/proc/%d/stat" % pid, "rb") as stat:
-            return int(stat.read().rpartition(b")")[2].split()[1]) == os.getpid()
+        with contextlib.suppress(OSError):  # one of another test, which has ended since it was found
+            with open("/proc/%d/stat" % pid, "rb") as stat:
+                return int(stat.read().rpartition(b")")[2].split()[1]) == os.getpid()
+        return False
+
+
+    def test_an_old_python_says_what_it_is(self):
+        pretend = "import sys; sys.version_info = (3, 5, 9); " + program.STAGE_1
+        with self.assertRaisesRegex(program.NoPython, "nas has only Python 3.5"):
+            program.Connection("nas", [support.PYTHON, "-I", "-c", pretend])
 
 
 class AgentThere(AgentSuite, HostTestCase):

@@ -33,7 +33,7 @@ class Forged(remote.RemoteTestCase):
         self.assertFalse(os.path.exists(self.owned), "the host has run a command here")
         self.assertEqual(0, result.status, result.stderr)
         self.assertEqual(2, len(support.names(self.target)))
-        for word in ("internal error", "Traceback", "owned", "interrupted"):
+        for word in ("this is a bug", "Traceback", "owned", "interrupted"):
             self.assertNotIn(word, result.stderr)
 
 
@@ -53,12 +53,57 @@ class Told(unittest.TestCase):
         events: Any = []
         told = ("progress", "progress", "", self.FACTS)
         host: Any = object.__new__(program.AgentHost)
-        host.machine, host.labels, host.events = "nas", set(), program.Events(events.append)
+        host.machine, host.labels, host.tellers = "nas", set(), {}
+        host.events = program.Events(events.append)
         host.pass_on(told)
         self.assertEqual([], events)
         host.call = lambda *arguments: host.pass_on(told)
         host.digest_tree("/there", "home20260131-093000", "nas")
         self.assertEqual([self.FACTS], [event.facts for event in events])
+
+
+class LookedInto(support.BackupTestCase):
+    """What a host answers when it is asked what files and changes there are."""
+
+    def host(self, **answers):
+        return type("Liar", (program.LocalHost,), {name: lambda *_, answer=answer: answer for name, answer in
+                                                   answers.items()})(program.Events())
+
+    def test_changes(self):
+        both = program.TreesAt(self.host(), ("/b", "one"), ("/b", "two"))
+        for kind in ("", "\x1b[2J", "Added"):
+            page = program.Changes(1, (program.Change(kind, "a"),))
+            with self.assertRaisesRegex(program.Nonsense, "changes that are none"):
+                program.all_changes(both._replace(host=self.host(changes=page)))
+        self.assertNotIn("\x1b", "".join(program.change_cells(program.Change("added", "a", "", "\x1b[2J"))))
+        before, program.MOST_CHANGED = program.MOST_CHANGED, 1 << 23
+        self.addCleanup(setattr, program, "MOST_CHANGED", before)
+        endless = program.Changes(1, (program.Change("added", "a"),) * program.PAGE_OF_CHANGES)
+        with self.assertRaisesRegex(program.BackupError, "more has changed than can be told"):
+            program.all_changes(both._replace(host=self.host(changes=endless)))
+
+    def test_a_folder_that_is_never_there(self):
+        with self.assertRaisesRegex(program.BackupError, "there is no folder"):
+            program.find_path(self.host(look=program.Place("/", "missing")), "/a/b")
+
+    def test_names_in_a_tree_that_nobody_asked_about(self):
+        self.take(1)
+        history = program.PathHistory(program.Task(verb="history", source=self.source, prefix="home"), program.Events())
+        self.addCleanup(history.survey.end)
+        history.look()
+        other = program.HeldName("x", program.Sighting("another", "x", "file"))
+        history.host_of = lambda number: self.host(held_names=[other])  # type: ignore[method-assign]
+        self.assertEqual([], history.deleted())
+
+
+class Listed(unittest.TestCase):
+    """What only stream files are: a host that says so of subvolumes is not taken for a place of such files."""
+
+    def test_a_chain_of_subvolumes(self):
+        run = program.RestoreRun(program.Task(), program.Events())
+        run.listing = program.Listing(chained=True)
+        run.host = program.LocalHost(program.Events())
+        self.assertEqual("", run.blame())
 
 
 class ModulesThatLieAbout(remote.RemoteTestCase):

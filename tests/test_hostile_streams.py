@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import unittest
 import uuid
 from unittest import mock
@@ -228,7 +229,7 @@ class HostileStreams(support.TestCase):
         receiver = host.open_receive(self.folder, self.expected, False, "anew")
         chunks = [self.opening(version)] + commands + [THE_END]
         try:
-            return program.Relay(Chunks(chunks), {"": receiver}, 30, lambda size, data: None).run().errors.get("")
+            return program.Relay(Chunks(chunks), {"": receiver}, 30).run().errors.get("")
         finally:
             receiver.end()
 
@@ -246,7 +247,7 @@ class HostileStreams(support.TestCase):
         self.assertGreater(refusals, STREAMS // 2)
 
     def test_through_a_restricted_key(self):
-        argv = [support.PYTHON, support.PROGRAM, "agent", "--under", self.target_disk.path, "--allow", "receive"]
+        argv = support.PROGRAM_ARGV + ["agent", "--under", self.target_disk.path, "--allow", "receive"]
         host = program.AgentHost("server", lambda first: program.Connection("server", argv), program.Events())
         self.addCleanup(host.end)
         self.check_way(host)
@@ -294,6 +295,42 @@ class HostileStreams(support.TestCase):
             return len(commands)
         finally:
             confinement.end()
+
+
+class TheView(support.TestCase):
+
+    def test_something_mounted_while_it_is_made_is_no_part_of_a_transfer(self):
+        """Whoever may mount outside does so between two steps of the new process, which waits for that."""
+        disk = self.disk().path
+        support.command("mount", "--make-shared", disk)
+        folder, inner = support.create(os.path.join(disk, "backups")), os.path.join(disk, "backups", "inner")
+        os.mkdir(inner)
+        confinement = program.Confinement(folder)
+        self.addCleanup(confinement.end)
+        (asked, ask), (answered, answer) = os.pipe(), os.pipe()
+        for fd in (asked, ask, answered, answer):
+            self.addCleanup(os.close, fd)
+        mount = confinement.mount
+
+        def mount_and_wait(source, target, kind, flags, data):
+            status = mount(source, target, kind, flags, data)
+            if flags == confinement.BIND:
+                os.write(ask, b".")
+                os.read(answered, 1)
+            return status
+
+        def mount_there():
+            os.read(asked, 1)
+            support.command("mount", "-t", "tmpfs", "none", inner)
+            os.write(answer, b".")
+
+        mounting = threading.Thread(target=mount_there)
+        mounting.start()
+        self.addCleanup(support.unmount, inner)
+        with mock.patch.object(confinement, "mount", mount_and_wait), self.assertRaisesRegex(
+                program.BackupError, "cannot prepare"):
+            program.start_program(["true"], prepare=confinement.enter).wait()
+        mounting.join()
 
 
 if __name__ == "__main__":

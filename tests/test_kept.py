@@ -4,6 +4,7 @@ Environment: TORTURE=1 for all rounds.
 """
 
 import os
+import re
 import sys
 import unittest
 
@@ -25,7 +26,7 @@ class InTurnTestCase(support.BackupTestCase):
     def setUp(self):
         super().setUp()
         self.other_disk = self.disk(self.target_size, at=self.target_disk.path + "-other")
-        os.mkdir(os.path.join(self.other_disk.path, "backups"))
+        os.mkdir(os.path.join(self.other_disk.path, "backups"), self.target_mode)
         self.other_disk.unmount()
         self.other_disk.path = self.target_disk.path
 
@@ -89,18 +90,103 @@ class DisksInTurn(InTurnTestCase):
         self.assertEqual([self.name(3)], names(self.snapshots))
 
 
+class Renamed(support.BackupTestCase):
+    """A backup that got a partial's name, by a slip or by who owns the folder, is told and stays."""
+
+    def rename(self, day, name):
+        path, hidden = self.backup_path(self.name(day)), os.path.join(self.target, name)
+        os.rename(path, hidden)
+        return path, hidden
+
+    def type_remedy(self, text):
+        """The command of the program's that gives the name back."""
+        typed = re.findall(r"(mv -nT .+)$", text, re.MULTILINE)
+        self.assertEqual(1, len(set(typed)), text)
+        support.command("sh", "-c", typed[0])
+
+    def test_beside_a_broken_transfer(self):
+        """The lock says that something was being sent, not that all that bears its name was."""
+        self.take(1, 2)
+        self.transfer()
+        third, = self.take(3)
+        killed = support.killed_at(1, counted='"receive "*')
+        self.start("-p", "home", "-S", self.source, self.target, env=killed).finish()
+        self.assertIn(third, support.read_locks(self.snapshots))
+        path, hidden = self.rename(1, ".{}.7.partial".format(third))
+        for doing in (("--dry-run",), ("-n", "2")):
+            result = self.transfer(*doing, status=None)
+            self.assertTrue(os.path.isdir(hidden))
+        self.assertErrorSays(result, "is read-only", "so nothing proves", "rename it back")
+        self.type_remedy(result.stderr)
+        self.assertComplete(path, self.snapshot_path(self.name(1)))
+        self.transfer("-n", "2")
+        self.assertEqual(({}, [self.name(2), third]), (support.read_locks(self.snapshots), names(self.target)))
+
+    def test_while_another_is_sent(self):
+        self.take(1, 2)
+        self.transfer()
+        self.take(3, 4)
+        run = self.start("-p", "home", "-S", self.source, self.target, env=support.gate("receive"))
+        held = run.met_at_gate("receive")
+        path, hidden = self.rename(1, ".{}.2.partial".format(self.name(4)))
+        support.go_on(held)
+        result = run.finish()
+        self.assertEqual(1, result.status)
+        self.assertIn("is read-only", result.stderr)
+        self.assertTrue(os.path.isdir(hidden))
+        self.type_remedy(self.transfer(status=1).stderr)
+        self.assertComplete(path, self.snapshot_path(self.name(1)))
+        self.transfer()
+        self.assertConverged()
+
+    def test_without_a_lock(self):
+        self.take(1, 2)
+        self.transfer()
+        third, = self.take(3)
+        path, hidden = self.rename(1, ".{}.partial".format(third))
+        found = self.run_program("doctor", "-p", "home", self.source, self.target, status=1)
+        self.assertNotIn("subvolume delete", found.stdout)
+        result = self.transfer(status=1)
+        self.assertNotIn("subvolume delete", result.stderr)
+        self.assertTrue(os.path.isdir(hidden))
+        self.type_remedy(found.stdout)
+        self.assertComplete(path, self.snapshot_path(self.name(1)))
+        self.assertEqual(2, found.stdout.count("rename it back") + result.stderr.count("rename it back"))
+
+    def test_prune_of_old_partials(self):
+        self.take(1, 2, 3)
+        self.transfer()
+        _, hidden = self.rename(1, ".{}.partial".format(self.name(1)))
+        support.create(os.path.join(self.target, ".{}.partial".format(self.name(2))))
+        for doing in (("--dry-run",), ()):
+            result = self.run_program("prune", "-n", "9", "--partials-older-than", "0s", *doing, self.target)
+            self.assertIn("is read-only", result.stderr)
+        self.assertEqual([os.path.basename(hidden)], support.partials(self.target))
+        found = self.run_program("doctor", self.target, status=1)
+        self.assertIn("btrfs subvolume show " + hidden, found.stdout)
+
+    def test_by_a_partials_own_id_it_is_one(self):
+        """What lacks nothing but its name is of a broken transfer under its lock."""
+        name, = self.take(1)
+        self.transfer()
+        self.rename(1, ".{}.partial".format(name))
+        support.write_locks(self.snapshots, {name: {"locks": [self.target]}})
+        self.transfer()
+        self.assertConverged()
+
+
 class BrokenOffInTurn(InTurnTestCase):
     """A transfer to one of the disks is killed, then the other has its turn."""
 
     source_size = target_size = "1G"
 
-    def kill_when(self, last, limit):
+    def kill_when(self, last, limit, to=None):
         """kill -9 once that piece is begun; what lies on the disk then."""
-        run = self.start_backup("-S", "--limit", limit)
-        run.wait_for(last, lambda: os.path.lexists(os.path.join(self.target, last)))
+        run = self.start("-p", "home", "-S", "--limit", limit, self.source, *to or [self.target])
+        run.wait_for(last, lambda: last in map(os.path.basename, support.partials(self.target)))
         run.kill()
-        support.command("btrfs", "filesystem", "sync", self.target)  # a disk that is pulled out may lose it again
-        self.assertIn(last, support.hidden(self.target))
+        support.command("sync", "-f", self.target)  # a disk that is pulled out may lose it again
+        self.assertIn(last, map(os.path.basename, support.partials(self.target)))
         return support.hidden(self.target)
 
     def check_backups(self, *days):
@@ -130,7 +216,8 @@ class BrokenOffInTurn(InTurnTestCase):
         bulk(os.path.join(self.source, "large"), 40)
         self.take(2)
         left = self.kill_when(".{}.partial".format(self.name(2)), "20M")
-        self.assertNotIn(".{}.partial.json".format(self.name(2)), left)
+        if self.target_mode == 0o700:  # else its record is what others see of it
+            self.assertNotIn(".{}.partial.json".format(self.name(2)), left)
         self.turn_of_the_other(1, 2)
         self.assertEqual(left, support.hidden(self.target))
         self.check_end("deleted .{}.partial".format(self.name(2)))
@@ -144,7 +231,7 @@ class BrokenOffInTurn(InTurnTestCase):
         self.assertIn(".{}.partial.json".format(self.name(2)), left)
         self.turn_of_the_other(1, 2)
         self.assertEqual(left, support.hidden(self.target))
-        self.check_end("taking up " + self.name(2))
+        self.check_end("resuming " + self.name(2))
 
     def test_where_the_other_had_it_already(self):
         bulk(os.path.join(self.source, "large"), 40)
@@ -174,6 +261,31 @@ class BrokenOffInTurn(InTurnTestCase):
         self.check_backups(1)
         self.assertEqual({}, support.read_locks(self.snapshots))
 
+    def test_where_the_other_cannot_be_told_again(self):
+        """A disk of another kind, for stream files: its own broken transfers are found none the less."""
+        to, partial = ["raw://" + self.target], ".{}.partial".format(self.name(1))
+        bulk(os.path.join(self.source, "large"), 40)
+        self.take(1)
+        self.kill_when(partial, "20M", to)
+        left = support.hidden(self.target)
+        self.target_disk.unmount()
+        image = os.path.join(support.scratch_folder(), "kept-ext4.img")
+        support.command("truncate", "-s", "256M", image)
+        support.command("mkfs.ext4", "-q", "-F", image)
+        support.command("mount", "-o", "loop", image, self.target_disk.path)
+        try:
+            os.mkdir(self.target)
+            self.kill_when(partial, "20M", to)
+            self.transfer(to=to)
+            self.assertEqual([], support.hidden(self.target))
+        finally:
+            support.command("umount", self.target_disk.path)
+            self.target_disk.mount()
+        self.assertEqual(left, support.hidden(self.target))
+        self.transfer(to=to)
+        self.assertEqual([], support.hidden(self.target))
+        self.assertEqual({}, support.read_locks(self.snapshots))
+
     def test_the_place_is_given_up(self):
         """All its disks are."""
         bulk(os.path.join(self.source, "large"), 40)
@@ -187,6 +299,11 @@ class BrokenOffInTurn(InTurnTestCase):
         self.assertEqual({}, support.read_locks(self.snapshots))
 
 
+class BrokenOffInOthersReach(BrokenOffInTurn):
+
+    target_mode = 0o755
+
+
 class WithoutTransfer(support.BackupTestCase):
 
     target_size = "128M"
@@ -195,7 +312,8 @@ class WithoutTransfer(support.BackupTestCase):
         """No run has noted it yet, as after release 0.6.6."""
         self.take(1)
         self.transfer()
-        os.unlink(os.path.join(self.snapshots, ".destinations.json"))
+        for name in (".destinations.json", ".home.lock"):
+            os.unlink(os.path.join(self.snapshots, name))
         self.take(2, 3)
         for more in ((), ("--dry-run",)):
             result = self.transfer("-T", "-N", "1", *more)
@@ -210,6 +328,66 @@ class WithoutTransfer(support.BackupTestCase):
         self.transfer("-T", "-N", "1")
         self.assertEqual([self.name(1), self.name(3)], names(self.snapshots))
         self.assertEqual([], names(self.target))
+
+
+class LostNotes(support.BackupTestCase):
+    """Of what destinations have in common nothing is known that is not seen, and any snapshot may be needed."""
+
+    target_size = "128M"
+
+    def setUp(self):
+        super().setUp()
+        self.other = self.disk(size="128M")
+        self.others = os.path.join(self.other.path, "backups")
+        self.take(1)
+        self.transfer(to=[self.target, self.others])
+        self.take(2, 3)
+        self.other.unmount()
+
+    def lose(self):
+        os.unlink(os.path.join(self.snapshots, ".destinations.json"))
+
+    def assertSpares(self, *more, count=3, **options):
+        for dry in ("--dry-run",), ():
+            result = self.transfer("-N", "1", *dry, *more, **options)
+            self.assertNotIn("delet", result.stdout + result.stderr.replace("none is deleted", "").replace(
+                "no snapshot is deleted", ""))
+            self.assertIn("nothing is remembered of", result.stderr)
+            self.assertEqual(count, len(names(self.snapshots)))
+
+    def test_a_run_that_finds_them_lost_deletes_no_snapshot(self):
+        self.lose()
+        self.assertSpares()
+        self.assertNotIn("nothing is remembered", self.transfer("-N", "2").stderr)
+        self.assertEqual([self.name(2), self.name(3)], names(self.snapshots))
+
+    def test_nor_one_that_cannot_see_a_destination_of_which_nothing_is_known(self):
+        """However often: the next run finds notes again, but none of that destination."""
+        self.lose()
+        for _ in range(2):
+            self.assertSpares(to=[self.target, self.others], status=1)
+        said = self.transfer("-N", "1", "--dry-run", to=[self.target, self.others], status=1).stderr
+        self.assertIn("what has no backups yet can be left out until it is there", said)
+        self.other.mount()
+        self.transfer("-N", "1", to=[self.target, self.others])
+        self.assertEqual([self.name(3)], names(self.snapshots))
+        self.assertIsNotNone(support.subvolume(os.path.join(self.others, self.name(3))).parent_uuid)
+
+    def test_the_first_destination_after_runs_without_one_is_no_loss(self):
+        """What this run sends to it is in common in the end, and was not when it began."""
+        self.source = support.create(os.path.join(self.source_disk.path, "alone"))
+        self.snapshots = os.path.join(self.source, ".btrfs-backup-ng", "snapshots")
+        self.take(1, 2, 3)
+        self.transfer("-N", "3", to=[])
+        first = [os.path.join(self.target_disk.path, "first")]
+        for dry in ["--dry-run"], []:
+            result = self.transfer("-N", "2", *dry, to=first)
+            self.assertIn("delet", result.stdout + result.stderr)
+        self.assertEqual([self.name(2), self.name(3)], names(self.snapshots))
+
+    def test_a_destination_that_was_given_up_is_not_waited_for(self):
+        self.transfer("-N", "1", "--forget-destination", self.others, to=[self.target, self.others], status=1)
+        self.assertEqual([self.name(3)], names(self.snapshots))
 
 
 class Copies(support.BackupTestCase):
@@ -236,6 +414,7 @@ class Copies(support.BackupTestCase):
         self.take(2)
         self.transfer()
         copy = self.disk("128M").path
+        os.chmod(copy, 0o700)  # where others may enter it, parents tell nothing
         self.run_program("-S", "-p", "home", "-f", self.target, self.target_disk.path, copy)
         backups = [subvolume(os.path.join(copy, self.name(day))) for day in (1, 2, 3)]
         self.assertEqual([None, backups[0].uuid, backups[1].uuid], [backup.parent_uuid for backup in backups])

@@ -2,17 +2,20 @@
 
 import os
 import random
+import re
+import shutil
 import signal
 import sys
 import termios
+import time
 import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import remote
 import support
-from remote import wait_until
-from support import names
-from terminal import OnTerminal, Screen, go_on
-from test_tasks import TasksTestCase
+from remote import SshdTestCase
+from support import TasksTestCase, go_on, is_stopped, names, wait_until
+from terminal import OnTerminal, Screen
 
 from btrfs_backup_ng import Board, Event, clip, fold, format_progress, live_lines, progress_lines, shown_width
 
@@ -104,6 +107,21 @@ class LaidOut(unittest.TestCase):
         board.take(Event("progress", "progress", "", {}))
         self.assertEqual([], progress_lines(board, 80, 5))
 
+    def test_where_others_are_at_work_it_says_which_destination_failed(self):
+        board = Board({"": "/home"}, clock=Clock())
+        facts = {"snapshot": "home-1", "done": 5 << 20, "expected": 10 << 20, "rate": 1 << 20}
+        for destination in ("/away", "ssh://nas/" + "long/" * 20 + "home", "/away"):
+            board.take(Event("error", "error", "no such destination", {
+                "destination": "key", "endpoint": destination}))
+        board.take(Event("error", "error", "the source's own", {}))
+        board.take(Event("progress", "progress", "", dict(facts, destination="/b")))
+        frame = live_lines(board, [], 60, 20)
+        self.assertEqual(["    to /away  FAILED", "    to …" + ("long/" * 20 + "home")[-44:] + "  FAILED"],
+                         [line for line in frame if "FAILED" in line])
+        self.assertEqual(1, sum("50%" in line for line in frame), frame)
+        board.take(Event("task", "state", "", {"state": "failed", "ended": True}))
+        self.assertNotIn("FAILED", "".join(live_lines(board, [], 60, 20)))
+
     def test_what_gives_way_where_room_is_short(self):
         facts = {"label": "laptop-20260201-093000 to /mnt/backup/home", "to": "/mnt/backup/home", "done": 243 << 20,
                  "expected": 300 << 20, "rate": 62 << 20}
@@ -113,6 +131,8 @@ class LaidOut(unittest.TestCase):
                 (77, "…op-20260201-093000 to /mnt/backup/home  81%  243.0 MiB  62.0 MiB/s  1 s left"),
                 (60, "…1-093000 to …kup/home  81%  243.0 MiB  62.0 MiB/s  1 s left")):
             self.assertEqual(line, format_progress(facts, width))
+        self.assertEqual("…1-093000 to …kup/home  3 of 28  81%  243.0 MiB  62.0 MiB/s  1 s left",
+                         format_progress(dict(facts, position="3 of 28"), 69))
         self.assertEqual("/home to /mnt/backup/home   81%  243.0 MiB of 300.0 MiB  62.0 MiB/s  1 s left",
                          format_progress(facts, 100, "/home", 1))
 
@@ -129,13 +149,12 @@ class LaidOut(unittest.TestCase):
         self.assertEqual(["    in", "        deep"], fold("    in deep", 8))
         self.assertEqual(["a", "    /long/path", "    b"], fold("a /long/path b", 6))
         self.assertEqual([""], fold("", 5))
+        self.assertEqual(["at", "    1.5 KiB/s", "    12", "    Bees"], fold("at 1.5 KiB/s 12 Bees", 5))
         typed = " " * 8 + "again: btrfs-backup-ng /home /mnt/backup"
         self.assertEqual([typed], fold(typed, 20))
 
 
 class LiveTestCase(TasksTestCase):
-
-    mib = 48
 
     def on_terminal(self, *arguments, **options):
         running = OnTerminal(*arguments, **options)
@@ -169,7 +188,7 @@ class Lines(LiveTestCase):
                 self.assertEqual(0, running.screen.wrapped)
                 self.assertSane(running)
                 left = result.stderr.split("\n")
-                self.assertEqual(4, sum("done: 1 backup sent" in line for line in left), result.stderr)
+                self.assertEqual(4, sum(bool(re.search("  ok +1 sent, ", line)) for line in left), result.stderr)
                 self.assertFalse(any("left" in line or "%" in line for line in left), result.stderr)
                 self.assertFalse(running.screen.was_alternate)
 
@@ -181,6 +200,15 @@ class Lines(LiveTestCase):
         go_on(held)
         self.assertEqual(0, running.finish().status)
         self.assertEqual(0, running.screen.wrapped)
+
+    def test_resized_before_it_is_shown(self):
+        """What was laid out for a wider terminal is cut off at its edge: the lines stay as many as are erased."""
+        running = self.on_terminal(*self.command(), columns=100, lines=30, env=support.gate("receive"))
+        held = running.met_at_gate("receive", 4)
+        running.screen.resize(30, 30)  # the terminal itself tells nobody
+        running.wait_for("lines cut off", lambda: running.screen.dropped)
+        go_on(held)
+        self.assertEqual(0, running.finish().status)
 
     def test_no_display_where_it_is_not_wanted(self):
         for options, env in ((["-P"], {}), ([], {"TERM": "dumb"}), (["-q"], {})):
@@ -244,16 +272,16 @@ class View(LiveTestCase):
                 self.assertSane(running)
                 self.assertTrue(running.screen.was_alternate)
                 self.assertEqual((0, 0), (running.screen.wrapped, running.screen.dropped))
-                self.assertEqual(4, result.stderr.count("done: 1 backup sent"), result.stderr)
+                self.assertEqual(4, len(re.findall("  ok +1 sent, ", result.stderr)), result.stderr)
                 self.assertNotIn("─", result.stderr)
 
     def test_a_failure_stays_to_be_read(self):
         tasks = self.tasks()
-        tasks[1][-1] = os.path.join(self.sources[1], "inside")
+        tasks[1][-1] = os.path.join(self.disks[1].path, "away")
         running = self.on_terminal(*self.command("-l", tasks=tasks), columns=200)
         result = running.finish()
         self.assertEqual(1, result.status)
-        self.assertIn("error: 1 of 4 tasks was not done as asked", result.stderr)
+        self.assertIn("error: 1 of 4 tasks failed", result.stderr)
         self.assertIn("again: btrfs-backup-ng -S", result.stderr)
         self.assertSane(running)
 
@@ -321,17 +349,11 @@ class View(LiveTestCase):
         running = self.live(env=support.gate("receive"))
         held = running.met_at_gate("receive", 4)
         running.wait_to_show("4 at work")
-        go_on(held)
         os.kill(running.pid, signal.SIGKILL)
         running.process.wait()
-        self.wait_until_gone(running)
+        self.wait_until_gone(running, held)
         wait_until(lambda: not running.screen.is_alternate and running.screen.cursor_shown)
         self.assertSane(running)
-
-    @staticmethod
-    def is_stopped(pid):
-        with open("/proc/%d/stat" % pid, "rb") as stat:
-            return stat.read().rpartition(b")")[2].split()[0] == b"T"
 
     def test_the_terminal_is_given_back_on_ctrl_z(self):
         running = self.live(env=support.gate("receive"))
@@ -340,7 +362,7 @@ class View(LiveTestCase):
         os.kill(running.pid, signal.SIGTSTP)
         running.wait_for("the main screen", lambda: not running.screen.is_alternate)
         self.assertTrue(running.screen.cursor_shown)
-        running.wait_for("a stopped process", lambda: self.is_stopped(running.pid))
+        running.wait_for("a stopped process", lambda: is_stopped(running.pid))
         os.kill(running.pid, signal.SIGCONT)
         running.wait_for("the live view", lambda: running.screen.is_alternate)
         running.wait_to_show("4 at work")
@@ -376,6 +398,53 @@ class View(LiveTestCase):
         self.assertEqual(0, result.status)
         self.assertFalse(running.screen.was_alternate)
         self.assertIn("no live view", result.stderr.replace("\n    ", " "))
+
+
+class Asked(SshdTestCase, LiveTestCase):
+    """While a person is asked for a secret nothing is written over the question."""
+
+    count = 2
+
+    def setUp(self):
+        super().setUp()
+        there = os.path.join(support.scratch_folder(), "there")
+        self.server = self.sshd({self.disks[3].path: there})
+        locked = os.path.join(self.server.folder, "locked")
+        shutil.copy(remote.key("client"), locked)
+        support.command("ssh-keygen", "-q", "-p", "-N", "a secret", "-f", locked)
+        place = self.server.endpoint(os.path.join(there, os.path.basename(self.targets[1])))
+        for options in (remote.ssh_options(), ["IdentityFile=" + locked] + remote.ssh_options()[1:]):
+            self.job = self.tasks()
+            self.job[1][:0] = remote.as_program_options(options)
+            self.job[1][-1] = place
+            if options == remote.ssh_options():  # so that the place is known, and snapshots are taken without it
+                self.run_tasks(tasks=self.job)
+        self.forget_log()
+        support.next_second()
+
+    def ask(self, *options):
+        running = self.on_terminal(*self.command(*options, tasks=self.job), env=support.gate("receive"))
+        held = running.met_at_gate("receive")
+        running.wait_for("a line for the question", lambda: [
+            line for line in running.shown() if line.startswith("Enter passphrase")], 30)
+        before = running.shown()
+        go_on(held)  # from here on there is something to tell
+        running.wait_for("the other task", lambda: self.events("done"))
+        time.sleep(0.5)  # a view is drawn each 0.1 s
+        self.assertEqual(before, running.shown())
+        running.type(b"a secret\n")
+        result = running.finish()
+        self.assertEqual(0, result.status, result.stderr)
+        self.assertSane(running)
+        for source, target in zip(self.sources, self.targets):
+            self.assertAllBackedUp(source, target)
+        return result
+
+    def test_below_lines(self):
+        self.assertIn("took snapshot", self.ask().stderr)
+
+    def test_in_the_view(self):
+        self.ask("-l")
 
 
 class TheScreen(unittest.TestCase):

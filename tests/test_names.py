@@ -1,13 +1,13 @@
 """Names: which are snapshots of ours, and of when."""
 
-import calendar
 import os
 import sys
-import time
 import unittest
 from typing import Dict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from support import BERLIN, LORD_HOWE, NEW_YORK, InZone, utc
+
 from btrfs_backup_ng import (
     parse_time,
     partial_lock_name,
@@ -20,32 +20,6 @@ from btrfs_backup_ng import (
     snapshot_of_record,
     snapshot_time,
 )
-
-# The zones' rules written out, as not every machine has their files.
-BERLIN = "CET-1CEST,M3.5.0,M10.5.0/3"
-NEW_YORK = "EST5EDT,M3.2.0,M11.1.0"
-LORD_HOWE = "LHST-10:30LHDT-11,M10.1.0,M4.1.0"  # half an hour
-
-
-def utc(text):
-    return float(calendar.timegm(time.strptime(text, "%Y-%m-%d %H:%M:%S")))
-
-
-class InZone(unittest.TestCase):
-    """Tests in a time zone with daylight saving time."""
-
-    zone = BERLIN
-
-    def setUp(self):
-        self.addCleanup(self.set_zone, os.environ.get("TZ"))
-        self.set_zone(self.zone)
-
-    @staticmethod
-    def set_zone(zone):
-        os.environ.pop("TZ", None)
-        if zone is not None:
-            os.environ["TZ"] = zone
-        time.tzset()
 
 
 class ParseTime(InZone):

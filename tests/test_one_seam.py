@@ -7,7 +7,6 @@ the other gets what is due to it, all is told in lines, the status tells, and th
 import errno
 import io
 import os
-import shutil
 import signal
 import sys
 import unittest
@@ -15,6 +14,8 @@ from typing import Any, Dict, List
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import support
+from fakes import btrfs_where, fails
+from faulty import Faults, faulty_at
 from support import BackupTestCase, names, partials, read_locks
 
 import btrfs_backup_ng as program
@@ -26,59 +27,6 @@ ERRORS = (program.ConnectionLost("the connection was lost"), OSError(errno.EIO, 
 ALL = bool(os.environ.get("TORTURE"))
 
 
-class Faults:
-    """Counts the calls of what it wraps, and raises `error` at the one with number `at`."""
-
-    def __init__(self, at: int = -1, error: Any = None) -> None:
-        self.at, self.error = at, error
-        self.calls: List[str] = []
-
-    def call(self, name: str, method: Any, *arguments: Any, **more: Any) -> Any:
-        self.calls.append(name)
-        if len(self.calls) - 1 == self.at:
-            raise self.error
-        made = method(*arguments, **more)
-        return Wrapped(made, self) if name in ("open_receive", "open_own_receive", "open_send") else made
-
-
-class Wrapped:
-    """A receiver or sender whose calls are counted: each method once, for it may be asked thousands of times."""
-
-    def __init__(self, wrapped: Any, faults: Faults) -> None:
-        self.wrapped, self.faults, self.called = wrapped, faults, {"pending", "resume", "file_data", "start"}
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.wrapped, name)
-        if name in self.called or not callable(value):
-            return value
-        self.called.add(name)
-        return lambda *arguments, **more: self.faults.call(name, value, *arguments, **more)
-
-
-class FaultyHost(program.LocalHost):
-    """This machine, as far as one folder goes; its inner calls are not counted."""
-
-    faults: Any = None
-    inside = False
-
-    def __getattribute__(self, name: str) -> Any:
-        value = object.__getattribute__(self, name)
-        if name.startswith("_") or not callable(value) or object.__getattribute__(self, "inside"):
-            return value
-
-        def call(*arguments: Any, **more: Any) -> Any:
-            def method(*arguments: Any, **more: Any) -> Any:
-                self.inside = True
-                try:
-                    return value(*arguments, **more)
-                finally:
-                    self.inside = False
-
-            return self.faults.call(name, method, *arguments, **more)
-
-        return call
-
-
 class OneSeam(BackupTestCase):
 
     def setUp(self):
@@ -88,20 +36,7 @@ class OneSeam(BackupTestCase):
         self.rounds = 0
         self.faults = Faults()
         self.where = ""
-        before = program.Hosts.of
-        self.addCleanup(setattr, program.Hosts, "of", before)
-        case = self
-
-        def of(hosts: Any, endpoint: Any) -> Any:
-            host = before(hosts, endpoint)
-            if case.where and endpoint.path.startswith(case.where):
-                faulty = FaultyHost(hosts.events)
-                faulty.inside = False
-                faulty.faults = case.faults
-                return hosts.known.setdefault("faulty", faulty)
-            return host
-
-        setattr(program.Hosts, "of", of)  # noqa: B010
+        faulty_at(self, lambda: (self.where, self.faults))
 
     def run_verb(self, *words):
         """(status, what was told as errors, everything told, what was printed) of a command in this process."""
@@ -110,8 +45,9 @@ class OneSeam(BackupTestCase):
         printed, before = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), sys.stdout
         sys.stdout = printed
         try:
+            account = program.Account({"": request.task.accounted_source})
             status = program.run_and_report(program.RUNS[request.task.verb][1], request.task,
-                                            program.Events(told.append))
+                                            program.Events(told.append, account), account)
         finally:
             sys.stdout = before
         errors = [event.text for event in told if event.level == "error"]
@@ -143,16 +79,14 @@ class OneSeam(BackupTestCase):
 
     def each_fault(self, act):
         """Does `act` once with no error, then with each; act gets the folders and a text that says which."""
-        import random
-        seed = int(os.environ.get("SEED", 0)) or random.SystemRandom().randrange(1 << 30)
-        chance = random.Random(seed)
+        chance = support.chance(self)
         self.faults = Faults()
-        act("no error at all, SEED=%d" % seed)
+        act("no error at all")
         calls = self.faults.calls
         self.assertGreater(len(calls), 1)
         for at, error in self.chosen(calls, chance):
             self.faults = Faults(at, error)
-            act("call {} ({}) raises {!r}, SEED={}".format(at, calls[at], error, seed))
+            act("call {} ({}) raises {!r}".format(at, calls[at], error))
 
     def check_told(self, status, errors, what):
         if self.faults.error is None:
@@ -164,6 +98,8 @@ class OneSeam(BackupTestCase):
 
 
 class Backup(OneSeam):
+
+    usual_seconds = 20
 
     def backup_once(self, what):
         bad, good = self.where, good = self.new_folders()
@@ -304,15 +240,6 @@ class Looking(OneSeam):
         self.each_fault(act)
 
 
-SYNC_FAILS = """#!/bin/sh
-# btrfs, but for a filesystem sync of one folder, which fails as with an I/O error
-case "$*" in
-*"filesystem sync {folder}"*) echo "ERROR: could not sync filesystem: Input/output error" >&2; exit 1;;
-esac
-exec {btrfs} "$@"
-"""
-
-
 class Meanwhile(BackupTestCase):
     """Real troubles, with the real program."""
 
@@ -323,14 +250,7 @@ class Meanwhile(BackupTestCase):
         os.mkdir(self.other)
 
     def with_sync_failing_at(self, folder):
-        programs = os.path.join(support.scratch_folder(), "programs%d" % id(self))
-        os.makedirs(programs, exist_ok=True)
-        path = os.path.join(programs, "btrfs")
-        with open(path, "w") as file:
-            file.write(SYNC_FAILS.format(folder=folder, btrfs=shutil.which("btrfs")))
-        os.chmod(path, 0o755)
-        self.addCleanup(shutil.rmtree, programs)
-        return {"PATH": programs + ":" + os.environ["PATH"]}
+        return btrfs_where(fails("ERROR: could not sync filesystem: Input/output error"), "filesystem sync " + folder)
 
     def delete_while_the_first_is_sent(self, deleted, *tasks):
         """The program's end, where that snapshot was deleted by somebody while the first one was under way."""

@@ -7,11 +7,15 @@ import sys
 import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import support
+
 from btrfs_backup_ng import (
     FLAGS,
+    HELP_TOPICS,
     OPTION_TABLE,
     RUNS,
     SUBVOLUMES,
+    TOPICS,
     VERBS,
     Task,
     UsageError,
@@ -22,7 +26,7 @@ from btrfs_backup_ng import (
     forget_command,
     format_error,
     format_help,
-    parse_arguments,
+    options_of,
     parse_command,
     parse_endpoint,
     source_command,
@@ -43,6 +47,8 @@ SAMPLES = {
     "DEST": "/b",
     "DIR": "/folder",
     "P": "home",
+    "PATTERN": "docker/*",
+    "PATH": "etc/fstab",
     "POLICY": "7d",
     "AGE": "26h",
     "SECONDS": "7",
@@ -60,7 +66,7 @@ class Accepted(unittest.TestCase):
     def check(self, table):
         for arguments, fields in table:
             with self.subTest(arguments=arguments):
-                self.assertEqual(Task(**fields), parse_arguments(arguments))
+                self.assertEqual(Task(**fields), support.task_of(arguments))
 
     def test_nothing(self):
         self.check([([], {})])
@@ -161,7 +167,7 @@ class Accepted(unittest.TestCase):
             (["--wait=60", "5"], {"wait": 60.0, "source": "5"}),
             (["/s", "60", "--wait"], {"wait": forever, "source": "/s", "destinations": ("60",)}),
             (["--wait", "./60"], {"wait": forever, "source": "./60"}),
-            (["--wait", "60d"], {"wait": forever, "source": "60d"}),
+            (["--wait", "./60d"], {"wait": forever, "source": "./60d"}),
             (["--wait", "."], {"wait": forever, "source": "."}),
             (["--wait", "..", "1.2.3"], {"wait": forever, "source": "..", "destinations": ("1.2.3",)}),
         ])
@@ -198,7 +204,7 @@ class Refused(unittest.TestCase):
     def refuse(self, arguments, *words):
         with self.subTest(arguments=arguments):
             with self.assertRaises(UsageError) as caught:
-                check_task(parse_arguments(arguments))
+                check_task(support.task_of(arguments))
             said = format_error(caught.exception)
             self.assertEqual(2, caught.exception.status)
             self.assertEqual(1, len(said.splitlines()), said)
@@ -253,17 +259,17 @@ class Refused(unittest.TestCase):
                              ("--keep-b", "--keep-backups"), ("--forget", "--forget-destination"),
                              ("--convert", "--convert-rw"), ("--remove", "--remove-locks"),
                              ("--remove-lock", "--remove-locks"), ("--latest-o", "--latest-only")):
-            self.refuse([short, "3", "/s"], short.partition("=")[0] + " is written in full", whole)
+            self.refuse([short, "3", "/s"], short.partition("=")[0] + " must be written in full", whole)
         self.refuse(["--num", "3", "/s"], "--num ", "--num-snapshots", "--num-backups", "could be")
 
     def test_options_of_other_verbs_count(self):
         """As what one means may be another verb's."""
-        self.refuse(["--latest", "/s"], "unknown option --latest", "verify and restore")
+        self.refuse(["--latest", "/s"], "unknown option --latest", "restore and verify")
         self.refuse(["list", "-N", "3", "/s"], "unknown option -N", "-N is an option of a backup")
-        self.refuse(["-q", "list", "/s"], "list must come first in its command, before options and @FILE")
+        self.refuse(["/b", "restore", "--latest", "/s"], "a verb comes first in its command")
         self.refuse(["/s", "list"], "list must come first in its command", "btrfs-backup-ng list /s;", "./list")
         self.refuse(["/s", "-q", "/b", "prune"], "btrfs-backup-ng prune /s /b;")
-        self.assertEqual(("./list",), parse_arguments(["/s", "./list"]).destinations)
+        self.assertEqual(("./list",), support.task_of(["/s", "./list"]).destinations)
 
     def test_the_options_of_printed_units_stand_behind_two_dashes(self):
         self.refuse(["print", "systemd", "-N", "3", "/s"], "unknown option -N", "print systemd -- [options] SOURCE")
@@ -277,7 +283,7 @@ class Refused(unittest.TestCase):
         for argument, words in (("-p=home-", ("--snapshot-prefix=home-", "-p ")), ("-N=3", ("--num-snapshots=3",)),
                                 ("-SN=3", ("-N=3", "--num-snapshots=3")), ("-p=", ("-p=", "--snapshot-prefix=")),
                                 ("-f==x", ("--snapshot-folder==x",))):
-            self.refuse([argument, "/s"], "not clear", *words)
+            self.refuse([argument, "/s"], "is ambiguous", *words)
 
     def test_without_the_value(self):
         for option in OPTIONS:
@@ -300,8 +306,8 @@ class Refused(unittest.TestCase):
 
     def test_remove_locks_of_nobody(self):
         self.refuse(["--remove-locks", "/s"], "--remove-locks", "--locked-destinations")
-        check_task(parse_arguments(["--remove-locks", "/s", "/b"]))
-        check_task(parse_arguments(["--remove-locks", "--locked-destinations", "/s"]))
+        check_task(support.task_of(["--remove-locks", "/s", "/b"]))
+        check_task(support.task_of(["--remove-locks", "--locked-destinations", "/s"]))
 
 
 class Commands(unittest.TestCase):
@@ -332,7 +338,7 @@ class Commands(unittest.TestCase):
                 text = source_command(task, "home-", ["-T"])
                 self.assertEqual("btrfs-backup-ng " + words, text)
                 self.assertEqual(task._replace(prefix="home-", no_snapshot=True, no_transfer=True),
-                                 parse_arguments(shlex.split(text)[1:]))
+                                 support.task_of(shlex.split(text)[1:]))
 
     def test_without_a_prefix(self):
         self.assertEqual("btrfs-backup-ng -S -p '' /s", source_command(Task(source="/s", prefix="other"), "", []))
@@ -347,9 +353,6 @@ class SeveralTasks(unittest.TestCase):
     def test_where_one_is_meant(self):
         for arguments in (["/a", ":", "/b"], ["/a:/b"]):
             self.assertEqual(["/a", "/b"], [request.task.source for request in parse_command(arguments)])
-            with self.assertRaises(UsageError) as caught:
-                parse_arguments(arguments)
-            self.assertIn("2 tasks", caught.exception.message)
 
     def test_a_verb_takes_one(self):
         for arguments in (["list", "/a", ":", "/b"], ["list", "/a:/b", "/c:/d"]):
@@ -361,7 +364,7 @@ class SeveralTasks(unittest.TestCase):
 
     def test_after_two_dashes_all_are_paths_of_a_verb(self):
         self.assertEqual(Task(verb="list", source=":", destinations=("-x", "::", "/a:/b")),
-                         parse_arguments(["list", "--", ":", "-x", "::", "/a:/b"]))
+                         support.task_of(["list", "--", ":", "-x", "::", "/a:/b"]))
 
 
 class Together(unittest.TestCase):
@@ -444,7 +447,7 @@ class Endpoints(unittest.TestCase):
         for arguments in ([text, "/b"], ["/s", text], ["/s", "/b", text]):
             with self.subTest(arguments=arguments):
                 with self.assertRaises(UsageError) as caught:
-                    check_task(parse_arguments(["--"] + arguments))
+                    check_task(support.task_of(["--"] + arguments))
                 said = format_error(caught.exception)
                 self.assertEqual(1, len(said.splitlines()), said)
                 for word in words:
@@ -454,7 +457,7 @@ class Endpoints(unittest.TestCase):
         for text in self.PATHS:
             with self.subTest(text=text):
                 self.assertEqual((text, SUBVOLUMES, text, "", ""), parse_endpoint(text))
-                check_task(parse_arguments(["--", text, text]))
+                check_task(support.task_of(["--", text, text]))
 
     def test_a_word_is_taken_as_it_stands(self):
         """Tasks and files are split off before."""
@@ -485,7 +488,7 @@ class Endpoints(unittest.TestCase):
         for text in ("shell://cat > /x", "raw:///x", "raw+ssh://h/x"):
             parse_endpoint(text)
             with self.assertRaises(UsageError):
-                check_task(parse_arguments([text, "/b"]))
+                check_task(support.task_of([text, "/b"]))
 
     def test_commands_are_taken_verbatim(self):
         command = "ssh -p 22 host 'cat > \"$HOME/a:b\"'; echo @x # %20"
@@ -516,7 +519,7 @@ class Table(unittest.TestCase):
 
     def test_options_and_fields_of_a_task_match(self):
         fields = {option.field for _, option in ALL_OPTIONS}
-        self.assertEqual(set(Task._fields) - {"verb", "source", "destinations"}, fields)
+        self.assertEqual(set(Task._fields) - {"verb", "source", "destinations", "after_colon"}, fields)
 
     def test_every_option_has_a_long_form(self):
         """Tasks are handed on in it."""
@@ -529,7 +532,7 @@ class Table(unittest.TestCase):
             for flag in option.flags:
                 with self.subTest(verb=verb, flag=flag):
                     value = [SAMPLES[option.metavar]] if option.parse else []
-                    task = parse_arguments(([verb] if verb else []) + [flag] + value)
+                    task = support.task_of(([verb] if verb else []) + [flag] + value)
                     before = Task(verb=verb)
                     changed = [name for name in Task._fields if getattr(task, name) != getattr(before, name)]
                     self.assertEqual([option.field], changed)
@@ -537,7 +540,7 @@ class Table(unittest.TestCase):
     def test_each_verb_has_a_help_that_names_all(self):
         for name, verb in VERBS.items():
             with self.subTest(verb=name):
-                text = format_help(name)
+                text = format_help(name or "options")
                 words = set(re.findall(r"(?<!\S)(-[-A-Za-z]+)", text))
                 self.assertEqual(set(), set(flags_of(verb.groups)) - words)
                 flat = " ".join(text.split())
@@ -546,9 +549,28 @@ class Table(unittest.TestCase):
                     self.assertIn(shown + " ", flat)
                     self.assertIn(" ".join(option.help.split()), flat)
                 for group in verb.groups:
-                    self.assertIn("\n" + group.title.lower() + ":\n", text)
+                    self.assertIn("\n" + group.title.lower() + ":\n", "\n" + text)
                 for line in text.splitlines()[1:]:
                     self.assertLessEqual(len(line), 80 if not line.startswith("  btrfs-backup-ng") else 100, line)
+
+    def test_the_overview(self):
+        lines = format_help().splitlines()
+        self.assertLessEqual(len(lines), 100)
+        self.assertLessEqual(max(map(len, lines)), 80)
+        for option in options_of(VERBS[""]):
+            self.assertRegex(format_help(), r"(?m)^ .* {}$".format(re.escape(option.brief)))
+            flag = next(flag for flag in option.flags if flag.startswith("--"))
+            self.assertRegex(format_help(), r"(?m)^  (-., )?{}(,? |$)".format(flag))
+
+    def test_topics(self):
+        for topic in HELP_TOPICS:
+            self.assertIn(topic, format_help())
+            lines = format_help(topic).splitlines()
+            self.assertGreater(len(lines), 5)
+            self.assertLessEqual(max(map(len, lines)), 80, topic)
+        laid_out = [line for text in TOPICS.values() for part in text.split("\n\n") if part.startswith(" ")
+                    for line in part.split("\n")]
+        self.assertEqual([], [line for line in laid_out if len(line) > 75])  # for the manual at 80 columns
 
     def test_the_help_names_the_verbs(self):
         for name, verb in VERBS.items():

@@ -8,16 +8,19 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import support
-from test_names import InZone, utc
+from support import InZone, utc
 
 from btrfs_backup_ng import (
     FREE,
     OF_OTHERS,
     OURS,
+    PRIVATE,
     Broken,
     DestinationPlan,
     FolderNotes,
+    Known,
     Listing,
+    LockChange,
     Mark,
     Owner,
     Pin,
@@ -26,47 +29,57 @@ from btrfs_backup_ng import (
     Record,
     Recovery,
     ResumePoint,
+    Seen,
     Subvolume,
     Transfer,
     Verdict,
+    abandoned_partials,
     after_transfers,
     ambiguous_ids,
+    as_planned,
     backup_moments,
     backups_of,
     base_among,
-    base_index,
     by_creation,
     chain_lengths,
     choose_parent,
     claimed,
-    common_snapshots,
     copies_by_id,
     corresponds,
     deletions,
     describe_needed,
+    destination_verdicts,
+    in_common,
+    is_as_sent,
+    is_provably_partial,
     is_unfinished,
     keep_chains,
     known_protections,
     left_traces,
     lock_reasons,
     locked_names,
+    locks_of_prefix,
     locks_on,
+    misnamed_backups,
     name_problem,
-    newest_common,
+    new_pins,
     normal_destination,
-    own_locks,
     parent_of_record,
     parse_policy,
     pin_reasons,
-    plan_destination_retention,
+    plan_destination,
+    plan_giving_up,
     plan_recoveries,
     plan_recovery,
     plan_retention,
-    plan_source_retention,
+    plan_run,
     plan_transfers,
+    private_uuid,
     snapshot_moment,
+    snapshot_name,
     snapshot_prefixes,
     snapshots_of,
+    source_verdicts,
     usable_records,
     vouched_pieces,
     whose,
@@ -99,6 +112,11 @@ def backup(day, **changes):
     """The complete backup of a snapshot. It was received later than those of younger snapshots."""
     return Subvolume(name_of(day), "backup-{}".format(day), received_uuid="uuid-{}".format(day),
                      otime=1000 - day)._replace(**changes)
+
+
+def known(taken, newest=0, locks=None, pins=None):
+    """What is known of a source with some snapshots, of which the newest are kept."""
+    return Known(taken, "home", Policy(newest), NOW, locks or {}, pins or {})
 
 
 def partial(day, piece="", **changes):
@@ -155,6 +173,42 @@ class Correspondence(unittest.TestCase):
         self.assertFalse(corresponds(self.A, nobody))
 
 
+class ChangedSnapshots(unittest.TestCase):
+    """What transaction ids tell of a snapshot that was made writable, changed and set read-only again."""
+
+    SNAPSHOT = Subvolume("one", "a", otransid=10, ctransid=10)
+    CHANGED = SNAPSHOT._replace(ctransid=20)
+    BACKUP = Subvolume("one", "b", received_uuid="a", otransid=5, ctransid=7, stransid=10)
+    TABLE = (
+        ("as it was taken", SNAPSHOT, BACKUP, True),
+        ("of a source where nothing had changed", SNAPSHOT._replace(ctransid=3), BACKUP._replace(stransid=3), True),
+        ("changed since it was sent", CHANGED, BACKUP, False),
+        ("changed before it was sent", CHANGED, BACKUP._replace(stransid=20), True),
+        ("changed before and since", CHANGED._replace(ctransid=30), BACKUP._replace(stransid=20), False),
+        ("a backup of a backup", SNAPSHOT, BACKUP._replace(stransid=99), True),
+        ("a backup of a backup, changed since", CHANGED, BACKUP._replace(stransid=99), False),
+        ("a backup that does not tell, as stream files", CHANGED, BACKUP._replace(stransid=0), False),
+        ("a host that tells nothing", SNAPSHOT._replace(ctransid=0), BACKUP._replace(stransid=0, ctransid=0), True),
+        ("what was received from one place", BACKUP._replace(uuid="c", stransid=7), BACKUP, True),
+        ("itself", CHANGED, CHANGED, True),
+    )
+
+    def test_whether_it_is_what_its_backup_is(self):
+        for why, one, other, expected in self.TABLE:
+            with self.subTest(why):
+                self.assertEqual((expected, expected), (is_as_sent(one, other), is_as_sent(other, one)))
+
+    def test_a_changed_one_is_there_but_nothing_is_built_on_it(self):
+        older = Subvolume("zero", "z", otransid=9, ctransid=9)
+        common = in_common([older, self.CHANGED], Listing((self.BACKUP, self.BACKUP._replace(
+            name="zero", uuid="y", received_uuid="z", stransid=9))))
+        self.assertEqual(({"a", "z"}, ["z"], older, (self.CHANGED,)), (
+            common.present, list(common.bases), common.newest, common.changed))
+
+    def test_in_its_place_a_restored_one_has_no_room(self):
+        self.assertIn("changed since", name_problem(self.BACKUP, Listing((self.CHANGED,)), set()).text)
+
+
 class WhatAFolderHolds(InZone):
 
     EPOCH = "home19700101-010000"  # in the tests' time zone
@@ -195,7 +249,7 @@ class WhatAFolderHolds(InZone):
                 self.assertEqual(base, base_among(snapshot(1), copies))
                 there = Listing(copies + (backup(3, received_uuid="same"), backup(4, received_uuid="not here")))
                 alike = [snapshot(day, received_uuid="same") for day in (2, 3)]
-                self.assertEqual({"uuid-1": base} if base else {}, base_index([snapshot(1)] + alike, there))
+                self.assertEqual({"uuid-1": base} if base else {}, in_common([snapshot(1)] + alike, there).bases)
 
     def test_moments(self):
         """A backup's is that of its snapshot while that exists, else what its name says."""
@@ -237,17 +291,18 @@ class WhatAFolderHolds(InZone):
             partial(5, readonly=True, received_uuid="uuid-5"),
             Subvolume("the snapshot itself", "uuid-6"),
         ])
-        found = common_snapshots(snapshots(1, 2, 3, 4, 5, 6), listing)
+        taken = snapshots(1, 2, 3, 4, 5, 6)
+        found = [s for s in taken if s.stream_id in in_common(taken, listing).present]
         self.assertEqual(snapshots(1, 2, 6), found)
 
     def test_the_newest_common_one(self):
         taken = snapshots(1, 2, 3, 4)
-        self.assertEqual(snapshot(3), newest_common(taken, holding(1, 3)))
-        self.assertIsNone(newest_common(taken, holding(7)))
-        self.assertIsNone(newest_common(taken, Listing()))
+        self.assertEqual(snapshot(3), in_common(taken, holding(1, 3)).newest)
+        self.assertIsNone(in_common(taken, holding(7)).newest)
+        self.assertIsNone(in_common(taken, Listing()).newest)
         alike = [snapshot(1)] + [snapshot(day, received_uuid="same") for day in (2, 3)]
         listing = holding(1, also=[backup(3, received_uuid="same")])
-        self.assertEqual(snapshot(1), newest_common(alike, listing))
+        self.assertEqual(snapshot(1), in_common(alike, listing).newest)
 
     def test_ambiguous_ids(self):
         self.assertEqual(set(), ambiguous_ids(snapshots(1, 2, 3)))
@@ -265,7 +320,7 @@ FUTURE = {"Y": 102.0, "Z": 1e9}
 class Values(unittest.TestCase):
 
     def test_what_is_meant_where_nothing_is_said(self):
-        self.assertEqual(("a", "b", None, None, True, 0, 0, 0, 0), tuple(Subvolume("a", "b")))
+        self.assertEqual(("a", "b", None, None, True) + (0,) * 6, tuple(Subvolume("a", "b")))
         self.assertEqual(("a", "b", None, None, False, 1, 0, "", None, ((), 0, False, None), "", ""),
                          tuple(Record("a", "b")))
         self.assertEqual(((), frozenset(), False, (), ()), tuple(Listing()))
@@ -367,7 +422,7 @@ class RetentionAtTheSource(unittest.TestCase):
     TAKEN = snapshots(1, 2, 3, 4)
 
     def kept(self, newest=1, locks=None, pins=None):
-        verdicts = plan_source_retention(self.TAKEN, "home", Policy(newest), locks or {}, pins or {}, NOW)
+        verdicts = source_verdicts(known(self.TAKEN, newest, locks, pins))
         return [day_of(v.name) for v in verdicts if v.keep]
 
     @staticmethod
@@ -403,8 +458,8 @@ class RetentionAtTheSource(unittest.TestCase):
 
     def test_a_pin_of_a_snapshot_that_was_received(self):
         taken = [snapshot(1, received_uuid="original"), snapshot(2)]
-        self.assertEqual([], deletions(plan_source_retention(
-            taken, "home", Policy(1), {}, {"/b": (self.pin(1, uuid="original"),)}, NOW)))
+        self.assertEqual([], deletions(source_verdicts(
+            known(taken, 1, pins={"/b": (self.pin(1, uuid="original"),)}))))
 
     def test_locks_and_parent_notes(self):
         locks = {name_of(1): {"locks": ["/b"]}, name_of(2): {"parent_locks": ["/b"]},
@@ -412,8 +467,8 @@ class RetentionAtTheSource(unittest.TestCase):
         self.assertEqual([1, 2, 4], self.kept(locks=locks))
 
     def test_reasons(self):
-        verdicts = plan_source_retention(self.TAKEN, "home", Policy(1), {name_of(1): {"locks": ["/c"]}},
-                                         {"/b": (self.pin(2),), "/d": (self.pin(3),)}, NOW)
+        verdicts = source_verdicts(known(self.TAKEN, 1, {name_of(1): {"locks": ["/c"]}},
+                                         {"/b": (self.pin(2),), "/d": (self.pin(3),)}))
         for verdict, destination in zip(verdicts, ("/c", "/b", "/d")):
             self.assertIn(destination, verdict.reason)
 
@@ -429,27 +484,27 @@ class TheRepeatedHour(InZone):
         return [v.name for v in verdicts if v.keep]
 
     def test_the_newer_is_sent(self):
-        plan = plan_transfers(self.TAKEN, Listing(), "home", Policy(1), NOW)
+        plan = plan_transfers(known(self.TAKEN), Seen(Listing(), Policy(1)))
         self.assertEqual((Transfer(self.NEWER, None),), plan.transfers)
         self.assertEqual([self.OLDER.name], [v.name for v in plan.skipped])
 
     def test_the_newer_is_sent_from_the_older(self):
         there = self.OLDER._replace(uuid="backup", received_uuid="older", otime=0)
-        plan = plan_transfers(self.TAKEN, Listing((there,)), "home", Policy(1), NOW)
+        plan = plan_transfers(known(self.TAKEN), Seen(Listing((there,)), Policy(1)))
         self.assertEqual((Transfer(self.NEWER, self.OLDER),), plan.transfers)
 
     def test_the_newer_is_kept_at_the_source(self):
-        verdicts = plan_source_retention(self.TAKEN, "home", Policy(1), {}, {}, NOW)
+        verdicts = source_verdicts(known(self.TAKEN, 1))
         self.assertEqual([self.NEWER.name], self.kept(verdicts))
 
     def test_the_newer_is_kept_at_the_destination(self):
         backups = tuple(s._replace(uuid="backup " + s.name, received_uuid=s.uuid, otime=0) for s in self.TAKEN)
-        verdicts = plan_destination_retention(self.TAKEN, Listing(backups), "home", Policy(1), NOW)
+        verdicts = destination_verdicts(known(self.TAKEN), Seen(Listing(backups), Policy(1)))
         self.assertEqual([self.NEWER.name], self.kept(verdicts))
 
     def test_a_snapshot_restored_long_after_goes_by_its_name(self):
         restored = self.OLDER._replace(otime=int(NOW) * 10 ** 9)
-        verdicts = plan_source_retention([self.NEWER, restored], "home", Policy(1), {}, {}, NOW)
+        verdicts = source_verdicts(known([self.NEWER, restored], 1))
         self.assertEqual([self.NEWER.name], self.kept(verdicts))
 
 
@@ -476,7 +531,7 @@ class LockReasons(unittest.TestCase):
 class RetentionAtADestination(unittest.TestCase):
 
     def kept(self, listing, newest=1, taken=()):
-        verdicts = plan_destination_retention(list(taken), listing, "home", Policy(newest), NOW)
+        verdicts = destination_verdicts(known(taken), Seen(listing, Policy(newest)))
         return [day_of(v.name) for v in verdicts if v.keep]
 
     def test_by_number(self):
@@ -488,9 +543,8 @@ class RetentionAtADestination(unittest.TestCase):
         self.assertEqual([2, 4], self.kept(holding(1, 2, 3, 4), 1, snapshots(1, 2, 5)))
 
     def test_reasons(self):
-        verdicts = plan_destination_retention(
-            snapshots(1, 2, 6), holding(1, 2, 3, 4), "home", Policy(1), NOW,
-            FolderNotes((), {name_of(1): {"locks": ["/x"]}}))
+        verdicts = destination_verdicts(known(snapshots(1, 2, 6)), Seen(
+            holding(1, 2, 3, 4), Policy(1), notes=FolderNotes((), {name_of(1): {"locks": ["/x"]}})))
         self.assertEqual(["locked for /x", "newest in common with the source", "older than the newest 1",
                           "among the newest 1"], [v.reason for v in verdicts])
 
@@ -503,12 +557,12 @@ class RetentionAtADestination(unittest.TestCase):
     def test_nothing_but_backups_is_judged(self):
         also = [backup(1, received_uuid=None), backup(2, readonly=False), backup(3, name="other"),
                 partial(4), Subvolume("home-data20260101-000000", "x", received_uuid="y")]
-        verdicts = plan_destination_retention([], holding(5, 6, also=also), "home", Policy(1), NOW)
+        verdicts = destination_verdicts(known([]), Seen(holding(5, 6, also=also), Policy(1)))
         self.assertEqual([name_of(5), name_of(6)], [v.name for v in verdicts])
 
     def test_the_future(self):
         future = backup(1, name="home20991231-235959", uuid="f")
-        verdicts = plan_destination_retention([], holding(2, 3, also=[future]), "home", Policy(1), NOW)
+        verdicts = destination_verdicts(known([]), Seen(holding(2, 3, also=[future]), Policy(1)))
         self.assertEqual([False, True, True], [v.keep for v in verdicts])
 
 
@@ -540,8 +594,8 @@ class ChooseParent(unittest.TestCase):
 
 class PlanTransfers(unittest.TestCase):
 
-    def plan(self, taken, listing, newest=0, **more):
-        return plan_transfers(taken, listing, "home", Policy(newest), NOW, **more)
+    def plan(self, taken, listing, newest=0, recoveries=(), **more):
+        return plan_transfers(known(taken), Seen(listing, Policy(newest), **more), recoveries)
 
     @staticmethod
     def sent(plan):
@@ -602,7 +656,7 @@ class PlanTransfers(unittest.TestCase):
         (Listing((backup(2, received_uuid=None),)), ("none", "uuid-2")),
         (Listing((HALF,)), ("writable",)),
         (Listing((STAMPED,)), ("writable",)),
-        (Listing((), frozenset([name_of(2)])), ("no subvolume",)),
+        (Listing((), frozenset([name_of(2)])), ("not a subvolume",)),
         (Listing((partial(2),)), ("partial", partial(2).name)),
         (Listing((partial(2, ".3"),)), ("partial", partial(2, ".3").name)),
         (Listing((NEARLY,)), ("partial",)),
@@ -640,7 +694,7 @@ class PlanTransfers(unittest.TestCase):
 
     def test_a_recovery_with_a_problem_blocks_its_snapshot(self):
         """It has been said already, so that it is no further problem."""
-        recovery = Recovery(name_of(2), (partial(2),), "is another subvolume")
+        recovery = Recovery(name_of(2), (partial(2),), Problem(name_of(2), "is another subvolume"))
         plan = self.plan(snapshots(1, 2, 3), holding(1, also=[partial(2)]), recoveries=[recovery])
         self.assertEqual(DestinationPlan((recovery,), plan.transfers), plan)
         self.assertEqual([(3, 1)], self.sent(plan))
@@ -684,14 +738,14 @@ class PlanTransfers(unittest.TestCase):
 
     def test_what_is_not_sent_after_all_is_not_taken_up(self):
         """The partial of a snapshot that retention would delete goes, all of it."""
-        pieces = (partial(1, received_uuid="private", readonly=True), partial(1, ".2"))
+        pieces = (partial(1, received_uuid=private_uuid(), readonly=True), partial(1, ".2"))
         recovery = Recovery(name_of(1), pieces[1:], take_up=Record(name_of(1), "uuid-1"))
         plan = self.plan(snapshots(1, 2), holding(2, also=pieces + (partial(2),)), 1, recoveries=[recovery])
         self.assertEqual(([], [1]), (self.sent(plan), [day_of(verdict.name) for verdict in plan.skipped]))
         self.assertEqual((Recovery(name_of(1), (pieces[1], pieces[0])),), plan.recoveries)
 
     def test_a_problem_of_a_recovery_holds_for_its_snapshot_alone(self):
-        recoveries = [Recovery(name_of(1), (), "is another subvolume"),
+        recoveries = [Recovery(name_of(1), (), Problem(name_of(1), "is another subvolume")),
                       Recovery(name_of(2), (), take_up=Record(name_of(2), "uuid-2"))]
         plan = self.plan(snapshots(1, 2, 3), holding(also=[partial(2)]), recoveries=recoveries)
         self.assertEqual([(2, None), (3, 2)], self.sent(plan))
@@ -742,6 +796,106 @@ class PlanTransfers(unittest.TestCase):
         self.assertEqual("original", after.subvolumes[0].parent_uuid)
 
 
+class PlanRun(unittest.TestCase):
+    """All of a run as one value: what follows from a step is planned as if that had succeeded."""
+
+    def plan(self, here, *seen, **more):
+        return plan_run(here, seen, **more)
+
+    def deleted(self, verdicts):
+        return [day_of(verdict.name) for verdict in verdicts if not verdict.keep]
+
+    def test_what_is_sent_lets_older_ones_go_on_both_sides(self):
+        here = known(snapshots(1, 2, 3), 1, pins={"/b": (Pin(name_of(1), "uuid-1", ""),)})
+        plan = self.plan(here, Seen(holding(1), Policy(1), "/b"))
+        self.assertEqual([3], [day_of(t.snapshot.name) for t in plan.destinations["/b"].transfers])
+        self.assertEqual([1], self.deleted(plan.destinations["/b"].verdicts))
+        self.assertEqual([1, 2], self.deleted(plan.verdicts))
+
+    def test_a_destination_that_gets_nothing_holds_what_it_has_in_common(self):
+        here = known(snapshots(1, 2, 3), 1)
+        for more in ({"transfers": False}, {}):
+            blocked = Listing((backup(1), FOREIGN, backup(3, name="x", received_uuid="y")), frozenset([name_of(3)]))
+            plan = self.plan(here, Seen(blocked, Policy(1), "/b"), **more)
+            self.assertEqual([2], self.deleted(plan.verdicts))
+
+    def test_where_something_cannot_be_sent_nothing_is_deleted(self):
+        here = known(snapshots(1, 2, 3))
+        for listing in (holding(1, 3, also=[FOREIGN]), holding(1, 3, also=[STAMPED])):
+            there = Seen(listing, Policy(5), "/b")
+            self.assertEqual((), self.plan(here, there).destinations["/b"].verdicts)
+            locked = here._replace(locks={name_of(2): {"locks": ["/b"]}})
+            self.assertEqual((), self.plan(locked, there).destinations["/b"].verdicts)
+        self.assertEqual((), self.plan(here, Seen(holding(1, 2, 3), Policy(1), failed=True)).destinations[""].verdicts)
+        self.assertEqual((), self.plan(here, Seen(holding(1, 2, 3), has_folder=False)).destinations[""].verdicts)
+
+    def test_a_lock_protects_until_its_transfer_is_done(self):
+        locks = {name_of(1): {"parent_locks": ["/b"]}, name_of(2): {"locks": ["/b", "/away"]}}
+        here = known(snapshots(1, 2, 3), 1, locks)
+        plan = self.plan(here, Seen(holding(1, also=[partial(2)]), key="/b"))
+        self.assertEqual((Recovery(name_of(2), (partial(2),)),), plan.destinations["/b"].recoveries)
+        self.assertEqual([1], self.deleted(plan.verdicts))
+
+    def test_a_note_that_no_transfer_needs_protects_nothing(self):
+        here = known(snapshots(1, 2, 3), 1, {name_of(1): {"parent_locks": ["/b"]}})
+        self.assertEqual([1, 2], self.deleted(self.plan(here, Seen(holding(1, 2, 3), key="/b")).verdicts))
+        self.assertEqual([2], self.deleted(self.plan(here, Seen(holding(1, 2, 3), key="/c")).verdicts))
+
+    def test_what_another_run_writes_is_left_alone(self):
+        here = known(snapshots(1, 2), locks={name_of(2): {"locks": ["/b"]}})
+        plan = self.plan(here, Seen(holding(1, also=[partial(2)]), key="/b", busy=frozenset([name_of(2)])))
+        recovery, = plan.destinations["/b"].recoveries
+        self.assertEqual(((), ()), (recovery.delete, plan.destinations["/b"].transfers))
+        self.assertIn("another run", recovery.problem.text)
+
+    def test_when_all_has_succeeded_nothing_is_left_to_send(self):
+        chance = support.chance(self)
+        for _ in range(50):
+            days = [day for day in range(1, 9) if chance.random() < 0.7]
+            here = known(snapshots(*days), chance.choice([0, 1, 3]))
+            there = holding(*(day for day in days if chance.random() < 0.4))
+            seen = Seen(there, Policy(chance.choice([0, 1, 3])), "/b")
+            plan = plan_destination(here, seen)
+            here, seen = as_planned(here, seen, plan)
+            self.assertEqual(DestinationPlan(skipped=plan.skipped), plan_destination(here, seen))
+            self.assertEqual({}, new_pins(here, [seen]))
+
+    def test_what_is_given_up(self):
+        pins = {"/b": (Pin(name_of(1), "uuid-1", ""),)}
+        locks = {name_of(1): {"locks": ["/b", "/c"]}, "other20260101-000000": {"locks": ["/b"]}}
+        here = known(snapshots(1), locks=locks, pins=pins)
+        for unlock, forget, expected in (
+            ((), (), ([], (), ())), (("/b", "/c", "/d"), (), (["/b", "/c"], (), ())),
+            ((), ("/b",), (["/b"], ("/b",), ())), ((), ("/c", "/d"), (["/c"], (), ("/d",))),
+        ):
+            with self.subTest(unlock=unlock, forget=forget):
+                found = plan_giving_up(here, set(unlock), set(forget))
+                self.assertEqual(expected, (list(found.locks), found.pins, found.unknown))
+        self.assertEqual({"/b": [LockChange(name_of(1), "/b")]}, plan_giving_up(here, {"/b"}, set()).locks)
+
+
+class Growth(unittest.TestCase):
+    """Ten years of snapshots are planned in no time: twice as many take about twice the work."""
+
+    @staticmethod
+    def work(count):
+        """How many functions are called to plan the second half of `count` snapshots."""
+        taken = [Subvolume(snapshot_name("home", 3600 * n), "uuid-{}".format(n), otime=3600 * n * 10 ** 9)
+                 for n in range(1, count + 1)]
+        there = Listing(tuple(s._replace(uuid="backup-" + s.name, received_uuid=s.uuid) for s in taken[:count // 2]))
+        calls = []
+        sys.setprofile(lambda _frame, event, _what: calls.append(None) if event == "call" else None)
+        try:
+            plan = plan_run(known(taken), [Seen(there, Policy(), "/b")])
+        finally:
+            sys.setprofile(None)
+        assert len(plan.destinations["/b"].transfers) == count // 2
+        return len(calls)
+
+    def test_work_grows_with_the_number_of_snapshots_and_not_with_its_square(self):
+        self.assertLess(self.work(800), 2.5 * self.work(400))
+
+
 class Problems(unittest.TestCase):
     """Why a snapshot cannot be sent, and what to type."""
 
@@ -755,8 +909,8 @@ class Problems(unittest.TestCase):
         (Listing((HALF,)), (), "writable subvolume that no lock names", HALF.name),
         (Listing((HALF,)), (HALF.name,), "", ""),
         (Listing((HALF,)), (partial(2).name,), "writable subvolume that no lock names", HALF.name),
-        (Listing((), frozenset([name_of(2)])), (), "is no subvolume", ""),
-        (Listing((), frozenset([name_of(2)])), (name_of(2),), "is no subvolume", ""),
+        (Listing((), frozenset([name_of(2)])), (), "is not a subvolume", ""),
+        (Listing((), frozenset([name_of(2)])), (name_of(2),), "is not a subvolume", ""),
         (Listing((partial(2, ".3"),)), (), "its {} is a partial backup that no lock names".format(
             partial(2, ".3").name), partial(2, ".3").name),
         (Listing((partial(2),)), (partial(2).name,), "", ""),
@@ -792,6 +946,66 @@ class Problems(unittest.TestCase):
             with self.subTest(problem=problem, machine=machine):
                 self.assertEqual(remedy, problem.remedy("/b c", machine))
         self.assertEqual(left.remedy("/b c", ""), left.remedy("/b c"))
+
+
+class Provable(unittest.TestCase):
+    """What bears a partial's name goes only where it is a piece of a transfer for certain."""
+
+    RENAMED = backup(1, name=partial(2, ".7").name)
+
+    def test_which(self):
+        record = Record(name_of(2), "uuid-2", piece=partial(2).name, private="private", finished=partial(2, ".3").name)
+        for piece, known_id, expected in (
+            (partial(2), None, True), (partial(2, received_uuid="uuid-2"), None, True),
+            (partial(2, readonly=True, received_uuid=private_uuid()), None, True),
+            (partial(2, readonly=True, received_uuid="private"), None, True),
+            (partial(2, ".2", readonly=True, received_uuid="private"), None, False),
+            (partial(2, ".3", readonly=True, received_uuid="uuid-2"), None, False),
+            (partial(2, ".3", readonly=True, received_uuid="uuid-2"), "uuid-2", True),
+            (partial(2, readonly=True), "uuid-2", False), (partial(2, readonly=True), None, False),
+            (self.RENAMED, None, False), (self.RENAMED, "uuid-2", False),
+        ):
+            with self.subTest(piece=piece, known_id=known_id):
+                self.assertEqual(expected, is_provably_partial(piece, record, known_id))
+        self.assertFalse(is_provably_partial(partial(2, readonly=True, received_uuid="private"), None))
+
+    def test_a_private_uuid_is_none_of_a_subvolume(self):
+        """Those are random, and bear the version 4 in their 7th byte, or as a GUID in their 8th."""
+        self.assertRegex(private_uuid(), "^" + PRIVATE + "[0-9a-f]{4}-[0-9a-f]{12}$")
+        self.assertNotEqual(private_uuid(), private_uuid())
+        self.assertNotIn("4", (PRIVATE[14], PRIVATE[16]))
+
+    def test_the_lock_stays_and_the_name_comes_back(self):
+        for listing, taken, remedy in (
+            (holding(also=[self.RENAMED]), snapshots(1, 2), "rename it back: mv -nT {} {}"),
+            (holding(1, also=[self.RENAMED]), snapshots(1, 2), "rename it back: mv -nT {} {}.again"),
+            (holding(also=[self.RENAMED]), snapshots(2), "rename it back, if it was renamed; when it was made: "
+                                                         "btrfs subvolume show {}"),
+        ):
+            recovery, = plan_recoveries({name_of(2): {"locks": ["/b"]}}, "/b", taken, listing)
+            self.assertEqual(((), None), (recovery.delete, recovery.take_up))
+            self.assertIn("received UUID uuid-1", recovery.problem.text)
+            self.assertEqual(remedy.format("/b/" + self.RENAMED.name, "/b/" + name_of(1)),
+                             recovery.problem.remedy("/b"))
+
+    def test_its_transfer_waits_and_no_remedy_deletes_it(self):
+        for left, words in ((self.RENAMED, name_of(1)), (NEARLY, name_of(2)),
+                            (partial(2, readonly=True), "subvolume show")):
+            problem = name_problem(snapshot(2), holding(also=[left]), set(), snapshots(1, 2))
+            self.assertIn(words, problem.remedy("/b"))
+            self.assertNotIn("delete", problem.text + problem.remedy("/b"))
+        self.assertIsNotNone(name_problem(snapshot(2), holding(also=[partial(2), self.RENAMED]), {partial(2).name}))
+
+    def test_what_never_had_its_name_does_not_get_it_from_a_person(self):
+        """All of its stream has come, but it may not have been on disk when power failed."""
+        record = Record(name_of(2), "uuid-2", finished=NEARLY.name, boot="an earlier one")
+        listing = holding(also=[NEARLY])._replace(records=(record,))
+        for problem in (name_problem(snapshot(2), listing, set(), snapshots(1, 2)),
+                        *misnamed_backups(listing, "home", {NEARLY.name: 1.0}, snapshots(1, 2)),
+                        *misnamed_backups(listing, "home", {NEARLY.name: 1.0})):
+            self.assertIn("perhaps not complete", problem.text)
+            self.assertIn("{} is still at the source, delete it".format(name_of(2)), problem.remedy("/b"))
+        self.assertEqual((), tuple(abandoned_partials(listing, "home", {NEARLY.name: 1.0}, 0.0)))
 
 
 class Records(unittest.TestCase):
@@ -852,7 +1066,7 @@ class Records(unittest.TestCase):
         ):
             listing = Listing(tuple(there), records=(self.FULL._replace(name=name_of(3)), self.RECORD))
             with self.subTest(there=there, usable=usable):
-                self.assertEqual(Recovery(name_of(2), tuple(deleted), "", self.RECORD if is_taken_up else None),
+                self.assertEqual(Recovery(name_of(2), tuple(deleted), None, self.RECORD if is_taken_up else None),
                                  plan_recovery(name_of(2), snapshot(2), listing, [self.RECORD] if usable else []))
 
     def test_a_problem_takes_nothing_up(self):
@@ -876,8 +1090,8 @@ class Records(unittest.TestCase):
     def test_all_of_a_partial_goes(self):
         later, other = partial(2, ".2"), partial(3)
         recovery = Recovery(name_of(2), (later,), take_up=self.RECORD)
-        self.assertEqual(Recovery(name_of(2), (later, self.PIECE)),
-                         without_taking_up(recovery, holding(1, 2, also=[other, self.PIECE, later])))
+        listing = holding(1, 2, also=[other, self.PIECE, later])._replace(records=(self.RECORD,))
+        self.assertEqual(Recovery(name_of(2), (later, self.PIECE)), without_taking_up(recovery, listing))
 
     def test_what_a_power_failure_leaves_beside_a_complete_backup(self):
         record, lock = ".{}.partial.json".format(name_of(2)), ".{}.partial.lock".format(name_of(2))
@@ -1056,11 +1270,11 @@ class Chains(unittest.TestCase):
         """Named is the one that needs it at once; what the policy keeps has its own reason."""
         listing = self.listing(a=None, b="a", c="b", x="y", y="x")
         verdicts = [Verdict(name, name in "bcx", "own") for name in "abcxyz"]
-        self.assertEqual([Verdict("a", True, "b needs it to be restored"), Verdict("b", True, "own"),
+        self.assertEqual([Verdict("a", True, "b cannot be restored without it"), Verdict("b", True, "own"),
                           Verdict("c", True, "own"), Verdict("x", True, "own"),
-                          Verdict("y", True, "x needs it to be restored"), Verdict("z", False, "own")],
+                          Verdict("y", True, "x cannot be restored without it"), Verdict("z", False, "own")],
                          keep_chains(verdicts, listing))
-        self.assertEqual(["c needs it to be restored"], [v.reason for v in keep_chains(
+        self.assertEqual(["c cannot be restored without it"], [v.reason for v in keep_chains(
             [Verdict("b", False, "own"), Verdict("c", True, "own")], listing) if v.name == "b"])
 
     def test_a_child_that_would_make_it_too_long(self):
@@ -1073,8 +1287,9 @@ class Chains(unittest.TestCase):
                 self.assertEqual(parent if is_kept else None, within_chain(parent, lengths, longest))
 
     def test_what_is_said_of_those_that_are_needed(self):
-        kept, needed, gone = (Verdict("k", True, "among the newest"), Verdict("n", True, "k needs it to be restored"),
-                              Verdict("g", False, "g needs it to be restored"))
+        kept, needed, gone = (Verdict("k", True, "among the newest"),
+                              Verdict("n", True, "k cannot be restored without it"),
+                              Verdict("g", False, "g cannot be restored without it"))
         for verdicts, policy, said in (
             ([kept, gone], Policy(1), ""),
             ([], Policy(1), ""),
@@ -1127,18 +1342,18 @@ class PlanRecovery(unittest.TestCase):
                 self.assertEqual(name_of(2), recovery.snapshot)
                 self.assertEqual(deleted, list(recovery.delete))
                 self.assertEqual(bool(words), bool(recovery.problem))
-                self.assertIn(words, recovery.problem)
+                self.assertIn(words, recovery.problem.text if recovery.problem else "")
 
     def test_when_the_snapshot_is_gone(self):
         """Nothing can be compared then, so that what is read-only stays and the lock goes."""
         for what, there, deleted, _ in self.TABLE:
             with self.subTest(what):
                 recovery = plan_recovery(name_of(2), None, Listing(tuple(there)))
-                self.assertEqual(deleted, list(recovery.delete))
-                self.assertEqual("writable" in what, bool(recovery.problem))
+                self.assertEqual([s for s in deleted if s != NEARLY], list(recovery.delete))
+                self.assertEqual("writable" in what or NEARLY in there, bool(recovery.problem))
 
     def test_the_problem_names_both_ids(self):
-        problem = plan_recovery(name_of(2), snapshot(2), Listing((FOREIGN,))).problem
+        problem = plan_recovery(name_of(2), snapshot(2), Listing((FOREIGN,))).problem.text
         self.assertIn("another", problem)
         self.assertIn("uuid-2", problem)
 
@@ -1157,26 +1372,27 @@ class PlanRecovery(unittest.TestCase):
 
     def test_where_a_filesystem_is_mounted(self):
         """What is bound to others does not hold there; what is bound to none holds everywhere."""
+        a, b = ("{}0000000-0000-0000-0000-000000000000".format(letter) for letter in "ab")
+        c = "mounted at /b"
         plain, both = {"locks": ["/b"], "parent_locks": []}, {"locks": ["/b"], "parent_locks": ["/c"]}
-        at_a, at_b = name_of(1) + " on A", name_of(1) + " on B"
+        at_a, at_b = name_of(1) + " on " + a, name_of(1) + " on " + b
         for locks, there in (
-            ({name_of(1): plain}, {"A": ["/b"], "B": ["/b"], None: ["/b"]}),
-            ({name_of(1): plain, at_a: plain}, {"A": ["/b"], "B": [], None: ["/b"]}),
-            ({at_a: plain}, {"A": ["/b"], "B": [], None: ["/b"]}),
-            ({name_of(1): plain, at_a: plain, at_b: plain}, {"A": ["/b"], "B": ["/b"], None: ["/b"]}),
-            ({name_of(1): {"locks": ["/b/", "/c"]}, at_a: plain}, {"A": ["/b", "/c"], "B": ["/c"]}),
-            ({name_of(1): plain, at_a: {"parent_locks": ["/b"]}}, {"A": ["/b"], "B": ["/b"]}),
+            ({name_of(1): plain}, {a: ["/b"], b: ["/b"], None: ["/b"]}),
+            ({name_of(1): plain, at_a: plain}, {a: ["/b"], b: [], c: ["/b"], None: ["/b"]}),
+            ({at_a: plain}, {a: ["/b"], b: [], c: [], None: ["/b"]}),
+            ({name_of(1): plain, at_a: plain, at_b: plain}, {a: ["/b"], b: ["/b"], None: ["/b"]}),
+            ({name_of(1): {"locks": ["/b/", "/c"]}, at_a: plain}, {a: ["/b", "/c"], b: ["/c"]}),
+            ({name_of(1): plain, at_a: {"parent_locks": ["/b"]}}, {a: ["/b"], b: ["/b"]}),
         ):
             for filesystem, names in there.items():
                 with self.subTest(locks=locks, filesystem=filesystem):
                     self.assertEqual(names, locks_on(locks, filesystem).get(name_of(1), {}).get("locks", []))
-        self.assertEqual({name_of(1): both}, locks_on({name_of(1): both}, "A"))
+        self.assertEqual({name_of(1): both}, locks_on({name_of(1): both}, a))
         for name in ("home on A", "on A", " on A", name_of(1) + " on", name_of(1) + "on A"):
-            self.assertEqual({name: plain}, locks_on({name: plain}, "B"))
+            self.assertEqual({name: plain}, locks_on({name: plain}, b))
 
     def test_a_snapshot_is_kept_for_a_disk_that_is_away(self):
-        verdicts = plan_source_retention(snapshots(1, 2), "home", Policy(1), {name_of(1) + " on A": {"locks": ["/b"]}},
-                                         {}, NOW)
+        verdicts = source_verdicts(known(snapshots(1, 2), 1, {name_of(1) + " on A": {"locks": ["/b"]}}))
         self.assertEqual([], deletions(verdicts))
         self.assertIn((name_of(1), "locked for /b"), [(v.name, v.reason) for v in verdicts])
 
@@ -1184,10 +1400,10 @@ class PlanRecovery(unittest.TestCase):
         entry = {"locks": ["/b"]}
         names = (name_of(1), "home-data20260101-000000", "20260101-000000", "home")
         locks = dict.fromkeys(names, entry)
-        self.assertEqual({name_of(1): entry}, own_locks(locks, "home"))
+        self.assertEqual({name_of(1): entry}, locks_of_prefix(locks, "home"))
         bound = {name_of(1) + " on A": entry}
-        self.assertEqual(bound, own_locks(dict(bound, **{"home-data20260101-000000 on A": entry}), "home"))
-        self.assertEqual({"20260101-000000": entry}, own_locks(locks, ""))
+        self.assertEqual(bound, locks_of_prefix(dict(bound, **{"home-data20260101-000000 on A": entry}), "home"))
+        self.assertEqual({"20260101-000000": entry}, locks_of_prefix(locks, ""))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import unittest
 import support
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from btrfs_backup_ng import FLAGS, PRINTS, SHELLS, VERBS, OneOf, flags_of, format_help
+from btrfs_backup_ng import EXPLAINED, FLAGS, PRINTS, SHELLS, VERBS, OneOf, flags_of, format_help
 
 
 def run(*argv, **options):
@@ -25,7 +25,7 @@ def run(*argv, **options):
 
 
 def program(*arguments, **options):
-    return run(support.PYTHON, "-E", "-s", support.PROGRAM, *arguments, **options)
+    return run(*support.PROGRAM_ARGV, *arguments, **options)
 
 
 class PrintTestCase(unittest.TestCase):
@@ -53,9 +53,11 @@ class PrintTestCase(unittest.TestCase):
 
 class Arguments(PrintTestCase):
 
+    usual_seconds = 5
+
     def test_bad_ones_get_one_line(self):
         for arguments, words in (
-            ((), "takes what to print"),
+            ((), "nothing says what to print"),
             (("poem",), "poem"),
             (("man", "more"), "more"),
             (("completion",), "which shell"),
@@ -70,6 +72,8 @@ class Arguments(PrintTestCase):
             (("systemd", "--unit", "a/b", "--", "/home"), "--unit"),
             (("systemd", "--on-calendar", "a\nb", "--", "/home"), "--on-calendar"),
             (("authorized-keys", "--under", "/b\udce4", "--allow", "send", "a.pub"), "cannot be printed as it is"),
+            (("authorized-keys", "--under", "/missing/b", "--allow", "send", "a.pub"), "no such folder: /missing/b"),
+            (("authorized-keys", "--under", "/dev/null", "--allow", "send", "a.pub"), "no such folder: /dev/null"),
         ):
             with self.subTest(arguments=arguments):
                 status, text, errors = program("print", *arguments)
@@ -106,7 +110,7 @@ class Manual(PrintTestCase):
         self.assertEqual((0, ""), (status, errors), "groff has something to say")
         flat = " ".join(text.split())
         for name, verb in VERBS.items():
-            if name:
+            if name and verb.summary:
                 self.assertRegex(text, r"(?m)^{}$".format(name.upper()))
             for group in verb.groups:
                 for option in group.options:
@@ -121,11 +125,23 @@ class Manual(PrintTestCase):
         path = self.file("manual.8", self.printed("man"))
         status, text, errors = run("man", "--warnings", "-l", path, env=environment)
         self.assertEqual((0, ""), (status, errors))
-        self.assertIn("btrfs-backup-ng --dry-run /home /mnt/backup/home", text)
+        self.assertIn("btrfs-backup-ng --dry-run -N 3 -n 30 /home ssh://nas/backups/home", text)
         self.assertIn("-p, --snapshot-prefix P", text)
 
 
-class Bash(PrintTestCase):
+class Completion(PrintTestCase):
+
+    def typed_already(self):
+        """Backups of two prefixes in b, one of a name that a shell would run; snapshots of c; hosts."""
+        for path in ("b/home-20260131-093000", "b/home-20260201-093000", "b/srv-260131-093000", "b/other",
+                     "b/$(touch run)-20260131-093000", "c/.btrfs-backup-ng/snapshots/c-20260131-093000", ".ssh"):
+            os.makedirs(os.path.join(self.folder, path))
+        self.file(".ssh/config", "Host nas vault*\n  Port 22\nhost  desk\nMatch all\nHostName no\n")
+
+    BACKUPS = ["home-20260131-093000", "home-20260201-093000", "srv-260131-093000"]
+
+
+class Bash(Completion):
 
     def setUp(self):
         super().setUp()
@@ -137,7 +153,8 @@ class Bash(PrintTestCase):
         driver = ("source {}\nCOMP_WORDS=({})\nCOMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))\n_btrfs_backup_ng\n"
                   "printf '%s\\n' \"${{COMPREPLY[@]}}\"").format(
                       shlex.quote(self.script), " ".join(map(shlex.quote, (program,) + words)))
-        status, text, errors = run("bash", "--norc", "-uc", driver, cwd=self.folder)
+        environment = dict(os.environ, HOME=self.folder)
+        status, text, errors = run("bash", "--norc", "-uc", driver, cwd=self.folder, env=environment)
         self.assertEqual("", errors)
         return sorted(filter(None, text.splitlines()))
 
@@ -158,17 +175,39 @@ class Bash(PrintTestCase):
         self.assertEqual(["a file"], self.complete("--log-json", "a"))
         self.assertEqual(["two words"], self.complete("/home", ""))
 
+    def test_names_are_no_patterns(self):
+        for name in ("*", "a", "[a]", "b c"):
+            os.mkdir(os.path.join(self.folder, name))
+        self.file("[f]", "")
+        self.file("f", "")
+        self.assertEqual(["*", "[a]", "a", "b c"], self.complete("/home", ""))
+        self.assertEqual(["[a]"], self.complete("-f", "["))
+        self.assertEqual(["[a]", "[f]"], self.complete("--log-json", "["))
+        self.assertEqual(["@[a]", "@[f]"], self.complete("@["))
+
     def test_verbs(self):
         self.assertEqual(sorted(filter(None, VERBS)), self.complete(""))
         self.assertEqual(sorted(PRINTS), self.complete("print", ""))
         self.assertEqual(sorted(SHELLS), self.complete("print", "completion", ""))
+        self.assertEqual(sorted(EXPLAINED), self.complete("help", ""))
+        self.assertEqual(["remote", "restore", "restoring", "resuming", "retention"], self.complete("help", "re"))
+
+    def test_what_is_on_disks(self):
+        self.typed_already()
+        self.assertEqual(self.BACKUPS, self.complete("verify", "b", "--name", ""))
+        self.assertEqual(["c-20260131-093000"], self.complete("restore", "c", "--name", "c"))
+        self.assertEqual(["home-", "srv-"], self.complete("/home", "b", "-p", ""))
+        self.assertEqual(["@b/", "@c/"], [word + "/" for word in self.complete("@") if word in ("@b", "@c")])
+        self.assertEqual(["//desk/", "//nas/"], self.complete("/home", "ssh", ":", "//"))
+        self.assertEqual(["//nas/"], self.complete("/home", "ssh", ":", "//n"))
+        self.assertNotIn("run", os.listdir(self.folder))
 
     def test_bash_calls_it(self):
         status, text, errors = run("bash", "--norc", "-c", "source {}; complete -p btrfs-backup-ng".format(self.script))
         self.assertEqual("complete -F _btrfs_backup_ng btrfs-backup-ng\n", text)
 
 
-class Fish(PrintTestCase):
+class Fish(Completion):
 
     def setUp(self):
         super().setUp()
@@ -198,13 +237,24 @@ class Fish(PrintTestCase):
         self.assertEqual(["a file"], self.complete("--log-json a"))
         self.assertEqual(["two words/"], self.complete("/home t"))
 
+    def test_what_is_on_disks(self):
+        self.typed_already()
+        self.assertEqual(self.BACKUPS, self.complete("verify b --name "))
+        self.assertEqual(["home-", "srv-"], self.complete("/home b -p "))
+        self.assertLessEqual({"@b/", "@c/"}, set(self.complete("@")))
+        self.assertEqual(["ssh://desk/", "ssh://nas/"], self.complete("/home ssh://"))
+        self.assertNotIn("run", os.listdir(self.folder))
+
     def test_verbs(self):
         self.assertLessEqual(set(filter(None, VERBS)), set(self.complete("")))
         self.assertEqual(sorted(PRINTS), self.complete("print "))
         self.assertEqual(sorted(SHELLS), self.complete("print completion "))
+        self.assertEqual(sorted(EXPLAINED), self.complete("help "))
 
 
-class Zsh(PrintTestCase):
+class Zsh(Completion):
+
+    usual_seconds = 5
 
     def setUp(self):
         super().setUp()
@@ -214,6 +264,14 @@ class Zsh(PrintTestCase):
                             "compinit -u -D\nzstyle ':completion:*' verbose no\n"
                             "setopt list_packed no_beep no_auto_menu no_auto_remove_slash\n".format(self.folder))
         os.mkdir(os.path.join(self.folder, "work"))
+
+    def test_what_is_on_disks(self):
+        self.typed_already()
+        for line, offers in (("verify ../b --name ", self.BACKUPS), ("/home ../b -p ", ["home-", "srv-"]),
+                             ("/home ssh://", ["desk", "nas"]), ("@../c", ["@../c/"])):
+            shown = self.shown(line)
+            self.assertEqual([], [offer for offer in offers if offer not in shown], shown)
+        self.assertNotIn("run", os.listdir(self.folder))
 
     def shown(self, line, seconds=20):
         """The terminal's text after TAB was pressed behind `line`; the offers are below it."""
@@ -258,6 +316,7 @@ class Zsh(PrintTestCase):
         self.assertEqual([], sorted(set(PRINTS) - set(offered)))
         offered = self.shown("print completion ").split()
         self.assertEqual([], sorted(set(SHELLS) - set(offered)))
+        self.assertEqual([], sorted(set(EXPLAINED) - set(self.shown("help ").split())))
         offered = self.shown("").split()
         self.assertEqual([], sorted(set(filter(None, VERBS)) - set(offered)))
 
@@ -309,7 +368,7 @@ class Units(PrintTestCase):
         (command,) = re.findall(r"(?m)^ExecStart=(.*)$", self.unit("--", "-N", "3", "/home", "/mnt/b"))
         path = shlex.split(command)
         self.assertEqual(["-N", "3", "/home", "/mnt/b"], path[-4:])
-        self.assertEqual(support.PROGRAM, path[-5])
+        self.assertEqual(support.FAST_PROGRAM, path[-5])
 
     def test_the_calendar(self):
         self.assertIn("\nOnCalendar=*-*-* 02:00\n", self.unit("--", "/home", suffix=".timer"))
@@ -317,6 +376,7 @@ class Units(PrintTestCase):
 
     def test_the_network_is_waited_for_where_there_is_a_host(self):
         self.assertNotIn("network", self.unit("--", "/home", "/mnt/b"))
+        shutil.rmtree(os.path.join(self.folder, "units"))
         self.assertIn("After=network-online.target", self.unit("--", "/home", "nas:/b"))
 
     def test_names(self):
@@ -327,17 +387,49 @@ class Units(PrintTestCase):
             self.assertEqual([name + ".service", name + ".timer"], sorted(os.listdir(folder)))
             shutil.rmtree(folder)
 
-    def test_units_of_another_source_are_not_overwritten(self):
-        for one, other in (("/a b", "/a-b"), ("/a/b", "/a-b"), ("/\u00e4", "/\u00fc"), ("/home", "nas:/home")):
+    def test_units_of_another_backup_are_not_overwritten(self):
+        for one, other in ((["/a b"], ["/a-b"]), (["/a/b"], ["/a-b"]), (["/\u00e4"], ["/\u00fc"]),
+                           (["/home"], ["nas:/home"]), (["/home", "/mnt/b"], ["/home", "/mnt/c"]),
+                           (["/home", "/b", ":", "/var", "/c"], ["/home", "/b"]),
+                           (["-p", "hourly-", "/home", "/b"], ["-p", "daily-", "/home", "/b"]),
+                           (["/home", "/b"], ["-p", "daily-", "/home", "/b"]),
+                           (["-p", "daily-", "/home", "/b"], ["/home", "/b"]),
+                           (["-f", "/s", "/home", "/b"], ["-f", "/t", "/home", "/b"]),
+                           (["/home", "/b, /c"], ["/home", "/b", "/c"])):
             with self.subTest(one=one, other=other):
-                folder = self.units("--", one)
-                before = self.unit("--", one, "/mnt/b")  # the same source again: a change
-                script = self.file("other", self.printed("systemd", "--", other))
+                folder = self.units("--", *one)
+                before = self.unit("--", "-n", "3", *one)  # the same again: a change
+                self.assertIn("-n 3", before)
+                script = self.file("other", self.printed("systemd", "--", *other))
                 status, output, errors = run("sh", script, folder)
                 self.assertEqual((1, ""), (status, output))
                 self.assertIn("--unit NAME", errors)
                 with open(os.path.join(folder, min(os.listdir(folder))), encoding="utf-8") as file:
                     self.assertEqual(before, file.read())
+                shutil.rmtree(folder)
+
+
+    def test_units_of_an_earlier_version_are_renewed(self):
+        """They say only in their command which job they do."""
+        for one, other, is_same in (
+            (["/home", "/b"], ["/home", "/b"], True),
+            (["-n", "3", "/home", "/b c"], ["-n", "4", "/home", "/b c"], True),
+            (["-p", "x-", "/home", "/b"], ["-p", "x-", "/home", "/b"], True),
+            (["/home", "/b", ":", "/var", "/c"], ["/home", "/b", ":", "/var", "/c"], True),
+            (["/home", "/b"], ["/home", "/c"], False), (["-p", "x-", "/home", "/b"], ["/home", "/b"], False),
+            (["/home", "/b"], ["-p", "x-", "/home", "/b"], False), (["/home", "/b c"], ["/home", "/b", "/c"], False),
+            (["-f", "/s", "/home", "/b"], ["/home", "/b"], False),
+        ):
+            with self.subTest(one=one, other=other):
+                folder = self.units("--", *one)
+                path = os.path.join(folder, "btrfs-backup-home.service")
+                with open(path, encoding="utf-8") as file:
+                    text = re.sub(r"(?m)^# job: .*\n", "", file.read())
+                text = re.sub("(?m)^Description=.*$", "Description=Back up with btrfs-backup-ng", text)
+                with open(path, "w", encoding="utf-8") as file:
+                    file.write(text.replace(support.FAST_PROGRAM, "/opt/earlier"))
+                script = self.file("other", self.printed("systemd", "--", *other))
+                self.assertEqual(0 if is_same else 1, run("sh", script, folder)[0])
                 shutil.rmtree(folder)
 
 

@@ -4,6 +4,7 @@ import fcntl
 import os
 import signal
 import struct
+import subprocess
 import sys
 import time
 import unittest
@@ -40,7 +41,6 @@ from btrfs_backup_ng import (
     check_prune,
     folder_prefixes,
     known_protections,
-    parse_arguments,
     parse_policy,
     plan_prune,
 )
@@ -59,23 +59,23 @@ class Usage(unittest.TestCase):
     def test_something_says_what_to_keep(self):
         for arguments in ((), ("-n", "0"), ("--dry-run",), ("-p", "home")):
             with self.subTest(arguments=arguments), self.assertRaises(UsageError) as caught:
-                check_prune(parse_arguments(("prune",) + arguments + ("/b",)))
+                check_prune(support.task_of(("prune",) + arguments + ("/b",)))
             self.assertIn("what to keep", caught.exception.message)
         for arguments in (("-n", "1"), ("--keep-backups", "1d"), ("--keep-backups", "all"),
                           ("--partials-older-than", "7d")):
-            check_prune(parse_arguments(("prune",) + arguments + ("/b",)))
+            check_prune(support.task_of(("prune",) + arguments + ("/b",)))
 
     def test_a_folder(self):
         for arguments in (("-n", "1"), ("-n", "1", "shell://cat"), ("-n", "1", "/b", "shell://cat")):
             with self.subTest(arguments=arguments), self.assertRaises(UsageError):
-                check_prune(parse_arguments(("prune",) + arguments))
+                check_prune(support.task_of(("prune",) + arguments))
 
     def test_ages(self):
         for text, seconds in (("0s", 0), ("90s", 90), ("30min", 1800), ("26h", 93600), ("3d", 259200), ("2w", 1209600)):
-            self.assertEqual(seconds, parse_arguments(["prune", "--partials-older-than", text]).partials_older_than)
+            self.assertEqual(seconds, support.task_of(["prune", "--partials-older-than", text]).partials_older_than)
         for text in ("", "3", "h", "3 d", "-3d", "3m", "1.5h", "3D", "3d\n"):
             with self.subTest(text=text), self.assertRaises(UsageError):
-                parse_arguments(["prune", "--partials-older-than", text])
+                support.task_of(["prune", "--partials-older-than", text])
 
 
 class Plan(unittest.TestCase):
@@ -151,10 +151,30 @@ class OnDisk(BackupTestCase):
         self.assertBackedUp(taken[1:])
         result = self.prune("--keep-backups", "3w 1d", "-n", "2")
         self.assertBackedUp([self.name(day) for day in (14, 21, 22)])
-        self.assertIn("deleting {} at {}: older than the newest 2, and not the newest of one of the last 3 weeks, 1 day"
+        self.assertIn("deleting {} at {}: older than the newest 2, and not the newest in any of the last 3 weeks, 1 day"
                       .format(self.name(20), self.target), result.stderr)
         self.assertIn("done: 4 subvolumes deleted, 3 backups kept", result.stderr)
         self.assertEqual(taken, names(self.snapshots))
+
+    def test_names_that_were_chosen_push_none_out(self):
+        good = self.take(1, 2, 3, 4, 5)
+        good.append(time.strftime("home%Y%m%d-%H%M%S"))
+        snapshot(self.source, self.snapshot_path(good[-1]))
+        self.transfer()
+        for name in good[:-1]:
+            snapshot(self.source, self.snapshot_path(name.replace("-000000", "-235959")))
+        self.transfer()
+        for policy in (("--keep-backups", "14d 8w 12m"), ("-n", "6")):
+            shown = self.prune("--dry-run", *policy)
+            result = self.prune(*policy)
+            self.assertLessEqual(set(good), set(names(self.target)))
+        words = "--by-names would let them go"
+        self.assertIn("3 backups at {} stay beyond the policy: ".format(self.target), result.stderr)
+        for said in (shown.stdout, result.stderr):
+            self.assertIn(words, said)
+        result = self.prune("--by-names", "-n", "6")
+        self.assertEqual(6, len(names(self.target)))
+        self.assertNotIn("beyond the policy", result.stderr)
 
     def test_dry_run_tells_and_changes_nothing(self):
         self.take(1, 2, 3)
@@ -166,6 +186,8 @@ class OnDisk(BackupTestCase):
                           "  keep {}: among the newest 1".format(self.name(3)),
                           "  delete {}: older than the newest 1".format(self.name(1)),
                           "  delete {}: older than the newest 1".format(self.name(2))], result.stdout.splitlines())
+        result = self.prune("--dry-run", "-n", "3")
+        self.assertEqual("folder {}\n  nothing to delete, 3 backups kept\n".format(self.target), result.stdout)
 
     def test_each_prefix_by_itself(self):
         self.take(1, 2, 3)
@@ -258,6 +280,20 @@ class OnDisk(BackupTestCase):
         self.transfer()
         self.prune("-n", "1", "-w", "-s")
         self.assertBackedUp([self.name(2)])
+
+    def test_what_is_being_sent_stays_and_the_error_says_so(self):
+        support.bulk(os.path.join(self.source, "large"), 4)
+        taken = self.take(1, 2, 3)
+        self.transfer()
+        sent = self.backup_path(taken[0])
+        with subprocess.Popen(["btrfs", "send", "-q", sent], stdout=subprocess.PIPE, bufsize=0) as sender:
+            sender.stdout.read(1)  # it has begun, and waits for more to be read
+            result = self.prune("-n", "1", status=1)
+            sender.kill()
+        self.assertErrorSays(result, sent, "being sent")
+        self.assertEqual([taken[0], taken[2]], names(self.target))
+        self.prune("-n", "1")
+        self.assertEqual(taken[2:], names(self.target))
 
 
 class Partials(BackupTestCase):

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,8 +16,10 @@ import time
 import unittest
 from typing import Any, Dict, List, Optional
 
+import fakes
 import remote
 import support
+from disks import ext4, tmpfs
 from support import command, names, read_locks
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -49,29 +52,6 @@ class Keys:
         subprocess.call(["gpgconf", "--kill", "gpg-agent"], env=dict(os.environ, **self.env),
                         stderr=subprocess.DEVNULL)
         shutil.rmtree(self.home, ignore_errors=True)
-
-
-def ext4(test, size="256M"):
-    """A mounted ext4 filesystem's folder."""
-    image = os.path.join(support.scratch_folder(), "ext4-{}.img".format(next(support.Disk.numbers)))
-    folder = image[:-4]
-    os.mkdir(folder)
-    command("truncate", "-s", size, image)
-    command("mkfs.ext4", "-q", "-F", image)
-    loop = command("losetup", "-f", "--show", image).strip()
-    command("mount", loop, folder)
-    test.addCleanup(os.unlink, image)
-    test.addCleanup(command, "losetup", "-d", loop)
-    test.addCleanup(support.unmount, folder)
-    return folder
-
-
-def tmpfs(test):
-    folder = os.path.join(support.scratch_folder(), "tmpfs-{}".format(next(support.Disk.numbers)))
-    os.mkdir(folder)
-    command("mount", "-t", "tmpfs", "-o", "size=256M", "tmpfs", folder)
-    test.addCleanup(support.unmount, folder)
-    return folder
 
 
 class RawTestCase(support.BackupTestCase):
@@ -315,12 +295,7 @@ class FailClosed(RawTestCase):
         self.refused("age:/nonexistent", "age", "no such file")
 
     def fake(self, name, script):
-        folder = os.path.join(support.scratch_folder(), "fake-" + name + "-" + str(next(support.Disk.numbers)))
-        os.mkdir(folder)
-        with open(os.path.join(folder, name), "w") as file:
-            file.write("#!/bin/sh\n" + script)
-        os.chmod(file.name, 0o755)
-        return dict(self.keys.env, PATH=folder + ":" + os.environ["PATH"])
+        return dict(self.keys.env, **fakes.fake(name, script))
 
     def test_a_program_that_passes_its_input_on(self):
         self.refused("age:" + self.keys.age, "does not encrypt", env=self.fake("age", "exec cat"))
@@ -341,7 +316,7 @@ class FailClosed(RawTestCase):
     def test_a_compressor_that_does_not(self):
         self.take(1)
         result = self.send("--raw-compress", "xz", status=1, env=self.fake("xz", "cat > /dev/null; echo nonsense"))
-        self.assertErrorSays(result, "xz does not bring back")
+        self.assertErrorSays(result, "xz does not decompress")
         self.assertEqual([], self.files())
 
     def test_a_program_that_fails_in_the_middle(self):
@@ -399,7 +374,8 @@ class NeverWeaker(RawTestCase):
         self.take(1, 2)
         self.send(*self.encryption("age"))
         support.write_locks(self.snapshots, {self.name(2): {"locks": [self.raw]}})
-        for lost in (self.sidecars()[self.name(2)]["file"], self.sidecars()[self.name(1)]["file"] + ".json"):
+        first, second = (self.sidecars()[self.name(day)]["file"] for day in (1, 2))
+        for lost in (second, first + ".json", second + ".json"):  # in the end the first one's name alone tells
             os.unlink(os.path.join(self.folder, lost))
             result = self.backup("-S", "--locked-destinations", to=[], status=1)
             self.assertIn("--raw-encrypt age:", result.stderr)
@@ -501,7 +477,7 @@ class Retention(RawTestCase):
         taken += self.take(4, 5)
         result = self.send("-n", "1", "-v", "debug")
         self.assertEqual([taken[2], taken[4]], sorted(self.sidecars()), "4 was never sent")
-        self.assertIn("{} needs it to be restored".format(taken[4]), result.stderr)
+        self.assertIn("{} cannot be restored without it".format(taken[4]), result.stderr)
         needed = "1 backup at {} is older than the newest 1 but needed to restore what is kept; --raw-full-every 1 " \
                  "would let it go".format(self.raw)
         self.assertIn(needed, self.send("-n", "1").stderr)
@@ -607,7 +583,7 @@ class Restore(RawTestCase):
     def test_what_is_named_without_raw(self):
         self.send()
         for arguments in (["--latest", self.folder], [os.path.join(self.folder, self.taken[0] + ".btrfs")]):
-            self.assertErrorSays(self.run_program("restore", *arguments + [self.into()], status=1), "raw://PATH")
+            self.assertErrorSays(self.run_program("restore", *arguments + [self.into()], status=1), "raw://")
 
     def test_none_can_be_restored(self):
         self.send()
@@ -678,7 +654,8 @@ class Restore(RawTestCase):
         out = self.restore(self.path(self.taken[2]), into, "--dry-run").stdout
         self.assertUnchanged(before, into)
         for name in self.taken[:3]:
-            self.assertIn("send " + name, out)
+            self.assertIn("restore " + name, out)
+            (self.assertNotIn if name == self.taken[2] else self.assertIn)("delete {} again".format(name), out)
 
     def test_in_place(self):
         self.send("--raw-compress", "lz4")
@@ -743,19 +720,22 @@ class Restore(RawTestCase):
         other = Keys()
         self.addCleanup(other.close)
         self.send("--raw-encrypt", "gpg:" + self.keys.gpg)
-        self.damaged("cannot be read", "secret key in gpg's key ring", env=other.env)
-        self.assertNotIn("looking whether", self.restore(self.path(self.taken[3]), self.into(), status=1,
+        self.damaged("could not be decrypted", "secret key in gpg's key ring", env=other.env)
+        self.assertNotIn("checking whether", self.restore(self.path(self.taken[3]), self.into(), status=1,
                                                          env=other.env).stderr)
         self.folder = tmpfs(self)
         self.send("--raw-encrypt", "age:" + self.keys.age)
         into = self.into()
         result = self.run_program("restore", "--raw-identity", other.identity, self.path(self.taken[0]), into, status=1)
-        self.assertIn("cannot be read", result.stderr)
+        self.assertIn("could not be decrypted", result.stderr)
         self.assertIn("hold the right key", result.stderr)
         self.assertRestored(into)
         result = self.run_program("restore", self.path(self.taken[0]), into, status=1)
         self.assertIn("--raw-identity", result.stderr)
         self.assertRestored(into)
+        result = self.run_program("verify", self.raw, status=1)
+        self.assertEqual(4, len(re.findall("not checked: .* give the file that holds the key", result.stdout)))
+        self.assertErrorSays(result, "give the file that holds the key with --raw-identity")
 
     def test_killed_at_random_the_next_one_converges(self):
         support.bulk(os.path.join(self.source, "large"), 4)
@@ -868,10 +848,10 @@ class Verbs(RawTestCase):
         self.assertEqual(ids[self.taken[3]], raw["snapshots"][-3]["received_uuid"])
         self.assertIn("its parent {} is missing".format(self.taken[1]), result.stderr)
         table = self.verb("list", self.source, self.raw).stdout
-        self.assertRegex(table, r"{}.* present  \d".format(self.taken[0]))
-        self.assertRegex(table, r"{}.* missing".format(self.taken[1]))
-        self.assertRegex(table, r"{}.* present, parent".format(self.taken[5]))
-        self.assertRegex(self.verb("list", self.raw).stdout, r"{} +present  ".format(self.taken[5]))
+        self.assertRegex(table, r"{} .* B +\*\n".format(self.taken[0]))
+        self.assertRegex(table, r"{} .* \* +!\n".format(self.taken[1]))
+        self.assertRegex(table, r"{} .* B +\* +\*p\n".format(self.taken[5]))
+        self.assertRegex(self.verb("list", self.raw).stdout, r"{} .* B +\*\n".format(self.taken[5]))
 
     def test_prune_keeps_what_a_kept_one_needs(self):
         self.send("--raw-full-every", "3")
@@ -1028,7 +1008,7 @@ class Verify(RawTestCase):
         self.assertEqual(dict.fromkeys(self.taken, "different"), self.results(self.raw, status=1))
         texts = self.texts("--latest", self.raw, status=1)
         self.assertEqual([self.taken[2]], list(texts))
-        self.assertIn("it is whole, but {} that it builds on is not".format(self.taken[1]), texts[self.taken[2]])
+        self.assertIn("it is intact, but {}, which it builds on, is not".format(self.taken[1]), texts[self.taken[2]])
 
     def test_what_builds_on_one_without_a_key_is_not_called_different(self):
         self.transfer("-n", "1", "--raw-encrypt", "age:" + self.keys.age, to=[self.raw], env=self.keys.env)
@@ -1036,7 +1016,7 @@ class Verify(RawTestCase):
         self.send("--raw-encrypt", "gpg:" + self.keys.gpg)
         texts = self.texts(self.raw, status=1)
         self.assertEqual({"not checked"}, {text.split(":")[0] for text in texts.values()})
-        self.assertIn("that it builds on could not be checked", " ".join(texts.values()))
+        self.assertIn("which it builds on, could not be checked", " ".join(texts.values()))
 
     def test_without_btrfs_it_says_what_was_not_seen(self):
         self.send()
@@ -1066,7 +1046,7 @@ class Verify(RawTestCase):
         self.send("--raw-encrypt", "gpg:" + self.keys.gpg)
         texts = self.texts(self.raw, status=1, env=other.env)
         self.assertEqual({"not checked"}, {text.split(":")[0] for text in texts.values()})
-        self.assertIn("cannot be read: gpg", texts[self.taken[0]])
+        self.assertIn("could not be decrypted: gpg", texts[self.taken[0]])
         self.results("--raw-files", self.raw, env=other.env)
         self.flip(self.taken[0], 700)
         texts = self.texts(self.raw, status=1, env=other.env)
@@ -1077,6 +1057,12 @@ class Verify(RawTestCase):
         self.verify(self.raw, self.target, status=2)
 
 
+def allow_only(test: remote.RemoteTestCase, groups):
+    """The key of root may do no more than this on the server, below its disk for backups."""
+    test.server.authorize("root", 'command="{} {} agent --under {} --allow {}"'.format(
+        support.PYTHON, support.FAST_PROGRAM, test.target_there.replace(" ", "\\ "), groups))
+
+
 class Restricted(remote.RemoteTestCase, RawTestCase):
     """A key that may only add stream files."""
 
@@ -1085,8 +1071,7 @@ class Restricted(remote.RemoteTestCase, RawTestCase):
         self.allow("receive,list")
 
     def allow(self, groups):
-        self.server.authorize("root", 'command="{} {} agent --under {} --allow {}"'.format(
-            support.PYTHON, support.PROGRAM, self.target_there.replace(" ", "\\ "), groups))
+        allow_only(self, groups)
 
     @property
     def raw(self):
@@ -1099,7 +1084,7 @@ class Restricted(remote.RemoteTestCase, RawTestCase):
         taken = self.take(1, 2, 3)
         self.send("-I")
         self.assertSound(taken)
-        self.assertErrorSays(self.send("-I", "-n", "1", status=1), "may not delete")
+        self.assertIn("as this key may not: {}".format(", ".join(taken[:2])), self.send("-I", "-n", "1").stderr)
         self.assertSound(taken)
 
     def test_what_was_broken_off_is_cleared(self):
@@ -1219,7 +1204,8 @@ class Killed(RawTestCase):
         support.bulk(os.path.join(self.source, "large"), 32)
         self.take(1)
         run = self.start("-S", "-p", "home", "--raw-compress", "xz", self.source, self.raw)
-        run.wait_for("xz", lambda: any(b"-T0" in argv for argv in run.processes().values()) and self.files())
+        run.wait_for("xz", lambda: self.name(1) in read_locks(self.snapshots)  # it has been tried out before
+                     and any(b"-T0" in argv for argv in run.processes().values()) and self.files())
         os.kill(run.pid, signal.SIGTERM)
         self.assertEqual(143, run.finish().status)
         self.assertEqual({}, run.processes())
@@ -1315,6 +1301,27 @@ class OverSsh(remote.RemoteTestCase, RawTestCase):
         self.assertEqual({}, read_locks(self.snapshots))
         self.assertNothingLeft(self.server)
 
+    def test_an_agent_that_was_killed_is_followed_by_another(self):
+        self.check_that_another_follows()
+
+    def check_that_another_follows(self):
+        support.bulk(os.path.join(self.source, "large"), 12)
+        taken = self.take(1)
+        run = self.start("-S", "-p", "home", *self.program_options() + ["--limit", "4M", self.source, self.raw])
+        partial = os.path.join(self.folder, ".{}.partial".format(taken[0]))
+        run.wait_for("some of it", lambda: os.path.exists(partial) and os.path.getsize(partial) > 1 << 20)
+        for pid in self.server.find("python"):
+            os.kill(pid, signal.SIGKILL)
+        result = run.finish()
+        self.assertEqual(0, result.status, result.stderr)
+        self.assertIn("(1 of 5)", result.stderr)
+        self.assertSound(taken)
+        self.assertEqual({}, read_locks(self.snapshots))
+
+    def test_so_it_is_with_a_key_that_may_only_add(self):
+        allow_only(self, "receive,list")
+        self.check_that_another_follows()
+
     def test_pulled_from_there_into_files_here(self):
         taken = self.take(1, 2)
         self.pull("-S", to=["raw://" + self.folder])
@@ -1406,13 +1413,9 @@ class Programs(unittest.TestCase):
 
     def fail_with(self, words):
         """The error of a gpg that says so, and the bytes that were read of the file."""
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
-        with open(os.path.join(folder, "gpg"), "w") as script:
-            script.write("#!/bin/sh\nhead -c 100 > /dev/null; printf '%s\\n' {} >&2; exit 2\n".format(words))
-        os.chmod(script.name, 0o755)
+        folder = fakes.folder_with("gpg", "head -c 100 > /dev/null; printf '%s\\n' {} >&2; exit 2\n".format(words))
         path, host = os.environ["PATH"], self.Endless()  # type: str, Any
-        os.environ["PATH"] = folder + ":" + path
+        os.environ.update(fakes.first_on_path(folder))
         try:
             sender = program.RawSender(host, folder, self.BACKUP, "")
             with self.assertRaises(program.BackupError) as caught:
@@ -1430,10 +1433,22 @@ class Programs(unittest.TestCase):
                 ("'gpg: public key decryption failed: Bad passphrase' 'gpg: decryption failed: No secret key'", True,
                  "passphrase"), ("'gpg: packet(3) with unknown version 3'", False, "")):
             error, sender, size = self.fail_with(words)
-            self.assertTrue(error.message.startswith(self.BACKUP.file + " cannot be read: gpg: "), error.message)
+            what = "could not be decrypted" if lacks_key else "cannot be read"
+            self.assertTrue(error.message.startswith("{} {}: gpg: ".format(self.BACKUP.file, what)), error.message)
             self.assertNotIn("gpg: gpg", error.message)
             self.assertEqual((lacks_key, True), (sender.lacks_key, hint in error.hint))
             self.assertLess(size, 8 << 20)
+
+    def test_of_several_lines_the_one_that_helps_is_told(self):
+        for doing, words, told in (
+                ("gpg", "gpg: nobody@nowhere: skipped: No public key\ngpg: [stdin]: encryption failed: No public key",
+                 "gpg: nobody@nowhere: skipped: No public key"),
+                ("gpg", "gpg: public key decryption failed: Bad passphrase\ngpg: decryption failed: No secret key",
+                 "gpg: public key decryption failed: Bad passphrase"),
+                ("age", "age: error: unknown recipient type: \"key.txt\"\n"
+                 "age: report unexpected or unhelpful errors at https://filippo.io/age/report",
+                 "age: unknown recipient type: \"key.txt\"")):
+            self.assertEqual(told, program.program_error(doing, words, 1).message)
 
     def test_a_filesystem_without_locks(self):
         def no_locks(*_):

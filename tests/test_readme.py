@@ -6,17 +6,11 @@ been made (but in the Quick start). What begins with `btrfs-backup-ng`, with or 
 and what README shows below a prompt is compared with what comes out; sizes, times and the like may differ,
 and names of snapshots as long as they do it in the same way everywhere.
 
-Comments in README, which nobody sees on its page, say what else is needed. They stand alone in a line, right
-before an example:
-
-    <!-- run -->            run it although it begins with something else
-    <!-- not run: WHY -->   leave it out
-    <!-- first: COMMAND --> run this before, in the same place; may be repeated
-    <!-- status: N -->      what the last command of it exits with, if not 0
-    <!-- file: PATH -->     it is no command but this file, which the section has from the start
+What else an example needs stands in tests/examples.py.
 """
 
 import difflib
+import operator
 import os
 import re
 import shlex
@@ -24,35 +18,35 @@ import subprocess
 import sys
 import time
 import unittest
+import uuid
 from typing import List, NamedTuple, Tuple
 
 import support
+from examples import EXAMPLES, Needs
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import btrfs_backup_ng
 from btrfs_backup_ng import VERBS, flags_of
 
+MOST_WORDS = 6500
 README = os.path.join(os.path.dirname(support.HERE), "README.md")
 
 COMMAND = re.compile(r"(# )?(/usr/local/bin/)?btrfs-backup-ng( \S|$)")
 PLACEHOLDER = re.compile(r"\b(SOURCE|DEST|DESTINATION|VERB|COMMAND|TIME|FILE)\b|\[options\]")
-MARK = re.compile(r"<!-- (run|not run|first|status|file)(?:: (.*))? -->")
 
 
 class Block(NamedTuple):
-    """One example: the line it begins at, its lines without indentation, the marks before it."""
+    """One example: the line it begins at, its lines without indentation, what it needs."""
 
     line: int
     lines: Tuple[str, ...]
-    marks: Tuple[Tuple[str, str], ...] = ()
-
-    def said(self, word):
-        return [value for mark, value in self.marks if mark == word]
+    needs: Needs
 
     @property
     def is_run(self):
-        if self.said("not run") or self.said("file"):
+        if self.needs.not_run or self.needs.file:
             return False
-        return bool(self.said("run") or (COMMAND.match(self.lines[0]) and not PLACEHOLDER.search(self.lines[0])))
+        return bool(self.needs.run or (COMMAND.match(self.lines[0]) and not PLACEHOLDER.search(self.lines[0])))
 
     def commands(self):
         """(command, the lines shown below it) of each command behind a prompt; else all of it as one script."""
@@ -72,37 +66,38 @@ class Section(NamedTuple):
     blocks: List[Block]
 
 
-def parse(text):
-    """The sections of README; all but indented and fenced examples and their marks is left out."""
-    sections, marks = [Section("", [])], []
+def parse(text, examples):
+    """The sections of README; all but indented and fenced examples is left out.
+
+    examples: {section: {first line: Needs}}
+    """
+    sections = [Section("", [])]
     lines = text.split("\n")
     at = 0
+
+    def add_block(first, found):
+        needs = examples.get(sections[-1].title, {}).get(found[0], Needs())
+        sections[-1].blocks.append(Block(first + 1, tuple(found), needs))
+
     while at < len(lines):
         line = lines[at]
         if line.startswith("#"):
             sections.append(Section(line.lstrip("# "), []))
-        elif line.strip().startswith("<!--"):
-            mark = MARK.fullmatch(line.strip())
-            if mark is None:
-                raise ValueError("README.md:{}: unknown comment {}".format(at + 1, line))
-            marks.append((mark.group(1), mark.group(2) or ""))
         elif line.startswith("```"):
             end = lines.index("```", at + 1)
-            sections[-1].blocks.append(Block(at + 2, tuple(lines[at + 1:end]), tuple(marks)))
-            at, marks = end, []
+            add_block(at + 1, lines[at + 1:end])
+            at = end
         elif re.match(r" {4,}\S", line) and is_apart(lines, at):
             end = end_of_block(lines, at)
-            sections[-1].blocks.append(Block(at + 1, dedented(lines[at:end]), tuple(marks)))
-            at, marks = end - 1, []
-        elif line.strip() and marks:
-            raise ValueError("README.md:{}: a comment without an example".format(at + 1))
+            add_block(at, dedented(lines[at:end]))
+            at = end - 1
         at += 1
     return sections
 
 
 def is_apart(lines, at):
-    """Whether an example may begin here: behind an empty line or a mark, and not as a list's text."""
-    return at == 0 or not lines[at - 1].strip() or lines[at - 1].strip().startswith("<!--")
+    """Whether an example may begin here: behind an empty line, and not as a list's text."""
+    return at == 0 or not lines[at - 1].strip()
 
 
 def end_of_block(lines, at):
@@ -154,7 +149,8 @@ def normal(text):
 
 # README's days and how long ago they are here in minutes: two in a row two days ago, yesterday, an hour ago.
 DAYS = (("20260131-092900", 2881), ("20260131-093000", 2880), ("20260201-093000", 1440), ("20260202-093000", 60))
-HOSTS = ("nas", "server", "laptop")
+HOSTS = ("nas", "server", "laptop", "anna", "ben")
+NEW_DISK = "/tmp/new-disk"
 SSHD = "/usr/sbin/sshd"
 LO_UP = ("import fcntl, socket, struct\n"
          "with socket.socket() as any_socket: fcntl.ioctl(any_socket, 0x8914, struct.pack('16sh', b'lo', 0x41))\n")
@@ -173,9 +169,13 @@ class Machine:
         """disk: makes a scratch disk."""
         self.disks = {name: disk("1G") for name in ("laptop", "backup", "second", "restore", "backups")}
         self.root = os.path.join(support.scratch_folder(), "machine")
+        self.places = {
+            "NAME": "laptop-20260201-093000", "OLD-UUID": str(uuid.uuid4()), "/dev/sda2": self.disks["laptop"].loop,
+            "/dev/sdc1": self.disks["backup"].loop, "/dev/sdb1": NEW_DISK, "/dev/nvme0n1p2": NEW_DISK,
+            "LABEL=backup": NEW_DISK}
         os.mkdir(self.root)
         self.holder = subprocess.Popen(["unshare", "--mount", "--uts", "--net", "--pid", "--fork", "--kill-child",
-                                        "--propagation", "private", "sh", "-c", "echo $$ in; exec sleep 3600"],
+                                        "--propagation", "slave", "sh", "-c", "echo $$ in; exec sleep 3600"],
                                        stdout=subprocess.PIPE)
         top = self.disks["laptop"].path
         for name in ("root", "home"):
@@ -226,7 +226,7 @@ class Machine:
                   "mount -o subvol=home {} home".format(loops["laptop"])]
         for name in ("backup", "second", "restore", "backups"):
             lines.append("mkdir -p mnt/{1}; mount {0} mnt/{1}".format(loops[name], name))
-        begin = "exec {} -E -s {}".format(support.PYTHON, support.PROGRAM)
+        begin = "exec " + " ".join(support.PROGRAM_ARGV)
         for name, line in (("btrfs-backup-ng", begin + ' "$@"'), ("python3", 'exec {} "$@"'.format(support.PYTHON)),
                            ("rclone", '[ "$1" = rcat ] && cat >"/tmp/$(echo "$2" | tr / _)"')):
             lines += ["printf '#!/bin/sh\n%s\n' {} >usr/local/bin/{}".format(shlex.quote(line), name),
@@ -235,7 +235,8 @@ class Machine:
 
     def fill(self, is_fresh):
         self.check("mkdir -p /home/anna/letters && echo thanks >/home/anna/letters/thanks.txt && "
-                   "head -c 4000000 /dev/urandom >/home/anna/photos")
+                   "head -c 4000000 /dev/urandom >/home/anna/photos && truncate -s 1G {} && cp {} /root".format(
+                       NEW_DISK, os.path.join(support.HERE, os.pardir, "btrfs_backup_ng.py")))
         if is_fresh:
             return
         self.check("mkdir -p -m 700 /home/.btrfs-backup-ng/snapshots")
@@ -246,7 +247,7 @@ class Machine:
 
     def start_sshd(self):
         config = "HostKey /etc/ssh/key\nAuthorizedKeysFile /root/.ssh/authorized_keys\nStrictModes no\n" \
-                 "PermitRootLogin yes\nUsePAM no\nPort 22\nPort 2222\n"
+                 "PermitRootLogin yes\nUsePAM no\nPort 22\nPort 2222\nSubsystem sftp internal-sftp\n"
         known = HOSTS + tuple("[{}]:2222".format(host) for host in HOSTS)
         self.check("mkdir -p -m 700 /etc/ssh /root/.ssh && cd /etc/ssh && ssh-keygen -q -t ed25519 -N '' -f key && "
                    "ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519 && "
@@ -256,7 +257,8 @@ class Machine:
 
     def here(self, text):
         """`text` of README with the names and devices that are meant here."""
-        text = text.replace("NAME", "laptop-20260201-093000").replace("/dev/sdX2", self.disks["laptop"].loop)
+        for there, here in self.places.items():
+            text = text.replace(there, here)
         return NAME_TIME.sub(lambda match: self.names.get(match.group(), match.group()), text)
 
     def run(self, command):
@@ -286,10 +288,13 @@ class Machine:
 
 
 with open(README, encoding="utf-8") as file:
-    SECTIONS = parse(file.read())
+    TEXT = file.read()
+SECTIONS = parse(TEXT, EXAMPLES)
 
 
 class Examples(support.TestCase):
+
+    usual_seconds = 4
 
     def check_section(self, section):
         has_hosts = any(re.search(r"\b(ssh|nas)\b", line) for block in section.blocks if block.is_run
@@ -297,19 +302,19 @@ class Examples(support.TestCase):
         machine = Machine(self.disk, section.title == "Quick start", has_hosts)
         self.addCleanup(machine.close)
         for block in section.blocks:
-            for path in block.said("file"):
+            if block.needs.file:
                 machine.check("mkdir -p {} && printf %s {} >{}".format(
-                    os.path.dirname(path), shlex.quote("\n".join(block.lines) + "\n"), path))
+                    os.path.dirname(block.needs.file), shlex.quote("\n".join(block.lines) + "\n"), block.needs.file))
         for block in section.blocks:
             if block.is_run:
                 with self.subTest(line=block.line):
                     self.check_block(machine, block)
 
     def check_block(self, machine, block):
-        for command in block.said("first"):
+        for command in block.needs.first:
             machine.check(command)
         commands = block.commands()
-        statuses = [0] * (len(commands) - 1) + [int((block.said("status") or ["0"])[0])]
+        statuses = [0] * (len(commands) - 1) + [block.needs.status]
         for (command, shown), status in zip(commands, statuses):
             done, output = machine.run(command)
             self.assertNotIn("Traceback", output)
@@ -341,39 +346,50 @@ add_tests()
 
 class Readme(unittest.TestCase):
 
-    def test_most_examples_are_run(self):
-        blocks = [block for section in SECTIONS for block in section.blocks]
-        run = [block for block in blocks if block.is_run]
-        skipped = [block for block in blocks if block.said("not run")]
-        self.assertGreater(len(run), 25)
-        self.assertLess(len(skipped), len(run))
+    def test_it_can_be_read_in_half_an_hour(self):
+        self.assertLessEqual(len(TEXT.split()), MOST_WORDS)
 
-    def test_the_tables_of_options_tell_what_there_is(self):
-        """A row for each option of the classic command, and none for what it does not have."""
-        with open(README, encoding="utf-8") as file:
-            text = file.read()
-        rows = []
-        for cell in re.findall(r"(?m)^\| ((?:`-[^`]*`(?:, )?)+) \|", text):
-            words = [word.partition(" ") for word in re.findall("`([^`]*)`", cell)]
-            rows.append((tuple(flag for flag, _, _ in words), words[-1][2]))
-        for option in (option for group in VERBS[""].groups for option in group.options):
-            self.assertIn((option.flags, option.metavar), rows)
+    def test_each_example_is_run_or_a_file_or_it_is_said_why_not(self):
+        for section in SECTIONS:
+            for block in section.blocks:
+                if not block.is_run and not PLACEHOLDER.search(block.lines[0]):
+                    self.assertTrue(block.needs.not_run or block.needs.file, block)
+
+    def test_what_examples_need_is_said_of_one_each(self):
+        there = {section.title: [block.lines[0] for block in section.blocks] for section in SECTIONS}
+        for title, needs in EXAMPLES.items():
+            for line in needs:
+                self.assertEqual(1, there.get(title, []).count(line), "{}: {}".format(title, line))
+
+    def test_a_reader_sees_all_that_stands_there(self):
+        self.assertNotIn("<!--", TEXT)
+
+    def test_the_options_that_it_names_are_there(self):
         known = {flag for verb in VERBS.values() for flag in flags_of(verb.groups)}
-        for flags, _ in rows:
-            self.assertEqual([], sorted(set(flags) - known))
+        named = set(re.findall(r"`(--?[A-Za-z][-a-z]*)[^`]*`", TEXT))
+        self.assertGreater(len(named), 20)
+        self.assertEqual([], sorted(named - known))
 
-    def test_each_option_of_each_verb_is_told_of(self):
-        with open(README, encoding="utf-8") as file:
-            words = set(re.findall(r"(?<![-\w])--?[A-Za-z][-a-z]*", file.read()))
-        for name, verb in VERBS.items():
-            self.assertEqual([], sorted(set(flags_of(verb.groups)) - words), name)
+    def test_the_topics_of_help_that_it_names_are_there(self):
+        named = set(re.findall(r"`(?:btrfs-backup-ng )?help\s+([a-z-]+)`", TEXT))
+        self.assertGreater(len(named), 5)
+        self.assertEqual([], sorted(named - set(btrfs_backup_ng.HELP_TOPICS)))
+
+    def test_what_it_says_to_look_at_is_there(self):
+        rows = re.search(r"(?ms)^\| to change .*?^$", TEXT).group().splitlines()[2:]
+        named = [name for row in rows for name in re.findall(r"`([A-Za-z_.]+)`", row.split("|")[2])]
+        self.assertGreater(len(named), 10)
+        for name in named:
+            operator.attrgetter(name)(btrfs_backup_ng)
+
+    def test_the_format_for_samba_is_that_of_names(self):
+        form, = re.findall(r"shadow:format = (\S+)", TEXT)
+        self.assertEqual("laptop-20260131-093000", time.strftime(form, (2026, 1, 31, 9, 30, 0, 5, 31, 0)))
 
     def test_links_lead_somewhere(self):
-        with open(README, encoding="utf-8") as file:
-            text = file.read()
         anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-                   for title in re.findall(r"(?m)^#+ (.*)$", text)}
-        for target in re.findall(r"\]\(([^)]+)\)", text):
+                   for title in re.findall(r"(?m)^#+ (.*)$", TEXT)}
+        for target in re.findall(r"\]\(([^)]+)\)", TEXT):
             if target.startswith("#"):
                 self.assertIn(target[1:], anchors)
             elif "://" not in target:
@@ -382,8 +398,9 @@ class Readme(unittest.TestCase):
 
 class Parsing(unittest.TestCase):
 
-    def blocks(self, text):
-        return [block for section in parse(text) for block in section.blocks]
+    def blocks(self, text, **needs):
+        return [block for section in parse(text, {"A": {"btrfs-backup-ng /a": Needs(**needs), "ls": Needs(**needs)}})
+                for block in section.blocks]
 
     def test_examples(self):
         block, = self.blocks("# A\n\ntext:\n\n    # btrfs-backup-ng /a\n    out\n\n      more\n    # ls\n    x\n\ntext")
@@ -392,19 +409,20 @@ class Parsing(unittest.TestCase):
         self.assertTrue(block.is_run)
         block, = self.blocks("    btrfs-backup-ng /a \\\n        /b\n    btrfs-backup-ng /c\n")
         self.assertEqual([("btrfs-backup-ng /a \\\n    /b\nbtrfs-backup-ng /c", None)], block.commands())
-        for text in ("    btrfs-backup-ng [options] SOURCE\n", "    btrfs receive /x\n", "    # comment\n",
-                     "<!-- not run: why -->\n    btrfs-backup-ng /a\n", "<!-- file: /x -->\n    btrfs-backup-ng /a\n"):
+        for text in ("    btrfs-backup-ng [options] SOURCE\n", "    btrfs receive /x\n", "    # comment\n"):
             block, = self.blocks(text)
             self.assertFalse(block.is_run, text)
 
-    def test_marks(self):
-        block, = self.blocks("<!-- run -->\n<!-- first: a -->\n<!-- first: b -->\n\n```sh\nls\n```\n")
+    def test_what_they_need(self):
+        block, = self.blocks("# A\n\n```sh\nls\n```\n", run=True, first=["a", "b"])
         self.assertTrue(block.is_run)
-        self.assertEqual(["a", "b"], block.said("first"))
+        self.assertEqual(["a", "b"], block.needs.first)
         self.assertEqual(("ls",), block.lines)
-        for text in ("<!-- runn -->\n\n    ls\n", "<!-- run -->\ntext\n"):
-            with self.assertRaises(ValueError):
-                parse(text)
+        for needs in ({"not_run": "why"}, {"file": "/x"}):
+            block, = self.blocks("# A\n\n    btrfs-backup-ng /a\n", **needs)
+            self.assertFalse(block.is_run)
+        block, = self.blocks("# B\n\n    ls\n", run=True)
+        self.assertFalse(block.is_run)
 
     def test_names_and_what_varies(self):
         self.assertEqual(("a TIME1 b TIME2 c TIME1", ["20260102-000000", "20260101-000000"]),

@@ -9,10 +9,9 @@ import sys
 import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from fakes import fake
 from support import (
-    FAST_PROGRAM,
-    FLAGS,
-    PYTHON,
+    PROGRAM_ARGV,
     BackupTestCase,
     bulk,
     command,
@@ -32,14 +31,8 @@ COMMAND = re.compile(r"(?:^|: |then )((?:btrfs|btrfs-backup-ng|rm|modprobe) \S.*
 
 def program_on_path():
     """A PATH on which btrfs-backup-ng is the program under test."""
-    folder = os.path.join(scratch_folder(), "on the path")
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, "btrfs-backup-ng")
-    words = " ".join(map(shlex.quote, [PYTHON] + FLAGS + [FAST_PROGRAM]))
-    with open(path, "w") as script:
-        script.write(f"#!/bin/sh\nexec {words} \"$@\"\n")
-    os.chmod(path, 0o755)
-    return folder + ":" + os.environ["PATH"]
+    words = " ".join(map(shlex.quote, PROGRAM_ARGV))
+    return fake("btrfs-backup-ng", "exec " + words + ' "$@"\n')["PATH"]
 
 
 class Quoting(unittest.TestCase):

@@ -2,13 +2,14 @@
 
 import os
 import pwd
+import socket
 import subprocess
 import time
 import unittest
 
 import remote
 import support
-from remote import wait_until
+from support import wait_until
 
 
 class TheServer(remote.SshdTestCase):
@@ -152,6 +153,17 @@ class TheNetworkBetween(remote.SshdTestCase):
         self.assertGreater(self.between.down, 100000)
         self.assertLess(self.between.up, 50000)
         self.assertEqual(1, self.between.connections)
+
+    def test_what_was_got_is_counted(self):
+        with socket.create_connection(("127.0.0.1", self.between.port), timeout=30) as client:
+            got = len(client.recv(4))
+            with self.between.lock:
+                client.sendall(b"SSH-2.0-nobody\r\n")
+                client.settimeout(0.5)
+                with self.assertRaises(socket.timeout):
+                    while True:
+                        got += len(client.recv(65536))
+                self.assertLessEqual(got, self.between.down)
 
     def test_delay(self):
         self.between.delay = 0.05

@@ -109,7 +109,8 @@ class Surroundings(RescueTestCase):
             if os.path.isfile(path):
                 with open(path) as state:
                     self.assertNotRegex(state.read(), "took|sent|sending")
-        self.run_program("--version", wrapper=closed)
+        result = self.run_program("--version", wrapper=["sh", "-c", 'exec "$@" <&- >&-', "sh"], status=1)
+        self.assertErrorSays(result, "is stdout open")  # which nobody can have read
 
     def test_output_that_cannot_be_written(self):
         for arguments in (["--version"], ["--help"], ["print", "man"], ["--dry-run", self.source, self.target]):
@@ -145,6 +146,8 @@ class Surroundings(RescueTestCase):
 class StrippedPython(RescueTestCase):
     """Interpreters without what distributions leave out."""
 
+    usual_seconds = 5
+
     # The main job needs these; what they import in turn is no part of the matter.
     NEEDED = {"collections", "collections.abc", "contextlib", "errno", "fcntl", "functools", "hashlib", "itertools",
               "json",
@@ -162,7 +165,9 @@ class StrippedPython(RescueTestCase):
              "runpy.run_path(sys.argv[0], run_name='__main__')\n")
 
     def without(self, *modules):
-        return [support.PYTHON, "-E", "-s", "-c", self.BLOCK, ",".join(modules), support.PROGRAM]
+        """The program without these; its zipapp, which is not compiled each time, where it can be unpacked."""
+        program = support.PROGRAM if "zlib" in modules else support.FAST_PROGRAM
+        return [support.PYTHON, "-E", "-s", "-c", self.BLOCK, ",".join(modules), program]
 
     def imported(self):
         """The modules that the program names in its imports, wherever these stand."""
@@ -217,7 +222,7 @@ class WrongClock(RescueTestCase):
     YEAR = 31557600
 
     def at(self, years, *options, **how):
-        program = [support.PYTHON, "-E", "-s", "-c", self.SHIFT, str(years * self.YEAR), support.PROGRAM]
+        program = [support.PYTHON, "-E", "-s", "-c", self.SHIFT, str(years * self.YEAR), support.FAST_PROGRAM]
         self.write("file", "of {} years".format(years))
         return self.run_program("-p", "home", *(list(options) + [self.source, self.target]), program=program, **how)
 
@@ -289,6 +294,8 @@ def set_readonly(path):
 
 class LittleMemory(support.BackupTestCase):
     """2,000 snapshots on both sides, and 256 MiB of address space for each process."""
+
+    usual_seconds = 30
 
     COUNT = 2000
 

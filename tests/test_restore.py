@@ -1,13 +1,16 @@
 """Restoring: drills in which data was lost, each followed by an incremental backup; and what is refused."""
 
+import fcntl
 import json
 import os
 import shutil
+import signal
 import time
 import unittest
 import uuid
 
 import support
+from fakes import CALLS_THAT_CHANGE, killed_at
 from support import bulk, create, names, partials, snapshot, subvolume
 
 from btrfs_backup_ng import (
@@ -141,8 +144,7 @@ class ToAFolder(RestoreTestCase):
             with self.subTest(arguments=arguments):
                 into = "{}{}".format(self.into, number)
                 self.restore(*(arguments + [into]))
-                self.assertEqual([expected], names(into))
-                self.assertEqual([], partials(into))
+                self.assertEqual([expected], os.listdir(into))
                 self.assertComplete(os.path.join(into, expected), self.snapshot_path(expected))
                 self.assertTreesEqual(trees[expected], os.path.join(into, expected))
 
@@ -195,9 +197,50 @@ class ToAFolder(RestoreTestCase):
         self.transfer()
         self.restore(self.target, "--latest", self.into)
         before = support.listing(self.into)
+        self.assertEqual([name], os.listdir(self.into))
         result = self.restore(self.target, "--latest", self.into)
         self.assertIn("already in", result.stderr)
         self.assertUnchanged(before, self.into)
+
+    def test_what_keeps_others_out_is_gone_at_the_end_and_no_earlier(self):
+        name, = self.take(1)
+        self.transfer()
+        os.mkdir(self.into)
+        restoring = self.start("restore", self.backup_path(name), self.into, env=support.gate("receive"))
+        receive, = restoring.met_at_gate("receive")
+        self.assertErrorSays(self.restore(self.backup_path(name), self.into, status=75), "another run")
+        self.assertIn(".home.lock", os.listdir(self.into))
+        waiting = self.start("restore", "--wait", "60", self.backup_path(name), self.into)
+        waiting.wait_to_say("waiting for another run")
+        os.kill(receive, signal.SIGCONT)
+        self.assertEqual(0, restoring.finish().status)
+        self.assertIn("already in", waiting.finish().stderr)
+        self.assertEqual([name], os.listdir(self.into))
+
+    def test_a_parent_that_goes_while_it_is_waited_for(self):
+        first, second = self.take(1, 2)
+        self.transfer()
+        os.mkdir(self.into)
+        support.delete(self.snapshot_path(second))
+        with open(os.path.join(self.into, ".home.lock"), "w", encoding="ascii") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            waiting = self.start("restore", "--wait", "60", self.backup_path(second), self.into)
+            waiting.wait_to_say("waiting for another run")
+            support.delete(self.snapshot_path(first))
+        result = waiting.finish()
+        self.assertEqual(0, result.status, result.stderr)
+        self.assertTreesEqual(self.backup_path(second), os.path.join(self.into, second))
+
+    def test_files_of_others_stay(self):
+        first, second = self.take(1, 2)
+        self.transfer()
+        support.delete(self.snapshot_path(second))
+        locks = {first: {"locks": ["/elsewhere"], "parent_locks": []}}
+        support.write_locks(self.snapshots, locks)
+        before = set(os.listdir(self.snapshots)) - {".home.lock"}
+        self.restore(self.backup_path(second), self.snapshots)
+        self.assertEqual(before | {second}, set(os.listdir(self.snapshots)))
+        self.assertEqual(locks, support.read_locks(self.snapshots))
 
     def test_the_backups_are_not_touched(self):
         self.back_up_days(1, 2)
@@ -257,7 +300,7 @@ class Refused(RestoreTestCase):
                 ((self.target, "--latest", self.into, "--in-place", os.path.join(self.target, "home")),
                  ("not on the filesystem",)),
                 ((self.target, "--latest", "--in-place", self.source_disk.path), ("mount point", "top level")),
-                ((self.target, "--latest", "--in-place", self.into), ("no subvolume",))):
+                ((self.target, "--latest", "--in-place", self.into), ("not a subvolume",))):
             with self.subTest(arguments=arguments):
                 self.refuse(*arguments, says=says)
 
@@ -285,6 +328,14 @@ class Refused(RestoreTestCase):
         create(self.backup_path(self.name(1)))
         self.refuse(self.backup_path(self.name(1)), self.into, says=("writable",))
         self.refuse(self.target, "--latest", self.into, says=("no backups",))
+
+
+    def test_a_backup_or_snapshot_gives_no_way(self):
+        name, = self.take(1)
+        self.transfer()
+        for place in (self.backup_path(name), self.snapshot_path(name)):
+            for more in ((), ("--dry-run",)):
+                self.refuse(self.target, "--latest", "--in-place", place, *more, says=("read-only subvolume", "worked"))
 
 
 class Interrupted(RestoreTestCase):
@@ -413,7 +464,7 @@ class InPlace(RestoreTestCase):
             for options in (["--dry-run"], []):
                 result = self.restore(self.target, "--latest", "--in-place", self.source, "-f", self.snapshots,
                                       *options, status=1)
-                self.assertErrorSays(result, self.snapshot_path(name), "is another one")
+                self.assertErrorSays(result, self.snapshot_path(name), "is not the snapshot that would be kept")
             self.assertUnchanged(before, self.source_disk.path)
             support.delete(self.snapshot_path(name)) if make is support.create else os.rmdir(self.snapshot_path(name))
 
@@ -433,6 +484,7 @@ class InPlace(RestoreTestCase):
         """A to B, B to C, back to A; and then on to both."""
         trees = self.back_up_days(1, 2)
         second = self.disk().path
+        os.chmod(second, 0o700)  # where others may enter it, parents tell nothing
         self.run_program("-S", "-p", "home", "-f", ".", self.target_top(), second)
         self.assertEqual(sorted(trees), names(second))
         shutil.rmtree(os.path.join(self.source, ".btrfs-backup-ng"), ignore_errors=True)
@@ -487,6 +539,15 @@ class InPlace(RestoreTestCase):
         self.assertIn(self.name(1), names(self.snapshots))
         self.assertIn("incrementally from " + self.name(1), self.transfer().stderr)
 
+    def test_back_to_a_snapshot_without_its_backup(self):
+        """Backups go on incrementally, and the snapshot's folder is no destination afterwards."""
+        trees = self.back_up_days(1, 2)
+        self.restore(self.snapshots, "--latest", "--in-place", self.source)
+        self.assertTreesEqual(trees[self.name(2)], self.source)
+        with open(os.path.join(self.snapshots, ".destinations.json")) as file:
+            self.assertEqual([self.target], list(json.load(file)["destinations"]))
+        self.assertGoesOn(self.name(2))
+
     def test_locks_move_on(self):
         """A partial that was under way when the source was replaced is cleared by the next run."""
         name, second = self.take(1, 2)
@@ -517,9 +578,10 @@ class InPlace(RestoreTestCase):
         self.addCleanup(os.rmdir, point)
         support.command("mount", "-o", "subvol=home", self.source_disk.loop, point)
         self.addCleanup(support.unmount, point)
-        result = self.restore(self.target, "--latest", "--in-place", self.source)
-        self.assertRegex(result.stderr, "warning: subvolumes nested in .* nested")
-        self.assertIn("still mounted at " + point, result.stderr)
+        for options in ["--dry-run"], []:
+            result = self.restore(self.target, "--latest", "--in-place", self.source, *options)
+            self.assertRegex(result.stderr, "warning: subvolumes nested in .* nested")
+            self.assertIn("still mounted at " + point, result.stdout + result.stderr)
         result = self.restore(self.target, "--latest", "--in-place", point, status=1)
         self.assertErrorSays(result, "mount point", "/home")
 
@@ -600,38 +662,12 @@ class Killed(RestoreTestCase):
         self.assertIn(True, seen)
 
 
-KILLING_BTRFS = """\
-#!/bin/sh
-# The real btrfs; of the calls that change something, number $KILL_AT kills who calls before it is done.
-case "$1 $2" in
-"subvolume snapshot" | "subvolume delete" | "filesystem sync")
-    number=$(($(cat "$0.count") + 1))
-    echo $number > "$0.count"
-    if [ $number = "$KILL_AT" ]; then kill -9 $PPID; exit 1; fi ;;
-esac
-exec {real} "$@"
-"""
-
-
 class KilledAtEachStep(RestoreTestCase):
     """kill -9 between any two calls that change something, one after the other."""
 
-    def setUp(self):
-        super().setUp()
-        self.programs = os.path.join(support.scratch_folder(), "programs")
-        os.mkdir(self.programs)
-        self.addCleanup(shutil.rmtree, self.programs)
-        self.script = os.path.join(self.programs, "btrfs")
-        with open(self.script, "w") as script:
-            script.write(KILLING_BTRFS.replace("{real}", shutil.which("btrfs") or ""))
-        os.chmod(self.script, 0o755)
-
     def killed_at(self, number, *arguments):
         """Whether the program was killed at that step; it has ended in any case."""
-        with open(self.script + ".count", "w") as count:
-            count.write("0")
-        path = self.programs + ":" + os.environ["PATH"]
-        result = self.start("restore", *arguments, env={"PATH": path, "KILL_AT": str(number)}).finish()
+        result = self.start("restore", *arguments, env=killed_at(number, counted=CALLS_THAT_CHANGE)).finish()
         self.assertIn(result.status, (0, -9), result.stderr)
         return result.status == -9
 

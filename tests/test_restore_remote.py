@@ -11,13 +11,13 @@ from support import names, subvolume
 
 class Drills(remote.RemoteTestCase):
 
-    def lose_the_source(self):
+    def lose_the_source(self, to=None):
         """Three days are backed up, then the source is gone; the tree of the newest."""
         churn = support.Churn(self.source, seed=4)
         for day in (1, 2, 3):
             churn.fill(20)
             taken, = self.take(day)
-            self.transfer()
+            self.transfer(to=to)
         tree = support.tree(self.snapshot_path(taken))
         for name in names(self.snapshots):
             support.delete(self.snapshot_path(name))
@@ -29,14 +29,17 @@ class Drills(remote.RemoteTestCase):
 
     def check(self, tree, *back_up):
         """The newest is back, and a backup taken now is incremental."""
+        self.check_it_goes_on(tree, *back_up)
+        newest = names(self.snapshots)[-1]
+        self.assertComplete(self.backup_path(newest), self.snapshot_path(newest))
+
+    def check_it_goes_on(self, tree, *back_up):
         self.assertTreesEqual(tree, self.source)
         self.assertEqual(["home"], names(self.source_disk.path))
         self.write("after", "x")
         known = self.remembered()
         result = self.run_remote("-p", "home", *back_up)
         self.assertIn("incrementally from " + self.name(3), result.stderr)
-        newest = names(self.snapshots)[-1]
-        self.assertComplete(self.backup_path(newest), self.snapshot_path(newest))
         self.assertEqual(known, self.remembered())  # the restore called it as backups do
 
     def remembered(self):
@@ -58,6 +61,24 @@ class Drills(remote.RemoteTestCase):
         self.restore(self.remote_target, "--latest", "--in-place", self.remote_source)
         self.check(tree, self.remote_source, self.remote_target)
 
+    def test_stream_files_pushed_back(self):
+        raw = "raw://" + self.target
+        tree = self.lose_the_source(to=[raw])
+        self.restore(raw, "--latest", "--in-place", self.remote_source)
+        self.assertIn("raw+ssh://{}{}".format(os.uname().nodename, self.target), self.remembered())
+        self.check_it_goes_on(tree, self.remote_source, raw)
+
+    def test_a_dry_run_names_the_host_of_all_it_would_do(self):
+        self.take(1)
+        self.transfer()
+        make, _, place, delete, load = self.restore(
+            "--dry-run", self.target, "--latest", "--in-place", self.remote_source).stdout.splitlines()[1:]
+        self.assertIn("make the folder ssh://", make)
+        self.assertIn(" at {}, keep the old one as {}.old-DATE".format(*[self.remote_source.replace("root@", "")] * 2),
+                      place.replace("root@", ""))
+        self.assertIn("delete ssh://", delete)
+        self.assertIn("ssh://", load)
+
     def test_one_old_snapshot_into_a_folder_there(self):
         self.take(1, 2)
         self.transfer()
@@ -67,7 +88,9 @@ class Drills(remote.RemoteTestCase):
         there = self.server.endpoint(self.source_there + "/restored")
         result = self.restore(self.backup_path(first), there)
         self.assertIn("incrementally from " + second, result.stderr)
-        restored = os.path.join(self.source_disk.path, "restored", first)
+        into = os.path.join(self.source_disk.path, "restored")
+        self.assertEqual([first], os.listdir(into))
+        restored = os.path.join(into, first)
         self.assertTreesEqual(self.backup_path(first), restored)
         self.assertEqual(subvolume(self.backup_path(first)).received_uuid, subvolume(restored).received_uuid)
 

@@ -10,8 +10,7 @@ import unittest
 
 import remote
 import support
-from remote import wait_until
-from support import bulk, names, subvolume
+from support import bulk, names, subvolume, wait_until
 
 FAULTS = int(os.environ.get("TORTURE", 5))
 

@@ -7,19 +7,20 @@ import unittest
 from typing import List
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from support import BackupTestCase, names
-from test_names import InZone, utc
+import support
+from support import BackupTestCase, InZone, names, utc
 
 from btrfs_backup_ng import (
+    Arrival,
+    Known,
     Listing,
     Policy,
+    Seen,
     Span,
     Subvolume,
     UsageError,
-    format_policy,
-    parse_arguments,
+    destination_verdicts,
     parse_policy,
-    plan_destination_retention,
     plan_retention,
     plan_transfers,
 )
@@ -92,19 +93,14 @@ class Text(unittest.TestCase):
                      "3.5d", "3d all", "ALL", "\u0663d", "3d\0", "1234567d", "none"):
             for flag in ("--keep-snapshots", "--keep-backups"):
                 with self.subTest(text=text), self.assertRaises(UsageError) as caught:
-                    parse_arguments([flag, text, "/s"])
+                    support.task_of([flag, text, "/s"])
                 self.assertIn(flag, caught.exception.message)
 
-    def test_shown(self):
-        self.assertEqual("all", format_policy(Policy()))
-        self.assertEqual("all", format_policy(parse_policy("all").also_newest(3)))
-        self.assertEqual("the newest 3, 24 hours, 1 year", format_policy(parse_policy("24h 1y").also_newest(3)))
-
     def test_a_task_has_a_policy_for_each_side(self):
-        task = parse_arguments(["--keep-snapshots", "2d", "-N", "3", "--keep-backups", "all", "/s"])
+        task = support.task_of(["--keep-snapshots", "2d", "-N", "3", "--keep-backups", "all", "/s"])
         self.assertEqual(parse_policy("2d").also_newest(3), task.snapshot_policy)
         self.assertTrue(task.backup_policy.keeps_all)
-        self.assertTrue(parse_arguments(["/s"]).snapshot_policy.keeps_all)
+        self.assertTrue(support.task_of(["/s"]).snapshot_policy.keeps_all)
 
 
 class AYear(InZone):
@@ -250,7 +246,7 @@ class Reasons(InZone):
         self.assertEqual({
             "a": "newest of month 2025-12",
             "b": "locked for /b",
-            "c": "older than the newest 1, and not the newest of one of the last 1 hour, 2 days, 2 months",
+            "c": "older than the newest 1, and not the newest in any of the last 1 hour, 2 days, 2 months",
             "d": "newest of day 2026-01-09",
             "e": "among the newest 1; newest of hour 2026-01-10 12h, day 2026-01-10, month 2026-01",
             "Z": "its name is from the future",
@@ -273,14 +269,17 @@ class WhatIsNotSent(InZone):
             name = "home" + time.strftime("%Y%m%d-%H%M%S", time.localtime(moment))
             self.taken.append(Subvolume(name, "uuid " + name, otime=int(moment) * 10 ** 9))
 
+    def known(self):
+        return Known(self.taken, "home", now=self.now)
+
     def test_sent_is_what_stays(self):
         for policy in ("2d", "3w", "1m", "2d 2w 2m", "all"):
-            plan = plan_transfers(self.taken, Listing(), "home", parse_policy(policy), self.now)
+            plan = plan_transfers(self.known(), Seen(Listing(), parse_policy(policy)))
             sent = tuple(t.snapshot._replace(uuid="b", received_uuid=t.snapshot.uuid) for t in plan.transfers)
-            verdicts = plan_destination_retention(self.taken, Listing(sent), "home", parse_policy(policy), self.now)
+            verdicts = destination_verdicts(self.known(), Seen(Listing(sent), parse_policy(policy)))
             self.assertEqual([], [v for v in verdicts if not v.keep], policy)
             self.assertEqual(len(self.taken), len(sent) + len(plan.skipped))
-        plan = plan_transfers(self.taken, Listing(), "home", parse_policy("2d 3w"), self.now)
+        plan = plan_transfers(self.known(), Seen(Listing(), parse_policy("2d 3w")))
         self.assertEqual(["home20251228-120000", "home20260104-120000", "home20260109-120000", "home20260110-120000"],
                          [t.snapshot.name for t in plan.transfers])
 
@@ -293,15 +292,15 @@ class OnDisk(BackupTestCase):
         result = self.transfer("--keep-snapshots", "2d", "--keep-backups", "3w 2d", "-n", "1")
         self.assertEqual([self.name(day) for day in (14, 21, 22)], names(self.target))
         self.assertEqual([self.name(day) for day in (21, 22)], names(self.snapshots))
-        self.assertIn("not the newest of one of the last 2 days", result.stderr)
+        self.assertIn("not the newest in any of the last 2 days", result.stderr)
 
     def test_dry_run_says_what_and_why(self):
         self.take(1, 2, 3)
         self.transfer()
         result = self.transfer("--dry-run", "-v", "debug", "--keep-backups", "1w", "--keep-snapshots", "1m")
-        self.assertIn("  delete {}: not the newest of one of the last 1 week".format(self.name(2)), result.stdout)
+        self.assertIn("  delete {}: not the newest in any of the last 1 week".format(self.name(2)), result.stdout)
         self.assertIn("  keep {}: newest in common with the source".format(self.name(3)), result.stdout)
-        self.assertIn("  delete {}: not the newest of one of the last 1 month".format(self.name(1)), result.stdout)
+        self.assertIn("  delete {}: not the newest in any of the last 1 month".format(self.name(1)), result.stdout)
         self.assertEqual(3, len(names(self.target)))
         self.transfer("--keep-backups", "1w", "--keep-snapshots", "1m")
         self.assertBackedUp([self.name(3)])
@@ -316,6 +315,103 @@ class OnDisk(BackupTestCase):
         taken = self.take(1, 2)
         self.transfer("--keep-snapshots", "1x", status=2)
         self.assertEqual(taken, names(self.snapshots))
+
+
+class NamesThatAreChosen(unittest.TestCase):
+    """Whoever sends backups chooses their names, but neither when they come nor after which."""
+
+    POLICY = "24h 14d 8w 12m"
+
+    def setUp(self):
+        self.names, self.arrivals = {}, {}
+
+    def come(self, moment, named=None, mark=""):
+        """A backup that comes at a moment, named after another one."""
+        named = moment - 600 if named is None else named
+        name = "{:017.3f}{}".format(named, mark)
+        self.names[name], self.arrivals[name] = named, Arrival(moment, len(self.arrivals))
+
+    def kept(self, now, policy=POLICY, arrivals=True):
+        policy = policy if isinstance(policy, Policy) else parse_policy(policy)
+        return {v.name for v in plan_retention(self.names, policy, {}, now, self.arrivals if arrivals else None)
+                if v.keep}
+
+    def nightly(self, first=(2025, 1, 1), last=(2026, 1, 15)):
+        for moment in daily(first, last):
+            self.come(moment)
+        return max(self.names.values()) + 600
+
+    def test_ordinary_backups_are_kept_as_ever(self):
+        for step, policy in ((24 * HOUR, "14d 8w 12m"), (HOUR, self.POLICY), (24 * HOUR, Policy(5))):
+            self.setUp()
+            for number in range(400):
+                self.come(local(2025, 1, 1) + 1200 + number * step, local(2025, 1, 1) + 600 + number * step)
+            now = local(2025, 1, 1) + 400 * step
+            self.assertEqual(self.kept(now, policy, False), self.kept(now, policy))
+
+    def test_old_names_take_no_place(self):
+        """The last second of each past day."""
+        for policy in (self.POLICY, Policy(20)):
+            self.setUp()
+            now = self.nightly()
+            before = self.kept(now, policy)
+            for moment in daily((2025, 1, 1), (2026, 1, 14)):
+                self.come(now + HOUR, moment + 11.9 * HOUR, "fake")
+            self.assertLessEqual(before, self.kept(now + 2 * HOUR, policy))
+            if policy == self.POLICY:
+                self.assertFalse(before <= self.kept(now + 2 * HOUR, policy, False))
+
+    def test_time_that_has_passed_without_backups_is_not_theirs_to_fill(self):
+        last = self.nightly()
+        before = self.kept(last)
+        now = last + 60 * 24 * HOUR
+        for number in range(60 * 24):
+            self.come(now, last + number * HOUR, "fake")
+        lost = before - self.kept(now + 60)
+        self.assertLessEqual(len(lost), 4)  # as one backup that is made then: of each unit one period passes
+        self.assertLess(max((self.names[name] for name in lost), default=0.0), last - 10 * 24 * HOUR)
+        self.assertGreater(len(before - self.kept(now + 60, arrivals=False)), 12)
+
+    def test_a_folder_that_was_copied(self):
+        """All came on one day; then names between them."""
+        now = local(2026, 1, 20)
+        for number, moment in enumerate(daily((2025, 1, 1), (2026, 1, 15))):
+            self.come(now + number, moment)
+        before = self.kept(now + HOUR)
+        self.assertEqual(self.kept(now + HOUR, arrivals=False), before)
+        for moment in daily((2025, 1, 1), (2026, 1, 14)):
+            self.come(now + 72 * HOUR, moment + 11.9 * HOUR, "fake")
+        self.assertLessEqual(before, self.kept(now + 73 * HOUR))
+
+    def test_names_from_the_future_take_no_place(self):
+        now = self.nightly()
+        before = self.kept(now)
+        for number in range(100):
+            self.come(now, now + (2 + number) * 24 * HOUR, "fake")
+        self.assertLessEqual(before, self.kept(now + 24 * HOUR))
+
+    def test_after_one_from_the_future_the_others_are_in_order(self):
+        self.come(local(2024, 12, 31), local(2099, 1, 1))
+        self.nightly()
+        now = max(arrival.moment for arrival in self.arrivals.values())
+        before = self.kept(now)
+        for moment in daily((2025, 1, 1), (2026, 1, 14)):
+            self.come(now + HOUR, moment + 11.9 * HOUR, "fake")
+        self.assertLessEqual(before, self.kept(now + 2 * HOUR))
+
+    def test_nothing_goes_that_names_alone_would_keep(self):
+        """Whatever comes when: clocks that were wrong, what was copied, machines that were long away."""
+        chance = support.chance(self)
+        for _ in range(200):
+            self.setUp()
+            for number in range(chance.randrange(40)):
+                moment = local(2026, 1, 1) + chance.random() * 90 * 24 * HOUR
+                self.come(moment, moment + chance.choice([-600, 0, 1]) * chance.random() * 30 * 24 * HOUR, str(number))
+            now = local(2026, 1, 1) + chance.random() * 120 * 24 * HOUR
+            policy = parse_policy("3h 3d 2w 2m").also_newest(chance.randrange(3))
+            by_names, found = self.kept(now, policy, False), self.kept(now, policy)
+            self.assertLessEqual(by_names, found)
+            self.assertLessEqual(len(found - by_names), 2 * 10 + 2)
 
 
 if __name__ == "__main__":

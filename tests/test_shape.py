@@ -1,6 +1,7 @@
 """The shape of the program: one file that reads from top to bottom, on every Python since 3.6."""
 
 import ast
+import builtins
 import doctest
 import os
 import re
@@ -13,6 +14,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import btrfs_backup_ng
 
 PROGRAM = os.path.join(sys.path[0], "btrfs_backup_ng.py")
+TESTS = os.path.join(sys.path[0], "tests")
 LONGEST = 40  # lines of a function
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
@@ -121,6 +123,14 @@ def upward_pairs(source):
                     yield "{} (line {}) uses {} (line {})".format(node.name, node.lineno, name, defined[name])
 
 
+def programs_elsewhere(source):
+    """(title, names) of each section that is a program by itself as well, and what it takes from above."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "own_section":
+            title, *taken = map(ast.literal_eval, node.args)
+            yield title, taken
+
+
 def long_functions(source, most):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -152,6 +162,22 @@ class Program(unittest.TestCase):
     def test_a_definition_uses_only_what_stands_above(self):
         self.assertEqual([], list(upward_pairs(SOURCE)))
 
+    def test_what_runs_elsewhere_needs_nothing_more(self):
+        programs = list(programs_elsewhere(SOURCE))
+        self.assertGreater(len(programs), 0)
+        for title, taken in programs:
+            with self.subTest(section=title):
+                tree = ast.parse(btrfs_backup_ng.own_section(title, *taken))
+                used = set().union(*map(used_names, tree.body))
+                self.assertEqual(set(), used - stored_names(tree.body) - set(dir(builtins)))
+                self.assertEqual(set(), set(taken) - used)
+
+    def test_what_comes_to_another_host_is_read_by_old_pythons(self):
+        line = btrfs_backup_ng.stage_2()
+        self.assertLess(len(line), 6000)
+        if sys.version_info >= (3, 8):
+            ast.parse(ast.literal_eval(ast.parse(line).body[0].value), feature_version=(3, 4))  # novm
+
     def test_functions_can_be_taken_in_at_a_glance(self):
         self.assertEqual([], list(long_functions(SOURCE, LONGEST)))
 
@@ -171,6 +197,36 @@ class Program(unittest.TestCase):
         result = doctest.testmod(btrfs_backup_ng)
         self.assertGreater(result.attempted, 0)
         self.assertEqual(0, result.failed)
+
+
+class ThePageOfTheTests(unittest.TestCase):
+    """The head of tests/support.py maps what there is."""
+
+    PAGE = os.path.join(TESTS, "support.py")
+
+    @staticmethod
+    def head_of(path):
+        with open(path, encoding="utf-8") as file:
+            return ast.get_docstring(ast.parse(file.read()), clean=False)
+
+    def test_it_has_the_sections_of_the_program(self):
+        row = re.compile("^(?:    ([IVX]+) |        )([A-Z][A-Z ]*[A-Z])(?:  |$)", re.MULTILINE)
+        self.assertEqual([title for _, (title, _) in banners(SOURCE)],
+                         ["PART {} {}".format(part, title) if part else title
+                          for part, title in row.findall(self.head_of(self.PAGE))])
+
+    def test_it_has_every_test_file_and_module(self):
+        head = self.head_of(self.PAGE)
+        there = {name[:-3] for name in os.listdir(TESTS) if name.endswith(".py")}
+        self.assertEqual({name for name in there if name.startswith("test_")},
+                         set(re.findall(r"\btest_[a-z_]+\b(?!\()", head)))
+        self.assertLessEqual(set(re.findall("^    ([a-z]+) {5,}", head, re.MULTILINE)), there)
+
+    def test_no_test_file_is_imported(self):
+        for name in os.listdir(TESTS):
+            if name.endswith(".py"):
+                with self.subTest(name), open(os.path.join(TESTS, name), encoding="utf-8") as file:
+                    self.assertEqual([], re.findall(r"^\s*(?:import|from) test_\w+", file.read(), re.MULTILINE))
 
 
 class TheChecksSee(unittest.TestCase):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 import unittest
 from typing import Any, Dict, List
 from unittest import mock
@@ -37,6 +38,7 @@ from btrfs_backup_ng import (
     SwapNotes,
     add_locks,
     bound_changes,
+    clear_idle,
     clear_locks,
     folder_mutex,
     format_locks,
@@ -56,14 +58,15 @@ from btrfs_backup_ng import (
     read_state_file,
     read_swap_notes,
     record_name,
-    remove_idle_lock,
     replace_file,
     run_lock,
     run_lock_name,
+    try_run_lock,
     write_swap_notes,
 )
 
 REPOSITORY = sys.path[0]
+NOTHING: Any = {}  # where there is no file
 
 # As release 0.6.6 wrote it: the last transfer of two, of which the second had the first as parent.
 OLD_LOCKS = """\
@@ -401,8 +404,8 @@ class Formats(unittest.TestCase):
                             (".home.source", "whose the backups are"), (".source", "whose the backups are")):
             with self.subTest(name=name), self.assertRaises(BackupError) as caught:
                 parse_state("/folder/" + name, "{", json.loads)
-            self.assertEqual("/folder/{} is damaged or not ours, so nothing was changed".format(name),
-                             caught.exception.message)
+            self.assertEqual("/folder/{} is damaged or was not written by this program, so nothing was changed".format(
+                name), caught.exception.message)
             self.assertIn(words, caught.exception.hint)
         self.assertEqual({}, parse_state("/folder/.source", "{}", json.loads))
 
@@ -526,10 +529,18 @@ class Replacing(InFolder):
         self.assertEqual(["fsync", "rename", "fsync"], [call[0] for call in steps.method_calls])
 
     def test_reading(self):
-        self.assertEqual({}, read_state_file(self.folder, "state", str))
+        self.assertEqual({}, read_state_file(self.folder, "state", str, NOTHING))
         self.replace("caf\udce9")
         self.assertEqual(b"caf\xe9", self.content("state"))
-        self.assertEqual("caf\udce9", read_state_file(self.folder, "state", str))
+        self.assertEqual("caf\udce9", read_state_file(self.folder, "state", str, NOTHING))
+
+    def test_a_small_one_takes_little_memory(self):
+        with open(os.path.join(self.folder, "state"), "w") as file:
+            file.write("x" * 100000)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        self.assertEqual(100000, len(read_state_file(self.folder, "state", str, NOTHING)))
+        self.assertLess(tracemalloc.get_traced_memory()[1], 4 << 20)
 
 
 @contextlib.contextmanager
@@ -600,21 +611,22 @@ class Planted(InFolder):
     def test_in_the_place_of_a_state_file(self):
         for _ in self.each("state"):
             with self.assertRaises(BackupError) as caught:
-                read_state_file(self.folder, "state", parse_locks)
-            self.assertIn("cannot read {}: it is no plain file".format(self.path("state")), caught.exception.message)
+                read_state_file(self.folder, "state", parse_locks, NOTHING)
+            self.assertIn("cannot read {}: it is not a regular file".format(self.path("state")),
+                          caught.exception.message)
 
     def test_in_the_place_of_a_lock(self):
         for _ in self.each(".home.lock"):
             with self.assertRaises(BackupError) as caught:
-                run_lock(self.folder, "home", 0, print).__enter__()
-            self.assertIn("cannot write {}: it is no plain file".format(self.path(".home.lock")),
+                run_lock(self.folder, ".home.lock", 0, print).__enter__()
+            self.assertIn("cannot write {}: it is not a regular file".format(self.path(".home.lock")),
                           caught.exception.message)
         for _ in self.each(".h.partial.lock"):
             with self.assertRaises(BackupError) as caught:
                 PartialLock(self.folder, "h", "id")
-            self.assertIn("it is no plain file", caught.exception.message)
+            self.assertIn("it is not a regular file", caught.exception.message)
             with contextlib.suppress(OSError):
-                remove_idle_lock(self.folder, "h")
+                clear_idle(self.folder, "h")
 
     def test_in_the_place_of_a_record_or_sidecar(self):
         for _ in self.each(record_name("h")):
@@ -628,7 +640,7 @@ class Planted(InFolder):
         for _ in self.each(".place.restoring.json"):
             with self.assertRaises(BackupError) as caught:
                 read_swap_notes(self.path("place"))
-            self.assertIn("looked at by hand", caught.exception.hint)
+            self.assertIn("look by hand", caught.exception.hint)
 
     def test_a_record_or_notes_of_a_swap_that_another_made(self):
         replace_file(self.folder, record_name(self.RECORD.name), format_record(self.RECORD))
@@ -663,7 +675,7 @@ class Planted(InFolder):
         with open(self.path("state"), "wb") as file:
             file.truncate(1 << 40)
         with self.assertRaises(BackupError) as caught, within(5):
-            read_state_file(self.folder, "state", parse_locks)
+            read_state_file(self.folder, "state", parse_locks, NOTHING)
         self.assertIn("larger than", caught.exception.message)
 
     def test_no_empty_file_is_left_where_nothing_can_be_written(self):
@@ -688,9 +700,9 @@ class Planted(InFolder):
             return True
 
         with mock.patch("btrfs_backup_ng.try_flock", side_effect=replace):
-            remove_idle_lock(self.folder, "h")
+            clear_idle(self.folder, "h")
         self.assertEqual(b"new", self.content(".h.partial.lock"))
-        remove_idle_lock(self.folder, "h")
+        clear_idle(self.folder, "h")
         self.assertEqual([], os.listdir(self.folder))
 
 
@@ -747,7 +759,7 @@ class Mutex(InFolder):
 class RunLock(InFolder):
 
     def hold_in_child(self, prefix="home"):
-        child = self.child("with run_lock(folder, {!r}, 0, print):".format(prefix),
+        child = self.child("with run_lock(folder, {!r}, 0, print):".format(run_lock_name(prefix)),
                            "    print('held', flush=True)",
                            "    sys.stdin.read()")
         self.assertEqual("held\n", child.stdout.readline())
@@ -755,7 +767,7 @@ class RunLock(InFolder):
 
     def run_lock(self, prefix="home", wait=0.0):
         self.waits: List[str] = []
-        return run_lock(self.folder, prefix, wait, lambda: self.waits.append("waiting"))
+        return run_lock(self.folder, run_lock_name(prefix), wait, lambda: self.waits.append("waiting"))
 
     def test_the_second_run_is_refused_at_once(self):
         self.hold_in_child()
@@ -800,6 +812,23 @@ class RunLock(InFolder):
         with self.run_lock():
             pass
 
+    def test_one_that_was_removed_while_it_was_opened_is_none(self):
+        """Else two runs would hold a lock each: on the file that is gone, and on the one that is there."""
+        def remove_first(fd, token):
+            if trying.call_count == 1:
+                os.unlink(self.path(".home.lock"))
+            return try_run_lock(fd, token)
+
+        with mock.patch("btrfs_backup_ng.try_run_lock", side_effect=remove_first) as trying, self.run_lock():
+            self.assertEqual(2, trying.call_count)
+            self.assertRaises(Busy, self.run_lock().__enter__)
+
+    def test_its_file_stays_or_is_removed_while_it_is_held(self):
+        for lasting in (True, False):
+            with run_lock(self.folder, ".home.lock", 0, print, lasting=lasting):
+                self.assertRaises(Busy, self.run_lock().__enter__)
+            self.assertEqual(lasting, os.path.exists(self.path(".home.lock")))
+
     def test_changes_go_on_beside_a_run(self):
         """A run of one prefix holds its lock for hours; those of others change the state meanwhile."""
         self.hold_in_child()
@@ -815,7 +844,7 @@ class RunLock(InFolder):
 
     def test_a_folder_that_is_not_there(self):
         with self.assertRaises(BackupError) as caught:
-            run_lock(self.path("missing"), "home", 0, print).__enter__()
+            run_lock(self.path("missing"), ".home.lock", 0, print).__enter__()
         self.assertIn("missing", caught.exception.message)
 
 

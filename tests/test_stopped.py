@@ -49,7 +49,7 @@ class Stopped(support.BackupTestCase):
         self.assertIn(result.status, (0, 1), result.stderr)
         if result.status:
             self.begun_anew += 1
-            self.assertIn("began anew in the midst of its stream", result.stderr, "seed {}".format(SEED))
+            self.assertIn("started over in the middle of its stream", result.stderr, "seed {}".format(SEED))
         return result.status == 0
 
     def check(self, to, where, received):

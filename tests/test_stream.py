@@ -11,6 +11,7 @@ import tempfile
 import time
 import unittest
 from typing import Any
+from unittest import mock
 
 import support
 
@@ -578,7 +579,7 @@ class Capabilities(unittest.TestCase):
     def test_each_file_has_its_own(self):
         chance = support.chance(self)
         self.assertEqual([False, True, True, False],
-                         [program.keeps_capabilities(v) for v in ((3, 12), (4, 1), (5, 10, 1), (5, 11))])
+                         [program.leaks_capabilities(v) for v in ((3, 12), (4, 1), (5, 10, 1), (5, 11))])
         strangers = 0
         for _ in range(200):
             is_late, files = chance.random() < 0.7, {}
@@ -586,64 +587,9 @@ class Capabilities(unittest.TestCase):
                 files[b"f%d" % number] = chance.choice([b"", b"cap%d" % number])
             commands = [command for path, cap in files.items() for command in self.file(path, cap, is_late)]
             expected = {path: cap for path, cap in files.items() if cap}
-            self.assertEqual(expected, self.received(commands, program.Ground(keeps_capabilities=True)).found)
+            self.assertEqual(expected, self.received(commands, program.Ground(leaks_capabilities=True)).found)
             strangers += expected != self.received(commands, program.Ground()).found
         self.assertGreater(strangers, 50)
-
-
-class Lending(unittest.TestCase):
-    """Pages that a pipe's reader gets without a copy."""
-
-    def setUp(self):
-        self.read_end, self.write_end = program.make_pipe()
-        self.addCleanup(os.close, self.read_end)
-        self.addCleanup(os.close, self.write_end)
-        os.set_blocking(self.write_end, False)
-        self.memory = program.map_memory(1 << 20)
-        self.memory[:] = bytes(range(256)) * 4096
-
-    def write(self, piece):
-        return program.write_or_lend(self.write_end, piece)
-
-    def test_the_reader_sees_the_memory_itself(self):
-        self.assertEqual(100000, self.write(memoryview(self.memory)[10:100010]))
-        self.memory[10] = 99
-        self.assertEqual(bytes([99, 11, 12]), os.read(self.read_end, 3))
-
-    def test_what_was_lent_outlives_its_owner(self):
-        self.write(memoryview(self.memory)[:100000])
-        self.memory = None
-        others = [program.map_memory(1 << 20) for _ in range(4)]
-        for other in others:
-            other[:] = bytes(1 << 20)
-        self.assertEqual(bytes(range(256)), os.read(self.read_end, 100000)[:256])
-
-    def test_little_and_memory_of_others_is_copied(self):
-        for piece in (memoryview(self.memory)[:1000], memoryview(bytearray(b"x" * 100000))):
-            written = self.write(piece)
-            self.assertEqual(len(piece), written)
-            before = bytes(piece)
-            if not piece.readonly:
-                piece[0] = 0xAA
-            self.assertTrue(before == os.read(self.read_end, written))
-
-    def test_where_it_is_forbidden_it_is_copied(self):
-        fd = os.open(os.path.join(support.scratch_folder(), "no-pipe"), os.O_RDWR | os.O_CREAT)
-        self.addCleanup(os.close, fd)
-        self.assertEqual(100000, program.write_or_lend(fd, memoryview(self.memory)[:100000]))
-        self.assertTrue(bytes(self.memory[:100000]) == os.pread(fd, 200000, 0))
-
-    def test_a_pipe_that_is_full_or_has_no_reader(self):
-        while True:
-            try:
-                self.write(memoryview(self.memory))
-            except BlockingIOError:
-                break
-        read_end, write_end = program.make_pipe()
-        os.close(read_end)
-        self.addCleanup(os.close, write_end)
-        with self.assertRaises(BrokenPipeError):
-            program.write_or_lend(write_end, memoryview(self.memory))
 
 
 class FromMemory(program.Sender):
@@ -667,7 +613,7 @@ class FromMemory(program.Sender):
 
 
 class Behind(unittest.TestCase):
-    """A reader of lent pages that lags behind as far as it can."""
+    """A reader that lags behind as far as it can."""
 
     READER = """
 import sys, time
@@ -680,7 +626,7 @@ with open(sys.argv[1], "wb") as file:
         time.sleep(0.1)
 """
 
-    def test_nothing_changes_before_it_was_read(self):
+    def test_nothing_changes_before_it_was_written(self):
         """Not even what is late because the end of a chunk had torn its command."""
         size = 300000  # the reader here looks at no checksum and no attributes
         commands = [program.COMMAND_HEADER.pack(size, WRITE, 0) + struct.pack("<I", number) * (size // 4)
@@ -690,11 +636,53 @@ with open(sys.argv[1], "wb") as file:
             arrived, incoming = os.path.join(folder, "arrived"), IncomingStream(EXPECTED)
             argv = [sys.executable, "-c", self.READER, arrived]
             receiver = program.LocalReceiver(argv, incoming, program.Partial(folder, EXPECTED), False)
-            relayed = program.Relay(FromMemory(data), {"": receiver}, 60, lambda size, data: None).run()
+            relayed = program.Relay(FromMemory(data), {"": receiver}, 60).run()
             self.assertIn("left no", str(relayed.errors[""]))  # all went well up to there: this reader makes no backup
             expected = IncomingStream(EXPECTED)
             with open(arrived, "rb") as file:
                 self.assertTrue(file.read() == b"".join(expected.edit(data)) + expected.closing)
+
+
+class Taker(program.Receiver):
+    """A receiver that takes everything at once. breaks: when it has all of it, as if its connection were lost."""
+
+    pending = 0
+
+    def __init__(self, breaks):
+        self.breaks, self.data = breaks, b""
+
+    def offer(self, chunk):
+        self.data += chunk
+
+    def pump(self):
+        return 0
+
+    def check_alive(self):
+        pass
+
+    def close_pipe(self):
+        if self.breaks:
+            raise program.ReceiverFailed("it broke", transient=True)
+
+    def finish(self, timeout):
+        if self.breaks:
+            raise program.ReceiverFailed("finished although it broke")
+        return self.data
+
+    def end(self):
+        pass
+
+
+class ThatBreaksAtTheEnd(unittest.TestCase):
+
+    def test_it_is_opened_again_and_not_finished(self):
+        data = bytes(range(256)) * 4096
+        manner = program.Manner(reopen=lambda key, error, position: (0.3, lambda: Taker(breaks=False)))
+        relayed = program.Relay(FromMemory(data), {"": Taker(breaks=True)}, 60, manner).run()
+        self.assertEqual({}, relayed.errors)
+        taken: Any = relayed.backups[""]
+        self.assertTrue(taken == data)
+        self.assertEqual(len(data), relayed.figures[""].again)
 
 
 class Contents(unittest.TestCase):
@@ -828,6 +816,15 @@ class RealStreams(support.TestCase):
             self.assertEqual((1, b""), (called.returncode, called.stdout))
             self.assertRegex(called.stderr, b"^ERROR: cannot send " + os.fsencode(path) + b": " + words)
 
+    def test_without_its_own_text_the_program_sends(self):
+        path = self.take(1)
+        for source in (b"", b"# SEND CALL: of another program"):
+            with mock.patch.object(program, "own_source", lambda source=source: source):
+                sender = program.start_sender(path, None, SendOptions())
+            sender.stage.wait(10)
+            self.assertIn("'send'", str(sender.stage.process.args))
+            sender.end()
+
     def expected(self, path, parent):
         top, of = os.stat(path), support.subvolume(path)
         return ExpectedStream(os.path.basename(path), of.uuid, parent and support.subvolume(parent).uuid,
@@ -920,8 +917,6 @@ class ReadingAhead(support.TestCase):
     def setUp(self):
         self.folder = self.disk().path
         self.top = support.create(os.path.join(self.folder, "home"))
-        self.script = {}
-        exec(program.SEND_SCRIPT.rpartition("\ntry:\n")[0], self.script)
 
     def write(self, name, size):
         with open(os.path.join(self.top, name), "wb") as file:
@@ -932,11 +927,11 @@ class ReadingAhead(support.TestCase):
         return support.snapshot(self.top, os.path.join(self.folder, "home-{}".format(number)))
 
     def extents(self, path, since):
-        """Name, offset, bytes and is_compressed of each extent that the script finds."""
+        """Name, offset, bytes and is_compressed of each extent that is found."""
         fd = os.open(path, os.O_RDONLY)
         self.addCleanup(os.close, fd)
-        return [(os.fsdecode(self.script["path_of"](fd, inode)), offset, length, is_compressed)
-                for inode, offset, length, _, _, is_compressed in self.script["extents"](fd, since)]
+        return [(os.fsdecode(program.path_of_inode(fd, inode)), offset, length, is_compressed)
+                for inode, offset, length, _, _, is_compressed in program.extents_since(fd, since)]
 
     @staticmethod
     def resident(path):
@@ -986,7 +981,7 @@ class ReadingAhead(support.TestCase):
         whole = self.extents(after, 0)
         self.assertEqual({"renamed", "grown", "small", "in/deep/new", "tiny", "copy"}, {row[0] for row in whole})
         self.assertEqual(100000, sum(row[2] for row in whole if row[0] == "renamed"))
-        subvolid, generation = self.script["about"](before)
+        subvolid, generation = program.id_and_generation(before)
         self.assertEqual(program.read_subvolume(before, before).subvolid, subvolid)
         self.assertEqual([("grown", 200704, 5000, False), ("in/deep/new", 0, 12345, False), ("tiny", 0, 100, False)],
                          sorted(self.extents(after, generation + 1)))
@@ -1012,23 +1007,48 @@ class ReadingAhead(support.TestCase):
             sender.wait()
         self.assertTrue(stream == RealStreams.send(path, None))
 
+    def test_it_knows_where_the_sender_is(self):
+        """From bytes and commands of the stream; else it would be too far from it before long."""
+        for number in range(300):
+            folder = os.path.join(self.top, "a folder with a long name", str(number // 100))
+            os.makedirs(folder, exist_ok=True)
+            self.write(os.path.join(folder, "file number {}".format(number)), 3000 + number * 100)
+        for number in range(3):
+            self.write(str(number), 4 << 20)
+        path = self.take(1)
+        stream = RealStreams.send(path, None)
+        commands, at = 0, len(HEADER)
+        while at < len(stream):
+            at += 10 + struct.unpack_from("<I", stream, at)[0]
+            commands += 1
+        fd = os.open(path, os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        sender, data = program.CallingThread(), 0
+        for path, _, size, _ in program.pieces_to_send(fd, 0, False):
+            sender.expect(path, size)
+            data += size
+        with mock.patch.object(sender, "counts", lambda: (len(stream), commands, 0)):
+            sender.follow()
+        self.assertLess(abs(sender.place - data), data // 2000)
+
     def test_it_leaves_off_where_the_sender_reads_by_itself(self):
         for number in range(self.FILES):
             self.write("file{:02}".format(number), self.SIZE)
         path = self.take(1)
 
-        class Alone:
-            """A sender that finds nothing in memory."""
+        class Alone(program.CallingThread):
+            """It finds nothing in memory."""
 
-            place = own = 0
+            looks = -1
 
-            def look(self, _):
-                self.place = self.own = self.own + (1 << 20)
+            def counts(self):
+                self.looks += 1
+                return self.looks * program.AHEAD, 0, self.looks * (program.AHEAD + program.PIECE)
 
-        self.script["Sender"] = Alone
         fd = os.open(path, os.O_RDONLY)
         self.addCleanup(os.close, fd)
-        self.script["read_ahead"](fd, 0, False)
+        with mock.patch.object(program, "CallingThread", Alone):
+            program.read_ahead(fd, 0, False)
         self.wait_for(lambda files: files == list(range(17)), path)
 
 

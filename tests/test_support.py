@@ -141,6 +141,8 @@ class NothingStaysBehind(support.TestCase):
 class TheRunner(support.TestCase):
     """tests/run.py itself, with its processes, on signals."""
 
+    usual_seconds = 7
+
     def start(self, *words, wrapper=()):
         argv = (sys.executable, os.path.join(support.HERE, "run.py"))
         running = support.Running(*words, program=argv, wrapper=wrapper)
@@ -238,6 +240,19 @@ class TheRunnersCount(unittest.TestCase):
                  "        subprocess.Popen(['sleep', '600'])\n        os.kill(os.getpid(), 9)\n")
         found = self.report(suite + self.passing(2), "--jobs", "2")
         self.assertEqual((1, "2 passed, 1 failed"), (found["status"], found[""]))
+
+    def test_a_name_that_no_test_has(self):
+        """Nobody who asks for several tests is told of a success where one of them is not there any more."""
+        for words in (("Passes0", "Passes9"), ("--jobs", "2", "Passes0", "Passes9")):
+            with self.subTest(words=words):
+                found = self.report(self.passing(3), *words)
+                self.assertEqual((1, "1 passed, 1 failed"), (found["status"], found[""]))
+                self.assertIn("==== Passes9\nno test is called so", self.result.stdout)
+
+    def test_a_class_of_a_file_that_cannot_be_imported(self):
+        found = self.report(self.passing(1) + "import no_such_module\n", "test_it.Passes0")
+        self.assertEqual((1, "0 passed, 1 failed"), (found["status"], found[""]))
+        self.assertIn("no_such_module", self.result.stdout)
 
     def test_what_a_test_begins_does_not_eat_the_list(self):
         suite = "class A(TestCase):\n    def test(self): subprocess.check_call(['cat'])\n"

@@ -2,13 +2,13 @@
 
 import json
 import os
+import shutil
 import sys
 import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import remote
 import support
-import test_restricted
 from support import create, names, snapshot, subvolume
 
 from btrfs_backup_ng import (
@@ -68,7 +68,7 @@ class Claims(support.TestCase):
         self.assertEqual([], os.listdir(self.folder))
 
 
-class TwoSources(support.BackupTestCase):
+class TwoSourcesTestCase(support.BackupTestCase):
     """Whose snapshots are named after a second source as those of the first are."""
 
     target_size = "256M"
@@ -77,6 +77,12 @@ class TwoSources(support.BackupTestCase):
     def setUp(self):
         super().setUp()
         self.other = create(os.path.join(self.source_disk.path, "srv"))
+        self.other_snapshots = os.path.join(self.other, ".btrfs-backup-ng", "snapshots")
+        os.makedirs(self.other_snapshots)
+
+    def put_elsewhere(self):
+        """The second source lies on another disk, so that nobody can know that it is not the first."""
+        self.other = create(os.path.join(self.disk("256M").path, "srv"))
         self.other_snapshots = os.path.join(self.other, ".btrfs-backup-ng", "snapshots")
         os.makedirs(self.other_snapshots)
 
@@ -91,8 +97,11 @@ class TwoSources(support.BackupTestCase):
         before = support.listing(self.target), names(self.other_snapshots)
         for more in ((), ("--dry-run",)):
             result = self.run_other(*list(options) + list(more), to=to, status=1)
-            self.assertErrorSays(result, "another source", "-p", "--same-source")
+            self.assertErrorSays(result, "another source", "-p")
             self.assertEqual(before, (support.listing(self.target), names(self.other_snapshots)))
+
+
+class TwoSources(TwoSourcesTestCase):
 
     def test_the_second_is_refused(self):
         self.take(1)
@@ -136,6 +145,7 @@ class TwoSources(support.BackupTestCase):
 
     def test_of_two_that_shared_a_folder_before_there_were_notes_the_second_is_refused(self):
         note = os.path.join(self.target, ".home.source")
+        self.put_elsewhere()
         self.take(1)
         self.transfer()
         os.unlink(note)
@@ -207,13 +217,42 @@ class TwoSources(support.BackupTestCase):
         self.assertRefused("-S")
 
     def test_a_rebuilt_machine_says_that_it_is_the_same(self):
+        self.put_elsewhere()
         self.take(1)
         self.transfer()
         self.take_other(2)
-        self.run_other("-S", "--same-source", "-n", "1")
-        self.assertEqual([self.name(2)], names(self.target))
+        self.assertErrorSays(self.run_other("-S", status=1), "another source", "--same-source")
+        for more in (("--dry-run",), ()):
+            result = self.run_other("-S", "--same-source", "-n", "1", *more)
+            self.assertIn("taken over, so nothing is deleted there in this run", result.stderr)
+            self.assertNotIn("delete", result.stdout)
+        self.assertEqual([self.name(1), self.name(2)], names(self.target))
         self.take_other(3)
-        self.run_other("-S")  # from then on it is known
+        self.run_other("-S", "-n", "1")  # from then on it is known
+        self.assertEqual([self.name(3)], names(self.target))
+
+    def test_one_that_lies_beside_the_first_is_not_the_same(self):
+        self.take(1)
+        self.transfer()
+        self.assertRefused("--same-source", "-n", "1")
+        result = self.run_other("-S", status=1)
+        self.assertErrorSays(result, "to another source, which is on this source's filesystem: home", "-p")
+        self.assertNotIn("--same-source", result.stderr)
+        support.delete(self.snapshot_path(self.name(1)))
+        support.delete(self.source)
+        self.take_other(2)
+        self.run_other("-S", "--same-source")
+        self.assertEqual([self.name(1), self.name(2)], names(self.target))
+
+    def test_a_snapshot_that_has_taken_the_place_of_the_first_may_be_the_same(self):
+        self.take(1)
+        self.transfer()
+        snapshot(self.source, os.path.join(self.source_disk.path, "rolled"), readonly=False)
+        self.other = os.path.join(self.source_disk.path, "rolled")
+        shutil.rmtree(os.path.join(self.other, ".btrfs-backup-ng"))
+        self.assertErrorSays(self.run_other(status=1), "another source", "--same-source")
+        self.run_other("--same-source", "-n", "1")
+        self.assertIn(self.name(1), names(self.target))
 
     def test_a_broken_first_transfer_is_no_other(self):
         self.write("large", "x" * (8 << 20))
@@ -314,6 +353,14 @@ def open_text(path):
         return file.read()
 
 
+class InOthersReach(TwoSourcesTestCase):
+    """Where others may enter the folder, a first piece is seen by its record alone."""
+
+    target_mode = 0o755
+
+    test_a_broken_first_transfer_is_no_other = TwoSources.test_a_broken_first_transfer_is_no_other
+
+
 class OverSsh(remote.RemoteTestCase):
     """The folder, or the sources, are on another host."""
 
@@ -327,7 +374,7 @@ class OverSsh(remote.RemoteTestCase):
         before = support.listing(self.target)
         for more in ((), ("--dry-run",)):
             result = self.run_remote("-p", "home", "-n", "1", *list(more) + [self.other, self.remote_target], status=1)
-            self.assertErrorSays(result, "another source", "--same-source")
+            self.assertErrorSays(result, "another source", "-p")
         self.assertEqual(before, support.listing(self.target))
         self.assertEqual([], names(os.path.join(self.other, ".btrfs-backup-ng", "snapshots")))
         self.take(2)
@@ -341,7 +388,7 @@ class OverSsh(remote.RemoteTestCase):
         self.take(1)
         self.push("-S", to=["raw+" + self.remote_target])
         result = self.run_remote("-p", "home", "-n", "1", self.other, "raw+" + self.remote_target, status=1)
-        self.assertErrorSays(result, "another source", "--same-source")
+        self.assertErrorSays(result, "another source", "-p")
         self.take(2)
         self.push("-S", to=["raw+" + self.remote_target])
 
@@ -349,7 +396,7 @@ class OverSsh(remote.RemoteTestCase):
         self.take(1)
         self.pull("-S")
         result = self.run_remote("-p", "home", self.server.endpoint(self.source_there + "/srv"), self.target, status=1)
-        self.assertErrorSays(result, "another source", "--same-source")
+        self.assertErrorSays(result, "another source", "-p")
         self.take(2)
         self.pull("-S", "-n", "1")
         self.assertEqual([self.name(2)], names(self.target))
@@ -364,13 +411,13 @@ class WithoutPython(remote.RemoteTestCase):
         self.take(1)
         self.push("-S")
         result = self.run_remote("-p", "home", "-n", "1", other, self.remote_target, status=1)
-        self.assertErrorSays(result, "another source", "--same-source")
+        self.assertErrorSays(result, "another source", "-p")
         self.take(2)
         self.push("-S")
         self.assertBackedUp([self.name(1), self.name(2)])
 
 
-class Restricted(test_restricted.RestrictedTestCase):
+class Restricted(remote.RestrictedTestCase):
     """A key that may only receive and list."""
 
     def setUp(self):

@@ -1,6 +1,8 @@
 """Verifying: what differs in a backup is found and named, whatever its identity claims; what is equal passes."""
 
 import fcntl
+import itertools
+import json
 import os
 import shutil
 import struct
@@ -11,17 +13,30 @@ import remote
 import support
 from support import bulk, create, names, snapshot, subvolume
 
+import btrfs_backup_ng as program
 from btrfs_backup_ng import (
     DIGEST_BLOCK,
-    DIGEST_RUN,
     SMALL_FILE,
+    STRETCH_SIZE,
     TreeReader,
     differing_aspects,
     differing_folders,
 )
 
 
+class Repeating(program.Host):
+    """Tells the same folders whatever it is asked for."""
+
+    def folder_digests(self, folder, name, after):
+        return [("/{:05}".format(number), "0") for number in range(program.PAGE_OF_DIGESTS)]
+
+
 class Pure(unittest.TestCase):
+
+    def test_folders_that_go_in_circles(self):
+        folders = program.TreeAt(Repeating(), "", "", "ssh://nas/b").folders()
+        with self.assertRaisesRegex(program.BackupError, "ssh://nas/b tells of folders out of their order"):
+            list(itertools.islice(folders, 3 * program.PAGE_OF_DIGESTS))
 
     def folders(self, one, other):
         return list(differing_folders(iter(one), iter(other)))
@@ -79,7 +94,7 @@ class Digests(support.TestCase):
     def test_sizes_around_the_limits(self):
         seen = set()
         for size in (0, 1, SMALL_FILE - 1, SMALL_FILE, SMALL_FILE + 1, DIGEST_BLOCK - 1, DIGEST_BLOCK, DIGEST_BLOCK + 1,
-                     DIGEST_RUN - 1, DIGEST_RUN, DIGEST_RUN + 1, 3 * DIGEST_RUN + 5):
+                     STRETCH_SIZE - 1, STRETCH_SIZE, STRETCH_SIZE + 1, 3 * STRETCH_SIZE + 5):
             self.write("file", (0, os.urandom(1024) * (size // 1024 + 1)))
             os.truncate(self.path("file"), size)
             os.utime(self.path("file"), ns=(1, 1))
@@ -103,8 +118,8 @@ class Digests(support.TestCase):
         self.assertEqual(1 + 2 + 4 * 10, len(seen))
 
     def test_holes_are_zeros(self):
-        size, data = 4 * DIGEST_RUN + 12345, b"x" * 5000
-        for at in (0, DIGEST_BLOCK - 100, 2 * DIGEST_RUN + 7 * DIGEST_BLOCK, size - 5000):
+        size, data = 4 * STRETCH_SIZE + 12345, b"x" * 5000
+        for at in (0, DIGEST_BLOCK - 100, 2 * STRETCH_SIZE + 7 * DIGEST_BLOCK, size - 5000):
             self.write("file", (at, data))
             os.truncate(self.path("file"), size)
             os.utime(self.path("file"), ns=(1, 1))
@@ -315,12 +330,27 @@ class Results(VerifyTestCase):
         self.assertErrorSays(self.verify("--name", "nothing", status=1), "nothing to compare")
         self.assertErrorSays(self.verify("-p", "root", status=1), "nothing to compare")
 
+    def test_a_newer_one_that_is_none_is_no_success(self):
+        first, second = self.take(1, 2)
+        self.transfer()
+        path = self.backup_path(second)
+        support.command("btrfs", "property", "set", "-f", path, "ro", "false")
+        with open(os.path.join(path, "day2"), "w") as file:
+            file.write("spoilt")
+        for state, says in (("false", "writable, so it is not a complete backup"), ("true", "it is another subvolume")):
+            support.command("btrfs", "property", "set", "-f", path, "ro", state)
+            result = self.verify("--latest", status=1)
+            self.assertRegex(result.stdout, first + ".*  equal")
+            self.assertRegex(result.stdout, second + ".*" + says)
+        support.delete(path)
+        self.assertNotIn(second, self.verify("--latest").stdout)
+
     def test_nothing_to_compare_is_no_success(self):
         self.take(1)
         result = self.verify(status=1)
         self.assertErrorSays(result, "nothing to compare")
         self.assertErrorSays(self.verify("--quick", status=1), "nothing to compare")
-        for arguments in ((), (self.source,), (self.source, "shell://cat"), (self.source, self.target, "--json")):
+        for arguments in ((), (self.source,), (self.source, "shell://cat"), (self.source, self.target, "--dry-run")):
             self.run_program("verify", *arguments, status=2)
 
     def test_what_only_has_the_name(self):
@@ -400,7 +430,7 @@ class Results(VerifyTestCase):
         self.assertUnchanged(before, self.source, self.target)
 
     def test_interrupted(self):
-        bulk(os.path.join(self.source, "large"), 400)
+        bulk(os.path.join(self.source, "large"), 160)
         self.take(1)
         self.transfer()
         running = self.start("verify", "-v", "debug", self.source, self.target)
@@ -409,6 +439,28 @@ class Results(VerifyTestCase):
         result = running.finish(10)
         self.assertIn(result.status, (143, 0))
         self.assertNotIn("Traceback", result.stderr)
+
+    def test_json(self):
+        first, second = self.take(1, 2)
+        self.transfer()
+        self.forge(second, lambda path: os.unlink(os.path.join(path, "day1")))
+        result = self.verify("--json", status=1)
+        good, bad = json.loads(result.stdout)["results"]
+        self.assertEqual((first, self.target, "equal", [], False), tuple(
+            good[key] for key in ("name", "endpoint", "result", "differences", "fault")))
+        self.assertEqual((second, "different", True), (bad["name"], bad["result"], bad["fault"]))
+        self.assertIn("day1", bad["differences"][0])
+        self.assertErrorSays(result, "day1")
+
+    def test_json_without_a_source(self):
+        """That nothing could be looked at is a result, too."""
+        for source in ("/no/such", self.source):  # the latter has no snapshots
+            result = self.run_program("verify", "--json", source, self.target, status=1)
+            (one,) = json.loads(result.stdout)["results"]
+            self.assertEqual(("", "not checked", True), (one["name"], one["result"], one["fault"]))
+        result = self.run_program("verify", "--json", "/no/such", self.target, status=1)
+        self.assertEqual("/no/such", json.loads(result.stdout)["results"][0]["endpoint"])
+        self.assertErrorSays(result, "no such source")
 
 
 class Remote(remote.RemoteTestCase):

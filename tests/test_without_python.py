@@ -1,11 +1,16 @@
 """Remote hosts without a Python that can run the program: plain commands over ssh do the main job."""
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import unittest
+import uuid
 from typing import Any
 
+import fakes
 import pythons
 import remote
 import support
@@ -15,10 +20,35 @@ sys.path.insert(0, os.path.dirname(support.HERE))
 import btrfs_backup_ng as program
 
 
-class WithoutPython(remote.RemoteTestCase):
-    """Plain commands do the main job, and the run says what is lost."""
+class PlainTestCase(remote.RemoteTestCase):
+    """No Python there."""
 
     sshd_options = {"hide": ("python*",)}
+
+    def plain_host(self):
+        endpoint = program.parse_endpoint(self.server.endpoint(self.source_there))
+        events = program.Events()
+        options = program.SshOptions(tuple(remote.ssh_options()), False)
+        connector = program.SshConnector(endpoint, options, events)
+        self.addCleanup(connector.end)
+        host: Any = program.PlainHost(connector, events)
+        self.addCleanup(host.end)
+        return host
+
+    def at_each(self, words, script):
+        """Has a script run there before each `btrfs` with these first words."""
+        self.there_is("btrfs", 'case "$1 $2" in "{}") ({});; esac\nexec REAL "$@"\n'.format(words, script))
+
+    def there_is(self, name, text):
+        """Has a script be the program of that name there."""
+        folder = fakes.folder_with(name, text)
+        self.server.stop()
+        self.server.environment["PATH"] = folder + ":/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+        self.server.start()
+
+
+class WithoutPython(PlainTestCase):
+    """Plain commands do the main job, and the run says what is lost."""
 
     def check(self):
         self.take(1)
@@ -34,30 +64,46 @@ class WithoutPython(remote.RemoteTestCase):
     def test_push(self):
         self.check()
 
+    def test_files_are_not_looked_for_there(self):
+        one, two = self.take(1, 2)
+        self.push("-S")
+        result = self.run_remote("history", os.path.join(self.source, "day1"), status=1)
+        self.assertIn("now; {} and {} here, ".format(one, two), result.stdout)
+        self.assertErrorSays(result, self.remote_target, "has no Python 3.6")
+        result = self.run_remote("history", self.remote_source + "/day1", status=1)
+        self.assertErrorSays(result, "cannot be looked for there", "Python 3.6")
+        result = self.run_remote("diff", self.remote_target + "/" + one, self.remote_target + "/" + two, status=1)
+        self.assertErrorSays(result, "has no Python 3.6")
+
     def test_old_python(self):
         """python3 is in truth a Python 2."""
-        folder = os.path.join(remote.folder_for_keys(), "python2")
-        os.makedirs(folder, exist_ok=True)
         found = dict(pythons.all_pythons()).get((2, 7))
-        if found:
-            with open(os.path.join(folder, "python3"), "w") as script:
-                script.write('#!/bin/sh\nexec %s "$@"\n' % found)
-        else:
-            with open(os.path.join(folder, "python3"), "w") as script:
-                script.write('#!/bin/sh\necho "SyntaxError: invalid syntax" >&2\nexit 1\n')
-        os.chmod(os.path.join(folder, "python3"), 0o755)
-        self.server.stop()
-        self.server.environment["PATH"] = folder + ":/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
-        self.server.start()
+        self.there_is("python3", 'exec %s "$@"\n' % found if found else fakes.fails("Unknown option: -I"))
         self.check()
 
-    def test_busybox(self):
-        """All tools but btrfs are busybox's."""
-        busybox = remote.login_shell("busybox")
-        folder = os.path.join(remote.folder_for_keys(), "busybox tools")
-        os.makedirs(folder, exist_ok=True)
-        support.command(os.path.realpath(busybox), "--install", "-s", folder)
+    def busybox_tools(self):
+        """A folder in which all tools but btrfs are busybox's."""
+        folder = tempfile.mkdtemp(prefix="busybox tools", dir=remote.folder_for_keys())
+        os.chmod(folder, 0o755)
+        support.command(os.path.realpath(remote.login_shell("busybox")), "--install", "-s", folder)
         os.symlink(remote.find_program("btrfs"), os.path.join(folder, "btrfs"))
+        return folder
+
+    def test_slashes_too_many(self):
+        """bash keeps two at the beginning, busybox goes up from them to themselves."""
+        place, limit = program.LocalHost(program.Events()).look(self.target), remote.find_program("timeout")
+        os.symlink("/" + self.target, os.path.join(self.target_disk.path, "link"))
+        for shell, tools in (("sh", os.environ["PATH"]), ("bash", os.environ["PATH"]), ("sh", self.busybox_tools())):
+            for path in ("/" + self.target, self.target + "/", os.path.join(self.target_disk.path, "link//")):
+                with self.subTest(path, shell=shell, tools=tools):
+                    script = program.shell_command(program.PLAIN_LOOK, (path,)).replace("sh", shell, 1)
+                    done = subprocess.run([limit, "20", "/bin/sh", "-c", script], env={"PATH": tools},
+                                          stdout=subprocess.PIPE, check=True)
+                    found = program.parse_plain_look(os.fsdecode(done.stdout))
+                    self.assertEqual((place.path, place.filesystem), (found.path, found.filesystem))
+
+    def test_busybox(self):
+        busybox, folder = remote.login_shell("busybox"), self.busybox_tools()
         account = self.user(shell=busybox)
         self.server.stop()
         self.server.environment["PATH"] = folder
@@ -74,11 +120,22 @@ class WithoutPython(remote.RemoteTestCase):
         self.assertBackedUp([self.name(1), self.name(2)])
         self.assertNothingLeft(self.server)
 
+    def test_a_restore_from_there(self):
+        self.take(1)
+        self.push("-S")
+        folder = os.path.join(self.source_disk.path, "restored")
+        os.mkdir(folder)
+        words = ["restore"] + self.program_options() + [self.remote_target, "--latest", folder]
+        planned = self.run_program(*words + ["--dry-run"])
+        self.assertRegex(planned.stdout, "restore {} in full to {}, about [0-9]+ ".format(self.name(1), folder))
+        self.assertEqual([], support.names(folder))
+        self.run_program(*words)
+        self.assertTreesEqual(self.snapshot_path(self.name(1)), os.path.join(folder, self.name(1)))
 
-class AnyShellAndPath(remote.RemoteTestCase):
+
+class AnyShellAndPath(PlainTestCase):
     """Whatever the login shell, as a user with sudo."""
 
-    sshd_options = {"hide": ("python*",)}
     SHELLS = ("sh", "dash", "bash", "zsh", "fish", "tcsh", "busybox", "rbash")
     # What one of them takes for something else: doubled backslashes, an exclamation mark, a brace, a caret.
     FOLDER = "a \\\\ b\\'c\\ \"d\" $HOME `id` !! {a,b} ^ ~ % \udce9 \u00e9 *?[x] #;&|<>()-"
@@ -134,9 +191,8 @@ class AnyShellAndPath(remote.RemoteTestCase):
         self.assertNothingLeft(self.server)
 
 
-class WhatGoesWrong(remote.RemoteTestCase):
-
-    sshd_options = {"hide": ("python*",)}
+class UnderWay(PlainTestCase):
+    """What happens while much is sent."""
 
     def setUp(self):
         super().setUp()
@@ -158,7 +214,7 @@ class WhatGoesWrong(remote.RemoteTestCase):
         result = running.finish(120)
         self.assertIn(result.status, statuses, result.stderr)
         self.assertNotIn("Traceback", result.stderr)
-        self.assertTrue(remote.wait_until(lambda: not running.processes()), running.processes())
+        self.assertTrue(support.wait_until(lambda: not running.processes()), running.processes())
         self.assertNothingLeft(self.server)
         self.push("-S")
         self.assertBackedUp([self.name(1), self.name(2)])
@@ -187,6 +243,41 @@ class WhatGoesWrong(remote.RemoteTestCase):
                 for name in support.names(self.target):
                     support.delete(self.backup_path(name))
 
+    def test_the_program_is_killed(self):
+        running = self.under_way(self.start_push())
+        os.kill(running.pid, signal.SIGKILL)
+        self.check_end(running, (-signal.SIGKILL,))
+
+    def test_the_program_is_interrupted(self):
+        running = self.under_way(self.start_push())
+        os.kill(running.pid, signal.SIGTERM)
+        self.check_end(running, (143,))
+
+    def test_the_source_there_is_killed(self):
+        running = self.start(*self.program_options() + ["--retries", "0", "-S", "-p", "home", self.remote_source,
+                                                       self.target])
+        os.kill(running.wait_for("send", lambda: running.find("send")), signal.SIGKILL)
+        result = running.finish(120)
+        self.assertEqual(1, result.status, result.stderr)
+        self.assertNothingLeft(self.server)
+        self.pull("-S")
+        self.assertBackedUp([self.name(1), self.name(2)])
+
+    def test_a_full_disk(self):
+        filler = os.path.join(self.target_disk.path, "filler")
+        with open(filler, "wb") as file:
+            space = os.statvfs(self.target_disk.path)
+            os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_frsize - (40 << 20))
+        result = self.push("-S", "--retries", "0", status=1)
+        self.assertErrorSays(result, "space", "127.0.0.1:%d" % self.server.port)
+        os.unlink(filler)
+        self.push("-S")
+        self.assertBackedUp([self.name(1), self.name(2)])
+
+
+class Calls(PlainTestCase):
+    """The calls of a host without Python, each by itself."""
+
     def test_state_there_is_replaced_by_the_whole_text_or_not_at_all(self):
         host = self.plain_host()
         folder, lock_file = self.source_there, os.path.join(self.source_disk.path, ".outstanding_transfers")
@@ -208,7 +299,7 @@ class WhatGoesWrong(remote.RemoteTestCase):
         host, victim = self.plain_host(), os.path.join(self.source_disk.path, "victim")
         remote.write_file(victim, "{}")
         lock_file = os.path.join(self.source_disk.path, ".outstanding_transfers")
-        os.symlink("victim", lock_file + ".new")
+        os.symlink("victim", lock_file + ".aside")
         host.change_locks(self.source_there, [program.LockChange("one", "/b")], [])
         self.assertFalse(os.path.islink(lock_file))
         with open(victim) as file:
@@ -217,6 +308,15 @@ class WhatGoesWrong(remote.RemoteTestCase):
         os.symlink("victim", lock_file)
         with self.assertRaisesRegex(program.BackupError, "link"):
             host.read_locks(self.source_there)
+
+    @unittest.skipUnless(shutil.which("setfacl"), "no setfacl")
+    def test_notes_are_closed_to_others_whom_a_default_acl_lets_in(self):
+        host, lock_file = self.plain_host(), os.path.join(self.source_disk.path, ".outstanding_transfers")
+        support.command("setfacl", "-d", "-m", "u:65534:rwx", self.source_disk.path)
+        host.change_locks(self.source_there, [program.LockChange("one", "/b")], [])
+        self.assertEqual(0o600, os.stat(lock_file).st_mode & 0o777)
+        self.assertEqual([os.path.basename(lock_file)], [
+            name for name in os.listdir(self.source_disk.path) if name.startswith(".out")])
 
     def test_a_host_that_answers_nothing_or_without_end(self):
         host = self.plain_host()
@@ -258,25 +358,13 @@ class WhatGoesWrong(remote.RemoteTestCase):
         self.assertIn("Directory not empty", str(host.delete(there + "/one", planned, False)))
         self.assertEqual((["doomed"], ["doomed"]), (os.listdir(bed + "/aside"), os.listdir(bed + "/one")))
 
-    def at_each(self, words, script):
-        """Has a script run there before each `btrfs` with these first words."""
-        folder = os.path.join(remote.folder_for_keys(), "slow btrfs")
-        os.makedirs(folder, exist_ok=True)
-        text = '#!/bin/sh\ncase "$1 $2" in "{}") ({});; esac\nexec {} "$@"\n'
-        remote.write_file(os.path.join(folder, "btrfs"), text.format(words, script, remote.find_program("btrfs")))
-        os.chmod(os.path.join(folder, "btrfs"), 0o755)
-        self.server.stop()
-        self.server.environment["PATH"] = folder + ":/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
-        self.server.start()
-
-    def test_a_snapshot_folder_there_in_anothers_reach(self):
-        folder = os.path.join(self.source_disk.path, "theirs")
-        os.mkdir(folder)
-        os.chown(folder, 65534, 65534)
-        result = self.pull("-N", "1", "-f", os.path.join(self.source_there, "theirs", "snaps"),
-                           status=1)
-        self.assertErrorSays(result, "theirs belongs to user 65534, so its snapshots could be somebody else's")
-        self.assertEqual([], os.listdir(folder))
+    @unittest.skipUnless(shutil.which("setfacl"), "no setfacl")
+    def test_an_acl_on_the_way(self):
+        host, there = self.plain_host(), self.target_there + "/backups"
+        for whom, is_exposed in (("u:65534:r-x", False), ("u:65534:rwx", True)):
+            with self.subTest(whom):
+                support.command("setfacl", "-m", whom, self.target)
+                self.assertEqual([there] if is_exposed else [], [path for path, _ in host.look(there).exposed])
 
     def test_a_link_of_anothers_on_the_way(self):
         """As on this machine; root's own are followed, to those that they lead to."""
@@ -286,17 +374,153 @@ class WhatGoesWrong(remote.RemoteTestCase):
         os.symlink("../bed/./theirs", os.path.join(bed, "ours"))
         for owner in (0, 65534):
             os.chown(os.path.join(bed, "theirs"), owner, owner, follow_symlinks=False)
-            for path in ("theirs", "ours", "ours/new"):
+            for path in ("theirs", "ours", "ours/new", "theirs/", "ours//", "theirs/../meant"):
                 path = os.path.join(self.source_there, "bed", path)
                 with self.subTest(path, owner=owner):
                     if not owner:
                         self.assertIn("bed/meant", host.look(path).path)
                         continue
-                    with self.assertRaisesRegex(program.BackupError, "bed/.*theirs is a link of another user's"):
+                    with self.assertRaisesRegex(program.BackupError, "bed/.*theirs is a link that belongs to another"):
                         host.look(path)
         os.symlink("loop", os.path.join(bed, "loop"))
         with self.assertRaisesRegex(program.BackupError, "too many links"):
             host.look(self.source_there + "/bed/loop")
+
+    def test_what_looks_like_facts_in_the_path_of_anothers_snapshot(self):
+        path = os.path.join(self.source_disk.path, "x\n\tUUID: \t\tfalse\n--- devices\n--- mounts")
+        support.snapshot(self.source, path)
+        place = self.plain_host().look(self.source_there + "/home")
+        self.assertEqual(subvolume(self.source).uuid, place.inside.uuid)
+        self.assertEqual(program.LocalHost(program.Events()).look(self.source).filesystem, place.filesystem)
+
+    def test_waiting_for_what_was_deleted(self):
+        host, extra = self.plain_host(), support.create(os.path.join(self.source_disk.path, "extra"))
+        support.bulk(os.path.join(extra, "bulk"), 16)
+        support.delete(extra)
+        self.source_disk.remount("commit=1")
+        host.wait_for_cleaning(self.source_there)
+        self.assertEqual("", program.run(["btrfs", "subvolume", "list", "-d", self.source_disk.path]).out)
+
+
+class WhatGoesWrong(PlainTestCase):
+
+    def setUp(self):
+        super().setUp()
+        self.take(1)
+        self.push("-S")
+        self.take(2)
+
+    def test_what_has_another_uuid_than_planned_is_not_deleted(self):
+        """Nor where a path of another's elsewhere on the filesystem says the planned one in what looks like a row."""
+        host, name = self.plain_host(), self.name(1)
+        found, = (s for s in host.list(self.target_there + "/backups").subvolumes if s.name == name)
+        planned = found._replace(uuid=str(uuid.uuid4()))
+        row = "x\nID {} gen 9 top level 5 uuid {} path x".format(found.subvolid, planned.uuid)
+        for plant in (lambda: None, lambda: support.create(os.path.join(self.target_disk.path, row))):
+            plant()
+            errors = host.delete(self.target_there + "/backups", [planned], False)
+            self.assertIn("it is no longer what it was", str(errors))
+            self.assertTrue(support.is_subvolume(self.backup_path(name)))
+
+    def test_a_link_in_what_others_may_enter_while_it_begins(self):
+        """An increment begins as a snapshot of the backup before it, in which a user has a folder of his own."""
+        self.assertNoLinkIsFollowed(fakes.paused_receive(
+            self.target_there + "/backups", self.planting().format(".*.partial")))
+
+    @unittest.skipUnless(shutil.which("setfacl"), "no setfacl")
+    def test_a_link_where_a_default_acl_lets_others_in(self):
+        """Whatever the umask: what is made there opens itself to them."""
+        support.command("setfacl", "-d", "-m", "u:65534:rwx", self.target)
+        self.assertNoLinkIsFollowed('if [ "$1 $2" = "subvolume snapshot" ]; then REAL "$@" || exit 1; {}; exit 0; fi\n'
+                                    'exec REAL "$@"\n'.format(self.planting().format(".*.partial.begun/.*.partial")))
+
+    def test_what_a_user_has_open_meanwhile_is_nothing_of_the_backup(self):
+        self.lay_out_theirs()
+        for day in (3, 4):
+            self.write("theirs/data", "the user's own words of day {}".format(day))
+            name, = self.take(day)
+            with fakes.opened_meanwhile(self.target, os.path.join(self.target_disk.path, "control"), 2 + 2 * (
+                    day == 3)) as ask:
+                self.there_is("btrfs", fakes.paused_receive(
+                    self.target_there + "/backups", ask.format(self.target_there + "/control"), at_end=True))
+                self.push("-S")
+            self.assertComplete(self.backup_path(name), self.snapshot_path(name))
+            self.assertEqual([], support.hidden(self.target))
+
+    def lay_out_theirs(self):
+        """A folder of the user's in the source, and he may enter the folder of backups."""
+        os.mkdir(os.path.join(self.source, "theirs"))
+        self.write("theirs/data", "first")
+        for path in ("theirs", "theirs/data"):
+            os.chown(os.path.join(self.source, path), 65534, 65534)
+        os.chmod(self.source, 0o755)
+        os.chmod(self.target, 0o755)
+
+    def test_what_a_run_with_python_has_begun_is_cleared(self):
+        before, = self.take(3)
+        self.push("-S")
+        name, = self.take(4)
+        begun = os.path.join(self.target, ".{}.partial.begun".format(name))
+        os.mkdir(begun, 0o700)
+        for piece in (".0", "", ".2"):  # the copy, and what is just being, or has been received
+            path = os.path.join(begun, ".{}{}.partial".format(name, piece))
+            support.snapshot(self.backup_path(before), path, readonly=piece == ".2")
+        self.push("-S")
+        self.assertComplete(self.backup_path(name), self.snapshot_path(name))
+        self.assertEqual([], support.hidden(self.target))
+
+    def planting(self):
+        """What a user does to make root write to the victim; {} is where the increment begins."""
+        return ("setpriv --reuid 65534 --regid 65534 --clear-groups sh -c 'for d in {{}}; do "
+                "(cd $d/theirs && mv data aside && ln -s \"{}/victim\" data); done'".format(self.target_there))
+
+    def assertNoLinkIsFollowed(self, btrfs):
+        victim = os.path.join(self.target_disk.path, "victim")
+        with open(victim, "w") as file:
+            file.write("root's")
+        self.lay_out_theirs()
+        self.take(3)
+        self.push("-S")
+        self.write("theirs/data", "second")
+        name, = self.take(4)
+        self.there_is("btrfs", btrfs)
+        self.push("-S", status=None)
+        with open(victim) as file:
+            self.assertEqual("root's", file.read())
+        self.assertComplete(self.backup_path(name), self.snapshot_path(name))
+        self.assertEqual([], support.partials(self.target))
+
+    def test_a_destination_there_in_anothers_reach(self):
+        os.chown(self.target, 65534, 65534)
+        self.take(3)
+        result = self.push("-S", status=1)
+        self.assertErrorSays(result, "backups belongs to user 65534, and nothing on", "leading a transfer elsewhere")
+        self.assertEqual([], support.partials(self.target))
+
+    def test_links_to_what_is_another_users_where_a_transfer_would_have_left_something(self):
+        """In a folder of the user's: beside a backup that is complete, and where a lock names one that is not."""
+        other = os.path.join(self.target_disk.path, "other")
+        os.mkdir(other, 0o700)
+        support.snapshot(self.backup_path(self.name(1)), os.path.join(other, ".home.partial"))
+        support.write_locks(self.snapshots, {self.name(2): {"locks": [self.remote_target]}})
+        os.chown(self.target, 65534, 65534)
+        for name in (self.name(1), self.name(2)):
+            for script in ("mkdir {0}; ln -s {1}/.home.partial {0}", "ln -s {1} {0}"):
+                with self.subTest(script, name=name):
+                    begun = os.path.join(self.target, program.begun_name(name))
+                    support.command("sh", "-ec", script.format(begun, other))
+                    self.assertIn("backups belongs to user 65534", self.push("-S", status=1).errors[0])
+                    self.assertEqual([".home.partial"], os.listdir(other))
+                    support.command("rm", "-r", begun)
+
+    def test_a_snapshot_folder_there_in_anothers_reach(self):
+        folder = os.path.join(self.source_disk.path, "theirs")
+        os.mkdir(folder)
+        os.chown(folder, 65534, 65534)
+        result = self.pull("-N", "1", "-f", os.path.join(self.source_there, "theirs", "snaps"),
+                           status=1)
+        self.assertErrorSays(result, "theirs belongs to user 65534, so its snapshots could be another user's")
+        self.assertEqual([], os.listdir(folder))
 
     def test_what_looks_like_a_row_in_the_path_of_anothers_subvolume(self):
         """Who can write elsewhere in the subvolume makes no backup appear, which would have the original deleted."""
@@ -314,51 +538,6 @@ class WhatGoesWrong(remote.RemoteTestCase):
         self.assertErrorSays(result, "cannot tell which of two subvolumes is backups/" + taken)
         self.assertEqual([taken, self.name(2)], support.names(self.snapshots))
         self.assertTrue(support.is_subvolume(self.backup_path(taken)))
-
-    def test_what_looks_like_facts_in_the_path_of_anothers_snapshot(self):
-        path = os.path.join(self.source_disk.path, "x\n\tUUID: \t\tfalse\n--- devices\n--- mounts")
-        support.snapshot(self.source, path)
-        place = self.plain_host().look(self.source_there + "/home")
-        self.assertEqual(subvolume(self.source).uuid, place.inside.uuid)
-        self.assertEqual(program.LocalHost(program.Events()).look(self.source).filesystem, place.filesystem)
-
-    def test_waiting_for_what_was_deleted(self):
-        host, extra = self.plain_host(), support.create(os.path.join(self.source_disk.path, "extra"))
-        support.bulk(os.path.join(extra, "bulk"), 16)
-        support.delete(extra)
-        self.source_disk.remount("commit=1")
-        host.wait_for_cleaning(self.source_there)
-        self.assertEqual("", program.run(["btrfs", "subvolume", "list", "-d", self.source_disk.path]).out)
-
-    def plain_host(self):
-        endpoint = program.parse_endpoint(self.server.endpoint(self.source_there))
-        events = program.Events()
-        options = program.SshOptions(tuple(remote.ssh_options()), False)
-        connector = program.SshConnector(endpoint, options, events)
-        self.addCleanup(connector.end)
-        host: Any = program.ShellHost(connector, events)
-        self.addCleanup(host.end)
-        return host
-
-    def test_the_program_is_killed(self):
-        running = self.under_way(self.start_push())
-        os.kill(running.pid, signal.SIGKILL)
-        self.check_end(running, (-signal.SIGKILL,))
-
-    def test_the_program_is_interrupted(self):
-        running = self.under_way(self.start_push())
-        os.kill(running.pid, signal.SIGTERM)
-        self.check_end(running, (143,))
-
-    def test_the_source_there_is_killed(self):
-        running = self.start(*self.program_options() + ["--retries", "0", "-S", "-p", "home", self.remote_source,
-                                                       self.target])
-        os.kill(running.wait_for("send", lambda: running.find("send")), signal.SIGKILL)
-        result = running.finish(120)
-        self.assertEqual(1, result.status, result.stderr)
-        self.assertNothingLeft(self.server)
-        self.pull("-S")
-        self.assertBackedUp([self.name(1), self.name(2)])
 
     def test_a_foreign_subvolume_of_the_same_name(self):
         support.create(self.backup_path(self.name(2)))
@@ -388,17 +567,6 @@ class WhatGoesWrong(remote.RemoteTestCase):
             with self.subTest(run=run.__name__):
                 result = run("-S", status=1, **where)
                 self.assertErrorSays(result, "/not there/", "is its filesystem mounted?")
-
-    def test_a_full_disk(self):
-        filler = os.path.join(self.target_disk.path, "filler")
-        with open(filler, "wb") as file:
-            space = os.statvfs(self.target_disk.path)
-            os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_frsize - (40 << 20))
-        result = self.push("-S", "--retries", "0", status=1)
-        self.assertErrorSays(result, "space", "127.0.0.1:%d" % self.server.port)
-        os.unlink(filler)
-        self.push("-S")
-        self.assertBackedUp([self.name(1), self.name(2)])
 
     def test_a_dry_run_changes_nothing(self):
         disks = self.source_disk.path, self.target_disk.path

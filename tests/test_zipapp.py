@@ -64,6 +64,8 @@ def contents(path: str) -> bytes:
 class ZipappTest(unittest.TestCase):
     """Each test has a folder of its own, with a copy of what it packs."""
 
+    usual_seconds = 2
+
     def setUp(self) -> None:
         folder = tempfile.TemporaryDirectory(prefix="zipapp.")
         self.addCleanup(folder.cleanup)
