@@ -8968,23 +8968,21 @@ class Putter:
             remove_tree(self.staging.fd, part)
         self.out = open_plain(part, os.O_RDWR | os.O_CREAT, self.staging.fd)
         self.file = entry
-        if not self.can_be_as_large(entry):
-            return
+        # How large it is tells the next run how far it has come, so it is never larger than that.
         os.ftruncate(self.out, position.offset if position.part == part else 0)
         if entry.flags != NOT_KNOWN and not os.fstat(self.out).st_size:
             with self.unset.noting("attributes", entry.path):
                 set_flags(self.out, entry.flags, FIRST_FLAGS)
 
-    def can_be_as_large(self, entry: FileEntry) -> bool:
-        """Whether the filesystem lets the file be as large as it is; it is left out else."""
+    @contextlib.contextmanager
+    def leaving_out_too_large(self) -> Iterator[None]:
+        """Leaves the file in the making out where the filesystem cannot hold one so large."""
         try:
-            os.ftruncate(self.out, entry.size)
+            yield
         except OSError as error:
-            if error.errno != errno.EFBIG:
+            if error.errno != errno.EFBIG or self.file is None:
                 raise
-            self.drop(LeftOut(entry.path, reason_of(error)))
-            return False
-        return True
+            self.drop(LeftOut(self.file.path, reason_of(error)))
 
     def fill(self, item: Union[FilePart, Extent]) -> None:
         if self.file is None:  # it was left out
@@ -9016,24 +9014,28 @@ class Putter:
             except OSError as error:  # the source's
                 self.drop(LeftOut(self.file.path if self.file else b"", reason_of(error)))
                 return
-            if piece is None:
+            if piece is None or self.file is None:
                 return
             self.write(piece)
 
     def write(self, piece: FilePart) -> None:
         at, left = piece.offset, memoryview(piece.data)
-        while left:
-            written = os.pwrite(self.out, left, at)
-            at, left = at + written, left[written:]
+        with self.leaving_out_too_large():
+            while left:
+                written = os.pwrite(self.out, left, at)
+                at, left = at + written, left[written:]
         self.size, self.moved = self.size + len(piece.data), self.moved + len(piece.data)
         self.on_progress(self.size, self.moved)
 
     def finish_file(self) -> None:
         """Gives a file that is whole its name."""
-        if self.file is None:
+        entry = self.file
+        with self.leaving_out_too_large():
+            if entry is not None:
+                os.ftruncate(self.out, entry.size)
+        if entry is None or self.file is None:
             return
-        entry, part, folder = self.file, part_name(self.file.path), self.staging.fd
-        os.ftruncate(self.out, entry.size)
+        part, folder = part_name(entry.path), self.staging.fd
         os.close(self.out)
         self.file, self.out = None, -1
         self.set_all(folder, os.fsencode(part), entry._replace(flags=NOT_KNOWN))

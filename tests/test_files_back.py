@@ -1,6 +1,7 @@
 """Single files and folders out of backups: what comes back, where to, and what no backup and no neighbour can do."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -511,6 +512,20 @@ class WhatIsThere(FilesTestCase):
         self.assertEqual("there before", self.read("d/f"))
         self.assertFalse(os.path.islink(os.path.join(self.into, "g")))
 
+    def test_killed_where_a_file_gets_its_size(self):
+        """What is there of it tells how far it has come: no size that is not earned can be found."""
+        bulk(os.path.join(self.source, "g"), 3)
+        self.back_up(2)
+        command("rm", "-rf", self.into)
+        for number in itertools.count(1):
+            os.makedirs(self.into)
+            if not self.killed(number, names=("ftruncate",), module=os):
+                break
+            self.restore("--limit", "1G", "--replace", *self.paths("d", "g") + [self.into])
+            self.assertEqual(trees.digest(os.path.join(self.source, "g")), trees.digest(os.path.join(self.into, "g")))
+            shutil.rmtree(self.into)
+        self.assertGreater(number, 3)
+
     def test_killed_in_the_exchange(self):
         """At each call of the last step: what was there is somewhere, and the next run does the rest."""
         for number in range(1, 8):
@@ -529,27 +544,30 @@ class WhatIsThere(FilesTestCase):
                 self.assertEqual(2, texts.count("there before"))
                 self.assertNothingAside()
 
-    def killed(self, number):
-        """Runs a restore in this process, which ends without a word at the Nth rename of the last step."""
+    def killed(self, number, names=("rename_with", "settle_placed", "sync_open", "about_placing"), module=program):
+        """Runs a restore in this process, which ends without a word after the Nth of these calls; whether it came to it."""
         pid = os.fork()
         if not pid:
             calls = []
 
             def counted(act):
                 def call(*arguments, **more):
+                    done = act(*arguments, **more)
                     calls.append(act)
                     if len(calls) == number:
                         os._exit(9)
-                    return act(*arguments, **more)
+                    return done
                 return call
 
             try:
-                for name in ("rename_with", "settle_placed", "sync_open", "about_placing"):
-                    setattr(program, name, counted(getattr(program, name)))
-                program.main(["restore", "-q", "--replace"] + self.paths("d", "g") + [self.into])
+                for name in names:
+                    setattr(module, name, counted(getattr(module, name)))
+                program.main(["restore", "-q", "--limit", "1G", "--replace"] + self.paths("d", "g") + [self.into])
             finally:
                 os._exit(8)
-        self.assertIn(os.waitpid(pid, 0)[1] >> 8, (8, 9))
+        status = os.waitpid(pid, 0)[1] >> 8
+        self.assertIn(status, (8, 9))
+        return status == 9
 
 
 class Broken(FilesTestCase):
