@@ -545,7 +545,7 @@ class WhatIsThere(FilesTestCase):
                 self.assertNothingAside()
 
     def killed(self, number, names=("rename_with", "settle_placed", "sync_open", "about_placing"), module=program):
-        """Runs a restore in this process, which ends without a word after the Nth of these calls; whether it came to it."""
+        """Runs a restore in this process, which ends after the Nth of these calls; whether it came to that."""
         pid = os.fork()
         if not pid:
             calls = []
