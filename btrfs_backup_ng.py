@@ -42,10 +42,9 @@ Contents; a section uses only what stands above it:
         PLANNING            observed state to a plan of transfers and deletions
     IV THE STREAM: what passes from btrfs send to btrfs receive
         STREAM              the stream as btrfs writes it, its first command, what it weighs
-        TOUCHED             which names a stream speaks of
         GATE                what a stream that others could have made may do
         INCOMING            a stream on its way to receive, in pieces that can be gone on from
-        TRACKING            what a chain of streams makes, name by name
+        TRACKING            what streams make and touch, name by name
     V THE MACHINE: what the system underneath does
         PROCESSES           programs: found, run, watched, ended
         BTRFS               what the kernel and the btrfs program say and do
@@ -4120,118 +4119,6 @@ class SizeMeter:
 
 
 ########################################################################################################
-# TOUCHED: which names a stream speaks of
-#
-# Its commands are carried out on names alone, from the parent's on, which are taken for there once they are spoken of.
-# Temporary names come and go in that. What is left: the names of the new tree that were made, moved or changed, each
-# with the bytes of data that come for it; those of the old one that were given up; and which folder was which.
-########################################################################################################
-
-MAKING = frozenset((MKFILE, MKDIR, MKNOD, MKFIFO, MKSOCK, SYMLINK))
-REMOVING = frozenset((UNLINK, RMDIR))
-WRITING = frozenset((WRITE, CLONE, TRUNCATE, UPDATE_EXTENT, FALLOCATE, ENCODED_WRITE))
-CHANGING = WRITING | frozenset((SET_XATTR, REMOVE_XATTR, CHMOD, CHOWN, UTIMES, FILEATTR))
-
-
-class Name:
-    """A name in the tree that a stream makes, and the names in it that were spoken of; None for what is none any more.
-
-    origin: its path in the old tree, None where the stream has made it.
-    """
-
-    __slots__ = ("above", "name", "origin", "inner", "is_touched", "is_written", "data")
-
-    def __init__(self, above: "Optional[Name]", name: bytes, origin: Optional[bytes]) -> None:
-        self.above, self.name, self.origin = above, name, origin
-        self.inner: Dict[bytes, Optional[Name]] = {}
-        self.is_touched, self.is_written, self.data = origin is None, False, 0
-
-    @property
-    def path(self) -> bytes:
-        names, at = [], self
-        while at.above is not None:
-            names.append(at.name)
-            at = at.above
-        return b"/".join(reversed(names))
-
-    def all(self) -> "Iterator[Name]":
-        """Itself and all names in it that were spoken of."""
-        left = [self]
-        while left:
-            name = left.pop()
-            yield name
-            left += [inner for inner in name.inner.values() if inner is not None]
-
-
-class NamedTree:
-    """The names of a tree while a stream changes it, from its parent's on."""
-
-    def __init__(self) -> None:
-        self.top = Name(None, b"", b"")
-        self.given_up: Set[bytes] = set()  # paths of the old tree
-        self.data = 0  # bytes that come
-        self.has_ended = False
-        self.reader = CommandReader(range(1, ENCODED_WRITE + 1), STREAM_HEADER.size)
-
-    def feed(self, chunk: Chunk) -> None:
-        for block, spans in self.reader.feed(chunk):
-            for start, end, command in spans:
-                self.do(command, bytes(block[start + COMMAND_HEADER.size:end]))
-
-    def do(self, command: int, payload: bytes) -> None:
-        if command in (SUBVOL, SNAPSHOT):
-            return
-        if command == END:
-            self.has_ended = True
-            return
-        attributes = dict(parse_attributes(payload))
-        path = attributes.get(A_PATH, b"")
-        if command in MAKING or command == LINK:
-            self.put(path, Name(None, b"", None))
-        elif command == RENAME:
-            self.put(attributes.get(A_PATH_TO, b""), self.take(path))
-        elif command in REMOVING:
-            self.take(path)
-        elif command in CHANGING:
-            self.change(self.find(path), command, attributes)
-
-    def find(self, path: bytes) -> Name:
-        at = self.top
-        for part in path.split(b"/") if path else ():
-            if part not in at.inner and at.origin is not None:
-                at.inner[part] = Name(at, part, os.path.join(at.origin, part))
-            inner = at.inner.get(part)
-            if inner is None:
-                raise StreamDamaged("the stream names what is not there: {}".format(printable(os.fsdecode(path))))
-            at = inner
-        return at
-
-    def take(self, path: bytes) -> Name:
-        name = self.find(path)
-        if name.above is None:
-            raise StreamDamaged("the stream moves its top folder")
-        name.above.inner[name.name] = None
-        if name.origin is not None:
-            self.given_up.add(name.origin)
-        return name
-
-    def put(self, path: bytes, name: Name) -> None:
-        folder, last = os.path.split(path)
-        name.above, name.name, name.is_touched = self.find(folder), last, True
-        name.above.inner[last] = name
-
-    def change(self, name: Name, command: int, attributes: Dict[int, bytes]) -> None:
-        name.is_touched = True
-        name.is_written = name.is_written or command in WRITING
-        if command == UPDATE_EXTENT:
-            size = int.from_bytes(attributes.get(A_SIZE, b""), "little")
-            name.data, self.data = name.data + size, self.data + size
-
-    def touched(self) -> List[Name]:
-        return [name for name in self.top.all() if name.is_touched]
-
-
-########################################################################################################
 # GATE: what a stream that others could have made may do
 #
 # What this machine's own kernel did not write in this run passes here. Each command is judged by what `btrfs receive`
@@ -4742,21 +4629,23 @@ class WatchedStream:
 
 
 ########################################################################################################
-# TRACKING: what a chain of streams makes, name by name
+# TRACKING: what streams make and touch, name by name
 #
 # Pure: commands in, who bears which name out. A stream makes an inode under a name of its own and gives it its names
-# later; an increment renames, links and removes what its parent had. So which commands concern a path is known only
-# when the chain is over: it is read once for the names, and for what contents are cloned from, and a second time for
-# what is then known to be needed. Inodes bear the same numbers both times. The names of a whole subvolume are kept in
-# memory.
+# later; an increment renames, links and removes what its parent had. Of a chain that begins with a full stream all
+# names are known, and kept in memory; which commands concern a path is known only when the chain is over. So it is read
+# once for the names, and for what contents are cloned from, and a second time for what is then known to be needed.
+# Inodes bear the same numbers both times. Of an increment alone what it speaks of is taken for there in its parent.
 ########################################################################################################
 
 TYPE_MADE = {MKFILE: stat.S_IFREG, MKDIR: stat.S_IFDIR, MKFIFO: stat.S_IFIFO, MKSOCK: stat.S_IFSOCK,
              SYMLINK: stat.S_IFLNK, MKNOD: 0}  # the type of what is made; MKNOD tells it
 NAMING = frozenset(TYPE_MADE) | {RENAME, LINK, UNLINK, RMDIR}
-FILLING = frozenset((WRITE, ENCODED_WRITE, CLONE, TRUNCATE, FALLOCATE))
+FILLING = frozenset((WRITE, ENCODED_WRITE, CLONE, TRUNCATE, FALLOCATE, UPDATE_EXTENT))
+DRESSING = frozenset((SET_XATTR, REMOVE_XATTR, CHMOD, CHOWN, UTIMES, FILEATTR))
 A_CLONE_OFFSET, A_FALLOCATE_MODE, A_UNENCODED_LEN, A_UNENCODED_OFFSET, A_COMPRESSION = 23, 25, 28, 29, 30
 FALLOCATE_KEEP_SIZE, FALLOCATE_PUNCH, FALLOCATE_ZERO = 1, 2, 16
+TYPE_UNKNOWN = 0
 
 
 class CommandParts:
@@ -4800,94 +4689,134 @@ class CommandParts:
 
 
 class Inode:
-    """What bears names in a tree: a folder with those in it, or anything else."""
+    """What bears names in a tree: a folder with those in it, or anything else.
 
-    __slots__ = ("number", "type", "size", "names")
+    origin: its path in a parent that is not known, from where its type is not known either, and it may be a folder. In
+    such a one None is borne by a name that is known to be gone.
+    """
 
-    def __init__(self, number: int, kind: int) -> None:
-        self.number, self.type, self.size = number, kind, 0
-        self.names: Optional[Dict[bytes, "Inode"]] = {} if kind == stat.S_IFDIR else None
+    __slots__ = ("number", "type", "names", "origin")
+
+    def __init__(self, number: int, kind: int, origin: Optional[bytes] = None) -> None:
+        self.number, self.type, self.origin = number, kind, origin
+        may_be_folder = kind == stat.S_IFDIR or origin is not None
+        self.names: Optional[Dict[bytes, Optional[Inode]]] = {} if may_be_folder else None
+
+
+Names = Dict[bytes, Optional[Inode]]
+
+
+def named_nowhere(path: bytes) -> StreamDamaged:
+    return StreamDamaged("the stream names what is not there: {}".format(printable(os.fsdecode(path))))
 
 
 class NameTree:
-    """Who bears which name in the subvolume that streams make one after another, and who did in its parent."""
+    """Who bears which name in the subvolume that streams make one after another, and who did in its parent.
 
-    def __init__(self) -> None:
+    is_increment: what the parent of the first stream holds is not known, and taken for there once it is spoken of.
+    """
+
+    def __init__(self, is_increment: bool = False) -> None:
         self.made = 0
-        self.top = self.make(stat.S_IFDIR)
-        self.before: Dict[int, Dict[bytes, Inode]] = {}  # by number of a folder that has changed: its names till then
+        self.top = self.make(stat.S_IFDIR, b"" if is_increment else None)
+        self.before: Dict[int, Names] = {}  # by number of a folder that has changed: its names till then
+        self.given_up: Set[bytes] = set()  # paths of the unknown parent
 
     def begin(self) -> None:
         """The next stream begins: what there is now is its parent."""
         self.before = {}
 
-    def make(self, kind: int) -> Inode:
+    def make(self, kind: int, origin: Optional[bytes] = None) -> Inode:
         self.made += 1
-        return Inode(self.made, kind)
+        return Inode(self.made, kind, origin)
 
     def find(self, path: bytes, in_parent: bool = False) -> Inode:
         at = self.top
-        for part in path.split(b"/") if path else ():
-            names = self.before.get(at.number, at.names) if in_parent else at.names
-            found = names.get(part) if names is not None else None
+        for name in path.split(b"/") if path else ():
+            found = self.named(at, self.before.get(at.number, at.names) if in_parent else at.names, name)
             if found is None:
-                raise BackupError("the stream speaks of {}, which is not there".format(printable(os.fsdecode(path))),
-                                  "verify tells which stream files are good")
+                raise named_nowhere(path)
             at = found
         return at
 
-    def folder_of(self, path: bytes) -> Tuple[Dict[bytes, Inode], bytes]:
-        """The names in the folder of a path, which change now, and its last part."""
+    def named(self, folder: Inode, names: Optional[Names], name: bytes) -> Optional[Inode]:
+        if names is None:
+            return None
+        if folder.origin is not None and name not in names:
+            names[name] = self.make(TYPE_UNKNOWN, os.path.join(folder.origin, name))
+        return names.get(name)
+
+    def folder_of(self, path: bytes) -> Tuple[Inode, Names, bytes]:
+        """The folder of a path, the names in it, which change now, and the last part of the path."""
         above, _, name = path.rpartition(b"/")
         folder = self.find(above)
-        if folder.names is None:
-            raise BackupError("the stream makes {} in what is no folder".format(printable(os.fsdecode(path))))
+        if folder.names is None or not name:
+            raise StreamDamaged("the stream makes {} in what is no folder".format(printable(os.fsdecode(path))))
         if folder.number not in self.before:
             self.before[folder.number] = dict(folder.names)
-        return folder.names, name
+        return folder, folder.names, name
 
     def follow(self, command: int, parts: CommandParts) -> Optional[Inode]:
-        """Takes a command of NAMING as done; what it has made."""
+        """Takes a command of NAMING as done; what has a new name by it."""
         path = parts.of(A_PATH)
         if command in TYPE_MADE:
-            made = self.make(TYPE_MADE[command] or stat.S_IFMT(parts.number(A_MODE)))
-            self.put(path, made)
-            return made
+            return self.put(path, self.make(TYPE_MADE[command] or stat.S_IFMT(parts.number(A_MODE))))
         if command == LINK:
             linked = self.find(parts.of(A_PATH_LINK))
-            if linked.names is not None:
+            if linked.names or linked.type == stat.S_IFDIR:
                 raise hostile("a second name of a folder", path)
-            self.put(path, linked)
-        elif command == RENAME:
-            self.rename(path, parts.of(A_PATH_TO))
-        else:
-            names, name = self.folder_of(path)
-            names.pop(name, None)
+            linked.names = None
+            return self.put(path, linked)
+        if command == RENAME:
+            return self.rename(path, parts.of(A_PATH_TO))
+        self.drop(path)
         return None
 
-    def put(self, path: bytes, inode: Inode) -> None:
-        names, name = self.folder_of(path)
+    def put(self, path: bytes, inode: Inode) -> Inode:
+        _, names, name = self.folder_of(path)
         names[name] = inode
+        return inode
 
-    def rename(self, path: bytes, to: bytes) -> None:
-        """Onto another name of the same file nothing is done at all, and the old one stays."""
-        inode, (names, name) = self.find(path), self.folder_of(to)
-        if names.get(name) is inode:
+    def drop(self, path: bytes) -> None:
+        folder, names, name = self.folder_of(path)
+        inode = self.named(folder, names, name)
+        if inode is None:
+            raise named_nowhere(path)
+        if folder.origin is None:
+            del names[name]
             return
-        old_names, old_name = self.folder_of(path)
-        del old_names[old_name]
-        names[name] = inode
+        names[name] = None
+        if inode.origin == os.path.join(folder.origin, name):
+            self.given_up.add(inode.origin)
+
+    def rename(self, path: bytes, to: bytes) -> Inode:
+        """Onto another name of the same file nothing is done at all, and the old one stays."""
+        inode, (_, names, name) = self.find(path), self.folder_of(to)
+        if names.get(name) is not inode:
+            self.drop(path)
+            names[name] = inode
+        return inode
+
+    def walk(self, path: bytes) -> Iterator[Tuple[bytes, Inode]]:
+        """What bears the path, by its last name, and all below it, in the order of paths."""
+        left = [(path.rpartition(b"/")[2], self.find(path))]
+        while left:
+            at, inode = left.pop()
+            yield at, inode
+            inner = sorted((inode.names or {}).items(), reverse=True)
+            left += [(os.path.join(at, name), one) for name, one in inner if one is not None]
 
 
 class ChainTrace:
     """What a chain makes: its names at the end, how long files are, and what contents come from.
 
-    sources: by number of a file those that it was cloned from. kept: for each stream the files that it clones from
-    its parent, where they must be read as they were there.
+    sizes: of files, by number. sources: by number of a file those that it was cloned from. kept: for each stream the
+    files that it clones from its parent, where they must be read as they were there.
     """
 
     def __init__(self) -> None:
         self.tree = NameTree()
+        self.sizes: Dict[int, int] = {}
         self.sources: Dict[int, Set[int]] = {}
         self.kept: List[Set[int]] = []
         self.own = b""  # UUID of the stream
@@ -4901,23 +4830,15 @@ class ChainTrace:
         if command in NAMING:
             self.tree.follow(command, parts)
         elif command in FILLING:
-            inode = self.tree.find(parts.of(A_PATH))
-            inode.size = parts.number(A_SIZE) if command == TRUNCATE else max(inode.size, parts.end_of_contents)
+            number = self.tree.find(parts.of(A_PATH)).number
+            self.sizes[number] = parts.number(A_SIZE) if command == TRUNCATE else max(
+                self.sizes.get(number, 0), parts.end_of_contents)
             if command == CLONE:
                 of_parent = parts.of(A_CLONE_UUID) != self.own
                 source = self.tree.find(parts.of(A_CLONE_PATH), of_parent)
-                self.sources.setdefault(inode.number, set()).add(source.number)
+                self.sources.setdefault(number, set()).add(source.number)
                 if of_parent:
                     self.kept[-1].add(source.number)
-
-    def walk(self, path: bytes) -> Iterator[Tuple[bytes, Inode]]:
-        """What bears the path at the end, by its last name, and all below it, in the order of paths."""
-        left = [(path.rpartition(b"/")[2], self.tree.find(path))]
-        while left:
-            at, inode = left.pop()
-            yield at, inode
-            inner = sorted((inode.names or {}).items(), reverse=True)
-            left += [(at + b"/" + name, one) for name, one in inner]
 
     def needed(self, wanted: Iterable[int]) -> FrozenSet[int]:
         """The numbers of the inodes, and of those that their contents come from."""
@@ -4928,6 +4849,43 @@ class ChainTrace:
                 found.add(number)
                 left += self.sources.get(number, ())
         return frozenset(found)
+
+
+class TouchedNames:
+    """What an increment touches in its parent, of which nothing is known: the increment of a send without data.
+
+    written: numbers of the inodes whose data it writes. data: by number the bytes of them.
+    """
+
+    def __init__(self) -> None:
+        self.tree = NameTree(is_increment=True)
+        self.numbers: Set[int] = set()
+        self.written: Set[int] = set()
+        self.data: Dict[int, int] = {}
+        self.has_ended = False
+        self.reader = CommandReader(NAMING | FILLING | DRESSING | {END}, STREAM_HEADER.size)
+
+    def feed(self, chunk: Chunk) -> None:
+        for block, spans in self.reader.feed(chunk):
+            for start, end, command in spans:
+                self.take(command, CommandParts(block, start, end, 1))
+
+    def take(self, command: int, parts: CommandParts) -> None:
+        if command == END:
+            self.has_ended = True
+            return
+        inode = self.tree.follow(command, parts) if command in NAMING else self.tree.find(parts.of(A_PATH))
+        if inode is None:
+            return
+        self.numbers.add(inode.number)
+        if command in FILLING:
+            self.written.add(inode.number)
+        if command == UPDATE_EXTENT:
+            self.data[inode.number] = self.data.get(inode.number, 0) + parts.number(A_SIZE)
+
+    def touched(self) -> Dict[bytes, Inode]:
+        """By the paths that they have in the end."""
+        return {path: inode for path, inode in self.tree.walk(b"") if inode.number in self.numbers}
 
 
 class FollowedStream(StreamGate):
@@ -7934,26 +7892,27 @@ class Changes(NamedTuple):
 class TreePair:
     """Two read-only trees of one filesystem, open, and what a stream from the old to the new one has touched."""
 
-    def __init__(self, old: OpenTree, new: OpenTree, named: NamedTree) -> None:
-        self.old, self.new, self.named = old, new, named
+    def __init__(self, old: OpenTree, new: OpenTree, names: TouchedNames) -> None:
+        self.old, self.new, self.names = old, new, names
         self.folders: Dict[str, Optional[str]] = {"": ""}  # of the new tree, and what each was in the old one
-        self.left = {os.fsdecode(path) for path in named.given_up}  # of the old tree, which nothing in the new one is
+        self.left = {os.fsdecode(path) for path in names.tree.given_up}  # of the old tree, and nothing in the new one
         self.changes: List[Change] = []
         self.written: Set[int] = set()  # inodes of the new tree
 
     def run(self) -> List[Change]:
-        touched = {os.fsdecode(name.path): name for name in self.named.touched()}
+        touched = {os.fsdecode(path): inode for path, inode in self.names.touched().items()}
         types = {inner: self.status(self.new, inner) for inner in touched}
-        self.written = {types[inner].st_ino for inner, name in touched.items() if name.is_written}
-        self.left -= {os.fsdecode(name.origin) for inner, name in touched.items()
-                      if name.origin is not None and stat.S_ISDIR(types[inner].st_mode)}
+        self.written = {types[inner].st_ino for inner, inode in touched.items() if inode.number in self.names.written}
+        self.left -= {os.fsdecode(inode.origin) for inner, inode in touched.items()
+                      if inode.origin is not None and stat.S_ISDIR(types[inner].st_mode)}
         for inner in sorted(touched, key=os.fsencode):  # folders before what is in them
             if stat.S_ISDIR(types[inner].st_mode):
                 self.see_folder(inner, touched[inner])
         for status in list(types.values()):
             if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
                 types.update((other, status) for other in paths_of_inode(self.new.top, status.st_ino))
-        sizes = {inner: name.data for inner, name in touched.items()}
+        one_name = {inode.number: inner for inner, inode in touched.items()}
+        sizes = {one_name[number]: size for number, size in self.names.data.items() if number in one_name}
         fresh = [inner for inner in sorted(types, key=os.fsencode) if not stat.S_ISDIR(types[inner].st_mode)
                  and not self.is_where_it_was(inner, sizes.get(inner, 0))]
         self.see_renamed(fresh, sizes)
@@ -7980,7 +7939,7 @@ class TreePair:
         """The path in the old tree of the same name in the same folder, None where that folder is new."""
         folder, name = os.path.split(inner)
         if folder not in self.folders:
-            found = self.named.find(os.fsencode(folder))
+            found = self.names.tree.find(os.fsencode(folder))
             self.folders[folder] = None if found.origin is None else os.fsdecode(found.origin)
         above = self.folders[folder]
         return None if above is None else os.path.join(above, name)
@@ -7990,10 +7949,10 @@ class TreePair:
 
     # -- folders
 
-    def see_folder(self, inner: str, name: Name) -> None:
+    def see_folder(self, inner: str, folder: Inode) -> None:
         """Notes which folder of the old tree one is, and what became of it."""
         expected = self.was(inner) if inner else ""
-        origin = None if name.origin is None else os.fsdecode(name.origin)
+        origin = None if folder.origin is None else os.fsdecode(folder.origin)
         if origin is None and expected in self.left and self.type_of(self.old, expected) == FOLDER_TYPE:
             origin = expected
         self.folders[inner] = origin
@@ -12631,14 +12590,14 @@ class LocalHost(NotingHost):
         return found._replace(changes=found.changes[start:start + PAGE_OF_CHANGES])
 
     def all_changes(self, path: str, parent: str) -> Changes:
-        named, argv = NamedTree(), send_argv(path, parent, SendOptions(no_data=True))
+        names, argv = TouchedNames(), send_argv(path, parent, SendOptions(no_data=True))
         self.events.debug("command", "starting {}".format(" ".join(argv)))
-        read_stream(argv, named.feed)
-        if not named.has_ended:
+        read_stream(argv, names.feed)
+        if not names.has_ended:
             raise BackupError("the comparison of {} with {} broke off".format(path, parent), "run again")
         with or_say("cannot compare {} with {}".format(path, parent)):
             with OpenTree(*os.path.split(parent)) as old, OpenTree(*os.path.split(path)) as new:
-                return Changes(named.data, tuple(TreePair(old, new, named).run()))
+                return Changes(sum(names.data.values()), tuple(TreePair(old, new, names).run()))
 
     def look_at_files(self, folder: str, name: str, paths: Sequence[str]) -> FilesFound:
         with opened_tree(folder, name) as top:
@@ -12823,7 +12782,7 @@ MOST_OPEN = 16  # files
 SCRATCH_FOLDER = "scratch"
 LARGEST_UNPACKED = 128 << 10  # bytes of a compressed extent (BTRFS_MAX_UNCOMPRESSED)
 ZLIB, ZSTD = 1, 2  # btrfs_ioctl_encoded_io_args; above them is lzo
-OF_CONCERN = NAMING | FILLING | {SET_XATTR, REMOVE_XATTR, CHMOD, CHOWN, UTIMES}
+OF_CONCERN = (NAMING | FILLING | DRESSING) - {UPDATE_EXTENT, FILEATTR}
 StreamLink = Tuple[ExpectedStream, Callable[[], Iterator[Chunk]]]  # a stream of a chain, and how it is read
 ZEROS = bytes(1 << 16)
 
@@ -12938,7 +12897,6 @@ class ChainReplay:
         self.trace, self.needed, self.scratch = trace, needed, scratch
         self.tree, self.number, self.own = NameTree(), -1, b""
         self.facts = {self.tree.top.number: InodeFacts(stat.S_IFDIR)}
-        self.sizes: Dict[int, int] = {}
         self.saved: Set[int] = set()  # of those that are cloned from the parent: a copy of them as they were there
         self.path, self.found = b"", self.tree.top  # the last one, for many commands come on one path
         self.acts = {WRITE: self.write, ENCODED_WRITE: self.write_encoded, CLONE: self.clone, TRUNCATE: self.truncate,
@@ -12956,7 +12914,7 @@ class ChainReplay:
         if command in NAMING:
             self.path = b""
             made = self.tree.follow(command, parts)
-            if made is not None and made.number in self.needed:
+            if made is not None and command in TYPE_MADE and made.number in self.needed:
                 self.facts[made.number] = InodeFacts(made.type, parts.number(A_RDEV) if command == MKNOD else 0,
                                                      parts.of(A_PATH_LINK))
             return
@@ -13037,7 +12995,7 @@ def trace_chain(links: Sequence[StreamLink]) -> ChainTrace:
     trace = ChainTrace()
     for expected, opened in links:
         trace.begin(expected)
-        follow_stream(opened(), expected, trace.take, NAMING | FILLING)
+        follow_stream(opened(), expected, trace.take, (NAMING | FILLING) - {UPDATE_EXTENT})
     return trace
 
 
@@ -13046,7 +13004,7 @@ def wanted_in(trace: ChainTrace, wanted: Dict[bytes, bytes], where: str) -> List
     found: List[Tuple[bytes, Inode]] = []
     for name in sorted(wanted):
         try:
-            found += trace.walk(wanted[name])
+            found += trace.tree.walk(wanted[name])
         except BackupError:
             raise BackupError("there is no {} in {}".format(printable(os.fsdecode(wanted[name])), where),
                               "was it there at another time?") from None
@@ -13056,8 +13014,8 @@ def wanted_in(trace: ChainTrace, wanted: Dict[bytes, bytes], where: str) -> List
 def measure_chain(trace: ChainTrace, wanted: Dict[bytes, bytes], where: str) -> FilesFound:
     found = wanted_in(trace, wanted, where)
     modes = tuple(trace.tree.find(wanted[name]).type for name in sorted(wanted))
-    sizes = {inode.number: inode.size for _, inode in found}
-    return FilesFound(modes, len(found), sum(sizes.values()))
+    numbers = {inode.number for _, inode in found}
+    return FilesFound(modes, len(found), sum(trace.sizes.get(number, 0) for number in numbers))
 
 
 class ChainTaker:

@@ -23,10 +23,9 @@ Parts and sections of the program, and the files that test them; first the one t
         PLANNING            test_planning test_kept
     IV THE STREAM
         STREAM              test_stream
-        TOUCHED             test_diff
         GATE                test_gate test_hostile_streams
         INCOMING            test_stream test_resume
-        TRACKING            test_files_back_raw
+        TRACKING            test_files_back_raw, test_diff
     V THE MACHINE
         PROCESSES           test_crew test_starving
         BTRFS               test_main_job test_faults test_rescue

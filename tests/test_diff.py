@@ -310,22 +310,42 @@ class Restricted(remote.RestrictedTestCase):
 class Names(unittest.TestCase):
     """What a stream that others could have made speaks of."""
 
+    def do(self, command, *paths):
+        attributes = list(zip((program.A_PATH, program.A_PATH_LINK if command == program.LINK else program.A_PATH_TO),
+                              paths))
+        data = program.make_command(command, attributes)
+        self.names.take(command, program.CommandParts(data, 0, len(data), 1))
+
+    def setUp(self):
+        self.names = program.TouchedNames()
+
     def test_what_is_not_there(self):
-        named = program.NamedTree()
-        named.do(program.MKFILE, program.make_command(program.MKFILE, [(program.A_PATH, b"new")])[10:])
+        self.do(program.MKFILE, b"new")
         for command, path in ((program.CHMOD, b"new/inner"), (program.RENAME, b""), (program.UNLINK, b"new/x")):
             with self.assertRaises(program.StreamDamaged):
-                named.do(command, program.make_command(command, [(program.A_PATH, path)])[10:])
+                self.do(command, path)
 
     def test_a_moved_folder_is_known_by_where_it_was(self):
-        named = program.NamedTree()
-        for command, *paths in ((program.RENAME, b"a", b"o257-1-0"), (program.MKDIR, b"a"),
-                                (program.RENAME, b"o257-1-0/x", b"a/x"), (program.RENAME, b"o257-1-0", b"b")):
-            attributes = list(zip((program.A_PATH, program.A_PATH_TO), paths))
-            named.do(command, program.make_command(command, attributes)[10:])
+        self.do(program.RENAME, b"a", b"o257-1-0")
+        self.do(program.MKDIR, b"a")
+        self.do(program.RENAME, b"o257-1-0/x", b"a/x")
+        self.do(program.RENAME, b"o257-1-0", b"b")
         self.assertEqual({b"a": None, b"a/x": b"a/x", b"b": b"a"},
-                         {name.path: name.origin for name in named.touched()})
-        self.assertEqual({b"a", b"a/x"}, named.given_up)
+                         {path: inode.origin for path, inode in self.names.touched().items()})
+        self.assertEqual({b"a", b"a/x"}, self.names.tree.given_up)
+
+    def test_a_second_name_that_goes_again_gives_up_nothing(self):
+        self.do(program.LINK, b"b", b"a")
+        self.do(program.UNLINK, b"b")
+        self.assertEqual(set(), self.names.tree.given_up)
+        self.do(program.UNLINK, b"a")
+        self.assertEqual({b"a"}, self.names.tree.given_up)
+
+    def test_no_folder_has_two_names(self):
+        self.do(program.CHMOD, b"d/f")
+        for new, old in ((b"d/d", b"d"), (b"e/e", b"e")):
+            with self.assertRaises(program.BackupError):
+                self.do(program.LINK, new, old)
 
 
 if __name__ == "__main__":
