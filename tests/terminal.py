@@ -29,6 +29,7 @@ class Screen:
         self.rows = [""] * lines
         self.row = self.column = 0
         self.scrolled = []  # lines that have left the screen at its top
+        self.erased = []  # what stood where the rest of the screen was erased
         self.wraps = True
         self.wrapped = 0  # how often a line was continued on the next
         self.dropped = 0  # characters beyond the right edge while it does not wrap
@@ -90,6 +91,7 @@ class Screen:
         elif kind == "J":
             first = 0 if number == 2 else self.row + 1
             if number == 0:
+                self.erased += self.rows[self.row:]
                 self.rows[self.row] = self.rows[self.row][:self.column]
             self.rows[first:] = [""] * (self.lines - first)
         elif kind != "m":

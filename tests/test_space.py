@@ -11,6 +11,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import remote
 from disks import command, names
 from support import BackupTestCase, chance, create, delete, ext4, scratch_folder, snapshot
+from terminal import OnTerminal
 from trees import MIB, Churn, bulk
 
 import btrfs_backup_ng as program
@@ -258,7 +259,7 @@ class Sharing(SpaceTestCase):
         one, two, three = self.days
         for line in ([one, two, three], [two, one, three]):
             told = LocalHost(Events()).costs(self.snapshots, [line])
-            self.assertEqual([(MIB, 0, 0), (0, 0, MIB), (0, 0, MIB)], [cost[1:] for cost in told], line)
+            self.assertEqual([(MIB, 0, 0), (0, 0, MIB), (0, 0, MIB)], [cost[1:4] for cost in told], line)
 
 
 class Shown(SpaceTestCase):
@@ -270,9 +271,9 @@ class Shown(SpaceTestCase):
         os.sync()
         lines = self.run_program("space", self.source).stdout.splitlines()
         self.assertRegex(lines[0], r"^/.*/home: [0-9.]+ MiB used, [0-9.]+ MiB free of 512\.0 MiB$")
-        self.assertEqual(["snapshot", "new", "alone", "with", "older"], lines[2].split())
-        self.assertEqual([one, "3.0", "MiB", "0", "B", "0", "B"], lines[3].split())
-        self.assertEqual([two, "0", "B", "0", "B", "3.0", "MiB"], lines[4].split())
+        self.assertEqual(["snapshot", "new", "alone", "with", "older", "metadata"], lines[2].split())
+        self.assertEqual([one, "3.0", "MiB", "0", "B", "0", "B", "about"], lines[3].split()[:-2])
+        self.assertEqual([two, "0", "B", "0", "B", "3.0", "MiB", "about"], lines[4].split()[:-2])
         costs = tuple(program.Cost(name + "-20240105-000000", 0, 1 << 33, 1023 << 30)
                       for name in ("home", "long" * 30, "\u6f22" * 60))
         lines = program.costs_lines(program.FolderCosts("/mnt/" + "long/" * 30, "/x", 1, 2, costs), 80)
@@ -282,7 +283,9 @@ class Shown(SpaceTestCase):
         one, = self.take(1)
         told = json.loads(self.run_program("space", "--json", self.source, self.target).stdout)
         folder, empty = told["folders"]
-        self.assertEqual(["folder", "free", "total", "snapshots"], list(folder))
+        self.assertEqual(["folder", "free", "total", "sample", "snapshots"], list(folder))
+        self.assertIsNone(folder["sample"])
+        self.assertGreater(folder["snapshots"][0].pop("metadata"), 0)
         self.assertEqual((self.source, 512 * MIB, []), (folder["folder"], folder["total"], empty["snapshots"]))
         self.assertEqual([{"name": one, "path": self.snapshot_path(one), "new": 0, "alone": 0, "with_older": 0}],
                          folder["snapshots"])
@@ -308,6 +311,99 @@ class Shown(SpaceTestCase):
         self.assertEqual([self.source, self.target], [folder["folder"] for folder in told["folders"]])
         told = json.loads(self.run_program("space", "--json", wrapper=["env", "-C", self.target]).stdout)
         self.assertEqual([1], [len(folder["snapshots"]) for folder in told["folders"]])
+
+
+class Quick(SpaceTestCase):
+    """Samples say about what the exact figures are."""
+
+    def setUp(self):
+        super().setUp()
+        for day in (1, 2, 3):
+            bulk(os.path.join(self.source, "own%d" % day), 20 * day, day)
+            if day > 1:
+                os.unlink(os.path.join(self.source, "own%d" % (day - 1)))
+            self.take(day)
+        os.sync()
+
+    def test_an_estimate(self):
+        told = self.space("--quick", self.source)
+        for name, sizes in self.space().items():
+            for exact, about in zip(sizes, told[name]):
+                self.assertLess(abs(exact - about), 4 * MIB if exact else 1, (name, sizes, told[name]))
+        lines = self.run_program("space", "--quick", self.source).stdout.splitlines()
+        self.assertRegex(lines[0], "; sizes by samples$")
+        self.assertRegex(lines[3], r"^home20240101-000000  +[0-9.]+ MiB \u00b1 [0-9.]+ MiB  .* \u00b1 [0-9.]+ .iB$")
+        folder, = json.loads(self.run_program("space", "--quick", "--json", self.source).stdout)["folders"]
+        self.assertTrue(4096 <= folder["sample"] <= MIB, folder["sample"])
+
+    def test_what_another_subvolume_holds_is_not_freed(self):
+        other = create(os.path.join(self.source_disk.path, "other"))
+        command("cp", "--reflink=always", self.snapshot_path(self.name(1)) + "/own1", other + "/clone")
+        os.sync()
+        self.assertEqual(0, self.space("--quick", self.source)[self.name(1)][1])
+
+    def test_on_a_terminal_until_the_exact_figures_are_there(self):
+        terminal = OnTerminal("space", self.source, columns=100, lines=24, results=True)
+        self.addCleanup(terminal.close)
+        self.assertEqual(0, terminal.finish().status)
+        erased, shown = "\n".join(terminal.screen.erased), terminal.screen.everything()
+        self.assertIn("\u00b1", erased)
+        self.assertIn("measuring ...", erased)
+        self.assertEqual(self.run_program("space", self.source).stdout.splitlines(), shown)
+        small = OnTerminal("space", self.source, columns=100, lines=6, results=True)
+        self.addCleanup(small.close)
+        self.assertEqual(0, small.finish().status)
+        self.assertEqual(shown, small.screen.everything())
+
+    def test_places_are_spread(self):
+        areas = [(1 << 20, 10 << 20), (1 << 30, 3 << 20), (1 << 40, 1 << 20)]
+        for unit in (1 << 20, 3 << 20, 4096 * 5):
+            places = list(program.spread_places(areas, unit))
+            self.assertTrue(all(any(at <= place < at + size for at, size in areas) for place in places))
+            self.assertLess(abs(len(places) * unit - (14 << 20)), unit + 1)
+            self.assertEqual(0, sum(place % 4096 for place in places))
+
+
+class Largest(SpaceTestCase):
+    """Which files hold the most of what would be freed."""
+
+    def test_files_once_each(self):
+        one, two, three = map(self.name, (1, 2, 3))
+        os.mkdir(os.path.join(self.source, "folder"))
+        bulk(os.path.join(self.source, "folder/large"), 5, 1)
+        bulk(os.path.join(self.source, "kept"), 9, 2)
+        self.take(1)
+        bulk(os.path.join(self.source, "small"), 2, 3)
+        with open(os.path.join(self.source, "folder/large"), "ab") as file:
+            file.write(os.urandom(MIB))
+        self.take(2)
+        for name in ("folder/large", "small"):
+            os.unlink(os.path.join(self.source, name))
+        self.take(3)
+        os.sync()
+        result = self.run_program("space", "--top", "5", "--json", self.source)
+        files = json.loads(result.stdout)["folders"][0]["files"]
+        self.assertEqual([{"snapshot": one, "path": "folder/large", "size": 6 * MIB},
+                          {"snapshot": two, "path": "small", "size": 2 * MIB}], files)
+        lines = self.run_program("space", "--top", "1", self.source).stdout.splitlines()
+        self.assertEqual(["6.0 MiB  {}  folder/large".format(one)], lines[-1:])
+        self.assertEqual(8 * MIB, self.space()[three][2])
+
+    def test_not_of_stream_files(self):
+        folder = os.path.join(self.target_disk.path, "raw")
+        os.mkdir(folder)
+        self.take(1)
+        self.transfer(to=["raw://" + folder])
+        result = self.run_program("space", "--top", "1", "raw://" + folder, status=1)
+        self.assertErrorSays(result, "stream files", "--top")
+        self.assertEqual([self.name(1)], list(self.space("--quick", "raw://" + folder)))
+
+    def test_what_a_host_says_that_cannot_be(self):
+        good = program.HeldFile("one", "path", 1)
+        self.assertEqual((good,), program.checked_files([good], ["one"], 1))
+        for files in ([good, good], [good._replace(snapshot="two")], [good._replace(size=-1)]):
+            with self.assertRaises(BackupError):
+                program.checked_files(files, ["one"], 1)
 
 
 class BadInput(SpaceTestCase):
@@ -407,6 +503,9 @@ class Restricted(remote.RestrictedTestCase):
         self.push("-S")
         folder, = json.loads(self.run_remote("space", "--json", self.remote_target).stdout)["folders"]
         self.assertEqual([one], [each["name"] for each in folder["snapshots"]])
+        told = self.run_remote("space", "--json", "--quick", self.remote_target).stdout
+        self.assertEqual([one], [each["name"] for each in json.loads(told)["folders"][0]["snapshots"]])
+        self.run_remote("space", "--top", "3", self.remote_target)
 
 
 if __name__ == "__main__":
