@@ -206,6 +206,7 @@ __version__ = "0.7.0"
 
 
 PROGRAM = "btrfs-backup-ng"  # the word that is typed
+UNBOUNDED = 1 << 20  # columns and lines, where nothing is drawn on a terminal
 
 
 def signal_name(number: int) -> str:
@@ -303,6 +304,46 @@ def fold(line: str, width: int) -> List[str]:
             lines.append(indent + "    " + word.lstrip(" "))
         else:
             lines[-1] += word
+    return lines
+
+
+def wrapped(text: str, width: int, indent: int) -> List[str]:
+    """Lines of at most `width` columns, parted at line breaks and at blanks, all but the first indented."""
+    lines = [""]
+    for word in re.findall("\n? *[^ \n]+", text):
+        if word[0] == "\n" or (lines[-1].strip() and shown_width(lines[-1] + word) > width):
+            lines.append(" " * indent)
+            word = word.lstrip()
+        lines[-1] += word
+        while shown_width(lines[-1]) > width:
+            line = lines.pop()
+            head = clip(line, width, mark="")
+            lines += [head, " " * indent + line[len(head):]]
+    return [line.replace("\0", " ").rstrip() for line in lines]
+
+
+def unparted(text: str) -> str:
+    """A text at whose blanks `wrapped` does not part it."""
+    return text.replace(" ", "\0")
+
+
+def in_table(rows: Sequence[Sequence[str]], width: int = UNBOUNDED, widest: int = UNBOUNDED,
+             hang: int = 0) -> List[str]:
+    """Lines of columns; where the last is too long it is parted, at its line breaks first, and hangs by that much.
+
+    What is wider than `widest` and the others of its column is on a line by itself.
+    """
+    columns = list(zip(*rows))[:-1]
+    widths = [max((size for size in map(shown_width, column) if size <= widest), default=0) for column in columns]
+    left, lines = sum(widths) + 2 * len(widths), []  # type: int, List[str]
+    for row in rows:
+        head = "".join(pad(cell, room) + "  " for cell, room in zip(row, widths))
+        if shown_width(head) > left:
+            lines += wrapped(unparted(head.rstrip()), width, left - widths[-1] - 2)
+            head = " " * left
+        whole = head + row[-1].replace("\n", " ")
+        lines += [whole.replace("\0", " ").rstrip()] if shown_width(whole) <= width else wrapped(
+            head + row[-1], width, left + hang)
     return lines
 
 
@@ -1026,7 +1067,6 @@ def print_result(text: str) -> None:
 
 
 LEAST_WIDTH = 40
-UNBOUNDED = 1 << 20  # columns and lines, where nothing is drawn on a terminal
 
 
 def result_size() -> Tuple[int, int]:
@@ -1077,6 +1117,8 @@ class JsonLog(Reader):
 ########################################################################################################
 
 MAIL_WIDTH = 79  # columns
+WIDEST_NAME = 32  # of a destination that has what was done beside it
+RESULT_WIDTH = 8  # of `ok` and `FAILED`
 
 
 class DoneAt:
@@ -1110,13 +1152,13 @@ class DoneAt:
         return ", ".join(words + ["{} in full".format(full)] * bool(full))
 
     @property
-    def parts(self) -> List[str]:
-        """`ok      `, `2 sent, 1.3 GiB; `, `3 deleted; `, `112.0 GiB free; `."""
+    def text(self) -> str:
+        """`ok      2 sent, 1.3 GiB; 3 deleted; 112.0 GiB free`, whose parts stay whole."""
         parts = [self.sent_text, "{} deleted".format(self.deleted) if self.deleted else "",
                  "{} kept".format(self.kept) if self.kept is not None else "",
                  "{} free".format(format_size(self.free)) if self.free is not None else ""]
-        known = [part for part in parts if part] or ["nothing done"]
-        return [pad("FAILED" if self.errors else "ok", 8)] + [part + "; " for part in known]
+        known = [unparted(part) for part in parts if part] or [unparted("nothing done")]
+        return unparted(pad("FAILED" if self.errors else "ok", RESULT_WIDTH)) + "; ".join(known)
 
 
 class Done:
@@ -1204,26 +1246,10 @@ class Done:
         parts = ["1 snapshot taken"] * (self.snapshot is not None)
         return ", ".join(parts + ["{} deleted".format(self.deleted)] * bool(self.deleted))
 
-    def rows(self) -> List[Tuple[str, List[str]]]:
-        return [(place.endpoint, place.parts) for place in self.destinations.values()]
-
-
-def in_columns(table: Sequence[Tuple[str, Sequence[str]]]) -> List[str]:
-    """Names, and beside them what there is to say of each, in parts that stay whole; a long name has its own line."""
-    column = max([width for width in (shown_width(printable(name)) for name, _ in table) if width <= 32] or [0])
-    lines = []
-    for name, parts in table:
-        line = "    {}  ".format(pad(printable(name), column))
-        if shown_width(line) > column + 6:
-            lines.append(line.rstrip())
-            line = " " * (column + 6)
-        for part in parts:
-            if shown_width(line + part) > MAIL_WIDTH:
-                lines.append(line.rstrip())
-                line = " " * (column + 14)
-            line += part
-        lines.append(line.rstrip("; "))
-    return lines
+    def lines(self) -> List[str]:
+        """The destinations, and what was done there."""
+        rows = [("    " + printable(place.endpoint), place.text) for place in self.destinations.values()]
+        return in_table(rows, MAIL_WIDTH, 4 + WIDEST_NAME, RESULT_WIDTH)
 
 
 class Account(Reader):
@@ -1257,7 +1283,7 @@ class Account(Reader):
     def ending(self) -> Tuple[str, List[str]]:
         """What one task alone has done, and where that was at several places, what at each."""
         done = self.tasks[""]
-        return done.words, in_columns(done.rows()) if len(done.destinations) > 1 else []
+        return done.words, done.lines() if len(done.destinations) > 1 else []
 
     def lines(self) -> List[str]:
         """Each task with what it did at its source, and below it its destinations."""
@@ -1265,7 +1291,7 @@ class Account(Reader):
         for name, done in self.tasks.items():
             words = [printable(name)] + ["FAILED"] * bool(done.errors) + [done.at_source] * bool(done.at_source)
             lines.append("  " + "  ".join(words))
-            lines += in_columns(done.rows())
+            lines += done.lines()
         return lines
 
 
@@ -19207,26 +19233,6 @@ def describe_locations(locations: Sequence[Location], rows: Sequence[Row], now: 
 LEAST_NAME = 18  # columns of a name: a mark and the time
 
 
-def wrapped(text: str, width: int, indent: int) -> List[str]:
-    """Lines of at most `width` columns, parted at line breaks and at blanks, all but the first indented."""
-    lines = [""]
-    for word in re.findall("\n? *[^ \n]+", text):
-        if word[0] == "\n" or (lines[-1].strip() and shown_width(lines[-1] + word) > width):
-            lines.append(" " * indent)
-            word = word.lstrip()
-        lines[-1] += word
-        while shown_width(lines[-1]) > width:
-            line = lines.pop()
-            head = clip(line, width, mark="")
-            lines += [head, " " * indent + line[len(head):]]
-    return [line.replace("\0", " ").rstrip() for line in lines]
-
-
-def unparted(text: str) -> str:
-    """A text at whose blanks `wrapped` does not part it."""
-    return text.replace(" ", "\0")
-
-
 def location_labels(locations: Sequence[Location]) -> List[str]:
     return ["source" if location.is_source else str(number) for number, location in enumerate(
         locations, 0 if locations[0].is_source else 1)]
@@ -19263,19 +19269,10 @@ class Table(NamedTuple):
 
 def legend_lines(table: Table, width: int) -> List[str]:
     """The locations, each with its label and what there is to say of it; long ones have lines of their own."""
-    labels = location_labels(table.locations)
-    endpoints = [printable(location.endpoint) for location in table.locations]
-    left = max(map(len, labels))
-    middle = max((size for size in map(shown_width, endpoints) if size <= 2 * width // 5), default=0)
-    indent, lines = left + middle + 4, []  # type: int, List[str]
-    for number, location in enumerate(table.locations):
-        summary = summary_text(location, [row.states[number] for row in table.rows], table.now)
-        head = "{}  {}".format(pad(labels[number], left), endpoints[number])
-        if shown_width(head) > indent:
-            lines += wrapped(unparted(head), width, left + 2) + wrapped(pad("", left + 4) + summary, width, left + 4)
-        else:
-            lines += wrapped(pad(head, indent) + summary, width, indent)
-    return lines
+    rows = [(label, printable(location.endpoint), summary_text(location, [row.states[number] for row in table.rows],
+                                                               table.now))
+            for number, (label, location) in enumerate(zip(location_labels(table.locations), table.locations))]
+    return in_table(rows, width, 2 * width // 5)
 
 
 def age_text(row: Row, now: float) -> str:
@@ -20530,18 +20527,6 @@ def version_cells(followed: Followed, version: Version, labels: Sequence[str]) -
     is_renamed = sighting.inner != followed.inner
     where += ["as {}".format(printable(sighting.inner))] * is_renamed
     return [local_time(sighting.mtime), format_size(sighting.size), ";\n".join(where)]
-
-
-def in_table(rows: Sequence[Sequence[str]], width: int = UNBOUNDED) -> List[str]:
-    """Lines of columns; the last is as long as it is, or where that is too long, parted at its line breaks first."""
-    widths = [max(map(shown_width, column)) for column in list(zip(*rows))[:-1]]
-    left = sum(widths) + 2 * len(widths)
-    lines = []
-    for row in rows:
-        head = "".join(pad(cell, room) + "  " for cell, room in zip(row, widths))
-        whole = head + row[-1].replace("\n", " ")
-        lines += [whole.rstrip()] if shown_width(whole) <= width else wrapped(head + row[-1], width, left)
-    return lines
 
 
 def history_lines(followed: Followed, versions: Sequence[Version], unknown: Sequence[Row],

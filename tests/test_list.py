@@ -323,7 +323,7 @@ class Drawing(RowsTestCase):
     def test_long_places_have_lines_of_their_own(self):
         near, far = "/mnt/b", "ssh://nas.example.org" + "/backups" * 9
         shown = draw([self.location(endpoint=near), self.location(endpoint=far)], LATER, 80)
-        self.assertEqual(["1  /mnt/b  nothing", "2  " + far[:77], "   " + far[77:], 5 * " " + "nothing"],
+        self.assertEqual(["1  /mnt/b  nothing", "2  " + far[:77], "   " + far[77:], 11 * " " + "nothing"],
                          shown.splitlines())
         shown = draw([self.location(endpoint=far)], LATER, 120)
         self.assertEqual(["1  " + far, "     nothing"], shown.splitlines())
