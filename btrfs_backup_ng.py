@@ -8593,7 +8593,8 @@ def opened_tree(folder: str, name: str) -> Iterator[int]:
 ########################################################################################################
 
 RESTORING = ".restoring-"  # begins the name of the folder aside
-NEW_ENTRIES, STAGING_NOTE = "new", "restoring.json"  # in it
+NEW_ENTRIES, STAGING_NOTE, SHORTFALLS = "new", "restoring.json", "shortfalls.json"  # in it; the last goes last
+SMALL_NOTES = STAGING_NOTE + ASIDE, SHORTFALLS  # what alone a run that was killed at its beginning or end leaves there
 FICLONERANGE = 0x4020940D
 CLONE_RANGE = struct.Struct("=qQQQ")
 MOST_LEFT_OUT, MOST_UNSET = 4096, 64  # are told one by one, for a host can tell of them without end
@@ -8691,13 +8692,16 @@ def last_path(folder: int) -> bytes:
 class Unset:
     """What could not be set of entries: of each kind how many, the first of them, and why."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Callable[[List[Any]], None]) -> None:
+        self.keep = keep
         self.found: Dict[str, Tuple[int, bytes, str]] = {}
 
     def add(self, what: str, path: bytes, why: str) -> None:
         what = what if what in self.found or len(self.found) < MOST_UNSET else "another attribute"
         count, first, reason = self.found.get(what, (0, path, why))
         self.found[what] = count + 1, first, reason
+        if not count & (count + 1):  # 0, 1, 3, 7: to keep each would take as much as the files
+            self.keep([what, count + 1, os.fsdecode(first), reason])
 
     @contextlib.contextmanager
     def noting(self, what: str, path: bytes) -> Iterator[None]:
@@ -8712,6 +8716,57 @@ class Unset:
         return ["{} of {} could not be set, first of {}: {}".format(
             what, plural(count, "entry").replace("entrys", "entries"), printable(os.fsdecode(path)), why)
             for what, (count, path, why) in sorted(self.found.items())]
+
+
+class Shortfalls:
+    """What is not there as it is in the backup, kept in the open folder aside: a run that goes on tells it as well."""
+
+    def __init__(self, folder: int) -> None:
+        self.folder = folder
+        self.left: Dict[bytes, LeftOut] = {}  # by path
+        self.unset = Unset(lambda words: self.keep("unset", words))
+
+    def leave_out(self, left: LeftOut) -> None:
+        if len(self.left) >= MOST_LEFT_OUT:
+            left = LeftOut(b"", "so was more than is named here")
+        if self.left.get(left.path) != left:
+            self.left[left.path] = left
+            self.keep("left", [os.fsdecode(left.path), left.why, left.expected])
+
+    def take_back(self, path: bytes) -> None:
+        """An entry has come after all, as where the connection before was lost."""
+        if self.left.pop(path, None) is not None:
+            self.keep("here", [os.fsdecode(path)])
+
+    def keep(self, kind: str, words: List[Any]) -> None:
+        """Adds a line; one that a full disk has cut off leaves those behind it whole."""
+        import json
+        fd = open_plain(SHORTFALLS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, self.folder)
+        try:
+            os.write(fd, "\n{}".format(json.dumps([kind] + words)).encode())
+        finally:
+            os.close(fd)
+
+    def read(self) -> None:
+        """Takes over what the runs before have kept. OSError."""
+        import json
+        try:
+            fd = open_plain(SHORTFALLS, os.O_RDONLY, self.folder)
+        except FileNotFoundError:
+            return
+        with open(fd, encoding="utf-8") as file:
+            for line in file:
+                with contextlib.suppress(*FORMAT_ERRORS):
+                    self.take_over(*json.loads(line))
+
+    def take_over(self, kind: str, name: str, *words: Any) -> None:
+        path = os.fsencode(name)
+        if kind == "unset":
+            self.unset.found[name] = int(words[0]), os.fsencode(words[1]), str(words[2])
+        elif kind == "left":
+            self.left[path] = LeftOut(path, str(words[0]), bool(words[1]))
+        else:
+            self.left.pop(path, None)
 
 
 class Level(NamedTuple):
@@ -8743,7 +8798,7 @@ class Staging:
     """The folder aside in an open folder, where entries are made; one run at a time has it.
 
     key: the same for the same command, so that it is found again. `position` is how far it has come, `placing` the
-    entries that are whole, by name, once all are.
+    entries that are whole, by name, once all are, `shortfalls` what is missing of it.
     """
 
     def __init__(self, folder: int, shown: str, key: str) -> None:
@@ -8778,7 +8833,7 @@ class Staging:
 
     def take_up(self, anew: bool) -> None:
         key, boot, self.placing = self.read_note()
-        if key != self.name and list_sorted(self.fd):
+        if key != self.name and set(list_sorted(self.fd)) - {os.fsencode(name) for name in SMALL_NOTES}:
             raise BackupError("{} was not left by such a restore".format(self.shown), "look at it, and move it away")
         self.close_to_others()
         if not self.placing and (anew or boot != boot_id()):
@@ -8788,6 +8843,8 @@ class Staging:
             self.write_note()
         self.new = open_step(self.fd, NEW_ENTRIES, True, 0o700)
         self.find_position()
+        self.shortfalls = Shortfalls(self.fd)
+        self.shortfalls.read()
 
     def find_position(self) -> None:
         part = next((os.fsdecode(name) for name in list_sorted(self.fd) if name.startswith(b"part-")), "")
@@ -8854,8 +8911,8 @@ class Putter:
         self.file: Optional[FileEntry] = None  # in the making
         self.out = -1  # the same, open
         self.shares = True  # whether the kernel has shared data so far
-        self.unset, self.size, self.moved = Unset(), 0, 0
-        self.left: Dict[bytes, LeftOut] = {}  # by path, also of a connection that broke
+        self.size, self.moved = 0, 0
+        self.shortfalls, self.unset = staging.shortfalls, staging.shortfalls.unset
 
     def run(self, items: Iterable[FileItem]) -> None:
         """Takes all that comes, from how far it has come; OSError and BackupError where that cannot be."""
@@ -8886,10 +8943,7 @@ class Putter:
 
     def drop(self, left: LeftOut) -> None:
         """Notes what is left out, and forgets the file in the making where it is that."""
-        if len(self.left) < MOST_LEFT_OUT:
-            self.left[left.path] = left
-        else:
-            self.left[b""] = LeftOut(b"", "so was more than is named here")
+        self.shortfalls.leave_out(left)
         if self.file is not None and self.file.path == left.path:
             os.unlink(part_name(self.file.path), dir_fd=self.staging.fd)
             os.close(self.out)
@@ -8917,7 +8971,7 @@ class Putter:
 
     def begin(self, entry: FileEntry) -> None:
         name = os.path.basename(entry.path)
-        self.left.pop(entry.path, None)
+        self.shortfalls.take_back(entry.path)
         if stat.S_ISDIR(entry.mode):
             self.enter(entry, name)
         elif entry.has_contents:
@@ -8928,8 +8982,8 @@ class Putter:
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
                     raise
-                self.left[entry.path] = LeftOut(entry.path, "a {} cannot be made here: {}".format(
-                    "hard link" if entry.same else TYPE_NAMES[entry.type], reason_of(error)))
+                self.shortfalls.leave_out(LeftOut(entry.path, "a {} cannot be made here: {}".format(
+                    "hard link" if entry.same else TYPE_NAMES[entry.type], reason_of(error))))
 
     def link(self, entry: FileEntry, name: bytes) -> None:
         """Another name of what was made before, which is looked for step by step."""
@@ -8957,6 +9011,8 @@ class Putter:
         position, part = self.staging.position, part_name(entry.path)
         if position.part != part:
             remove_tree(self.staging.fd, part)
+        else:  # it may have its mode already
+            os.chmod(part, 0o600, dir_fd=self.staging.fd)
         self.out = open_plain(part, os.O_RDWR | os.O_CREAT, self.staging.fd)
         self.file = entry
         # How large it is tells the next run how far it has come, so it is never larger than that.
@@ -20109,6 +20165,8 @@ class FilesRun(RestoreRun):
         if taken and self.is_begun(wanted):
             with self.staging(wanted) as staging:
                 taken = [name for name in taken if name not in staging.placing or staging.is_new(name)]
+                if taken and not (staging.placing or list_sorted(staging.new) or staging.position.part):
+                    staging.remove()  # it was killed when all was done, or before anything was
         if taken:
             raise BackupError("{} exists in {}, and nothing is overwritten".format(some_of(taken), self.place.path),
                               "--replace keeps what is there as NAME{}TIME".format(KEPT_AS))
@@ -20154,6 +20212,7 @@ class FilesRun(RestoreRun):
         try:
             if not staging.placing:
                 self.take_files(wanted, staging)
+            self.tell_shortfalls(wanted, staging.shortfalls)
             self.give_names(wanted, staging)
             staging.remove()
         except Exception as error:
@@ -20181,13 +20240,12 @@ class FilesRun(RestoreRun):
                 self.events.warning("retry", "{}; trying again".format(error.message))
                 time.sleep(RETRY_PAUSE * tries)
                 staging.find_position()
-        self.tell_left(wanted, putter)
 
-    def tell_left(self, wanted: WantedFiles, putter: Putter) -> None:
+    def tell_shortfalls(self, wanted: WantedFiles, shortfalls: Shortfalls) -> None:
         """What is not there as it was."""
-        for line in putter.unset.lines():
+        for line in shortfalls.unset.lines():
             self.events.warning("unset", line)
-        for left in putter.left.values():
+        for left in shortfalls.left.values():
             line = "{} of {} was left out: {}".format(
                 printable(os.fsdecode(left.path)) or "the last of these", wanted.backup.name, left.why)
             if left.expected:

@@ -1,6 +1,9 @@
 """Single files and folders out of backups: what comes back, where to, and what no backup and no neighbour can do."""
 
 import contextlib
+import encodings.ascii  # noqa: F401
+import encodings.idna  # noqa: F401 -- an ordinary user may not be able to read them
+import hashlib  # noqa: F401
 import itertools
 import json
 import os
@@ -147,7 +150,7 @@ class Again(unittest.TestCase):
             self.putter.run(self.broken(gone, FileEntry(b"b", FILE), FileEntry(b"c", FILE), later))
         self.staging.find_position()
         self.putter.run([FileEntry(b"d", FILE)])
-        self.assertEqual([gone], list(self.putter.left.values()))
+        self.assertEqual([gone], list(self.putter.shortfalls.left.values()))
 
     def test_a_folder_that_bears_its_name_stays_as_it_is(self):
         """Whoever owns the folder around can have another of root's bear it."""
@@ -160,8 +163,8 @@ class Again(unittest.TestCase):
 
     def test_of_what_is_left_out_without_end_little_is_kept(self):
         self.putter.run(LeftOut(b"a/%d" % number, "why") for number in range(2 * program.MOST_LEFT_OUT))
-        self.assertEqual(program.MOST_LEFT_OUT + 1, len(self.putter.left))
-        self.assertIn("more than is named", self.putter.left[b""].why)
+        self.assertEqual(program.MOST_LEFT_OUT + 1, len(self.putter.shortfalls.left))
+        self.assertIn("more than is named", self.putter.shortfalls.left[b""].why)
 
     def test_of_attributes_without_end_little_is_kept(self):
         for number in range(2 * program.MOST_UNSET):
@@ -713,6 +716,86 @@ class Broken(FilesTestCase):
             self.assertErrorSays(self.restore(*self.paths("z") + [into], status=1), words)
 
 
+class KilledAtEachStep(FilesTestCase):
+    """At each call that changes anything: the next run brings the rest, and tells what the first would have told."""
+
+    CHANGES = ("mkdir", "rename", "unlink", "rmdir", "link", "symlink", "mknod", "chown", "chmod", "fchmod", "utime",
+               "setxattr", "ftruncate", "pwrite", "write", "fsync")
+
+    def setUp(self):
+        super().setUp()
+        os.mkdir(os.path.join(self.source, "d"))
+        for name in ("a", "r"):
+            self.write("d/" + name, name * 9000)
+            os.setxattr(os.path.join(self.source, "d", name), "user.x", b"y")
+            os.chmod(os.path.join(self.source, "d", name), 0o444)
+        os.link(os.path.join(self.source, "d", "r"), os.path.join(self.source, "d", "s"))
+        os.mknod(os.path.join(self.source, "d", "c"), stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        for name in ("d", "d/a", "d/c", "d/r"):
+            os.chown(os.path.join(self.source, name), NOBODY, NOBODY)
+        self.back_up()
+
+    def run_in_fork(self, user, killed_at=0):
+        """Status and errors of a restore in a fork of this process; the status is 9 where it was killed."""
+        with tempfile.TemporaryFile() as errors:
+            pid = os.fork()
+            if not pid:
+                try:
+                    os.dup2(errors.fileno(), 2)
+                    if user:
+                        os.setgroups([])
+                        os.setgid(user)
+                        os.setuid(user)
+                    calls = itertools.count(1)
+                    for name in self.CHANGES:
+                        setattr(os, name, self.counted(getattr(os, name), calls, killed_at))
+                    os._exit(program.main(["restore", "-q", "--no-elevate"] + self.paths("d") + [self.into]))
+                finally:
+                    os._exit(8)
+            status = os.waitpid(pid, 0)[1] >> 8
+            return status, os.pread(errors.fileno(), 1 << 20, 0).decode()
+
+    @staticmethod
+    def counted(act, calls, killed_at):
+        def call(*arguments, **more):
+            if killed_at and next(calls) == killed_at:
+                os._exit(9)
+            return act(*arguments, **more)
+        return call
+
+    def check(self, user):
+        expected, outcome = None, None
+        for step in itertools.count():
+            os.mkdir(self.into)
+            os.chown(self.into, user, user)
+            status, errors = self.run_in_fork(user, step)
+            if status == 9:
+                status, errors = self.run_in_fork(user)
+            elif step:
+                self.assertGreater(step, 40, errors)
+                return expected
+            with self.subTest(step=step):
+                if "d exists in" not in errors:  # as where it was killed when all was done
+                    expected = expected or (status, errors)
+                    self.assertEqual(expected, (status, errors))
+                self.assertNothingAside()
+                outcome = outcome or support.tree(self.into)
+                self.assertTreesEqual(outcome, support.tree(self.into))
+            shutil.rmtree(self.into)
+
+        raise AssertionError("no end")
+
+    def test_by_root(self):
+        self.assertEqual((0, ""), self.check(0))
+
+    def test_by_an_ordinary_user(self):
+        for path in (support.scratch_folder(), self.target, self.target_disk.path, self.source_disk.path):
+            os.chmod(path, 0o755)
+        status, errors = self.check(NOBODY)
+        self.assertEqual(1, status)
+        self.assertIn("d/c of {} was left out: a character device cannot be made here".format(self.name(1)), errors)
+
+
 class AsOrdinaryUser(FilesTestCase):
 
     def setUp(self):
@@ -834,7 +917,7 @@ class WhatAnyUserCanMake(FilesTestCase):
             putter.run([FileEntry(b"a", FILE, size=9 << 20), program.Extent(file.fileno(), 0, 1 << 20),
                         program.Extent(file.fileno(), 2 << 20, 5), program.Extent(file.fileno(), 4 << 20, 5),
                         FileEntry(b"b", FILE, size=1), FilePart(0, b"x")])
-        self.assertEqual([LeftOut(b"a", "it became shorter while it was read")], list(putter.left.values()))
+        self.assertEqual([LeftOut(b"a", "it became shorter while it was read")], list(staging.shortfalls.left.values()))
         self.assertEqual([b"b"], program.list_sorted(staging.new))
 
     def write_large(self, size):
