@@ -1950,11 +1950,13 @@ Data is free only when nothing on the filesystem holds it any more: what a snaps
 freed with the last of them. So the sizes of single ones do not add up; with older is what counts for several.
 
 They are exact for data, as it is on the disk (compressed, in whole extents), whatever shares it: clones within
-within and outside of the snapshots, deduplication, other subvolumes. Quotas are not needed. Metadata, with the contents
-of very small files, comes on top: about how much each brought is told apart. Where there is much to read, --quick asks
-of some thousand places who holds them: its sizes are estimates, each with its possible error (±), which 19 of 20 keep.
-On a terminal such an estimate stands there until the exact sizes are known. Of stream files (raw://) the sizes are theirs; a file that others build on
-cannot go before these. Without arguments, the folder you are in.""",
+and outside of the snapshots, deduplication, other subvolumes. Quotas are not needed. Metadata, with the contents
+of very small files, comes on top: about how much each brought is told apart. Of stream files (raw://) the sizes
+are theirs; a file that others build on cannot go before these. Without arguments, the folder you are in.
+
+Where there is much to read, --quick asks of some thousand places who holds them: its sizes are estimates, each
+with its possible error (±), which 19 of 20 keep. On a terminal such an estimate stands there until the exact
+sizes are known.""",
         examples=(
             ("space /home", "the snapshots of a source"),
             ("space /mnt/backup/home", "which backups are worth deleting?"),
@@ -21073,8 +21075,9 @@ def cost_cells(cost: Cost, unit: Optional[int]) -> List[str]:
     """The sizes of a snapshot, those that were sampled with their possible errors."""
     sizes = (cost.new, cost.alone, cost.with_older)
     if unit is None:
-        return [format_size(size) for size in sizes] + ["about " + format_size(cost.metadata) if cost.metadata else "?"]
-    return [format_size(size) + (" \u00b1 " + format_size(possible_error(size, unit)) if unit else "") for size in sizes]
+        return list(map(format_size, sizes)) + ["about " + format_size(cost.metadata) if cost.metadata else "?"]
+    errors = [" \u00b1 " + format_size(possible_error(size, unit)) if unit else "" for size in sizes]
+    return [format_size(size) + error for size, error in zip(sizes, errors)]
 
 
 def files_lines(files: Sequence[HeldFile], width: int) -> List[str]:
@@ -22715,8 +22718,8 @@ and locations (endpoint and error). With --deleted it has deleted in the place o
 path and the places of the last snapshot that has it.
 
 space has folders, each with folder, free, total, sample and snapshots; of these name, path, new, alone, with_older and
-metadata. With --top it has files, each with path, size and the first snapshot that has it. All in bytes. sample is null,
-with --quick what one sample stands for. What could not be measured is not in it.
+metadata. With --top it has files, each with path, size and the first snapshot that has it. All in bytes. sample is
+null, with --quick what one sample stands for. What could not be measured is not in it.
 
 diff has bytes (of new data) and changes, each with change (added, modified, deleted, renamed), path, to (null where it
 is not renamed), type and bytes.
