@@ -474,8 +474,8 @@ def painted(text: str, fd: int) -> str:
 # One root class. A message says what failed, on which object, in the cause's own words, lower case,
 # without a full stop; the hint says what to type, quoted so that it can be typed as it stands; the detail is
 # the stderr of the program that failed. They are raised with facts and told as events. Interrupted is
-# no error of that kind: it must pass every handler that goes on with the next destination. How a whole ended, with
-# whatever errors on its way, is an Ending.
+# no error of that kind: it must pass every handler that goes on with the next destination. How often what is transient
+# is tried again is told by Tries. How a whole ended, with whatever errors on its way, is an Ending.
 ########################################################################################################
 
 
@@ -588,6 +588,32 @@ def format_error(error: BackupError) -> str:
     """One line of what failed and what to do; the failed program's own words indented under it."""
     line = printable(error.message) + ("; " + printable(error.hint) if error.hint else "")
     return "\n".join([line] + ["    " + printable(words) for words in error.detail.splitlines()])
+
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between a break and the next try; twice as long each time
+
+
+class Tries:
+    """How often what broke may still be tried again, and how soon."""
+
+    def __init__(self, retries: int) -> None:
+        self.retries = self.left = retries
+        self.pause, self.furthest = FIRST_PAUSE, 0
+
+    def next_pause(self, position: int = 0) -> Optional[float]:
+        """Seconds to wait after a break at an offset of the stream; None where it is given up."""
+        if self.left <= 0:
+            return None
+        self.left -= 1
+        self.pause = FIRST_PAUSE if position > self.furthest else min(2 * self.pause, LONGEST_PAUSE)
+        self.furthest = max(self.furthest, position)
+        return self.pause
+
+    @property
+    def words(self) -> str:
+        """`trying again in 0.5 s (1 of 5)`."""
+        return "trying again in {} ({} of {})".format(
+            format_duration(self.pause), self.retries - self.left, self.retries)
 
 
 class Ending:
@@ -1132,13 +1158,14 @@ class DoneAt:
         self.restored: List[str] = []
         self.files: List[Dict[str, Any]] = []  # restored one by one
         self.sent: List[Dict[str, Any]] = []
+        self.doubtful: List[Dict[str, Any]] = []  # was sent, but to a place that is another now
         self.errors: List[Dict[str, str]] = []
         self.free: Optional[int] = None
 
     def document(self) -> Dict[str, Any]:
-        return {"endpoint": self.endpoint, "planned": self.planned or 0, "sent": self.sent, "restored": self.restored,
-                "files": self.files, "deleted": self.deleted, "kept": self.kept, "free": self.free,
-                "errors": self.errors}
+        return {"endpoint": self.endpoint, "planned": self.planned or 0, "sent": self.sent, "doubtful": self.doubtful,
+                "restored": self.restored, "files": self.files, "deleted": self.deleted, "kept": self.kept,
+                "free": self.free, "errors": self.errors}
 
     @property
     def sent_text(self) -> str:
@@ -1149,6 +1176,7 @@ class DoneAt:
             return "" if self.errors or self.planned is None else "nothing to send"
         words = ["{} of {} sent".format(number, planned) if planned > number else "{} sent".format(number)]
         words += [format_size(sum(one["bytes"] for one in self.sent))] * bool(number)
+        words += ["{} in doubt".format(len(self.doubtful))] * bool(self.doubtful)
         return ", ".join(words + ["{} in full".format(full)] * bool(full))
 
     @property
@@ -1201,7 +1229,7 @@ class Done:
         elif event.topic == "sent":
             place.sent.append({key: facts[key] for key in ("snapshot", "parent", "bytes", "seconds")})
         elif event.topic == "doubtful":
-            place.sent = []
+            place.sent, place.doubtful = [], place.doubtful + place.sent
         elif event.topic in ("restored", "swapped") and facts["snapshot"] not in place.restored:
             place.restored.append(facts["snapshot"])
         elif event.topic == "file":
@@ -1235,6 +1263,7 @@ class Done:
         counts = ((sum(len(place.restored) for place in places), "backup", "restored"),
                   (sum(len(place.files) for place in places), "path", "restored"),
                   (sum(len(place.sent) for place in places if not place.restored), "backup", "sent"),
+                  (sum(len(place.doubtful) for place in places), "backup", "in doubt"),
                   (int(self.snapshot is not None), "snapshot", "taken"),
                   (self.deleted + sum(place.deleted for place in places), "subvolume", "deleted"),
                   (sum(place.kept or 0 for place in places), "backup", "kept"))
@@ -1275,7 +1304,7 @@ class Account(Reader):
                {"endpoint": "/mnt/backup/home", "planned": 1, "restored": [], "deleted": 3, "kept": null,
                 "files": [{"path", "backup", "source" (its path there), "kept" (what was there; null: nothing)}],
                 "free": 120259084288, "sent": [{"snapshot", "parent" (null: in full), "bytes", "seconds"}],
-                "errors": []}]}]}
+                "doubtful": [...] (was sent as well, but the place became another), "errors": []}]}]}
         """
         return {"dry_run": dry_run, "status": status, "tasks": [done.document() for done in self.tasks.values()]}
 
@@ -6613,7 +6642,12 @@ class Claim(NamedTuple):
 
 
 def check_claim(folder: str, claim: Claim, found: Sequence[str], names: Iterable[str]) -> None:
-    """BackupError unless a note is as it was seen, and those whose backups are among `names` stay in it."""
+    """BackupError unless a note is as it was seen, and those whose backups are among `names` stay in it.
+
+    Or it says already what is claimed, as where the answer to that was lost.
+    """
+    if tuple(found) == claim.after:
+        return
     gone = not set(claim.before) <= set(claim.after)
     if tuple(found) != claim.before or (
             gone and any(name_time(claim.prefix, partial_of(name) or traced_name(name) or name) for name in names)):
@@ -11585,6 +11619,16 @@ def publish_stream_file(folder: str, backup: RawBackup) -> None:
         sync_folder(top)
 
 
+def is_published(folder: str, backup: RawBackup) -> bool:
+    """Whether the stream file of this very backup has its name already; then that is durable."""
+    held = read_raw_folder(folder)
+    if backup not in held.backups or held.sizes.get(backup.file) != backup.file_size or backup.name in held.partials:
+        return False
+    with opened_folder(folder) as top:
+        sync_folder(top)
+    return True
+
+
 def chain_length(name: str, backups: Dict[str, RawBackup]) -> int:
     """How many streams restoring the backup `name` takes, as far as they are there."""
     seen = []  # type: List[str]
@@ -12882,6 +12926,8 @@ class LocalHost(NotingHost):
             if not backup.file.startswith(stem):
                 raise BackupError("{} is not a stream file of {}".format(backup.file, backup.name))
             if any(name.startswith(stem) and not name.endswith(SIDECAR_SUFFIX) for name in os.listdir(folder)):
+                if is_published(folder, backup):  # the answer to that was lost
+                    return
                 raise ReceiverFailed("{} has appeared meanwhile".format(path))
             os.lstat(os.path.join(folder, partial_name(backup.name)))
             if backup.parent_uuid is not None and backup.parent_uuid not in {
@@ -15715,10 +15761,11 @@ class SshConnector:
 # REMOTE: hosts over ssh
 #
 # Each call borrows a connection, whose agent does it; a stream keeps one to its end. One that breaks is replaced by the
-# next call, which first takes the locks of the run again that went with it. A stream that its channel's window holds
+# next call, which first takes the locks of the run again that went with it. What was lost in a call is asked once more;
+# where that may not be done twice, it is looked first whether it was done. A stream that its channel's window holds
 # back, as the host is far, gets carriers: further sessions of the same ssh connection, as many as round trip and server
-# allow. A carrier that is lost is a lost connection. What the other host answers and tells is
-# heard only as far as it is declared. Never: anything done without a lock that was held before.
+# allow. A carrier that is lost is a lost connection. What the other host answers and tells is heard only as far as it
+# is declared. Never: anything done without a lock that was held before.
 ########################################################################################################
 
 MOST_DOOMED = 400  # in one call, whatever their names
@@ -15729,6 +15776,8 @@ MOST_SESSIONS = 10  # of one connection: sshd's MaxSessions by default
 KEPT_SESSIONS = 2  # of these, for what else may come
 LOOK_DISTANCE = 0.1  # seconds between looks at the rate, at least
 LONGEST_WAIT = 1e9  # seconds for another run; infinity does not travel
+# What is not simply asked once more: that does harm, or whoever asks tries again.
+ASKED_ONCE = frozenset(("carry", "expected_stream", "swap_in"))
 
 
 def channels_for(round_trip: float) -> int:
@@ -15899,6 +15948,7 @@ class AgentHost(Host):
     """A host that an agent does the calls of."""
 
     skips = True
+    retries = 0  # how often a call is asked once more, each time by another connection
 
     def __init__(self, machine: str, connect: Callable[[bool], Connection], events: Events,
                  compress: str = "no", patience: float = float("inf"), channels: Optional[int] = None,
@@ -15912,6 +15962,7 @@ class AgentHost(Host):
         self.patience, self.channels, self.beside = patience, channels, beside
         self.round_trip = float("inf")  # seconds, at best
         self.streams = 0  # at work
+        self.is_away = self.has_ended = False  # away: it could not be reached again when that was tried last
         self.bringing: List[Background] = []
         self.token = os.urandom(16).hex()
         self.mutex, self.holding = threading.Lock(), threading.Lock()
@@ -16003,6 +16054,7 @@ class AgentHost(Host):
             error.hint = "log in as root, or use --ssh-sudo"
 
     def end(self) -> None:
+        self.has_ended = True
         for connection in reversed(self.all):
             connection.end()
         outlast(self.bringing, ENDING_TIMEOUT)
@@ -16065,11 +16117,31 @@ class AgentHost(Host):
 
     def call(self, name: str, *arguments: object) -> Any:
         """What a call gives on the other host; its errors are raised here."""
+        once = functools.partial(self.call_once, name, *arguments)
+        return once() if name in ASKED_ONCE else self.persist(once)
+
+    def call_once(self, name: str, *arguments: object) -> Any:
         connection = self.borrow()
         with self.kept(connection):
             found = self.ask(connection, name, arguments, "")
         self.give_back(connection)
         return found
+
+    def persist(self, once: Callable[[], T]) -> T:
+        """What is asked for, once more by another connection where one was lost; as often as a transfer is resumed."""
+        tries = Tries(0 if self.is_away else self.retries)
+        while True:
+            try:
+                found = once()
+                self.is_away = False
+                return found
+            except ConnectionLost as lost:
+                pause = None if self.has_ended or not lost.transient else tries.next_pause()
+                self.is_away = pause is None
+                if pause is None:
+                    raise
+                self.events.warning("lost", "{}; {}".format(lost.message, tries.words))
+                time.sleep(pause)
 
     def name(self) -> str:
         return self.greeting.nodename
@@ -16102,12 +16174,8 @@ class AgentHost(Host):
     @contextlib.contextmanager
     def hold(self, folder: str, prefix: str, wait: float, lasting: bool = True) -> Iterator[None]:
         """Holds the run lock there, by the agent at the other end of one connection, as long as that stands."""
-        connection, held = self.borrow(), (folder, prefix, lasting)
-        with self.kept(connection):
-            self.ask_to_hold(connection, held, min(wait, LONGEST_WAIT))
-            self.holder = connection
-            self.holds.append(held)
-        self.give_back(connection)
+        held = folder, prefix, lasting
+        self.persist(functools.partial(self.begin_to_hold, held, min(wait, LONGEST_WAIT)))
         try:
             yield
         finally:
@@ -16115,11 +16183,49 @@ class AgentHost(Host):
             with contextlib.suppress(BackupError):
                 self.release(folder, prefix)
 
+    def begin_to_hold(self, held: Tuple[str, str, bool], wait: float) -> None:
+        connection = self.borrow()
+        with self.kept(connection):
+            self.ask_to_hold(connection, held, wait)
+            self.holder = connection
+            self.holds.append(held)
+        self.give_back(connection)
+
+    # -- calls whose answer may be lost when it is done already
+
+    def snapshot(self, source: str, folder: str, name: str) -> Subvolume:
+        tried: List[str] = []
+
+        def once() -> Subvolume:
+            found: Optional[Subvolume] = self.call_once("list", folder).named(name) if tried else None
+            tried.append(name)
+            if found is None or not found.readonly or found.is_received:
+                found = self.call_once("snapshot", source, folder, name)
+            return found
+
+        return self.persist(once)
+
     def delete(self, folder: str, doomed: Sequence[Subvolume], convert_rw: bool) -> List[BackupError]:
-        return [error for some in batches(doomed) for error in self.call("delete", folder, some, convert_rw)]
+        return self.delete_by("delete", folder, doomed, lambda: self.call_once("list", folder).subvolumes, convert_rw)
 
     def delete_raw(self, folder: str, doomed: Sequence[Subvolume]) -> List[BackupError]:
-        return [error for some in batches(doomed) for error in self.call("delete_raw", folder, some)]
+        return self.delete_by("delete_raw", folder, doomed,
+                              lambda: listing_of(self.call_once("list_raw", folder)).subvolumes)
+
+    def delete_by(self, call: str, folder: str, doomed: Sequence[Subvolume],
+                  look: Callable[[], Sequence[Subvolume]], *more: object) -> List[BackupError]:
+        """Deletes so many at once; where the answer to that was lost, only what is still there then."""
+        tried: List[Subvolume] = []
+
+        def once(some: List[Subvolume]) -> List[BackupError]:
+            there = {s.name for s in (look() if some == tried else some)}
+            tried[:] = some
+            errors: List[BackupError] = self.call_once(call, folder, [s for s in some if s.name in there], *more)
+            return errors
+
+        return [error for some in batches(doomed) for error in self.persist(functools.partial(once, some))]
+
+    # -- calls that last long
 
     def digest_tree(self, folder: str, name: str, label: str) -> TreeDigest:
         self.labels.add(label)
@@ -16803,15 +16909,20 @@ class Hosts:
         connector = SshConnector(endpoint, SshOptions(self.task.ssh_options, self.task.ssh_sudo), self.events,
                                  self.share)
         self.stack.callback(connector.end)
-        patience = self.task.stall_timeout
         try:
-            host: Host = AgentHost(endpoint.machine, connector, self.events, self.task.compress, patience,
-                                   self.task.channels, connector.beside)
+            host: Host = self.agent_host(endpoint, connector)
         except NoPython as error:
-            host = PlainHost(connector, self.events, patience)
+            host = PlainHost(connector, self.events, self.task.stall_timeout)
             self.events.warning("plain", "{}: only plain commands are used there; nothing is resumed or verified, "
                                 "and runs of other machines are not locked out".format(error.message))
         self.stack.callback(host.end)
+        return host
+
+    def agent_host(self, endpoint: Endpoint, connector: SshConnector) -> AgentHost:
+        task = self.task
+        host = AgentHost(endpoint.machine, connector, self.events, task.compress, task.stall_timeout, task.channels,
+                         connector.beside)
+        host.retries = task.retries
         return host
 
     def end(self) -> None:
@@ -16833,9 +16944,6 @@ class Hosts:
 # A lane that was too slow for the others, or goes on elsewhere, gets a send of its own. Never: a stream that
 # goes on from a partial which it does not fit; then the transfer starts over, and says so.
 ########################################################################################################
-
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between a break and the next try; twice as long each time
-
 
 class Target(NamedTuple):
     """Where a snapshot goes: a folder of a host. base: UUID of its parent's backup there; begin: see open_receive.
@@ -16884,23 +16992,6 @@ class Delivered(NamedTuple):
     figures: Figures
     seconds: float
     at_source: bool = False
-
-
-class Tries:
-    """How often one destination may still be tried again, and how soon."""
-
-    def __init__(self, retries: int) -> None:
-        self.retries = self.left = retries
-        self.pause, self.furthest = FIRST_PAUSE, 0
-
-    def next_pause(self, position: int) -> Optional[float]:
-        """Seconds to wait after a break at an offset of the stream; None where it is given up."""
-        if self.left <= 0:
-            return None
-        self.left -= 1
-        self.pause = FIRST_PAUSE if position > self.furthest else min(2 * self.pause, LONGEST_PAUSE)
-        self.furthest = max(self.furthest, position)
-        return self.pause
 
 
 class ProgressOf:
@@ -17097,9 +17188,8 @@ class Delivery:
         tries = self.tries[key]
         pause = tries.next_pause(position) if error.transient else None
         if pause is not None:
-            self.events.warning("broken", "{} {} to {} broke off: {}; trying again in {} ({} of {})".format(
-                doing_word(self.task), self.shipment.snapshot.name, self.targets[key].text, error.message,
-                format_duration(pause), tries.retries - tries.left, tries.retries),
+            self.events.warning("broken", "{} {} to {} broke off: {}; {}".format(
+                doing_word(self.task), self.shipment.snapshot.name, self.targets[key].text, error.message, tries.words),
                 snapshot=self.shipment.snapshot.name, destination=key)
         return pause
 
@@ -18714,12 +18804,17 @@ class TaskRun(Sending):
     # -- what stays
 
     def confirm(self, destination: Destination) -> None:
-        """Looks once more where backups were sent; of a place that became another nothing is known."""
+        """Looks once more where backups were sent; of a place that became another nothing is known.
+
+        What was sent to a place that cannot be asked any more was sent all the same.
+        """
         listing, destination.listing = destination.listing, None
         if destination.sent and destination.endpoint.kind.has_folder:
             try:
                 destination.check_still_there()
-            except BaseException:
+            except (ConnectionLost, Stalled):  # all of it was seen there, and is on the disk
+                raise
+            except Exception:
                 self.events.debug("doubtful", "what was sent to {} may not be there".format(destination.text),
                                   destination=destination.key, endpoint=destination.text)
                 raise
@@ -22650,9 +22745,10 @@ say so once, with your usual -p and -f: btrfs-backup-ng -S --forget-destination 
 backups are not touched.""",
     "resuming": """\
 A transfer goes on where it stopped, whatever stopped it: a lost connection, a laptop that slept, kill -9, a crash of
-either side. Within a run this is tried 5 times (--retries), after pauses of half a second up to a minute; any
-progress resets the count. Only temporary failures are retried: a full disk is not. What is left, the next run
-resumes; --dry-run says where. Restores do the same.
+either side. Within a run this is tried 5 times (--retries), after pauses of half a second up to a minute, short ones
+again after any progress. A connection that is lost between transfers is made again the same way. Only temporary
+failures are retried: a full disk is not. What is left, the next run resumes; --dry-run says where. Restores do the
+same.
 
 What has arrived stays at the destination as .NAME.partial, read-only, and .NAME.partial.json says how much of the
 stream it holds, with a SHA-256 of it. The stream of a snapshot is the same each time: it is made again and goes on
@@ -22700,11 +22796,12 @@ the command line is wrong or where list, verify or doctor was interrupted. Sizes
 seconds; null is what is not known or not there. Later versions may have more fields.
 
 A backup has dry_run, status (as the exit status) and tasks. A task has source, snapshot (taken; null: none), deleted
-(how many), errors and destinations; a destination endpoint, planned (how many were to be sent), sent, restored (names),
-files, deleted, kept (how many; null: nothing was pruned), free and errors. In sent are snapshot, parent (null: in
-full), bytes and seconds, in files, of files that were restored, path, backup, source (its path there) and kept (where
-what it replaced is; null: nothing was there), in errors message and hint. restore and prune have the same: destinations
-are where it is restored to, and the folders that are pruned, without a source.
+(how many), errors and destinations; a destination endpoint, planned (how many were to be sent), sent, doubtful (sent,
+but to a folder that was replaced since), restored (names), files, deleted, kept (how many; null: nothing was pruned),
+free and errors. In sent and doubtful are snapshot, parent (null: in full), bytes and seconds, in files, of files that
+were restored, path, backup, source (its path there) and kept (where what it replaced is; null: nothing was there), in
+errors message and hint. restore and prune have the same: destinations are where it is restored to, and the folders that
+are pruned, without a source.
 
 With --dry-run a task has source, folder (of the snapshots), snapshot (to be taken), unlock, forget (destinations),
 delete, keep, destinations and errors; a destination endpoint, usable, new, clear (partials to be deleted), skip (not

@@ -117,7 +117,8 @@ What several files share stands in a module; no test file is imported. This one 
     trees       `tree` and `listing` to compare, `Churn` and `bulk` to change
     support     chance, time, and the cases: `TestCase`, `BackupTestCase`, `TasksTestCase`, `InZone`
     remote      `Sshd`, `User`, `Proxy`, and the cases `SshdTestCase`, `RemoteTestCase`, `RestrictedTestCase`
-    faulty      hosts that fail at their Nth call; hostile_agent, hostile_files: hosts that were broken into
+    faulty      hosts that fail at their Nth call; dying_agent: one that is killed in calls; hostile_agent,
+                hostile_files: hosts that were broken into
     terminal    the program on a terminal, and what is seen there
     scratch     what the demo and the benchmark take instead of a test's cleanups
     examples    what README's examples need to be run

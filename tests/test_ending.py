@@ -172,7 +172,10 @@ class Accounts(unittest.TestCase):
 
     def test_what_may_not_be_there_was_not_sent(self):
         account = self.account(("doubtful", {"endpoint": "/mnt/backup/home"}))
-        self.assertEqual("1 snapshot taken, 4 subvolumes deleted", account.tasks[""].words)
+        self.assertEqual("2 backups in doubt, 1 snapshot taken, 4 subvolumes deleted", account.tasks[""].words)
+        self.assertIn("0 of 2 sent, 2 in doubt;", account.lines()[1])
+        at = account.document(False, 1)["tasks"][0]["destinations"][0]
+        self.assertEqual((0, 2), (len(at["sent"]), len(at["doubtful"])))
 
     def test_the_document(self):
         task, = self.account().document(False, 1)["tasks"]

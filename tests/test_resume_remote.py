@@ -3,9 +3,12 @@
 TORTURE in the environment makes them long: 256 MiB, ten cuts, twenty kills.
 """
 
+import json
 import os
 import re
+import shlex
 import signal
+import sys
 import time
 import unittest
 
@@ -19,6 +22,7 @@ TORTURE = int(os.environ.get("TORTURE", 0))
 LARGE = 256 if TORTURE else 64  # MiB
 CUTS = 10 if TORTURE else 3
 WINDOW = 32 * MIB
+DYING = os.path.join(support.HERE, "dying_agent.py")
 SILENT = ["--ssh-opt", "ServerAliveInterval=1", "--ssh-opt", "ServerAliveCountMax=3"]
 
 
@@ -233,6 +237,73 @@ class SeveralDestinations(ResumeTestCase):
         self.between.listen()
         self.assertIn("resuming", self.push("-S", to=[self.remote_target, near]).stderr)
         self.assertConverged()
+
+
+class LostInCalls(remote.RemoteTestCase):
+    """The connection is lost before, between and after transfers, in whatever is asked of the host then."""
+
+    def setUp(self):
+        super().setUp()
+        self.plan = os.path.join(support.scratch_folder(), "calls to die in")
+        words = map(shlex.quote, [sys.executable, DYING, self.plan])
+        self.server.authorize("root", 'restrict,command="{}"'.format(" ".join(words)))
+
+    def dies(self, *lines):
+        remote.write_file(self.plan, "".join(line + "\n" for line in lines))
+
+    def assertLost(self, result, times):
+        with open(self.plan, encoding="ascii") as file:
+            self.assertEqual("", file.read(), "some calls were not made\n" + result.stderr)
+        self.assertEqual(times, result.stderr.count("was lost; trying again"), result.stderr)
+
+    def test_pushing(self):
+        target = os.path.join(self.remote_target, "below")
+        self.take(1, 2)
+        self.dies("before look", "after make_folder", "after claim")
+        self.assertLost(self.push("-S", to=[target]), 3)
+        self.take(3)
+        self.dies("after list", "after look", "after read_notes", "after delete", "before wait_for_cleaning")
+        result = self.push("-S", "-n", "2", "-s", to=[target])
+        self.assertLost(result, 5)
+        self.assertBackedUp([self.name(2), self.name(3)], os.path.join(self.target, "below"))
+        self.assertEqual("done: 1 backup sent, 1 subvolume deleted", result.stderr.splitlines()[-1])
+
+    def test_what_is_deleted_already_is_no_error(self):
+        self.take(1, 2, 3)
+        self.dies()
+        self.push("-S")
+        self.dies("before delete", "after delete")
+        result = self.push("-S", "-n", "1", "-v", "info")
+        self.assertLost(result, 2)
+        self.assertBackedUp([self.name(3)])
+        self.assertIn("2 subvolumes deleted", result.stderr)
+
+    def test_pulling(self):
+        self.write("file", "content")
+        self.dies("after hold", "after prove_writable", "after snapshot", "before change_locks", "after change_locks",
+                  "after change_locks", "after change_pins")
+        result = self.pull()
+        self.assertLost(result, 7)
+        self.assertBackedUp(names(self.snapshots))
+        self.assertEqual(1, len(names(self.snapshots)))
+
+    def test_a_stream_file_that_has_its_name_already(self):
+        self.take(1, 2)
+        self.dies("before publish_raw", "after publish_raw")
+        self.assertLost(self.push("-S", to=["raw+" + self.remote_target]), 2)
+        self.dies()
+        self.assertIn("nothing to do", self.push("-S", to=["raw+" + self.remote_target]).stderr)
+
+    def test_one_that_is_lost_each_time(self):
+        """What was sent was sent, whatever comes then."""
+        self.take(1)
+        self.dies("after claim", "before look", "before look", "before look")
+        result = self.push("-S", "--retries", "2", "--json", status=1)
+        self.assertLost(result, 3)
+        self.assertErrorSays(result, "the connection to", "was lost")
+        self.assertBackedUp([self.name(1)])
+        at, = json.loads(result.stdout)["tasks"][0]["destinations"]
+        self.assertEqual(([self.name(1)], []), ([one["snapshot"] for one in at["sent"]], at["doubtful"]))
 
 
 if __name__ == "__main__":
