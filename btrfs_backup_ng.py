@@ -4497,11 +4497,11 @@ class IncomingStream:
         self.version = self.ctransid = 0
         self.ended = False
         self.partial = partial_name(expected.name)
-        self.private = (make_command(CHOWN, ((A_PATH, b""), (A_UID, bytes(8)), (A_GID, bytes(8))))
+        self.to_root = (make_command(CHOWN, ((A_PATH, b""), (A_UID, bytes(8)), (A_GID, bytes(8))))
                         + make_command(CHMOD, ((A_PATH, b""), (A_MODE, struct.pack("<Q", 0o700)))))
-        self.public = (make_command(CHOWN, ((A_PATH, b""), (A_UID, struct.pack("<Q", expected.uid)),
-                                            (A_GID, struct.pack("<Q", expected.gid))))
-                       + make_command(CHMOD, ((A_PATH, b""), (A_MODE, struct.pack("<Q", expected.mode)))))
+        self.to_owner = (make_command(CHOWN, ((A_PATH, b""), (A_UID, struct.pack("<Q", expected.uid)),
+                                              (A_GID, struct.pack("<Q", expected.gid))))
+                         + make_command(CHMOD, ((A_PATH, b""), (A_MODE, struct.pack("<Q", expected.mode)))))
 
     @property
     def size(self) -> int:
@@ -4511,7 +4511,7 @@ class IncomingStream:
     @property
     def closing(self) -> bytes:
         """What makes the backup complete."""
-        return self.public + set_default_acl(self.acl) + make_command(END, ())
+        return self.to_owner + set_default_acl(self.acl) + make_command(END, ())
 
     @property
     def point(self) -> ResumePoint:
@@ -4535,7 +4535,7 @@ class IncomingStream:
         self.go_on_with(STREAM_HEADER.unpack_from(self.opening)[1], first.number_of(A_CTRANSID))
         self.hash.update(self.opening[STREAM_HEADER.size:STREAM_HEADER.size + COMMAND_HEADER.size])
         self.offset = first.end
-        head = self.opening[:STREAM_HEADER.size] + self.renamed(first) + self.private
+        head = self.opening[:STREAM_HEADER.size] + self.renamed(first) + self.to_root
         if self.acl is not None:
             head += remove_xattr(DEFAULT_ACL)
         chunk, self.opening = self.opening[first.end:], None
@@ -4567,7 +4567,7 @@ class IncomingStream:
         ctransid = struct.pack("<Q", self.ctransid)
         return STREAM_HEADER.pack(STREAM_MAGIC, self.version) + make_command(SNAPSHOT, (
             (A_PATH, os.fsencode(piece)), (A_UUID, parse_uuid(self.expected.uuid)), (A_CTRANSID, ctransid),
-            (A_CLONE_UUID, parse_uuid(onto)), (A_CLONE_CTRANSID, ctransid))) + self.private
+            (A_CLONE_UUID, parse_uuid(onto)), (A_CLONE_CTRANSID, ctransid))) + self.to_root
 
     def check_clone(self, payload: bytes) -> None:
         sources = [format_uuid(data) for attribute, data in parse_attributes(payload) if attribute == A_CLONE_UUID]
@@ -4614,7 +4614,7 @@ class IncomingStream:
             self.kept = kept
         if kept is None or kept == attributes.get(A_PATH) and command != UTIMES:
             return b""
-        return self.private + remove_xattr(CAPABILITY)
+        return self.to_root + remove_xattr(CAPABILITY)
 
     def edit_command(self, command: int, whole: memoryview) -> Optional[Sequence[Chunk]]:
         """What takes the place of a command; None where it passes as it is."""
@@ -4630,7 +4630,7 @@ class IncomingStream:
             # the top folder
             if command in (CHMOD, CHOWN) or self.takes_default_acl(command, bytes(whole)):
                 return [before]
-            return [before, whole, self.private]  # an ACL opens the folder as chmod does
+            return [before, whole, self.to_root]  # an ACL opens the folder as chmod does
         return [before, whole] if before else None
 
     def edit_commands(self, view: memoryview, spans: Sequence[CommandSpan]) -> List[Chunk]:
@@ -4760,9 +4760,9 @@ class Inode:
 
     __slots__ = ("number", "type", "names", "origin")
 
-    def __init__(self, number: int, kind: int, origin: Optional[bytes] = None) -> None:
-        self.number, self.type, self.origin = number, kind, origin
-        may_be_folder = kind == stat.S_IFDIR or origin is not None
+    def __init__(self, number: int, inode_type: int, origin: Optional[bytes] = None) -> None:
+        self.number, self.type, self.origin = number, inode_type, origin
+        may_be_folder = inode_type == stat.S_IFDIR or origin is not None
         self.names: Optional[Dict[bytes, Optional[Inode]]] = {} if may_be_folder else None
 
 
@@ -4789,9 +4789,9 @@ class NameTree:
         """The next stream begins: what there is now is its parent."""
         self.before = {}
 
-    def make(self, kind: int, origin: Optional[bytes] = None) -> Inode:
+    def make(self, inode_type: int, origin: Optional[bytes] = None) -> Inode:
         self.made += 1
-        return Inode(self.made, kind, origin)
+        return Inode(self.made, inode_type, origin)
 
     def find(self, path: bytes, in_parent: bool = False) -> Inode:
         at = self.top
@@ -4999,7 +4999,7 @@ PACKAGES = {"btrfs": "btrfs-progs (btrfsprogs on openSUSE)", "ssh": "openssh-cli
             "xz": "xz-utils (xz on Fedora and openSUSE)", "gpg": "gnupg (gnupg2 on Fedora, gpg2 on openSUSE)"}
 ENDING_GRACE = 5.0  # seconds between asking a process to end and killing it
 PIPE_GRACE = 1.0  # seconds in which what an ended program has said is read
-LOOK_INTERVAL = 0.2  # seconds
+POLL_INTERVAL = 0.2  # seconds
 PIPE_SIZE = 1 << 20
 SENDER_BUFFER = 2 << 20
 F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032
@@ -5231,7 +5231,7 @@ class Conversation:
         try:
             while self.open and time.monotonic() < deadline:
                 has_ended = self.process.poll() is not None
-                ready = self.poll.poll(1000 * LOOK_INTERVAL)
+                ready = self.poll.poll(1000 * POLL_INTERVAL)
                 if has_ended:
                     deadline = min(deadline, time.monotonic() + PIPE_GRACE) if ready else 0.0
                 for fd, _ in ready:
@@ -5277,7 +5277,7 @@ def run(argv: Sequence[str]) -> Outcome:
     return Outcome(process.returncode, os.fsdecode(out), os.fsdecode(error).strip())
 
 
-def check(argv: Sequence[str], doing: str) -> str:
+def run_checked(argv: Sequence[str], doing: str) -> str:
     """What a program prints; BackupError 'DOING: its last words' where it fails."""
     outcome = run(argv)
     if outcome.status != 0:
@@ -5363,7 +5363,7 @@ class Stage:
         poll.register(self.stderr, select.POLLIN)
         with self.stderr:
             while True:
-                ready = poll.poll(1000 * LOOK_INTERVAL)
+                ready = poll.poll(1000 * POLL_INTERVAL)
                 got = os.read(self.stderr.fileno(), 4096) if ready else b""
                 if not got and (ready or self.is_over):
                     break
@@ -5715,20 +5715,20 @@ def destroy_open_subvolume(path: str) -> None:
         os.close(fd)
 
 
-def take_snapshot(path: str, folder: int, name: str, kind: int) -> None:
+def take_snapshot(path: str, folder: int, name: str, access: int) -> None:
     """A snapshot of the subvolume at `path` in the open `folder`, WRITABLE or READ_ONLY. OSError.
 
     `btrfs subvolume snapshot` follows a link that bears the name, and goes into a folder that does.
     """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.ioctl(folder, CREATE_SNAPSHOT, bytearray(SNAPSHOT_ARGUMENTS.pack(fd, kind, os.fsencode(name))))
+        fcntl.ioctl(folder, CREATE_SNAPSHOT, bytearray(SNAPSHOT_ARGUMENTS.pack(fd, access, os.fsencode(name))))
     finally:
         os.close(fd)
 
 
 def make_readonly(path: str) -> None:
-    check(["btrfs", "property", "set", "-ts", path, "ro", "true"], "cannot make {} read-only".format(path))
+    run_checked(["btrfs", "property", "set", "-ts", path, "ro", "true"], "cannot make {} read-only".format(path))
 
 
 def receive_argv(folder: str, debug: bool, in_root: bool) -> List[str]:
@@ -5757,7 +5757,7 @@ def sync_filesystem(folder: str, held: int = -1) -> None:
 
     held: a file there, open since before anything was written whose loss would matter.
     """
-    check(["btrfs", "filesystem", "sync", folder], "cannot sync {}".format(folder))
+    run_checked(["btrfs", "filesystem", "sync", folder], "cannot sync {}".format(folder))
     with or_say("cannot sync {}".format(folder), "contents of files were lost; see dmesg"):
         fd = os.dup(held) if held >= 0 else os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -6209,7 +6209,7 @@ def firm_path(path: str, uuid: Optional[str]) -> Iterator[str]:
         yield path
 
 
-def delete_firm(firm: str, path: str, command: Callable[[Sequence[str], str], object] = check) -> None:
+def delete_firm(firm: str, path: str, command: Callable[[Sequence[str], str], object] = run_checked) -> None:
     """Deletes the subvolume at `path`, to which `firm` leads, see `firm_path`. command: runs a program. OSError."""
     if firm != path:
         try:
@@ -6345,7 +6345,7 @@ class PrivateFolder:
 # FILES: small files, read and written so that nobody else can have a hand in it
 #
 # All small files of this program, wherever they lie, go through here. What is read is opened without following links,
-# must be a plain file with a single name, and is waited for never. What is written stands aside, is synced, gets its
+# must be a regular file with a single name, and is waited for never. What is written stands aside, is synced, gets its
 # name, and the folder is synced.
 ########################################################################################################
 
@@ -6358,8 +6358,8 @@ def format_document(value: Any) -> str:
     return json.dumps(value, indent=1, sort_keys=True) + "\n"
 
 
-def open_plain(name: str, flags: int, folder: int, single: bool = True) -> int:
-    """Opens the plain file `name` in an open folder, for its user alone where it is made. single: of no other name.
+def open_regular(name: str, flags: int, folder: int, single: bool = True) -> int:
+    """Opens the regular file `name` in an open folder, for its user alone where it is made. single: of no other name.
 
     Whatever else bears the name: OSError at once, and nothing was followed, waited for or changed.
     """
@@ -6381,8 +6381,8 @@ def opened_folder(path: str) -> Iterator[int]:
         os.close(fd)
 
 
-def plain_error(path: str, doing: str, error: OSError, hint: str = "") -> BackupError:
-    """What is said of the plain file at `path` where `doing` it failed. hint: where nothing better is known."""
+def file_error(path: str, doing: str, error: OSError, hint: str = "") -> BackupError:
+    """What is said of the small file at `path` where `doing` it failed. hint: where nothing better is known."""
     if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.EMLINK):  # a link, a socket, a folder
         return BackupError("cannot {} {}: it is not a regular file with a single name".format(doing, path),
                            "somebody may have put it there; look at it, and move it away")
@@ -6391,9 +6391,9 @@ def plain_error(path: str, doing: str, error: OSError, hint: str = "") -> Backup
 
 
 def read_note(folder: str, name: str, most: int = LARGEST_NOTE, single: bool = True) -> Tuple[str, os.stat_result]:
-    """The text of a small plain file, of at most so many bytes, and what is known of the file. OSError."""
+    """The text of a small regular file, of at most so many bytes, and what is known of the file. OSError."""
     with opened_folder(folder) as top:
-        fd = open_plain(name, os.O_RDONLY, top, single)
+        fd = open_regular(name, os.O_RDONLY, top, single)
     with open(fd, encoding="utf-8", errors="surrogateescape") as file:
         found = os.fstat(fd)
         if found.st_size > most:
@@ -6402,7 +6402,7 @@ def read_note(folder: str, name: str, most: int = LARGEST_NOTE, single: bool = T
 
 
 def open_log(path: str) -> int:
-    """Opens a log for appending. In a folder where others decide what bears its name it must be a plain file.
+    """Opens a log for appending. In a folder where others decide what bears its name it must be a regular file.
 
     A fifo would stop the run, a link would lead to a file of root's.
     """
@@ -6412,9 +6412,9 @@ def open_log(path: str) -> int:
     try:
         if not exposed_steps(steps) and not foreign_link(path):
             return os.open(path, flags, 0o666)
-        return open_plain(name, flags, folder)
+        return open_regular(name, flags, folder)
     except OSError as error:
-        raise plain_error(path, "write", error, "the run goes on without this log") from None
+        raise file_error(path, "write", error, "the run goes on without this log") from None
     finally:
         os.close(folder)
 
@@ -6423,7 +6423,7 @@ def write_aside(folder: int, name: str, content: bytes, durably: bool) -> None:
     """A new file of that name, in place of what a crash or anybody left under it; none where that fails."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=folder)
-    fd = open_plain(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, folder)
+    fd = open_regular(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, folder)
     try:
         with open(fd, "wb", 0) as file:
             left = memoryview(content)
@@ -6464,7 +6464,7 @@ def replace_file(folder: str, name: str, text: str, durably: bool = True, aside:
             if durably:
                 sync_folder(top)
     except OSError as error:
-        raise plain_error(os.path.join(folder, name), "write", error) from None
+        raise file_error(os.path.join(folder, name), "write", error) from None
 
 
 def bears_name(fd: int, path: str, folder: Optional[int] = None) -> bool:
@@ -6577,14 +6577,14 @@ def single_pins(pins: Pins) -> Dict[str, Dict[str, Pin]]:
 
 def pins_as_json(pins: Tuple[Pin, ...]) -> Any:
     """Pins as JSON holds them: a single one as release 0.7.0 wrote it, several as a list."""
-    plain = [{key: value for key, value in pin._asdict().items() if key != "sent" or value} for pin in pins]
-    return plain[0] if len(plain) == 1 else plain
+    documents = [{key: value for key, value in pin._asdict().items() if key != "sent" or value} for pin in pins]
+    return documents[0] if len(documents) == 1 else documents
 
 
 def format_pins(pins: Pins) -> str:
-    plain = {destination: {prefix: pins_as_json(entry) for prefix, entry in entries.items()}
+    documents = {destination: {prefix: pins_as_json(entry) for prefix, entry in entries.items()}
              for destination, entries in pins.items()}
-    return format_document({"version": 1, "destinations": plain})
+    return format_document({"version": 1, "destinations": documents})
 
 
 def parse_sources(text: str) -> Tuple[str, ...]:
@@ -6624,7 +6624,7 @@ def note_size(folder: str, name: str, line: str) -> None:
         return
     with contextlib.suppress(OSError, BackupError):
         with opened_folder(folder) as top:
-            fd = open_plain(SIZES_NOTE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, top)
+            fd = open_regular(SIZES_NOTE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, top)
         with open(fd, "ab", 0) as file:
             file.write(line.encode("ascii"))
             is_large = os.fstat(fd).st_size > LARGEST_SIZES
@@ -6693,7 +6693,7 @@ def read_state_file(folder: str, name: str, parse: Callable[[str], T], none: T, 
     except FileNotFoundError:
         return none
     except OSError as error:
-        raise plain_error(path, "read", error) from None
+        raise file_error(path, "read", error) from None
 
 
 def replace_state(folder: str, name: str, text: str) -> None:
@@ -6713,7 +6713,7 @@ def prove_writable(folder: str) -> None:
             write_aside(top, LOCK_FILE + ASIDE, bytes(ENOUGH_FOR_STATE), durably=False)
             os.unlink(LOCK_FILE + ASIDE, dir_fd=top)
     except OSError as error:
-        raise plain_error(path, "write", error) from None
+        raise file_error(path, "write", error) from None
 
 
 def read_own_destinations(folder: str) -> List[str]:
@@ -6895,7 +6895,7 @@ def try_run_lock(fd: int, token: str) -> bool:
 def open_run_lock(folder: int, name: str, token: str) -> int:
     """The file of a run's lock, locked; -1 where another run has it. One that was removed meanwhile is none."""
     while True:
-        fd = open_plain(name, os.O_RDWR | os.O_CREAT, folder)
+        fd = open_regular(name, os.O_RDWR | os.O_CREAT, folder)
         try:
             if not try_run_lock(fd, token):
                 return -1
@@ -6932,7 +6932,7 @@ def run_lock(folder: str, name: str, wait: float, on_wait: Callable[[], None], t
             top = stack.enter_context(opened_folder(folder))
             fd = await_run_lock(top, name, wait, on_wait, token)
         except OSError as error:
-            raise plain_error(os.path.join(folder, name), "write", error, "is the folder writable?") from None
+            raise file_error(os.path.join(folder, name), "write", error, "is the folder writable?") from None
         if fd < 0:
             raise Busy("another run is at work in {}".format(folder), "it did not end within {}: wait longer".format(
                 format_duration(wait)) if wait else "wait for it, or use --wait")
@@ -6950,7 +6950,7 @@ def run_lock(folder: str, name: str, wait: float, on_wait: Callable[[], None], t
 # place, written first and removed last, say what belongs to whom by UUID: the next call completes or undoes
 # what was broken off, whenever that was. The old one is kept. Locks move on to the new snapshot folder, as
 # they tell of partials at destinations; pins then name the restored state, which is all that is left in
-# common. Never deleted: anything but what the notes name and that was made of the restored subvolume.
+# common. Never deleted: anything but what the journal names and that was made of the restored subvolume.
 ########################################################################################################
 
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # uapi/linux/fs.h
@@ -6985,8 +6985,8 @@ class SwapOrder(NamedTuple):
     pin: Pin
 
 
-class SwapNotes(NamedTuple):
-    """The notes of a swap. `kept` is the read-only snapshot's path in the new subvolume, '' where outside.
+class SwapJournal(NamedTuple):
+    """The journal of a swap. `kept` is the read-only snapshot's path in the new subvolume, '' where outside.
 
     new_uuid is known once the new subvolume is whole and durable.
     """
@@ -7036,7 +7036,7 @@ def put_in_place(aside: str, place: str, old_path: Optional[str]) -> None:
     """Puts `aside` at `place`: in exchange for what is there, whose later path is `old_path`, or None.
 
     Without RENAME_EXCHANGE (Linux before 3.15, a Python without ctypes) in two steps: nothing stands at the
-    place between them, and the notes bring the next call through.
+    place between them, and the journal brings the next call through.
     """
     if old_path is None:
         rename_to_free(aside, place)
@@ -7053,15 +7053,15 @@ def subvolume_at(path: str) -> Optional[Subvolume]:
     return read_subvolume(path, os.path.basename(path))
 
 
-def read_swap_notes(place: str) -> Optional[SwapNotes]:
-    """The notes of a swap at `place`; BackupError for what is none of ours, as subvolumes are deleted by them."""
+def read_swap_journal(place: str) -> Optional[SwapJournal]:
+    """The journal of a swap at `place`; BackupError for what is none of ours, as subvolumes are deleted by them."""
     import json
     folder, name = os.path.split(beside(place, "restoring.json"))
     try:
         text, found = read_note(folder, name)
         if is_of_others(found):
             raise ValueError("it belongs to user {}".format(found.st_uid))
-        return check_fields(SwapNotes(**json.loads(text)))
+        return check_fields(SwapJournal(**json.loads(text)))
     except FileNotFoundError:
         return None
     except (OSError,) + FORMAT_ERRORS as error:
@@ -7069,9 +7069,9 @@ def read_swap_notes(place: str) -> Optional[SwapNotes]:
                           "broken restore left of {}; then move that file away".format(place)) from None
 
 
-def write_swap_notes(place: str, notes: SwapNotes) -> None:
+def write_swap_journal(place: str, journal: SwapJournal) -> None:
     folder, name = os.path.split(beside(place, "restoring.json"))
-    replace_file(folder, name, format_document(notes._asdict()))
+    replace_file(folder, name, format_document(journal._asdict()))
 
 
 def delete_subvolume(path: str, found: Subvolume) -> None:
@@ -7079,13 +7079,13 @@ def delete_subvolume(path: str, found: Subvolume) -> None:
         delete_firm(firm, path)
 
 
-def delete_prepared(aside: str, notes: SwapNotes) -> None:
+def delete_prepared(aside: str, journal: SwapJournal) -> None:
     """Deletes a new subvolume that never got to its place, and the snapshot kept in it."""
-    for path in [os.path.join(aside, notes.kept)] * bool(notes.kept) + [aside]:
+    for path in [os.path.join(aside, journal.kept)] * bool(journal.kept) + [aside]:
         with contextlib.suppress(OSError):  # no such folder, or a link of the backup's, that nothing was made behind
             os.close(open_way(os.path.dirname(path))[0])
             made = subvolume_at(path)
-            if made is not None and made.parent_uuid != notes.restored_uuid:
+            if made is not None and made.parent_uuid != journal.restored_uuid:
                 raise BackupError("{} was not left by a broken restore".format(path), "move it away and try again")
             if made is not None:
                 delete_subvolume(path, made)
@@ -7103,38 +7103,38 @@ def remove_restore_folder(folder: str) -> None:
                 os.rmdir(folder)
 
 
-def remove_temporary(notes: SwapNotes) -> None:
+def remove_temporary(journal: SwapJournal) -> None:
     """Removes the restored subvolume and its folder where both were made for the swap alone."""
-    found, folder = subvolume_at(notes.restored), os.path.dirname(notes.restored)
-    if found is not None and found.uuid == notes.restored_uuid:
-        delete_subvolume(notes.restored, found)
+    found, folder = subvolume_at(journal.restored), os.path.dirname(journal.restored)
+    if found is not None and found.uuid == journal.restored_uuid:
+        delete_subvolume(journal.restored, found)
     remove_restore_folder(folder)
 
 
-def finish_swap(place: str) -> Optional[SwapNotes]:
-    """Completes or undoes the swap that the notes at `place` tell of.
+def finish_swap(place: str) -> Optional[SwapJournal]:
+    """Completes or undoes the swap that the journal at `place` tells of.
 
-    The notes, where the new subvolume now stands at its place; None where there are none or it does not.
+    The journal, where the new subvolume now stands at its place; None where there is none or it does not.
     """
-    notes, aside = read_swap_notes(place), beside(place, "restoring")
-    if notes is None:
+    journal, aside = read_swap_journal(place), beside(place, "restoring")
+    if journal is None:
         return None
     standing, waiting = subvolume_at(place), subvolume_at(aside)
     with or_say("cannot swap at {}".format(place)):
-        if standing is None and waiting is not None and waiting.uuid == notes.new_uuid:
+        if standing is None and waiting is not None and waiting.uuid == journal.new_uuid:
             rename_to_free(aside, place)
-        elif waiting is not None and waiting.uuid == notes.old_uuid:
-            rename_to_free(aside, os.path.join(os.path.dirname(place), notes.old_name))
+        elif waiting is not None and waiting.uuid == journal.old_uuid:
+            rename_to_free(aside, os.path.join(os.path.dirname(place), journal.old_name))
         elif waiting is not None:
-            delete_prepared(aside, notes)
+            delete_prepared(aside, journal)
         sync_filesystem(os.path.dirname(place))
         standing = subvolume_at(place)
-        is_done = standing is not None and standing.uuid == notes.new_uuid
-        if is_done and notes.temporary:
-            remove_temporary(notes)
+        is_done = standing is not None and standing.uuid == journal.new_uuid
+        if is_done and journal.temporary:
+            remove_temporary(journal)
         os.unlink(beside(place, "restoring.json"))
         sync_folder(os.path.dirname(place))
-    return notes if is_done else None
+    return journal if is_done else None
 
 
 def is_mounted(point: str, subvolume: Subvolume) -> bool:
@@ -7244,49 +7244,49 @@ def carry_state(old: str, new: str, order: SwapOrder, stream_id: str) -> List[st
     return warnings
 
 
-def prepare_swap(order: SwapOrder, notes: SwapNotes, snapshots: str) -> List[str]:
+def prepare_swap(order: SwapOrder, journal: SwapJournal, snapshots: str) -> List[str]:
     """Makes the new subvolume beside the place, with a snapshot of the restored state and the state files."""
     aside = beside(order.place, "restoring")
     snapshot_argv = ["btrfs", "subvolume", "snapshot"]
-    check(snapshot_argv + [order.restored, aside], "cannot take a snapshot of {}".format(order.restored))
+    run_checked(snapshot_argv + [order.restored, aside], "cannot take a snapshot of {}".format(order.restored))
     new = subvolume_at(aside)
     if new is None or new.received_uuid is not None:
         raise BackupError("the writable snapshot of {} kept its received UUID".format(order.restored))
-    kept_in = os.path.dirname(os.path.join(aside, notes.kept)) if notes.kept else snapshots
+    kept_in = os.path.dirname(os.path.join(aside, journal.kept)) if journal.kept else snapshots
     with opened_snapshot_folder(kept_in) as folder:
         path = os.path.join(folder, order.name)
-        if notes.kept:
+        if journal.kept:
             remove_stand_ins(folder)
         there = subvolume_at(path)
-        if there is None or not there.readonly or there.stream_id != notes.stream_id:
+        if there is None or not there.readonly or there.stream_id != journal.stream_id:
             if os.path.lexists(path):  # it would be made inside
                 raise BackupError("{} is not what was restored".format(os.path.join(kept_in, order.name)),
                                   "move it away")
-            check(snapshot_argv + ["-r", order.restored, path], "cannot keep a snapshot of the restored state")
-        return carry_state(snapshots, folder, order, notes.stream_id) if notes.kept else []
+            run_checked(snapshot_argv + ["-r", order.restored, path], "cannot keep a snapshot of the restored state")
+        return carry_state(snapshots, folder, order, journal.stream_id) if journal.kept else []
 
 
-def swap_in(order: SwapOrder) -> Tuple[SwapNotes, List[str]]:
-    """Swaps a writable snapshot of the restored subvolume in: the notes of it, and what there is to warn of."""
+def swap_in(order: SwapOrder) -> Tuple[SwapJournal, List[str]]:
+    """Swaps a writable snapshot of the restored subvolume in: its journal, and what there is to warn of."""
     place, restored, old = order.place, subvolume_at(order.restored), subvolume_at(order.place)
     if restored is None or not restored.is_received:
         raise BackupError("{} was not restored by receiving it, so nothing could be sent on top of it".format(
             order.restored), "restore it to another folder")
     folder = os.path.realpath(os.path.join(place, order.snapshots))
     inside = (folder + "/").startswith(place + "/")
-    notes = SwapNotes(order.name, restored.received_uuid or "", order.restored, restored.uuid or "", order.temporary,
-                      os.path.join(folder, order.name)[len(place) + 1:] if inside else "",
+    journal = SwapJournal(order.name, restored.received_uuid or "", order.restored, restored.uuid or "",
+                          order.temporary, os.path.join(folder, order.name)[len(place) + 1:] if inside else "",
                       old.uuid if old else None, free_name(os.path.dirname(place), order.old_name))
     aside = beside(place, "restoring")
     if os.path.lexists(aside):
         raise BackupError("{} exists, but was not noted by a restore".format(aside), "look at it, move it away")
-    write_swap_notes(place, notes)
+    write_swap_journal(place, journal)
     try:
-        warnings = prepare_swap(order, notes, folder)
+        warnings = prepare_swap(order, journal, folder)
         sync_filesystem(aside)
         new = subvolume_at(aside)
-        write_swap_notes(place, notes._replace(new_uuid=new.uuid if new else None))
-        put_in_place(aside, place, os.path.join(os.path.dirname(place), notes.old_name) if old else None)
+        write_swap_journal(place, journal._replace(new_uuid=new.uuid if new else None))
+        put_in_place(aside, place, os.path.join(os.path.dirname(place), journal.old_name) if old else None)
         sync_filesystem(os.path.dirname(place))
     except OSError as error:
         finish_swap(place)
@@ -7296,7 +7296,7 @@ def swap_in(order: SwapOrder) -> Tuple[SwapNotes, List[str]]:
         raise
     if finish_swap(place) is None:
         raise BackupError("the new subvolume is not at {}".format(place), "look there, and run again")
-    return notes, warnings
+    return journal, warnings
 
 
 ########################################################################################################
@@ -8220,13 +8220,13 @@ def pack_entry(entry: FileEntry) -> bytes:
 def pack_item(item: Union[FileEntry, FilePart, LeftOut]) -> List[Chunk]:
     """A record, in parts."""
     if isinstance(item, FileEntry):
-        kind, parts = ENTRY_RECORD, [pack_entry(item)]  # type: bytes, List[Chunk]
+        tag, parts = ENTRY_RECORD, [pack_entry(item)]  # type: bytes, List[Chunk]
     elif isinstance(item, FilePart):
-        kind, parts = CONTENTS_RECORD, [OFFSET.pack(item.offset), item.data]
+        tag, parts = CONTENTS_RECORD, [OFFSET.pack(item.offset), item.data]
     else:
-        kind, parts = LEFT_RECORD, [b"\1" if item.expected else b"\0", OFFSET.pack(len(item.path)), item.path,
+        tag, parts = LEFT_RECORD, [b"\1" if item.expected else b"\0", OFFSET.pack(len(item.path)), item.path,
                                     item.why.encode("utf-8", "surrogateescape")]
-    return [FILE_RECORD.pack(kind, sum(map(len, parts)))] + parts
+    return [FILE_RECORD.pack(tag, sum(map(len, parts)))] + parts
 
 
 def unpack_entry(payload: bytes) -> FileEntry:
@@ -8250,13 +8250,13 @@ def unpack_entry(payload: bytes) -> FileEntry:
         same=same, link=link, xattrs=tuple(xattrs))
 
 
-def unpack_item(kind: bytes, payload: bytes) -> Union[FileEntry, FilePart, LeftOut]:
+def unpack_item(tag: bytes, payload: bytes) -> Union[FileEntry, FilePart, LeftOut]:
     """ValueError or struct.error where it is none."""
-    if kind == ENTRY_RECORD:
+    if tag == ENTRY_RECORD:
         return unpack_entry(payload)
-    if kind == CONTENTS_RECORD:
+    if tag == CONTENTS_RECORD:
         return FilePart(OFFSET.unpack_from(payload)[0], memoryview(payload)[OFFSET.size:])
-    if kind != LEFT_RECORD:
+    if tag != LEFT_RECORD:
         raise ValueError("a record of an unknown kind")
     end = 1 + OFFSET.size + OFFSET.unpack_from(payload, 1)[0]
     return LeftOut(payload[1 + OFFSET.size:end], payload[end:].decode("utf-8", "replace")[:1000], payload[:1] == b"\1")
@@ -8274,16 +8274,16 @@ def unpack_items(chunks: Iterable[Chunk]) -> Iterator[FileItem]:
         carry += chunk
         at = 0
         while len(carry) - at >= FILE_RECORD.size and not is_over:
-            kind, length = FILE_RECORD.unpack_from(carry, at)
+            tag, length = FILE_RECORD.unpack_from(carry, at)
             if length > LARGEST_RECORD:
                 raise forged("a record of {}".format(format_size(length)))
             end = at + FILE_RECORD.size + length
             if len(carry) < end:
                 break
-            is_over = kind == LAST_RECORD
+            is_over = tag == LAST_RECORD
             if not is_over:
                 try:
-                    yield unpack_item(kind, bytes(carry[end - length:end]))
+                    yield unpack_item(tag, bytes(carry[end - length:end]))
                 except (ValueError, struct.error) as error:
                     raise forged(str(error)) from None
             at = end
@@ -8330,14 +8330,14 @@ class EntryGate:
             raise forged("an entry out of its order", entry.path)
         if len(key) > 1 and key[:-1] != self.folder[:len(key) - 1]:
             raise forged("an entry without its folder", entry.path)
-        self.check_kind(entry)
+        self.check_type(entry)
         for name, value in entry.xattrs:
             if not XATTR_NAME.fullmatch(name) or len(name) > LARGEST_NAME or len(value) > LARGEST_XATTR:
                 raise forged("an invalid attribute", entry.path)
         self.last, self.folder = key, key if is_folder else key[:-1]
         self.file, self.offset = entry if entry.has_contents else None, 0
 
-    def check_kind(self, entry: FileEntry) -> None:
+    def check_type(self, entry: FileEntry) -> None:
         """BackupError unless an entry is of a kind there is, with what belongs to that kind."""
         is_link = stat.S_ISLNK(entry.mode)
         if entry.type not in TYPE_NAMES or entry.mode >> 16 or entry.size >> 63 or any(
@@ -8777,7 +8777,7 @@ class Shortfalls:
     def keep(self, kind: str, words: List[Any]) -> None:
         """Adds a line; one that a full disk has cut off leaves those behind it whole."""
         import json
-        fd = open_plain(SHORTFALLS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, self.folder)
+        fd = open_regular(SHORTFALLS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, self.folder)
         try:
             os.write(fd, "\n{}".format(json.dumps([kind] + words)).encode())
         finally:
@@ -8787,7 +8787,7 @@ class Shortfalls:
         """Takes over what the runs before have kept. OSError."""
         import json
         try:
-            fd = open_plain(SHORTFALLS, os.O_RDONLY, self.folder)
+            fd = open_regular(SHORTFALLS, os.O_RDONLY, self.folder)
         except FileNotFoundError:
             return
         with open(fd, encoding="utf-8") as file:
@@ -9049,7 +9049,7 @@ class Putter:
             remove_tree(self.staging.fd, part)
         else:  # it may have its mode already
             os.chmod(part, 0o600, dir_fd=self.staging.fd)
-        self.out = open_plain(part, os.O_RDWR | os.O_CREAT, self.staging.fd)
+        self.out = open_regular(part, os.O_RDWR | os.O_CREAT, self.staging.fd)
         self.file = entry
         # How large it is tells the next run how far it has come, so it is never larger than that.
         os.ftruncate(self.out, position.offset if position.part == part else 0)
@@ -9706,7 +9706,7 @@ class Confinement:
     """
 
     NEW_NAMESPACE, BIND, REMOUNT, RECURSIVE, NO_LINKS = 0x20000, 4096, 32, 16384, 256
-    PRIVATE, SLAVE = 1 << 18, 1 << 19
+    MS_PRIVATE, MS_SLAVE = 1 << 18, 1 << 19
     DETACH, NOT_FOLLOWING = 2, 8  # of umount2(2)
     SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc", "/nix", "/gnu")  # where programs have what they need
     HAS_NO_LINKS = 0x2000  # in statvfs: a kernel that does not know MS_NOSYMFOLLOW takes it without a word
@@ -9721,26 +9721,26 @@ class Confinement:
         self.mount_point = mount.point if mount is not None else "/"
         self.flags = (self.BIND | self.REMOUNT | self.NO_LINKS | self.HARMLESS
                       | (os.statvfs(folder).f_flag & os.ST_RDONLY))
-        self.private = PrivateFolder()
-        self.path = os.path.join(self.private.path, os.path.relpath(folder, self.mount_point))
-        needed = (find_program("btrfs"), "/dev", folder, self.private.path)
+        self.view = PrivateFolder()
+        self.path = os.path.join(self.view.path, os.path.relpath(folder, self.mount_point))
+        needed = (find_program("btrfs"), "/dev", folder, self.view.path)
         self.needed = [os.path.realpath(path) for path in self.SYSTEM + needed]
 
     def enter(self) -> None:
         """Is called in the new process."""
         os.setpgrp()
         self.insist(self.unshare(self.NEW_NAMESPACE))
-        private = os.fsencode(self.private.path)
+        top = os.fsencode(self.view.path)
         mount_point = os.fsencode(self.mount_point)
-        self.insist(self.mount(None, b"/", None, self.SLAVE | self.RECURSIVE, None))
-        self.insist(self.mount(mount_point, private, None, self.BIND, None))
-        self.insist(self.mount(None, private, None, self.PRIVATE, None))
-        self.insist(self.mount(None, private, None, self.flags, None))
+        self.insist(self.mount(None, b"/", None, self.MS_SLAVE | self.RECURSIVE, None))
+        self.insist(self.mount(mount_point, top, None, self.BIND, None))
+        self.insist(self.mount(None, top, None, self.MS_PRIVATE, None))
+        self.insist(self.mount(None, top, None, self.flags, None))
         mounts = read_mounts()
-        if any(mount.point.startswith(self.private.path + "/") for mount in mounts):  # before it was private
+        if any(mount.point.startswith(self.view.path + "/") for mount in mounts):  # before it was private
             raise OSError(errno.EBUSY, "something was mounted within it")
         self.leave_disks(mounts)
-        if not os.statvfs(private).f_flag & self.HAS_NO_LINKS:
+        if not os.statvfs(top).f_flag & self.HAS_NO_LINKS:
             raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     def leave_disks(self, mounts: Sequence[Mount]) -> None:
@@ -9755,7 +9755,7 @@ class Confinement:
             raise OSError(self.errno(), os.strerror(self.errno()))
 
     def end(self) -> None:
-        self.private.end()
+        self.view.end()
 
 
 def confine(folder: str) -> Optional[Confinement]:
@@ -9823,14 +9823,14 @@ class PartialLock:
         try:
             self.fd = self.acquire()
         except OSError as error:
-            failed = plain_error(self.path, "write", error)
+            failed = file_error(self.path, "write", error)
             raise ReceiverFailed(failed.message, failed.hint) from None
 
     def acquire(self) -> int:
         deadline, asked = time.monotonic() + HOLDER_PATIENCE, 0
         while True:
             with opened_folder(os.path.dirname(self.path)) as folder:
-                fd = open_plain(os.path.basename(self.path), os.O_RDWR | os.O_CREAT, folder)
+                fd = open_regular(os.path.basename(self.path), os.O_RDWR | os.O_CREAT, folder)
             try:
                 if not try_flock(fd):
                     asked = self.ask_holder(fd, asked, deadline)
@@ -9938,7 +9938,7 @@ def clear_idle(folder: str, name: str) -> None:
     closed = os.path.join(folder, begun_name(name))
     is_left = any(os.path.lexists(path) for path in (closed, os.path.join(folder, record_name(name))))
     with contextlib.suppress(FileNotFoundError), opened_folder(folder) as top:
-        fd = open_plain(partial_lock_name(name), os.O_RDWR | (os.O_CREAT if is_left else 0), top)
+        fd = open_regular(partial_lock_name(name), os.O_RDWR | (os.O_CREAT if is_left else 0), top)
         try:
             if try_flock(fd):
                 try:
@@ -11175,7 +11175,7 @@ class Relay:
         self.ended = False  # the sender, and well
         self.much = sender.capacity // 2  # bytes at once
         self.rest = SHORTEST_NAP
-        self.last_moved = self.last_look = self.last_undrained = time.monotonic()
+        self.last_moved = self.last_tended = self.last_undrained = time.monotonic()
 
     def run(self) -> Relayed:
         """The relay from first byte to named backups. All lanes have ended then; an error of the sender is theirs."""
@@ -11206,7 +11206,7 @@ class Relay:
                 self.last_moved = now
             if self.ended:
                 self.finish_drained(now)
-            self.look_around(now)
+            self.tend(now)
             if self.lanes:
                 self.nap(got, moved)
 
@@ -11239,7 +11239,7 @@ class Relay:
         """Gives a lane what it may have; how many bytes moved."""
         lane = self.lanes[key]
         if lane.reopening:
-            self.look_at_reopening(key)
+            self.take_reopened(key)
             return 0
         checked = 0
         while lane.position < self.window.end:
@@ -11286,7 +11286,7 @@ class Relay:
 
         lane.reopening = Background(open_again)
 
-    def look_at_reopening(self, key: str) -> None:
+    def take_reopened(self, key: str) -> None:
         """Puts the receiver that was opened again to work, where the window still holds what it needs."""
         lane = self.lanes[key]
         if lane.reopening is None or not lane.reopening.is_over:
@@ -11326,11 +11326,11 @@ class Relay:
 
     # -- looking after them
 
-    def look_around(self, now: float) -> None:
-        passed = now - self.last_look
+    def tend(self, now: float) -> None:
+        passed = now - self.last_tended
         if passed < PROGRESS_INTERVAL:
             return
-        self.last_look = now
+        self.last_tended = now
         for key in list(self.lanes):
             self.try_lane(key, self.look_at)
         if self.lanes:
@@ -11693,7 +11693,7 @@ class FileSink(Receiver):
         self.folder, self.path = folder, os.path.join(folder, checked_name(partial_name(name)))
         try:
             with opened_folder(folder) as top:
-                self.fd = open_plain(partial_name(name), os.O_WRONLY | os.O_CREAT | os.O_EXCL, top)
+                self.fd = open_regular(partial_name(name), os.O_WRONLY | os.O_CREAT | os.O_EXCL, top)
         except OSError as error:
             raise self.failure(error) from None
         with contextlib.suppress(OSError):  # some filesystems of networks know no locks
@@ -11786,7 +11786,7 @@ class FileSource(Sender):
         path = os.path.join(folder, checked_name(file, STREAM_SUFFIX))
         with or_say("cannot read {}".format(path)):
             with opened_folder(folder) as top:
-                self.fd = open_plain(file, os.O_RDONLY, top, single=False)
+                self.fd = open_regular(file, os.O_RDONLY, top, single=False)
         self.path = path
 
     def wait_readable(self, seconds: float) -> None:
@@ -11812,7 +11812,7 @@ def idle_raw_partials(folder: str) -> Dict[str, float]:
         if partial_of(name) is not None and not name.endswith(SIDECAR_SUFFIX + PARTIAL_SUFFIX):
             with contextlib.suppress(OSError):
                 with opened_folder(folder) as top:
-                    fd = open_plain(name, os.O_RDONLY, top)
+                    fd = open_regular(name, os.O_RDONLY, top)
                 with open(fd, "rb") as source:
                     fcntl.flock(source, fcntl.LOCK_SH | fcntl.LOCK_NB)
                     idle[name] = time.time() - os.fstat(fd).st_mtime
@@ -12203,11 +12203,11 @@ class Host:
     def look_at_swap_place(self, path: str) -> SwapPlace:
         return self.call("look_at_swap_place", path)
 
-    def swap_in(self, order: SwapOrder) -> SwapNotes:
+    def swap_in(self, order: SwapOrder) -> SwapJournal:
         """Puts a writable snapshot of a restored subvolume in the place of another."""
         return self.call("swap_in", order)
 
-    def finish_swap(self, place: str) -> Optional[SwapNotes]:
+    def finish_swap(self, place: str) -> Optional[SwapJournal]:
         """Completes or undoes a swap that was broken off; its notes where it is completed."""
         return self.call("finish_swap", place)
 
@@ -12342,7 +12342,7 @@ class LocalHost(NotingHost):
         self.compared: Optional[Tuple[Tuple[Any, ...], Changes]] = None  # the last two trees, by what they are
         self.held: Dict[str, int] = {}  # folders that a run holds, open
         self.judge: Optional[Callable[[str, Locks, Pins], None]] = None  # of what is to be noted
-        self.lock_kind = ".lock"  # or FETCHING
+        self.lock_suffix = ".lock"  # or FETCHING
 
     @contextlib.contextmanager
     def firm(self, folder: str) -> Iterator[str]:
@@ -12364,7 +12364,7 @@ class LocalHost(NotingHost):
     def command(self, argv: Sequence[str], doing: str) -> str:
         begun = time.monotonic()
         try:
-            return check(argv, doing)
+            return run_checked(argv, doing)
         finally:
             self.events.debug("command", "ran {} ({:.3f} s)".format(" ".join(argv), time.monotonic() - begun))
 
@@ -12573,7 +12573,7 @@ class LocalHost(NotingHost):
                 stack.callback(os.close, self.held[folder])
                 stack.callback(self.held.pop, folder)
             firm = stack.enter_context(self.firm(folder))
-            stack.enter_context(run_lock(firm, run_lock_name(prefix, self.lock_kind), wait, lambda: self.events.info(
+            stack.enter_context(run_lock(firm, run_lock_name(prefix, self.lock_suffix), wait, lambda: self.events.info(
                 "waiting", "waiting for another run in {}".format(folder)), token, lasting))
             yield
 
@@ -12891,13 +12891,13 @@ class LocalHost(NotingHost):
         with or_say("cannot look at {}".format(path)):
             return look_at_swap_place(path)
 
-    def swap_in(self, order: SwapOrder) -> SwapNotes:
-        notes, warnings = swap_in(order)
+    def swap_in(self, order: SwapOrder) -> SwapJournal:
+        journal, warnings = swap_in(order)
         for text in warnings:
             self.events.warning("state", text)
-        return notes
+        return journal
 
-    def finish_swap(self, place: str) -> Optional[SwapNotes]:
+    def finish_swap(self, place: str) -> Optional[SwapJournal]:
         return finish_swap(place)
 
     def list_raw(self, folder: str) -> RawFolder:
@@ -13042,7 +13042,7 @@ class ShellPlace(Host):
 ########################################################################################################
 # CHAINS: files out of stream files, without a btrfs
 #
-# What a chain of streams does to the inodes that are needed (TRACKING) is done to plain files in a folder aside, each
+# What a chain of streams does to the inodes that are needed (TRACKING) is done to files in a folder aside, each
 # called by its number: no name in a stream ever becomes one here, and any filesystem will do, for any user. Their
 # owners, modes, times and attributes are kept in mind, and become entries like those of a tree. What the kernel drops
 # where a stream is received (setuid at a change of owner, capabilities at a write) stays as it was at the source.
@@ -13095,7 +13095,7 @@ class Scratch:
         if name not in self.opened:
             if len(self.opened) >= MOST_OPEN:
                 os.close(self.opened.popitem(last=False)[1])
-            self.opened[name] = open_plain(name, os.O_RDWR | os.O_CREAT, self.folder)
+            self.opened[name] = open_regular(name, os.O_RDWR | os.O_CREAT, self.folder)
         self.opened.move_to_end(name)
         return self.opened[name]
 
@@ -13150,8 +13150,8 @@ class Scratch:
 class InodeFacts:
     """What an inode is but its contents and names."""
 
-    def __init__(self, kind: int, rdev: int = 0, link: bytes = b"") -> None:
-        self.type, self.rdev, self.link = kind, rdev, link
+    def __init__(self, inode_type: int, rdev: int = 0, link: bytes = b"") -> None:
+        self.type, self.rdev, self.link = inode_type, rdev, link
         self.mode = self.uid = self.gid = self.atime = self.mtime = 0
         self.xattrs: Dict[bytes, bytes] = {}
 
@@ -13217,11 +13217,11 @@ class ChainReplay:
     def write_encoded(self, number: int, parts: CommandParts) -> None:
         if parts.number(A_ENCRYPTION):
             raise BackupError("the stream holds encrypted extents, which only btrfs receive reads")
-        plain = unpacked_extent(bytes(parts.contents), parts.number(A_COMPRESSION), parts.number(A_UNENCODED_LEN))
+        unpacked = unpacked_extent(bytes(parts.contents), parts.number(A_COMPRESSION), parts.number(A_UNENCODED_LEN))
         start, length = parts.number(A_UNENCODED_OFFSET), parts.number(A_UNENCODED_FILE_LEN)
-        if len(plain) < start + length:
+        if len(unpacked) < start + length:
             raise BackupError("the stream holds compressed data that cannot be unpacked")
-        self.scratch.write(self.changing(number), plain[start:start + length], parts.number(A_FILE_OFFSET))
+        self.scratch.write(self.changing(number), unpacked[start:start + length], parts.number(A_FILE_OFFSET))
 
     def clone(self, number: int, parts: CommandParts) -> None:
         of_parent = parts.of(A_CLONE_UUID) != self.own
@@ -13924,7 +13924,7 @@ GREETING_TIMEOUT = 120.0  # seconds; a password may have to be typed
 POLLRDHUP = 0x2000  # in select since Python 3.7
 WIRE_CLASSES: Dict[str, Any] = {c.__name__: c for c in (
     Subvolume, Listing, Place, Pin, FolderNotes, Claim, LockChange, Capabilities, SendOptions, SendSize, ExpectedStream,
-    RawBackup, RawFile, RawFolder, FilesFound, SwapPlace, SwapOrder, SwapNotes, HostFacts, Health, TreeDigest,
+    RawBackup, RawFile, RawFolder, FilesFound, SwapPlace, SwapOrder, SwapJournal, HostFacts, Health, TreeDigest,
     Mark, ResumePoint, Record, Trail, Sighting, HeldName, Change, Changes, Cost, Estimate, HeldFile,
     Carriage, Carried)}
 
@@ -15084,7 +15084,7 @@ class Agent:
         self.host = LocalHost(self.events, must_confine=restriction is not None)
         self.host.serves, self.host.judge = True, self.check_noted
         if restriction is not None and "delete" not in restriction.allow:
-            self.host.lock_kind = FETCHING
+            self.host.lock_suffix = FETCHING
         self.runs, self.meeting = HeldRuns(self.host), Meeting(channel, repr(restriction))
         self.done_by = {Host: self.host, HeldRuns: self.runs, Meeting: self.meeting}
         self.telling, self.is_at_work = threading.RLock(), False
@@ -15774,7 +15774,7 @@ FAST_LINE = 400e6  # bytes a second: what enough channels are for
 MOST_CHANNELS = 8  # by itself
 MOST_SESSIONS = 10  # of one connection: sshd's MaxSessions by default
 KEPT_SESSIONS = 2  # of these, for what else may come
-LOOK_DISTANCE = 0.1  # seconds between looks at the rate, at least
+RATE_INTERVAL = 0.1  # seconds between measurements of the rate, at least
 LONGEST_WAIT = 1e9  # seconds for another run; infinity does not travel
 # What is not simply asked once more: that does harm, or whoever asks tries again.
 ASKED_ONCE = frozenset(("carry", "expected_stream", "swap_in"))
@@ -15812,7 +15812,7 @@ class Widening:
         channel, now = self.connection.channel, time.monotonic()
         moved, before, since = channel.written + channel.received, self.moved, self.since
         is_first, self.moved, self.since = not self.due, moved, now
-        self.due = now + max(LOOK_DISTANCE, 1.5 * self.host.round_trip)
+        self.due = now + max(RATE_INTERVAL, 1.5 * self.host.round_trip)
         return not is_first and before > WINDOW_OF_SSH and (
             (moved - before) / (now - since) * self.host.round_trip > WINDOW_OF_SSH / 2)
 
@@ -17349,14 +17349,14 @@ class Destination:
         """BackupError where nothing can be written there, now or later; what is not mounted now may be later."""
         if situation.place.unmounted:
             return
-        for doubts in self.doubts_of_kind, self.doubts_of_place, self.doubts_of_subvolume:
+        for doubts in self.doubts_of_what_is_found, self.doubts_of_place, self.doubts_of_subvolume:
             for doubt in doubts(situation):
                 raise doubt
 
     def doubts(self, situation: Situation) -> Iterator[BackupError]:
         """What speaks against it, first what explains the rest."""
         place = situation.place
-        yield from self.doubts_of_kind(situation)
+        yield from self.doubts_of_what_is_found(situation)
         if place.unmounted:
             yield BackupError("{}: nothing is mounted at {}".format(self.named, place.unmounted),
                               "mount it and run again")
@@ -17370,7 +17370,7 @@ class Destination:
     def named(self) -> str:
         return "destination " + self.text
 
-    def doubts_of_kind(self, situation: Situation) -> Iterator[BackupError]:
+    def doubts_of_what_is_found(self, situation: Situation) -> Iterator[BackupError]:
         if situation.place.found == "other":
             yield BackupError("{} is not a folder".format(self.named), "name a folder")
 
@@ -19959,13 +19959,13 @@ class RestoreRun(Sending):
         if self.swap_place is None or not self.swap_place.is_broken:
             return False
         path = self.swap_place.path
-        notes = self.target.host.finish_swap(path)
-        if notes is None:
+        journal = self.target.host.finish_swap(path)
+        if journal is None:
             self.events.info("undone", "cleared what a broken restore left beside {}".format(path))
         else:
-            self.say_swapped(path, notes)
+            self.say_swapped(path, journal)
         self.find_target()
-        return notes is not None and notes.stream_id == self.backup.stream_id
+        return journal is not None and journal.stream_id == self.backup.stream_id
 
     def swap(self, place: SwapPlace) -> None:
         host = self.target.host
@@ -19973,11 +19973,11 @@ class RestoreRun(Sending):
         pin = Pin(self.backup.name, self.backup.stream_id or "", iso_time(self.backup.otime), self.filesystem)
         stamp = time.strftime(TIME_FORMATS[0], time.localtime(self.clock()))
         key = self.key_of_folder(os.uname().nodename if host.machine else "") if self.backup.is_received else ""
-        notes = host.swap_in(SwapOrder(
+        journal = host.swap_in(SwapOrder(
             place.path, os.path.join(self.target.path, self.backup.name), self.backup.name, self.task.snapshot_folder,
             not self.task.destinations, "{}.old-{}".format(os.path.basename(place.path), stamp),
             key, pin))
-        self.say_swapped(place.path, notes)
+        self.say_swapped(place.path, journal)
         for point in place.mounts:
             self.events.warning("mounted", "the old subvolume is still mounted at {}: {}".format(
                 printable(point), MOUNT_AGAIN), point=point)
@@ -20003,11 +20003,11 @@ class RestoreRun(Sending):
         if text:
             self.events.warning("nested", text, paths=paths)
 
-    def say_swapped(self, path: str, notes: SwapNotes) -> None:
-        kept = "; the old one is {}".format(os.path.join(os.path.dirname(path), notes.old_name))
-        self.events.info("swapped", "{} is now as in {}{}".format(path, notes.name, kept if notes.old_uuid else ""),
-                         path=path, endpoint=self.target.text, snapshot=notes.name,
-                         old=notes.old_name if notes.old_uuid else None)
+    def say_swapped(self, path: str, journal: SwapJournal) -> None:
+        kept = "; the old one is {}".format(os.path.join(os.path.dirname(path), journal.old_name))
+        self.events.info("swapped", "{} is now as in {}{}".format(path, journal.name, kept if journal.old_uuid else ""),
+                         path=path, endpoint=self.target.text, snapshot=journal.name,
+                         old=journal.old_name if journal.old_uuid else None)
 
     # -- dry run
 
@@ -20107,9 +20107,9 @@ def check_files(task: Task) -> None:
         raise UsageError("files are restored to a folder of this machine, not to {}".format(printable(target.text)),
                          "run it there, or restore to a folder here and copy")
     sources = (task.source,) + task.destinations[:-1]
-    plain = [source for source in sources if not task.paths and not any(inner_splits(source))]
-    if plain:
-        raise UsageError("{} names no path in a backup".format(printable(plain[0])),
+    pathless = [source for source in sources if not task.paths and not any(inner_splits(source))]
+    if pathless:
+        raise UsageError("{} names no path in a backup".format(printable(pathless[0])),
                          "BACKUP/PATH, where BACKUP ends with a time; or name the paths in one BACKUP with --path")
     if task.paths and len(sources) > 1:
         raise UsageError("--path takes paths in one backup, and there are {}".format(len(sources)),
@@ -24859,7 +24859,7 @@ def tend_copies(now: float) -> None:
 
 def format_version() -> str:
     try:
-        progs = check(["btrfs", "--version"], "btrfs --version").splitlines()[0]
+        progs = run_checked(["btrfs", "--version"], "btrfs --version").splitlines()[0]
     except BackupError as error:
         progs = error.message
     return "{} {}\nsha256 {}\nPython {}\n{}".format(

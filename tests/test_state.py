@@ -35,7 +35,7 @@ from btrfs_backup_ng import (
     PrivateFolder,
     Record,
     ResumePoint,
-    SwapNotes,
+    SwapJournal,
     add_locks,
     bound_changes,
     clear_idle,
@@ -56,13 +56,13 @@ from btrfs_backup_ng import (
     read_raw_folder,
     read_record,
     read_state_file,
-    read_swap_notes,
+    read_swap_journal,
     record_name,
     replace_file,
     run_lock,
     run_lock_name,
     try_run_lock,
-    write_swap_notes,
+    write_swap_journal,
 )
 
 REPOSITORY = sys.path[0]
@@ -639,19 +639,19 @@ class Planted(InFolder):
     def test_in_the_place_of_the_notes_of_a_swap(self):
         for _ in self.each(".place.restoring.json"):
             with self.assertRaises(BackupError) as caught:
-                read_swap_notes(self.path("place"))
+                read_swap_journal(self.path("place"))
             self.assertIn("look by hand", caught.exception.hint)
 
     def test_a_record_or_notes_of_a_swap_that_another_made(self):
         replace_file(self.folder, record_name(self.RECORD.name), format_record(self.RECORD))
         self.assertEqual(self.RECORD, read_record(self.folder, self.RECORD.name))
-        write_swap_notes(self.path("place"), SwapNotes("n", "i", "r", "u", False, "", None, "o"))
-        self.assertEqual("n", read_swap_notes(self.path("place")).name)
+        write_swap_journal(self.path("place"), SwapJournal("n", "i", "r", "u", False, "", None, "o"))
+        self.assertEqual("n", read_swap_journal(self.path("place")).name)
         for name in os.listdir(self.folder):
             os.chown(self.path(name), 65534, 65534)
         self.assertIsNone(read_record(self.folder, self.RECORD.name))
         with self.assertRaises(BackupError) as caught:
-            read_swap_notes(self.path("place"))
+            read_swap_journal(self.path("place"))
         self.assertIn("it belongs to user 65534", caught.exception.message)
 
     def test_notes_with_values_of_other_types(self):
@@ -664,12 +664,12 @@ class Planted(InFolder):
         for changed in changes:
             with self.subTest(changed):
                 self.assertRaises((ValueError, TypeError, KeyError), parse_record, json.dumps(dict(fields, **changed)))
-        notes = SwapNotes("n", "i", "r", "u", False, "", None, "o")
+        notes = SwapJournal("n", "i", "r", "u", False, "", None, "o")
         changes = ({"temporary": "no"}, {"kept": None}, {"new_uuid": 7})
         for changed in changes:
             with self.subTest(changed):
-                write_swap_notes(self.path("place"), notes._replace(**changed))
-                self.assertRaises(BackupError, read_swap_notes, self.path("place"))
+                write_swap_journal(self.path("place"), notes._replace(**changed))
+                self.assertRaises(BackupError, read_swap_journal, self.path("place"))
 
     def test_a_file_that_is_larger_than_any_of_ours(self):
         with open(self.path("state"), "wb") as file:

@@ -166,7 +166,7 @@ class Frames(unittest.TestCase):
         first = {"Capabilities": 3, "Claim": 3, "ExpectedStream": 10, "FolderNotes": 4, "Greeting": 6, "Health": 5,
                  "HostFacts": 7, "Listing": 5, "LockChange": 3, "Mark": 2, "Pin": 5, "Place": 8, "RawBackup": 15,
                  "Change": 5, "Changes": 2, "FilesFound": 3, "HeldName": 2, "RawFile": 2, "RawFolder": 4, "Record": 12,
-                 "ResumePoint": 3, "SendOptions": 3, "SendSize": 3, "Sighting": 12, "Subvolume": 9, "SwapNotes": 9,
+                 "ResumePoint": 3, "SendOptions": 3, "SendSize": 3, "Sighting": 12, "Subvolume": 9, "SwapJournal": 9,
                  "SwapOrder": 8, "SwapPlace": 4, "Cost": 4, "Estimate": 2, "HeldFile": 3, "Carriage": 9, "Carried": 5,
                  "Trail": 3, "TreeDigest": 3}
         classes = program.WIRE_CLASSES
