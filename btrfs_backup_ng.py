@@ -4870,16 +4870,42 @@ class NameTree:
             left += [(os.path.join(at, name), one) for name, one in inner if one is not None]
 
 
-class ChainTrace:
-    """What a chain makes: its names at the end, how long files are, and what contents come from.
+class Filled:
+    """How much of a file is no hole: at least so many bytes of data, the last of which is before `end`."""
 
-    sizes: of files, by number. sources: by number of a file those that it was cloned from. kept: for each stream the
+    __slots__ = ("data", "end")
+
+    def __init__(self) -> None:
+        self.data = self.end = 0
+
+    def take(self, command: int, parts: CommandParts) -> None:
+        """Takes a command of FILLING as done."""
+        if command == TRUNCATE:
+            self.cut(parts.number(A_SIZE))
+        elif command != FALLOCATE:
+            self.fill(parts.number(A_FILE_OFFSET), parts.end_of_contents)
+        elif parts.number(A_FALLOCATE_MODE) & FALLOCATE_PUNCH:
+            self.data = max(0, self.data - parts.number(A_SIZE))
+
+    def fill(self, start: int, end: int) -> None:
+        """What lies before the end counts as there already, for a file is sent from front to back."""
+        self.data += max(0, end - max(start, self.end))
+        self.end = max(self.end, end)
+
+    def cut(self, end: int) -> None:
+        self.data, self.end = min(self.data, end), min(self.end, end)
+
+
+class ChainTrace:
+    """What a chain makes: its names at the end, how much is in files, and what contents come from.
+
+    filled: of files, by number. sources: by number of a file those that it was cloned from. kept: for each stream the
     files that it clones from its parent, where they must be read as they were there.
     """
 
     def __init__(self) -> None:
         self.tree = NameTree()
-        self.sizes: Dict[int, int] = {}
+        self.filled: Dict[int, Filled] = {}
         self.sources: Dict[int, Set[int]] = {}
         self.kept: List[Set[int]] = []
         self.own = b""  # UUID of the stream
@@ -4894,8 +4920,7 @@ class ChainTrace:
             self.tree.follow(command, parts)
         elif command in FILLING:
             number = self.tree.find(parts.of(A_PATH)).number
-            self.sizes[number] = parts.number(A_SIZE) if command == TRUNCATE else max(
-                self.sizes.get(number, 0), parts.end_of_contents)
+            self.filled.setdefault(number, Filled()).take(command, parts)
             if command == CLONE:
                 of_parent = parts.of(A_CLONE_UUID) != self.own
                 source = self.tree.find(parts.of(A_CLONE_PATH), of_parent)
@@ -5459,6 +5484,15 @@ class Background(Work[T]):
             threading.Thread(target=self.run, daemon=True).start()
         except RuntimeError:  # no process or memory is left for one
             self.run()
+
+
+def results_of(*works: Work[T]) -> List[T]:
+    """Waits for what came out of all; raises what the first of them raised, which the others may outlast."""
+    while sum(work.over.wait(0.05) for work in works) < len(works):
+        for work in works:
+            if work.error is not None:
+                raise work.error
+    return [work.result() for work in works]
 
 
 def outlast(works: Sequence[Work], seconds: float) -> None:
@@ -7306,21 +7340,27 @@ def swap_in(order: SwapOrder) -> Tuple[SwapJournal, List[str]]:
 # owner, time of change, extended attributes (ACLs and capabilities are such), target, device, content, and which
 # names are one file. The tree's digest covers those of its folders. Left out: what a snapshot shows of nested
 # subvolumes, the top folder's times, holes (a hole is the zeros it reads as). Contents go by blocks, so that
-# threads share a large file, as hashing does not hold the interpreter, and holes are skipped unread.
+# threads share a large file, as hashing does not hold the interpreter. A hole of any size, which any user can make,
+# takes one step: it is skipped unread, and equal blocks in a row are counted.
 ########################################################################################################
 
 DIGEST_BLOCK = 1 << 20
 STRETCH_SIZE = 32 * DIGEST_BLOCK  # of a large file, for one thread at a time
+DIGEST_WAYS = LISTED, COUNTED = "listed", "counted"  # how blocks make one digest: LISTED is that of release 0.7.0
+LARGEST_LISTED = 16 << 40  # bytes of a file, holes included
 SMALL_FILE = 128 << 10  # bytes; below that another thread costs more than it gains
 MOST_PENDING = 256  # stretches handed to threads and not yet used
 MOST_THREADS = 4
 PAGE_OF_DIGESTS = 20000  # folders
 MOST_DIGESTED = 4  # trees whose folders a host remembers
 MOST_DIFFERENCES = 10  # that are named
+MOST_TOLD_OF_FILE = (1 << 63) - 1  # bytes, or nanoseconds before or after 1970
 TYPE_NAMES = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "symbolic link", stat.S_IFIFO: "fifo",
               stat.S_IFSOCK: "socket", stat.S_IFCHR: "character device", stat.S_IFBLK: "block device"}
 FOLDER_TYPE = TYPE_NAMES[stat.S_IFDIR]
 Aspects = Dict[str, str]  # of one entry: what it is by what that is about
+EqualBlocks = Tuple[bytes, int]  # blocks of a file in a row: their digest, and how many there are
+MOST_AT_ONCE = 1 << 15  # digests
 
 
 class TreeDigest(NamedTuple):
@@ -7329,6 +7369,11 @@ class TreeDigest(NamedTuple):
     digest: str
     entries: int
     size: int
+
+
+def within_bounds(number: int) -> int:
+    """A time or size of files as it is told: who owns them can set a time that no calendar has, and sizes add up."""
+    return max(-MOST_TOLD_OF_FILE, min(number, MOST_TOLD_OF_FILE))
 
 
 def open_quietly(path: bytes) -> int:
@@ -7354,15 +7399,14 @@ def next_data(fd: int, at: int, end: int) -> int:
         return end if error.errno == errno.ENXIO else at
 
 
-def digests_of_blocks(path: bytes, start: int, end: int, is_sparse: bool,
-                      buffer: bytearray) -> Iterator[Tuple[bytes, int]]:
-    """The digests of the blocks of a file from `start`, a multiple of the block size, to `end`, each so many times."""
+def digests_of_blocks(path: bytes, start: int, end: int, buffer: bytearray) -> Iterator[EqualBlocks]:
+    """The digests of the blocks of a file from `start`, a multiple of the block size, to `end`."""
     import hashlib
     at, view = start, memoryview(buffer)
     fd = open_quietly(path)
     try:
         while at < end:
-            holes = (next_data(fd, at, end) - at) // DIGEST_BLOCK if is_sparse else 0
+            holes = (next_data(fd, at, end) - at) // DIGEST_BLOCK
             yield digest_of_zeros(), holes
             at += holes * DIGEST_BLOCK
             os.lseek(fd, at, os.SEEK_SET)
@@ -7380,23 +7424,56 @@ def digests_of_blocks(path: bytes, start: int, end: int, is_sparse: bool,
         os.close(fd)
 
 
-def digest_stretch(path: bytes, start: int, end: int, is_sparse: bool, buffer: bytearray) -> bytes:
-    """The digests of the blocks of a part of a file put together."""
-    return b"".join(digest * times for digest, times in digests_of_blocks(path, start, end, is_sparse, buffer))
+def digest_stretch(path: bytes, start: int, end: int, buffer: bytearray) -> List[EqualBlocks]:
+    return list(digests_of_blocks(path, start, end, buffer))
 
 
-def digest_of_file(path: bytes, status: os.stat_result) -> bytes:
-    """The digest of a file's content, in which a hole of any size is counted like the zeros that it reads as."""
+def digest_of_blocks(blocks: Iterable[EqualBlocks], way: str) -> bytes:
+    """The digest of a content from those of its blocks: of each in turn, or how often each comes in a row."""
     import hashlib
-    whole, is_sparse = hashlib.sha256(), status.st_blocks * 512 < status.st_size
-    blocks = digests_of_blocks(path, 0, status.st_size, is_sparse, bytearray(DIGEST_BLOCK))
+    whole = hashlib.sha256()
     for digest, equal in itertools.groupby(blocks, lambda block: block[0]):
         times = sum(times for _, times in equal)
-        whole.update(b"%s%d " % (digest, times) if times else b"")
+        if way == COUNTED:
+            whole.update(b"%s%d " % (digest, times) if times else b"")
+            continue
+        for done in range(0, times, MOST_AT_ONCE):
+            whole.update(digest * min(MOST_AT_ONCE, times - done))
     return whole.digest()
 
 
-Stretch = Work[bytes]  # of a file: its digests
+def digest_of_file(path: bytes, size: int) -> bytes:
+    """The digest of a file's content."""
+    return digest_of_blocks(digests_of_blocks(path, 0, size, bytearray(DIGEST_BLOCK)), COUNTED)
+
+
+def stretches_with_data(path: bytes, size: int) -> Iterator[int]:
+    """Where the stretches of a file begin in which there are data; and the last one, whose last block may be short."""
+    fd = open_quietly(path)
+    try:
+        at = 0
+        while at < size:
+            at = min(next_data(fd, at, size), size - 1) // STRETCH_SIZE * STRETCH_SIZE
+            yield at
+            at += STRETCH_SIZE
+    finally:
+        os.close(fd)
+
+
+class Stretch(NamedTuple):
+    """A part of a large file, and the work of digesting it. What lies between two of them is a hole."""
+
+    start: int
+    work: Work[List[EqualBlocks]]
+
+
+def blocks_of(stretches: Sequence[Stretch]) -> Iterator[EqualBlocks]:
+    """The digests of the blocks of a whole file; waits for those that are not known yet."""
+    at = 0
+    for stretch in stretches:
+        yield digest_of_zeros(), (stretch.start - at) // DIGEST_BLOCK
+        yield from stretch.work.result()
+        at = stretch.start + STRETCH_SIZE
 
 
 class StretchThreads:
@@ -7404,20 +7481,19 @@ class StretchThreads:
 
     def __init__(self) -> None:
         import queue
-        self.queue: "queue.Queue[Optional[Stretch]]" = queue.Queue(MOST_PENDING)
+        self.queue: "queue.Queue[Optional[Work[List[EqualBlocks]]]]" = queue.Queue(MOST_PENDING)
         self.threads: List[threading.Thread] = []
 
-    def put(self, stretch: Stretch) -> Stretch:
+    def put(self, work: Work[List[EqualBlocks]]) -> None:
         if len(self.threads) < min(MOST_THREADS, os.cpu_count() or 1):
             self.threads.append(threading.Thread(target=self.work, daemon=True))
             self.threads[-1].start()
-        self.queue.put(stretch)
-        return stretch
+        self.queue.put(work)
 
     def work(self) -> None:
         buffer = bytearray(DIGEST_BLOCK)
-        for stretch in iter(self.queue.get, None):
-            stretch.run(buffer)
+        for work in iter(self.queue.get, None):
+            work.run(buffer)
 
     def end(self) -> None:
         for _ in self.threads:
@@ -7454,8 +7530,9 @@ def aspects_of(path: bytes, status: os.stat_result, is_top: bool) -> Aspects:
 class TreeReader:
     """Reads a tree, folder by folder in the order of names, and remembers the digest of each folder."""
 
-    def __init__(self, top: str, on_progress: Callable[[int], None] = lambda size: None) -> None:
-        self.top, self.on_progress = os.fsencode(top), on_progress
+    def __init__(self, top: str, way: str, on_progress: Callable[[int], None] = lambda size: None) -> None:
+        """way: how the blocks of large files make one digest, one of DIGEST_WAYS."""
+        self.top, self.way, self.on_progress = os.fsencode(top), way, on_progress
         self.folders: Dict[bytes, str] = {}  # relative path to digest
         self.links: Dict[int, bytes] = {}  # inode of a file with several names to the first of them
         self.contents: Dict[int, str] = {}  # of the same
@@ -7483,7 +7560,7 @@ class TreeReader:
         whole = hashlib.sha256()
         for path in sorted(self.folders):
             whole.update(path + b"\0" + self.folders[path].encode("ascii") + b"\0")
-        return TreeDigest(whole.hexdigest(), self.entries, self.size)
+        return TreeDigest(whole.hexdigest(), self.entries, within_bounds(self.size))
 
     def settle(self, most: int) -> None:
         """Digests folders until at most `most` stretches are under way, and in any case those that can be."""
@@ -7507,15 +7584,13 @@ class TreeReader:
 
     def add_contents(self, folder: DigestedFolder) -> None:
         """Adds the contents of large files, which threads have digested, to the folder's aspects."""
-        import hashlib
         for number, stretches in folder.contents.items():
             path = os.path.join(self.top, folder.path, folder.names[number])
             try:
-                digests = b"".join(stretch.result() for stretch in stretches)
+                folder.aspects[number]["content"] = digest_of_blocks(blocks_of(stretches), self.way).hex()
             except OSError as error:
                 raise self.unreadable(path, error) from None
             self.stretches -= len(stretches)
-            folder.aspects[number]["content"] = hashlib.sha256(digests).hexdigest()
 
     @staticmethod
     def unreadable(path: bytes, error: OSError) -> BackupError:
@@ -7554,20 +7629,24 @@ class TreeReader:
                 return  # the same file again
         if stat.S_ISREG(status.st_mode):
             aspects["size"] = str(status.st_size)
-            self.add_content(folder, path, status)
+            self.add_content(folder, path, status.st_size)
 
-    def add_content(self, folder: DigestedFolder, path: bytes, status: os.stat_result) -> None:
+    def add_content(self, folder: DigestedFolder, path: bytes, size: int) -> None:
         """Digests a small file at once, and hands a large one to the threads."""
-        size, is_sparse = status.st_size, status.st_blocks * 512 < status.st_size
+        before = self.size
         if size <= SMALL_FILE:
             folder.aspects[-1]["content"] = self.digest_small(path, size)
             self.size += size
             return
+        if self.way == LISTED and size > LARGEST_LISTED:
+            raise BackupError("{} is larger than {}, which an older version of this program cannot compare".format(
+                os.fsdecode(path), format_size(LARGEST_LISTED)), "have the same version on both sides")
         stretches = folder.contents.setdefault(len(folder.names) - 1, [])
-        for start in range(0, size, STRETCH_SIZE):
+        for start in stretches_with_data(path, size):
             end = min(start + STRETCH_SIZE, size)
-            stretches.append(self.threads.put(Work(functools.partial(digest_stretch, path, start, end, is_sparse))))
-            self.size += end - start
+            stretches.append(Stretch(start, Work(functools.partial(digest_stretch, path, start, end))))
+            self.threads.put(stretches[-1].work)
+            self.size = before + end
             self.stretches += 1
             self.tell()
 
@@ -7579,7 +7658,7 @@ class TreeReader:
         finally:
             os.close(fd)
         if got < size:  # where a read was interrupted, what follows reads on
-            return hashlib.sha256(digest_stretch(path, 0, size, False, self.buffer)).hexdigest()
+            return digest_of_blocks(digests_of_blocks(path, 0, size, self.buffer), LISTED).hex()
         block = hashlib.sha256(memoryview(self.buffer)[:size]).digest() if size else b""
         return hashlib.sha256(block).hexdigest()
 
@@ -7633,7 +7712,6 @@ def differing_aspects(one: Optional[Aspects], other: Optional[Aspects]) -> str:
 INODE_REF, INODE_EXTREF = 12, 13
 REF, EXTREF = struct.Struct("<QH"), struct.Struct("<QQH")
 MOST_HELD = 100000  # entries of a folder that are told of
-MOST_TOLD_OF_FILE = (1 << 63) - 1  # bytes, or nanoseconds before or after 1970
 GONE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL))
 
 
@@ -7719,11 +7797,6 @@ def nearest_path(paths: Sequence[str], inner: str) -> str:
     folder, name = os.path.split(inner)
     return min(paths, key=lambda path: (os.path.basename(path) != name, os.path.dirname(path) != folder,
                                         os.fsencode(path)))
-
-
-def within_bounds(number: int) -> int:
-    """A file's time or size as it is told: whoever owns it can set a time that no calendar has."""
-    return max(-MOST_TOLD_OF_FILE, min(number, MOST_TOLD_OF_FILE))
 
 
 def sighting_of(name: str, inner: str, status: os.stat_result) -> Sighting:
@@ -7870,7 +7943,7 @@ class OpenTree:
                 whole.update(b"%s\0%s\0" % (os.fsencode(name), os.getxattr(path, name, follow_symlinks=False)))
             status = os.stat(path, follow_symlinks=False)
             if stat.S_ISREG(status.st_mode):
-                whole.update(digest_of_file(os.fsencode(path), status))
+                whole.update(digest_of_file(os.fsencode(path), status.st_size))
         finally:
             os.close(above)
         return whole.hexdigest()
@@ -8437,12 +8510,20 @@ def wanted_names(paths: Iterable[str]) -> Dict[bytes, bytes]:
     return wanted
 
 
+def next_hole(fd: int, at: int, end: int) -> int:
+    """Where the first hole at or after `at` begins, `end` where there is none."""
+    try:
+        return min(end, os.lseek(fd, at, os.SEEK_HOLE))
+    except SystemError:  # btrfs tells of one behind a last block that ends at 8 EiB: a number that Python cannot take
+        return end
+
+
 def extents_of(fd: int, at: int, size: int) -> Iterator[Extent]:
     """The stretches of an open file from `at` on that are no holes."""
     while at < size:
         at = next_data(fd, at, size)
         if at < size:
-            end = min(size, os.lseek(fd, at, os.SEEK_HOLE))
+            end = next_hole(fd, at, size)
             yield Extent(fd, at, end - at)
             at = end
 
@@ -11997,6 +12078,7 @@ class Host:
     events = Events()  # what it tells, as a rule to nobody
     skips = False  # whether open_send can begin in the middle
     carries = False  # whether what goes from one folder of it to another need not come here
+    digest_way = COUNTED  # the best of DIGEST_WAYS that it knows
 
     def call(self, name: str, *arguments: object) -> Any:
         raise Refused("{}: that cannot be done there: {}".format(self.machine or "this place", name.replace("_", " ")))
@@ -12151,17 +12233,22 @@ class Host:
         """As `idle_partials`, of stream files."""
         return self.call("idle_raw_partials", folder)
 
-    def digest_tree(self, folder: str, name: str, label: str) -> TreeDigest:
+    def digest_tree(self, folder: str, name: str, label: str, way: str = LISTED) -> TreeDigest:
         """The digest of the read-only subvolume `name` in `folder`. label: the location in progress events."""
-        return self.call("digest_tree", folder, name, label)
+        return self.call("digest_tree", folder, name, label, *self.told_way(way))
 
-    def folder_digests(self, folder: str, name: str, after: str) -> List[Tuple[str, str]]:
+    def folder_digests(self, folder: str, name: str, after: str, way: str = LISTED) -> List[Tuple[str, str]]:
         """A page of the digests of a tree's folders by path, which begins with a slash; `after` is the last one's."""
-        return self.call("folder_digests", folder, name, after)
+        return self.call("folder_digests", folder, name, after, *self.told_way(way))
 
-    def describe_folder(self, folder: str, name: str, inner: str) -> Dict[str, Aspects]:
+    def describe_folder(self, folder: str, name: str, inner: str, way: str = LISTED) -> Dict[str, Aspects]:
         """What each entry of one folder in a tree is."""
-        return self.call("describe_folder", folder, name, inner)
+        return self.call("describe_folder", folder, name, inner, *self.told_way(way))
+
+    @staticmethod
+    def told_way(way: str) -> Tuple[str, ...]:
+        """As an argument that release 0.7.0 does not know: nothing where it is the only one it has."""
+        return () if way == LISTED else (way,)
 
     def trace(self, folder: str, names: Sequence[str], known: Dict[str, Optional[str]], trail: Trail,
               renames: bool) -> List[Sighting]:
@@ -12337,7 +12424,7 @@ class LocalHost(NotingHost):
         """must_confine: nothing is received where the kernel cannot keep it to its folder."""
         self.events, self.must_confine = events, must_confine
         self.known_capabilities: Optional[Capabilities] = None
-        self.digested: Dict[Tuple[str, int], TreeReader] = {}
+        self.digested: Dict[Tuple[Tuple[str, int], str], TreeReader] = {}
         self.digests_mutex = threading.Lock()
         self.compared: Optional[Tuple[Tuple[Any, ...], Changes]] = None  # the last two trees, by what they are
         self.held: Dict[str, int] = {}  # folders that a run holds, open
@@ -12781,14 +12868,16 @@ class LocalHost(NotingHost):
         found = read_subvolume(path, path) if path else None
         return found if found is not None and found.subvolid == subvolid else None
 
-    def digest_tree(self, folder: str, name: str, label: str) -> TreeDigest:
+    def digest_tree(self, folder: str, name: str, label: str, way: str = LISTED) -> TreeDigest:
         begun = time.monotonic()
 
         def tell(size: int) -> None:
             self.events.emit("progress", "progress", "{} at {}".format(name, label), snapshot=name, destination=label,
                              done=size, expected=None, rate=size / max(0.001, time.monotonic() - begun))
 
-        key, reader = self.digest_key(folder, name), TreeReader(os.path.join(folder, name), tell)
+        if way not in DIGEST_WAYS:
+            raise BackupError("no {} digests are known here".format(printable(way)), "is it another version?")
+        key, reader = (self.digest_key(folder, name), way), TreeReader(os.path.join(folder, name), way, tell)
         try:
             digest = reader.run()
         finally:
@@ -12808,21 +12897,21 @@ class LocalHost(NotingHost):
             raise BackupError("{} is not a read-only subvolume".format(path), "is it still there?")
         return found.uuid or path, found.generation
 
-    def digested_tree(self, folder: str, name: str) -> TreeReader:
+    def digested_tree(self, folder: str, name: str, way: str) -> TreeReader:
         """The reader of a tree that was digested, once more where another process of this host did that."""
-        key = self.digest_key(folder, name)
+        key = self.digest_key(folder, name), way
         if key not in self.digested:
-            self.digest_tree(folder, name, "")
+            self.digest_tree(folder, name, "", way)
         return self.digested[key]
 
-    def folder_digests(self, folder: str, name: str, after: str) -> List[Tuple[str, str]]:
-        return self.digested_tree(folder, name).page(after, PAGE_OF_DIGESTS)
+    def folder_digests(self, folder: str, name: str, after: str, way: str = LISTED) -> List[Tuple[str, str]]:
+        return self.digested_tree(folder, name, way).page(after, PAGE_OF_DIGESTS)
 
-    def describe_folder(self, folder: str, name: str, inner: str) -> Dict[str, Aspects]:
-        reader = self.digested_tree(folder, name)
+    def describe_folder(self, folder: str, name: str, inner: str, way: str = LISTED) -> Dict[str, Aspects]:
+        reader = self.digested_tree(folder, name, way)
         if os.fsencode(inner[1:]) not in reader.folders:
             raise BackupError("{} has no folder {}".format(name, inner))
-        again = TreeReader(os.path.join(folder, name))
+        again = TreeReader(os.path.join(folder, name), way)
         again.links = dict(reader.links)
         return again.describe(inner)
 
@@ -13285,7 +13374,7 @@ def measure_chain(trace: ChainTrace, wanted: Dict[bytes, bytes], where: str) -> 
     found = wanted_in(trace, wanted, where)
     modes = tuple(trace.tree.find(wanted[name]).type for name in sorted(wanted))
     numbers = {inode.number for _, inode in found}
-    return FilesFound(modes, len(found), sum(trace.sizes.get(number, 0) for number in numbers))
+    return FilesFound(modes, len(found), sum(trace.filled[number].data for number in numbers if number in trace.filled))
 
 
 class ChainTaker:
@@ -15974,7 +16063,7 @@ class AgentHost(Host):
         self.labels: Set[str] = set()  # what it may tell the progress of
         self.tellers: Dict[str, Callable[[int], None]] = {}  # who else hears of it
         self.give_back(self.borrow())
-        self.carries = self.is_later
+        self.carries, self.digest_way = self.is_later, COUNTED if self.is_later else LISTED
 
     # -- connections
 
@@ -16227,9 +16316,9 @@ class AgentHost(Host):
 
     # -- calls that last long
 
-    def digest_tree(self, folder: str, name: str, label: str) -> TreeDigest:
+    def digest_tree(self, folder: str, name: str, label: str, way: str = LISTED) -> TreeDigest:
         self.labels.add(label)
-        return self.call("digest_tree", folder, name, label)
+        return super().digest_tree(folder, name, label, way)
 
     def release(self, folder: str, prefix: str) -> None:
         """Lets go of a run lock, at the agent that holds it, which may be busy only with what was given up."""
@@ -22330,21 +22419,22 @@ def plan_pairs(source: Location, location: Location, task: Task) -> Tuple[List[C
 
 
 class TreeAt(NamedTuple):
-    """A read-only subvolume on a host. `endpoint` is what the user calls the location."""
+    """A read-only subvolume on a host. `endpoint` is what the user calls the location. way: of DIGEST_WAYS."""
 
     host: Host
     folder: str
     name: str
     endpoint: str
+    way: str = COUNTED
 
     def digest(self) -> TreeDigest:
-        return self.host.digest_tree(self.folder, self.name, self.endpoint)
+        return self.host.digest_tree(self.folder, self.name, self.endpoint, self.way)
 
     def folders(self) -> Iterator[Tuple[str, str]]:
         """(path, digest) of all its folders in the order of their paths; BackupError where a host goes in circles."""
         after, is_more = "", True
         while is_more:
-            page = self.host.folder_digests(self.folder, self.name, after)
+            page = self.host.folder_digests(self.folder, self.name, after, self.way)
             for path, digest in page:
                 if after and os.fsencode(path) <= os.fsencode(after):
                     raise BackupError("{} tells of folders out of their order".format(self.endpoint))
@@ -22353,7 +22443,7 @@ class TreeAt(NamedTuple):
             is_more = len(page) >= PAGE_OF_DIGESTS
 
     def describe(self, inner: str) -> Dict[str, Aspects]:
-        return self.host.describe_folder(self.folder, self.name, inner)
+        return self.host.describe_folder(self.folder, self.name, inner, self.way)
 
 
 def differing_folders(one: Iterator[Tuple[str, str]], other: Iterator[Tuple[str, str]]) -> Iterator[str]:
@@ -22440,8 +22530,10 @@ class VerifyRun:
             for pair in pairs:
                 self.report(self.compare_identity(pair))
             return
-        original = self.tree_at(source, pairs[0].snapshot)
-        copies = [self.tree_at(pair.endpoint, pair.backup) for pair in pairs]
+        trees = [self.tree_at(source, pairs[0].snapshot)]
+        trees += [self.tree_at(pair.endpoint, pair.backup) for pair in pairs]
+        way = COUNTED if all(tree.host.digest_way == COUNTED for tree in trees) else LISTED
+        original, *copies = (tree._replace(way=way) for tree in trees)
         self.events.debug("verifying", "verifying {}".format(original.name))
         sides = [Background(tree.digest) for tree in [original] + copies]
         for copy, side in zip(copies, sides[1:]):
@@ -22457,7 +22549,7 @@ class VerifyRun:
     def compare(self, original: TreeAt, copy: TreeAt, one: "Background[TreeDigest]",
                 other: "Background[TreeDigest]") -> Compared:
         try:
-            ours, theirs = one.result(), other.result()
+            ours, theirs = results_of(one, other)
             if ours == theirs:
                 return Compared(copy.name, copy.endpoint, EQUAL, "{} files and folders, {}".format(
                     ours.entries, format_size(ours.size)))

@@ -326,6 +326,25 @@ class FromABackup(FilesTestCase):
             self.assertEqual(2 << 30, found.st_size)
             self.assertLess(found.st_blocks, 1000)
 
+    def test_a_hole_costs_nothing_however_large_it_is(self):
+        """Any user can make one of 8 EiB."""
+        for name in ("all", "some"):
+            with open(os.path.join(self.source, name), "wb") as file:
+                file.truncate((1 << 63) - 1)
+        self.back_up()
+        with open(os.path.join(self.source, "some"), "r+b") as file:
+            file.seek(1 << 62)
+            file.write(b"x")
+        self.back_up(2)
+        first, last = (self.backup_path(name) for name in support.names(self.target))
+        into = os.path.join(self.target_disk.path, "into")
+        for words, said in ((["verify", self.source, self.target], "2 equal"), (["diff", first, last], "some"),
+                            (["history", os.path.join(self.source, "some"), self.target], os.path.basename(last)),
+                            (["restore", last + "/some", last + "/all", into], "2 paths restored")):
+            with self.subTest(verb=words[0]):
+                result = self.run_program(*words)
+                self.assertIn(said, result.stdout + result.stderr)
+
     def test_attributes_of_chattr(self):
         for name, attributes in (("fixed", "+i"), ("grows", "+a"), ("nocow", "+C"), ("quiet", "+A")):
             path = os.path.join(self.source, name)

@@ -87,6 +87,17 @@ class WhoBearsWhichName(unittest.TestCase):
             with self.subTest(path=path), self.assertRaises(program.BackupError):
                 self.do(act, path, A_PATH_TO=b"g")
 
+    def test_data_that_is_written_again_counts_once_and_a_hole_not_at_all(self):
+        filled = program.Filled()
+        for start, end in ((0, 10), (100, 150), (0, 50), (120, 160)):
+            filled.fill(start, end)
+        self.assertEqual((70, 160), (filled.data, filled.end))
+        punch = program.FALLOCATE_PUNCH.to_bytes(4, "little")
+        filled.take(program.FALLOCATE, Parts(A_FALLOCATE_MODE=punch, A_SIZE=b"\x14"))
+        self.assertEqual(50, filled.data)
+        filled.take(program.TRUNCATE, Parts(A_SIZE=b"\x1e"))
+        self.assertEqual((30, 30), (filled.data, filled.end))
+
     def test_no_folder_has_two_names(self):
         """The tree would have no end."""
         self.do(program.MKDIR, b"d")
@@ -279,6 +290,23 @@ class OutOfChains(RawTestCase):
                               into + "/into", wrapper=as_nobody())
         self.assertNotIn("warning", result.stderr)
         self.check(self.name(2), [b"f", b"large"], into + "/into")
+
+    def test_holes_need_no_room(self):
+        """Only the data of a file must fit, however large it is and however often it was written."""
+        path = os.path.join(self.source, "large")
+        self.write("large", "")
+        for day in (1, 2, 3):
+            with open(path, "r+b") as file:
+                file.truncate((1 << 63) - 1)
+                os.pwrite(file.fileno(), os.urandom(8 << 20), 1 << 62)
+                os.pwrite(file.fileno(), b"%d" % day, (1 << 63) - 4096)
+            self.take(day)
+        self.transfer(to=[self.raw])
+        self.restore(self.raw + "/" + self.name(3) + "/large", self.into)
+        found = os.stat(os.path.join(self.into, "large"))
+        self.assertEqual(((1 << 63) - 1, True), (found.st_size, found.st_blocks * 512 < 9 << 20))
+        with open(os.path.join(self.into, "large"), "rb") as file:
+            self.assertEqual(b"3", os.pread(file.fileno(), 1, (1 << 63) - 4096))
 
     def test_clones_of_what_the_parent_had(self):
         """A file is cloned from one that is changed, renamed and removed in the same increment."""

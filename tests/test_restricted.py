@@ -576,6 +576,8 @@ for name in {calls!r}:
     del program.CALLS[name]
 for name in {classes!r}:
     del program.WIRE_CLASSES[name]
+for name in "digest_tree", "folder_digests", "describe_folder":
+    del getattr(program.Host, name).__annotations__["way"]
 sys.exit(program.main())
 """
 

@@ -1,6 +1,7 @@
 """Verifying: what differs in a backup is found and named, whatever its identity claims; what is equal passes."""
 
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -23,11 +24,13 @@ from btrfs_backup_ng import (
     differing_folders,
 )
 
+LARGEST_FILE = (1 << 63) - 1
+
 
 class Repeating(program.Host):
     """Tells the same folders whatever it is asked for."""
 
-    def folder_digests(self, folder, name, after):
+    def folder_digests(self, folder, name, after, way=program.LISTED):
         return [("/{:05}".format(number), "0") for number in range(program.PAGE_OF_DIGESTS)]
 
 
@@ -80,8 +83,8 @@ class Digests(support.TestCase):
     def path(self, name):
         return os.path.join(self.top, name)
 
-    def digest(self):
-        return TreeReader(self.top).run()
+    def digest(self, way=program.COUNTED):
+        return TreeReader(self.top, way).run()
 
     def write(self, name, *pieces):
         """A file of (offset, bytes)."""
@@ -123,12 +126,38 @@ class Digests(support.TestCase):
             self.write("file", (at, data))
             os.truncate(self.path("file"), size)
             os.utime(self.path("file"), ns=(1, 1))
-            sparse = self.digest()
+            sparse = list(map(self.digest, program.DIGEST_WAYS))
             self.write("file", (0, bytes(at)), (at, data), (at + 5000, bytes(size - at - 5000)))
-            self.assertEqual(sparse, self.digest())
+            self.assertEqual(sparse, list(map(self.digest, program.DIGEST_WAYS)))
             support.command("fallocate", "-d", self.path("file"))
             os.utime(self.path("file"), ns=(1, 1))
-            self.assertEqual(sparse, self.digest())
+            self.assertEqual(sparse, list(map(self.digest, program.DIGEST_WAYS)))
+
+    def test_the_digest_of_release_070_lists_the_blocks(self):
+        """Whoever has another version on the other side compares by it."""
+        size = 3 * STRETCH_SIZE + 12345
+        self.write("file", (7 * DIGEST_BLOCK + 5, b"x" * 5000), (size - 3, b"end"))
+        with open(self.path("file"), "rb") as file:
+            blocks = b"".join(hashlib.sha256(block).digest() for block in iter(lambda: file.read(DIGEST_BLOCK), b""))
+        reader = TreeReader(self.top, program.LISTED)
+        self.assertEqual(hashlib.sha256(blocks).hexdigest(), reader.describe("/")["file"]["content"])
+        os.truncate(self.path("file"), program.LARGEST_LISTED + 1)
+        with self.assertRaisesRegex(program.BackupError, "an older version of this program cannot compare"):
+            self.digest(program.LISTED)
+
+    def test_a_hole_takes_one_step_however_large_it_is(self):
+        """Any user can make one of 8 EiB; several of them count more bytes than 64 bits hold."""
+        seen = set()
+        for pieces in ((), ((5 << 60, b"x"),), ((5 << 60, b"y"),), ((6 << 60, b"x"),), ((0, b"x"), (5 << 60, b"x"))):
+            self.write("file", *pieces)
+            os.truncate(self.path("file"), LARGEST_FILE)
+            os.utime(self.path("file"), ns=(1, 1))
+            seen.add(self.digest().digest)
+        self.assertEqual(5, len(seen))
+        for name in "abc":
+            self.write(name)
+            os.truncate(self.path(name), LARGEST_FILE)
+        self.assertLess(self.digest().size, 1 << 64)
 
     def test_names_and_contents_cannot_be_mistaken_for_each_other(self):
         seen = set()
