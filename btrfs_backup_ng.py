@@ -500,6 +500,10 @@ class UsageError(BackupError):
     status = 2
 
 
+class Mistake(BackupError):
+    """What the command names can never be what it is named for: the same command fails again."""
+
+
 class Busy(BackupError):
     """Another run is at work on the same snapshot folder and prefix."""
 
@@ -1031,7 +1035,7 @@ class Events:
 
     def error(self, error: BackupError, **facts: Any) -> None:
         self.emit("error", "error", format_error(error), status=error.status, message=error.message,
-                  hint=error.hint, **facts)
+                  hint=error.hint, mistake=isinstance(error, (Mistake, UsageError)), **facts)
 
 
 @contextlib.contextmanager
@@ -2343,11 +2347,10 @@ def meant_verb(word: str) -> str:
     return did_you_mean(word, known, "the verbs are {}; a backup needs none".format(", ".join(known)))
 
 
-def check_verb(task: Task) -> None:
+def check_no_verb(source: str) -> None:
     """UsageError where what stands for the source is a mistyped verb: there is nothing of that name here."""
-    if not task.verb and re.fullmatch(r"[A-Za-z][A-Za-z-]*", task.source) and not os.path.lexists(task.source):
-        raise UsageError("no such source: {}, nor is there a verb of that name".format(task.source),
-                         meant_verb(task.source))
+    if re.fullmatch(r"[A-Za-z][A-Za-z-]*", source) and not os.path.lexists(source):
+        raise UsageError("no such source: {}, nor is there a verb of that name".format(source), meant_verb(source))
 
 
 def check_source(text: str) -> None:
@@ -2460,12 +2463,14 @@ def check_setting(line: str, flags: Dict[str, Option]) -> None:
     """
     if re.fullmatch(r"\[[^/]*\]", line):
         raise UsageError("there are no sections here: {}".format(printable(line)),
-                         "each line is an option or a path; a line : begins another task")
+                         "each line is an option or a path; a line : begins another task, and a path of that name is "
+                         "written ./{}".format(printable(line)))
     name, *value = re.split("[ \t=:]+", line, maxsplit=1)
     option = flags.get("--" + name)
     if value and option is not None and not line.startswith(name + ":/"):
         raise UsageError("{} is not a path, nor an option, which begins with --".format(printable(line)),
-                         "write " + printable("=".join(["--" + name] + value * (option.parse is not None))))
+                         "write {}; a path of that name is written ./{}".format(printable("=".join(
+                             ["--" + name] + value * (option.parse is not None))), printable(line)))
 
 
 def check_value(flag: str, value: str, flags: Dict[str, Option]) -> None:
@@ -2720,6 +2725,9 @@ def parse_command(arguments: Sequence[str]) -> List[Request]:
         if verb == "print" and "systemd" in arguments and "--" not in arguments:
             raise UsageError(error.message, "the backup stands behind --: "
                              "btrfs-backup-ng print systemd -- [options] SOURCE [DESTINATION ...]") from None
+        if not verb and not isinstance(error, (ConfigError, Forbidden)):
+            for first in gathered.drafts[0].paths[:1]:  # whose options a backup does not know
+                check_no_verb(first)
         raise
     return gathered.requests()
 
@@ -17461,23 +17469,23 @@ class Destination:
 
     def doubts_of_what_is_found(self, situation: Situation) -> Iterator[BackupError]:
         if situation.place.found == "other":
-            yield BackupError("{} is not a folder".format(self.named), "name a folder")
+            yield Mistake("{} is not a folder".format(self.named), "name a folder")
 
     def doubts_of_place(self, situation: Situation) -> Iterator[BackupError]:
         place = situation.place
         if (place.path, place.filesystem) == (situation.snapshots.path, situation.snapshots.filesystem):
-            yield BackupError("{} is the snapshot folder itself".format(self.named), "name a folder elsewhere")
+            yield Mistake("{} is the snapshot folder itself".format(self.named), "name a folder elsewhere")
         if situation.is_in_source:
-            yield BackupError("{} is inside the source".format(self.named),
+            yield Mistake("{} is inside the source".format(self.named),
                               "name a folder on another filesystem; is it mounted?")
         if place.is_top and place.inside is not None and place.inside.is_received:
-            yield BackupError("{} is a backup".format(self.named), "name the folder that holds it: {}".format(
+            yield Mistake("{} is a backup".format(self.named), "name the folder that holds it: {}".format(
                 quoted(os.path.dirname(self.text.rstrip("/")))))
 
     def doubts_of_subvolume(self, situation: Situation) -> Iterator[BackupError]:
         inside = situation.place.inside
         if inside is not None and inside.readonly:
-            yield BackupError("{} is in a read-only subvolume".format(self.named), "name a folder that can be written")
+            yield Mistake("{} is in a read-only subvolume".format(self.named), "name a folder that can be written")
 
     def doubts_of_filesystem(self, situation: Situation) -> Iterator[BackupError]:
         place, no_such = situation.place, "no such destination: " + self.text
@@ -17604,7 +17612,7 @@ class Sending:
             machine = destination.endpoint.machine + ": "
             if prefix and machine != ": " and error.message.startswith(machine):
                 error.message = error.message[len(machine):]  # which the prefix names
-        told = BackupError(prefix + error.message, error.hint, error.detail)
+        told = type(error)(prefix + error.message, error.hint, error.detail)
         self.events.error(told, destination=destination.key if destination else None,
                           endpoint=destination.text if destination else endpoint)
 
@@ -18177,18 +18185,18 @@ class TaskRun(Sending):
             yield BackupError("no such source: {}".format(text), "nothing is mounted at {}".format(place.unmounted)
                               if place.unmounted else "is its filesystem mounted?")
         if place.found == "other":
-            yield BackupError("{} is not a subvolume but a file".format(text), self.holder_hint(place.path) +
+            yield Mistake("{} is not a subvolume but a file".format(text), self.holder_hint(place.path) +
                               "; a file of arguments is written @{}".format(text) * (not self.task.destinations))
         if not any_filesystem and place.filesystem is None:
             yield BackupError("{} is not on btrfs".format(text), "only subvolumes of btrfs can be backed up")
         if not any_filesystem and not place.is_top:
             yield from self.doubts_of_backups(place)
-            yield BackupError("{} is an ordinary folder, not a subvolume".format(text), self.holder_hint(place.path)
+            yield Mistake("{} is an ordinary folder, not a subvolume".format(text), self.holder_hint(place.path)
                               + ", or make it one with btrfs subvolume create")
         if self.task.no_snapshot or inside is None or inside.received_uuid is None:
             return
         if inside.readonly:
-            yield BackupError("{} is a backup, which does not change".format(text), restore_hint(self.task))
+            yield Mistake("{} is a backup, which does not change".format(text), restore_hint(self.task))
         yield was_received(text)
 
     def doubts_of_backups(self, place: Place) -> Iterator[BackupError]:
@@ -18202,13 +18210,13 @@ class TaskRun(Sending):
         message = "{} is a folder of backups, not a source".format(self.task.source)
         swapped = [text for text in self.task.destinations if self.is_source(text)]
         if swapped:
-            yield BackupError(message, "to back up to it: " + swapped_command(self.task, swapped[0]))
+            yield Mistake(message, "to back up to it: " + swapped_command(self.task, swapped[0]))
         holder = holder_of(self.host, place.path)
         if not self.task.destinations:
-            yield BackupError(message, "to back up to it: " + swapped_command(self.task, "SOURCE"))
+            yield Mistake(message, "to back up to it: " + swapped_command(self.task, "SOURCE"))
         if holder and len(prefixes) == 1:
             folder = folder_key(SUBVOLUMES, parse_endpoint(self.task.source).machine, holder)
-            yield BackupError(message, "to copy its backups: " + copy_command(
+            yield Mistake(message, "to copy its backups: " + copy_command(
                 self.task._replace(source=folder, snapshot_folder=place.path, prefix=prefixes[0])))
 
     def is_source(self, text: str) -> bool:
@@ -19214,6 +19222,9 @@ def is_backup_folder(host: Host, place: Place, snapshot_folder: str) -> bool:
             and bool(folder_prefixes(host.list(place.path), None)))
 
 
+MOST_BELOW = 100  # folders that are looked into where backups are missed
+
+
 class Survey:
     """Lists the locations that a task names, the source first."""
 
@@ -19297,12 +19308,24 @@ class Survey:
                 locks = locks_on(self.locks, host.look(folder).filesystem) if self.locks else {}
                 entries = backup_entries(listing, folder, self.task.prefix, self.source, locks,
                                          self.run.key_of(text) if locks else "")
-            instead = "" if entries else found_instead(endpoint, folder, listing, self.task.prefix)
+            instead = "" if entries else (found_instead(endpoint, folder, listing, self.task.prefix)
+                                          or self.found_below(host, endpoint, folder, listing))
             if instead:
                 self.run.events.warning("empty", "no backups {}in {}; {}".format(
                     of_prefix(self.task.prefix), text, instead), folder=folder)
             return Location(text, False, entries, None, listing)
         return Location(text, False, (), errors[0])
+
+    def found_below(self, host: Host, endpoint: Endpoint, folder: str, listing: Listing) -> str:
+        """What to list instead of a folder that holds folders of backups; '' where none is found in it."""
+        below = []
+        for name in sorted(listing.others)[:MOST_BELOW]:
+            with contextlib.suppress(BackupError, OSError):  # which is not what was asked for
+                path = os.path.join(folder, name)
+                if host.look(path).found == "folder" and folder_prefixes(host.list(path), self.task.prefix):
+                    below.append(folder_key(endpoint.kind, endpoint.machine, path))
+        command = [PROGRAM, "list"] + host_words(self.task) + below
+        return "there are backups below it: {}".format(typed(command)) if below else ""
 
     def with_sizes(self, location: Location) -> Location:
         """The location with what is known about sizes; where that is nothing it is no error."""
@@ -21061,6 +21084,18 @@ class TreesAt(NamedTuple):
     new: Tuple[str, str]
 
 
+def newest_hint(host: Host, endpoint: Endpoint, path: str) -> str:
+    """What to name instead of the subvolume at a path, which is no snapshot."""
+    folder = os.path.join(path, Task().snapshot_folder)
+    with contextlib.suppress(BackupError):
+        snapshots = [s for s in restorable(host.list(folder)) if prefix_of(s.name) is not None]
+        if snapshots:
+            newest = os.path.join(folder, max(snapshots, key=by_creation).name)
+            return "name one of its snapshots; the newest is {}".format(
+                quoted(folder_key(endpoint.kind, endpoint.machine, newest)))
+    return "take a snapshot of it, and name that: {}".format(typed([PROGRAM, endpoint.text]))
+
+
 def find_tree(hosts: Hosts, text: str) -> FoundTree:
     """What a path names, as it must be to be compared."""
     endpoint = parse_endpoint(text)
@@ -21068,6 +21103,10 @@ def find_tree(hosts: Hosts, text: str) -> FoundTree:
         raise BackupError("{} holds streams, which are not compared".format(text) if endpoint.kind.has_streams else
                           "{} cannot be compared".format(text), "name snapshots or backups in folders")
     host, (above, name) = hosts.of(endpoint), os.path.split(endpoint.path.rstrip("/"))
+    itself = host.look(endpoint.path)
+    if itself.is_top and itself.inside is not None and not itself.inside.readonly and prefix_of(name) is None:
+        raise BackupError("{} is not a snapshot, and may change while it is compared".format(text),
+                          newest_hint(host, endpoint, itself.path))
     place = host.look(above or ".")
     if place.found != "folder" or not name:
         raise BackupError("no such snapshot or backup: {}".format(text), "is its filesystem mounted?")
@@ -22687,7 +22726,8 @@ class VerifyRun:
         self.results.append(compared)
         words = [compared.result] + ([compared.text.split("\n")[0]] if compared.text else [])
         if not self.task.json:
-            print_result("{}  {}  {}".format(compared.name or "-", compared.endpoint, ": ".join(map(printable, words))))
+            cells = compared.name or "-", compared.endpoint, ": ".join(words)
+            print_lines(["  ".join(map(printable, cells))])
         if compared.is_fault:
             what = "{} at {}".format(compared.name, compared.endpoint) if compared.name else compared.endpoint
             why = compared.endpoint, compared.result, compared.text.replace(compared.name or "\n", "")
@@ -23669,7 +23709,29 @@ def print_completion(task: Task) -> str:
     return writers[shell]()
 
 
+EXAMPLE_CALENDAR = "Mon..Fri 18:30"
+CALENDAR = re.compile(  # what may stand in a time of systemd, where it cannot be asked
+    r"(?:(?:minute|hour|dai|week|month|quarter|year|annual|semiannual)ly"
+    r"|(?:(?:mon|tues?|wed(?:nes)?|thu(?:rs)?|fri|sat(?:ur)?|sun)(?:day)?(?:\.\.|,|-)?)*,?(?: ?[0-9*~,./:-]+)*)"
+    r"(?: (?-i:[A-Z]{3,4}|[A-Z][A-Za-z_+-]*/[A-Z][A-Za-z_/+-]*))?", re.IGNORECASE)
+
+
+def is_calendar(text: str) -> bool:
+    """Whether systemd takes `text` for a time; where it is not here to be asked, whether it looks like one."""
+
+    def is_taken(time: str) -> bool:
+        return run(["systemd-analyze", "calendar", "--", time]).status == 0
+
+    with contextlib.suppress(BackupError):
+        if is_taken(EXAMPLE_CALENDAR):  # by an old one nothing is
+            return is_taken(text)
+    return bool(text.strip() and CALENDAR.fullmatch(text))
+
+
 def print_systemd(task: Task) -> str:
+    if not is_calendar(task.on_calendar):
+        raise UsageError("--on-calendar: systemd knows no time such as {}".format(printable(repr(task.on_calendar))),
+                         "for example --on-calendar '{}'; see man systemd.time".format(EXAMPLE_CALENDAR))
     requests = parse_command(task.destinations)
     for request in requests:
         if request.task.verb:
@@ -24004,6 +24066,13 @@ class Terminal:
             return 80, 24
         return size.columns or 80, size.lines or 24
 
+    def folded(self, lines: Iterable[str]) -> List[str]:
+        """Lines as they are to be written: on a terminal folded to its width."""
+        if not self.can_draw:
+            return list(lines)
+        width = self.size()[0] - 1
+        return [part for line in lines for part in fold(line, width)]
+
     def write(self, text: str) -> None:
         try:
             sys.stderr.write(text.translate(self.glyphs))
@@ -24012,12 +24081,20 @@ class Terminal:
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nor may flushing at the end of the process fail
 
+    def write_lines(self, lines: Iterable[str]) -> None:
+        self.write(painted("".join(line + "\n" for line in self.folded(lines)), 2))
+
 
 def format_event(event: Event) -> List[str]:
     """An event as lines of a log, with its task in front where several run."""
     mark = event.level + ": " if event.level in ("warning", "error") else ""
     task = "{}: ".format(event.facts["task"]) if "task" in event.facts else ""
     return [printable(line) for line in (mark + task + event.text).split("\n")]
+
+
+def say_error(error: BackupError) -> None:
+    """Says on stderr what keeps the program from even showing what happens."""
+    Terminal().write_lines(("error: " + format_error(error)).split("\n"))
 
 
 class Display(Reader):
@@ -24059,11 +24136,7 @@ class LogLines(Display):
         if self.progress:
             self.board.take(event)
         if event.level in self.levels:
-            lines = format_event(event)
-            if self.terminal.can_draw:
-                width = self.terminal.size()[0] - 1
-                lines = [part for line in lines for part in fold(line, width)]
-            self.draw(lines)
+            self.draw(self.terminal.folded(format_event(event)))
         elif self.progress and event.level == "progress":
             self.tick("done" not in event.facts)
 
@@ -24157,9 +24230,7 @@ class LiveView(Display):
         os.close(self.token)
         self.terminal.write(CLOSE_SCREEN)
         for event in self.last:
-            width = self.terminal.size()[0] - 1
-            lines = "".join(part + "\n" for line in format_event(event) for part in fold(line, width))
-            self.terminal.write(painted(lines, 2))
+            self.terminal.write_lines(format_event(event))
 
     def note_pause(self, _number: int, _frame: object) -> None:
         self.pausing = True
@@ -24416,7 +24487,7 @@ class TaskProcess:
         self.turn: Optional[str] = None  # what it wants to be alone with
         self.stage = STARTING
         self.waits = self.took_snapshot = False  # for a run of another command
-        self.has_told = False  # an error
+        self.told: List[bool] = []  # of each error, whether it is a mistake in the command
 
     @property
     def runs(self) -> bool:
@@ -24638,6 +24709,7 @@ class Crew:
 
     def __init__(self, requests: Sequence[Request], events: Events, tick: Callable[[], None], token: int = -1) -> None:
         self.events, self.tick, self.token = events, tick, token
+        self.results = 0  # that were handed on
         self.jobs = requests[0].task.jobs or len(requests)
         self.progress = events.want_progress
         self.processes = [TaskProcess(name, request) for name, request in zip(task_names(requests), requests)]
@@ -24645,18 +24717,24 @@ class Crew:
         self.masters = Masters(requests)
         self.poll = select.poll()
         self.begun = time.monotonic()
-        self.is_open = False  # all that can have taken their snapshots
+        self.is_open = requests[0].task.dry_run  # none waits for the others, which have taken their snapshots
         self.stopped_by: Optional[int] = None
         self.deadline: Optional[float] = None  # for those that were asked to stop
 
-    def run(self) -> List[int]:
-        """The exit status of each task, when all have ended."""
+    def run(self, take_result: Callable[[int, Request, str], None]) -> List[int]:
+        """The exit status of each task, when all have ended.
+
+        take_result: gets each task's number from 1 on and what it has written to its stdout, in their order, each as
+        soon as it and those before it have ended.
+        """
         with self.noted_signals(), self.masters:
             try:
                 for process in self.processes:
                     self.start(process)
+                self.hand_on(take_result)
                 while any(process.runs for process in self.processes):
                     self.step()
+                    self.hand_on(take_result)
             finally:
                 self.end()
         return [process.status or 0 for process in self.processes]
@@ -24828,7 +24906,7 @@ class Crew:
         self.emit(process, "error", "error", format_error(error), message=error.message, hint=error.hint)
 
     def emit(self, process: TaskProcess, topic: str, level: str, text: str = "", **facts: Any) -> None:
-        process.has_told = process.has_told or level == "error"
+        process.told += [bool(facts.get("mistake"))] * (level == "error")
         if len(self.processes) > 1:
             facts["task"] = process.name
         self.events.emit(topic, level, text, **facts)
@@ -24843,15 +24921,17 @@ class Crew:
         lines = []
         for process in self.processes:
             if process.status:
-                if not process.has_told:
+                if not process.told:
                     lines.append("    {}: ended with status {}".format(process.name, process.status))
                 kept = process.took_snapshot and not process.request.task.no_snapshot
-                lines.append("        again: " + format_request(process.request, *["-S"] * kept))
+                if not process.told or not all(process.told):
+                    lines.append("        again: " + format_request(process.request, *["-S"] * kept))
         return lines
 
-    def results(self) -> List[Tuple[Request, str]]:
-        """What each task has written to its stdout."""
-        return [(process.request, os.fsdecode(process.rest["stdout"]).rstrip("\n")) for process in self.processes]
+    def hand_on(self, take_result: Callable[[int, Request, str], None]) -> None:
+        for process in itertools.takewhile(lambda process: not process.runs, self.processes[self.results:]):
+            self.results += 1
+            take_result(self.results, process.request, os.fsdecode(process.rest["stdout"]).rstrip("\n"))
 
 
 def say_end(crew: Crew, statuses: Sequence[int], account: Account) -> None:
@@ -24868,19 +24948,21 @@ def say_end(crew: Crew, statuses: Sequence[int], account: Account) -> None:
 def run_crew(requests: Sequence[Request], events: Events, view: Display, account: Account) -> int:
     """Does several tasks at once, shown by `view`; the exit status of the command."""
     task = requests[0].task
+
+    def print_plan(number: int, request: Request, text: str) -> None:
+        if task.dry_run and len(requests) > 1 and not task.json:
+            print_result("task {} of {}: {}".format(number, len(requests), format_request(request)))
+        if text:
+            print_result(text)
+
     with view:
         crew = Crew(requests, events, view.tick, view.token)
-        statuses = crew.run()
+        statuses = crew.run(print_plan)
         if crew.stopped_by:
             events.warning("interrupted", format_interruption(
                 signal.Signals(crew.stopped_by).name, [request.task for request in requests]))
         elif len(statuses) > 1 and not task.dry_run:
             say_end(crew, statuses, account)
-    for number, (request, text) in enumerate(crew.results(), 1):
-        if task.dry_run and len(requests) > 1 and not task.json:
-            print_result("task {} of {}: {}".format(number, len(requests), format_request(request)))
-        if text:
-            print_result(text)
     return 128 + crew.stopped_by if crew.stopped_by else Ending(*statuses).status
 
 
@@ -25051,7 +25133,8 @@ def run_arguments(arguments: Sequence[str]) -> int:
         print_result(format_version())
         return 0
     check, run = RUNS[task.verb]
-    check_verb(task)
+    if not task.verb:
+        check_no_verb(task.source)
     for number, request in enumerate(requests, 1):
         try:
             check(request.task)
@@ -25105,7 +25188,7 @@ def run_and_explain(arguments: Sequence[str]) -> int:
     try:
         return run_arguments(arguments)
     except BackupError as error:
-        print(painted("error: " + format_error(error), 2), file=sys.stderr)
+        say_error(error)
         return error.status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -25113,7 +25196,7 @@ def run_and_explain(arguments: Sequence[str]) -> int:
     except Exception as error:
         if wants_debug(arguments):
             raise
-        print(painted("error: " + format_error(explain(error, "stopped")), 2), file=sys.stderr)
+        say_error(explain(error, "stopped"))
         return 1
 
 

@@ -119,6 +119,10 @@ class Running:
         """What it has said until now."""
         return os.fsdecode(os.pread(self.stderr.fileno(), 1 << 20, 0))
 
+    def read_stdout(self):
+        """The results that it has printed until now."""
+        return os.fsdecode(os.pread(self.stdout.fileno(), 1 << 20, 0))
+
     def wait_to_say(self, words):
         return self.wait_for(words + " said", lambda: words in self.read_stderr())
 

@@ -8,6 +8,7 @@ import tempfile
 import unittest
 
 import support
+import terminal
 
 # Capitals stand for places of the test; see `Mistakes.places`.
 OPTIONS = (
@@ -83,6 +84,11 @@ VERBS = (
     ("--wait 5 -q prune --dry-run -n 5 BACKUPS", 0, ""),
     ("HOME list BACKUPS", 2, "btrfs-backup-ng list HOME BACKUPS"),
     ("restor BACKUPS HOME", 2, "did you mean restore?"),
+    ("restor --latest BACKUPS HOME", 2, "no such source: restor, nor is there a verb of that name; did you mean "
+                                        "restore?"),
+    ("lst --json HOME", 2, "did you mean list?"),
+    ("anna --before 2024-01-01 BACKUPS", 2, "nor is there a verb of that name; the verbs are"),
+    ("/none --before 2024-01-01 BACKUPS", 2, "unknown option --before; --before is an option of restore"),
     ("List HOME", 2, "did you mean list?"),
     ("ls HOME", 2, "did you mean list?"),
     ("snapshots HOME", 2, "did you mean list?"),
@@ -102,6 +108,8 @@ VERBS = (
     ("print systemd -N 3 HOME BACKUPS", 2, "print systemd -- [options] SOURCE"),
     ("print completion zhs", 2, "did you mean zsh?"),
     ("print mann", 2, "did you mean man?"),
+    ("print systemd --on-calendar 'at night' -- HOME", 2, "systemd knows no time such as 'at night'; for example "
+                                                          "--on-calendar 'Mon..Fri 18:30'"),
 )
 
 SOURCES = (
@@ -187,7 +195,9 @@ LINES = (
     ("num-snapshots = 3", "is not a path, nor an option, which begins with --; write --num-snapshots=3"),
     ("num-snapshots 3", "write --num-snapshots=3"),
     ("no-snapshot: yes", "write --no-snapshot"),
-    ("[home]", "there are no sections here: [home]; each line is an option or a path"),
+    ("[home]", "there are no sections here: [home]; each line is an option or a path; a line : begins another task, "
+               "and a path of that name is written ./[home]"),
+    ("sync folder", "write --sync; a path of that name is written ./sync folder"),
     ("HOME BACKUPS", "more than one thing on a line: HOME BACKUPS; give BACKUPS a line of its own"),
     ("-p home- # mine", "more than one thing on a line: home- # mine; give # mine a line of its own"),
     ("-p 'home-'", "nothing is quoted or escaped here: 'home-'"),
@@ -219,6 +229,12 @@ OTHERS = (
     ("list HOME BACKUPS/none", 1, "error: no such folder: BACKUPS/none; is its filesystem mounted?"),
     ("verify BACKUPS", 2, "btrfs-backup-ng verify SOURCE DESTINATION"),
     ("list BACKUPS/none", 1, "no such folder: BACKUPS/none; is its filesystem mounted?"),
+    ("list DISK", 0, "no backups in DISK; there are backups below it: btrfs-backup-ng list BACKUPS"),
+    ("list -p other DISK", 0, "DISK nothing"),
+    ("diff BACKUP HOME", 1, "HOME is not a snapshot, and may change while it is compared; name one of its snapshots; "
+                            "the newest is SNAPSHOTS/home20240102-000000"),
+    ("diff BACKUP TOP/plain", 1, "take a snapshot of it, and name that: btrfs-backup-ng TOP/plain"),
+    ("diff BACKUP /", 1, "no such snapshot or backup: /"),
     ("list shell://cat", 2, "shell://cat cannot be listed; name a folder"),
     ("prune BACKUPS", 2, "nothing says what to keep; give --keep-backups"),
     ("-S --dry-run -p hme HOME BACKUPS", 1, "there are 2 of 'home'; give the prefix with -p"),
@@ -278,6 +294,7 @@ class Mistakes(support.BackupTestCase):
         self.check(PLACES)
 
     def test_other_verbs(self):
+        support.create(self.place("TOP/plain"))
         self.check(OTHERS)
 
     def test_lines_of_a_file(self):
@@ -287,6 +304,26 @@ class Mistakes(support.BackupTestCase):
                 file.write("# the job\n" + self.place(line) + "\n")
             for said in words, "error: {}:2: ".format(job):
                 self.check([("--dry-run @" + job, 2, said)])
+        for line in "./[home]", "./sync folder":
+            with open(job, "w") as file:
+                file.write(line)
+            self.check([("--dry-run @" + job, 1, "no such source: " + line)])
+
+    def test_on_a_terminal_they_are_folded_between_words(self):
+        for typed in "--frobnicate " + self.source, "restor --latest " + self.source, "--dry-run ssh:/nas/mnt":
+            for columns in 60, 80:
+                running = terminal.OnTerminal(*typed.split(), columns=columns)
+                self.addCleanup(running.close)
+                said = running.finish().stderr
+                self.assertEqual(0, running.screen.wrapped, said)
+                whole = self.run_program(*typed.split(), status=2).stderr
+                self.assertEqual(1, whole.count("\n"), whole)
+                self.assertEqual(whole.split(), said.split())
+        running = terminal.OnTerminal("verify", self.source, self.target, columns=66, results=True)
+        self.addCleanup(running.close)
+        said = running.finish().stderr
+        self.assertEqual(0, running.screen.wrapped, said)
+        self.assertEqual(2, said.count("files and folders"), said)
 
     def test_one_that_can_never_be_a_destination_keeps_no_other_from_its_backup(self):
         result = self.backup(to=[self.source, self.target], status=1)

@@ -374,6 +374,24 @@ class Units(PrintTestCase):
         self.assertIn("\nOnCalendar=*-*-* 02:00\n", self.unit("--", "/home", suffix=".timer"))
         self.assertIn("\nOnCalendar=hourly\n", self.unit("--on-calendar", "hourly", "--", "/home", suffix=".timer"))
 
+    TIMES = ("hourly", "semiannually", "Sun", "Mon..Fri 18:30", "Sat *-*-1..7 18:00", "*:0/15", "2026-12-24 18:00",
+             "Mon..Fri 18:30 Europe/Berlin", "03-05 08:05:40 UTC", "Wed..Sat,Tue 12-10-15 1:2:3", "saturday 18:00")
+    NO_TIMES = ("nonsense", "at night", "18h", "02:00 Mon")
+
+    def test_a_calendar_that_is_none(self):
+        self.need("systemd-analyze")
+        without = dict(os.environ, PATH=os.path.join(self.folder, "none"))
+        for when in self.TIMES:
+            for environment in os.environ, without:
+                self.assertIn("OnCalendar=" + when, self.printed("systemd", "--on-calendar", when, "--", "/home",
+                                                                 env=environment))
+        for when in self.NO_TIMES:
+            for environment in os.environ, without:
+                status, text, errors = program("print", "systemd", "--on-calendar", when, "--", "/home",
+                                               env=environment)
+                self.assertEqual((2, ""), (status, text), (when, errors))
+                self.assertIn("knows no time such as '{}'; for example --on-calendar 'Mon..".format(when), errors)
+
     def test_the_network_is_waited_for_where_there_is_a_host(self):
         self.assertNotIn("network", self.unit("--", "/home", "/mnt/b"))
         shutil.rmtree(os.path.join(self.folder, "units"))

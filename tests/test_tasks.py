@@ -39,6 +39,20 @@ class Eight(TasksTestCase):
         self.assertEqual(1, self.run_program(*again, status=1).status)
         self.assertEqual(1, len(self.snapshots(self.sources[3])))
 
+    def test_what_can_never_go_well_is_not_to_be_typed_again(self):
+        tasks = self.tasks()
+        tasks[0][-1] = tasks[0][-2]
+        os.mkdir(tasks[1][-2] + "/folder")
+        tasks[1][-2] += "/folder"
+        tasks[2] += [tasks[2][-2]]
+        tasks[3] += [tasks[3][-2], os.path.join(self.disks[1].path, "away")]
+        result = self.run_tasks(tasks=tasks[:4], status=1)
+        self.assertEqual(1, result.stderr.count(" is an ordinary folder, not a subvolume"), result.stderr)
+        self.assertEqual(3, result.stderr.count(" is inside the source"), result.stderr)
+        again = result.stderr[result.stderr.index("error: 4 of 4 tasks failed"):].splitlines()[1:]
+        self.assertEqual(["        again: btrfs-backup-ng -S --snapshot-prefix={} {} {} {} {}".format(*tasks[3][1:])],
+                         again)
+
     def test_all_snapshots_are_taken_first(self):
         self.run_tasks()
         events = [event["event"] for event in self.events("snapshot", "sending")]
@@ -504,6 +518,14 @@ class EachForItself(TasksTestCase):
         plans = [line for line in result.stdout.splitlines() if line.startswith("source ")]
         self.assertEqual([source in line for source, line in zip(self.sources, plans)], [True] * 4)
         self.assertEqual("", result.stderr)
+
+    def test_a_dry_run_shows_each_plan_as_soon_as_it_is_made(self):
+        tasks = self.tasks()
+        tasks[1][-1] = "ssh://held/backups"
+        running = self.start(*self.command("--dry-run", tasks=tasks), env=support.fake("ssh", "kill -STOP $$"))
+        shown = running.wait_for("a plan", running.read_stdout)
+        self.assertIn("source " + self.sources[0], shown)
+        self.assertNotIn("task 2 of", shown)
 
     def test_wrong_arguments_start_nothing(self):
         tasks = self.tasks()
