@@ -19153,6 +19153,13 @@ def source_entries(listing: Listing, folder: str, prefix: Optional[str], locks: 
     return tuple(entries)
 
 
+def begun_partials(listing: Listing) -> Tuple[Subvolume, ...]:
+    """Of what is received where only root can enter that of which nothing has come out yet, as it will be called."""
+    traced = {name: traced_name(name) or "" for name in listing.others}
+    begun = {name for folder, name in traced.items() if name and folder == begun_name(name)} - set(listing.partials)
+    return tuple(Subvolume(partial_name(name), None, readonly=False) for name in sorted(begun))
+
+
 def backup_entries(listing: Listing, folder: str, prefix: Optional[str], source: Optional[Location],
                    locks: Locks, key: str) -> Tuple[Entry, ...]:
     """The entries of a folder of backups. locks: those on its filesystem; key: what they call it."""
@@ -19161,7 +19168,7 @@ def backup_entries(listing: Listing, folder: str, prefix: Optional[str], source:
     ids = set(known)
     locked, parents = set(locked_names(locks, key)), set(locked_names(locks, key, "parent_locks"))
     entries = []
-    for backup in listing.subvolumes:
+    for backup in listing.subvolumes + begun_partials(listing):
         if is_asked_for(backup, prefix, ids):
             snapshot = known.get(backup.received_uuid or "") or known.get(backup.uuid or "")
             named = prefix_of(snapshot.name) if snapshot else None

@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import json
 import os
 import random
 import re
@@ -271,6 +272,21 @@ class OpenMeanwhile(PlantedTestCase):
         support.go_on(held)
         self.assertEqual(0, run.finish().status)
         self.assertBackedUp([base, name])
+
+    def test_it_is_listed_from_its_beginning(self):
+        """Nothing of it can be seen but the folder that it is received in."""
+        name, = self.take(1)
+        run = self.start_backup("-S", env=support.gate("receive"))
+        held = run.met_at_gate("receive")
+        self.assertIn(program.begun_name(name), support.hidden(self.target))
+        for places in ([self.source, self.target], [self.target]):
+            found = json.loads(self.run_program("list", "--json", *places).stdout)["locations"][-1]["snapshots"]
+            self.assertEqual([(program.partial_name(name), "partial")], [(one["name"], one["state"]) for one in found])
+            self.assertIn("1 partial", self.run_program("list", *places).stdout)
+        self.assertIn("it is partial", self.run_program("verify", self.source, self.target, status=1).stdout)
+        support.go_on(held)
+        self.assertEqual(0, run.finish().status)
+        self.assertBackedUp([name])
 
     def test_backups_received_each_way_are_one_chain(self):
         """Where nobody else may enter, as anywhere before, what was received is the backup itself."""
