@@ -184,11 +184,30 @@ def detach(loop, folder):
 
 
 def discard(folder):
-    for mount_point in mounts_below(folder) + [point for point in mount_points() if point == folder]:
+    """Removes a scratch folder, with all that is mounted below it and attached to images in it.
+
+    Loop devices go before its own mount does: behind that nothing tells any more whose they are. A tree in it may be
+    deeper than what Python walks.
+    """
+    for mount_point in mounts_below(folder):
         unmount(mount_point)
     for loop in list(loops_below(folder)):
         detach(loop, folder)
-    shutil.rmtree(folder, ignore_errors=True)
+    for mount_point in [point for point in mount_points() if point == folder]:
+        unmount(mount_point)
+    subprocess.call(["rm", "-rf", "--one-file-system", folder], stderr=subprocess.DEVNULL)
+
+
+def remove_scratch():
+    """Removes this process's scratch folder, and those of processes that are dead."""
+    if _scratch is not None:
+        discard(_scratch)
+    sweep()
+
+
+def image_name(number):
+    """Tells which run of the tests an image is of: its loop device shows that whatever becomes of its folder."""
+    return "{}{}.img".format(number, "-of-" + os.environ["RUN_OF_TESTS"] if "RUN_OF_TESTS" in os.environ else "")
 
 
 def unmount(mount_point):
@@ -224,7 +243,7 @@ class Disk:
 
     def __init__(self, size="512M", mkfs=(), options="defaults", at=None, image_in=None):
         number = next(self.numbers)
-        self.image = os.path.join(image_in or scratch_folder(), "%d.img" % number)
+        self.image = os.path.join(image_in or scratch_folder(), image_name(number))
         self.path = at or os.path.join(scratch_folder(), "disk%d" % number)
         self.options = options
         self.loop = None
@@ -281,8 +300,8 @@ class Disk:
 
 def ext4(test, size="256M"):
     """A mounted ext4 filesystem's folder."""
-    image = os.path.join(scratch_folder(), "ext4-{}.img".format(next(Disk.numbers)))
-    folder = image[:-4]
+    number = next(Disk.numbers)
+    image, folder = (os.path.join(scratch_folder(), name) for name in (image_name(number), "ext4-%d" % number))
     os.mkdir(folder)
     set_size(image, size)
     command("mkfs.ext4", "-q", "-F", image)

@@ -3,11 +3,11 @@
     python3 tests/run.py [-f] [--jobs N] [--slowest N] [--limit SECONDS] [--list] [PATTERN ...]
 
 A pattern is a part of a test's full name, or has the shell's wildcards. The status is non-zero
-when a test failed, was not run though it is in the list, or none ran. With CI set in the environment
-a skipped test is a failure, so that nothing goes untested in silence. Without a pattern, three times as many
-processes as there are processors share the tests between them, as most tests wait for others most of their time; what
-takes longest is begun first. No test gets a second try: one that passes only now and then is a defect, of itself or
-of the program.
+when a test failed, was not run though it is in the list, none ran, or a loop device is left behind.
+With CI set in the environment a skipped test is a failure, so that nothing goes untested in silence. Without a pattern,
+three times as many processes as there are processors share the tests between them, as most tests wait for others most
+of their time; what takes longest is begun first. No test gets a second try: one that passes only now and then is a
+defect, of itself or of the program.
 
 What is tested where, and how a test is written, stands at the head of tests/support.py.
 
@@ -15,7 +15,9 @@ SEED in the environment is what tests draw their random choices from; without it
 """
 
 import argparse
+import contextlib
 import fnmatch
+import glob
 import json
 import os
 import random
@@ -374,6 +376,35 @@ def count_unmatched(patterns: List[str], tests: List[Any], report: Report) -> No
             report.problems.append(Problem(pattern, "no test is called so\n" + errors))
 
 
+# What is left behind. Images bear the mark of the run that made them, and of those in whose tests that was begun.
+
+
+def mark_run() -> None:
+    """Marks this run, for all that it starts."""
+    above = os.environ.get("RUN_OF_TESTS", "")
+    os.environ["RUN_OF_TESTS"] = above + "." * bool(above) + "{:08x}".format(random.SystemRandom().getrandbits(32))
+
+
+def loops_of_run() -> List[str]:
+    """The loop devices of images that this run has made, each with its image."""
+    found = []
+    for backing in sorted(glob.glob("/sys/block/loop*/loop/backing_file")):
+        with contextlib.suppress(OSError), open(backing, errors="backslashreplace") as image:
+            name = image.read().strip()
+            if os.environ["RUN_OF_TESTS"] in name:
+                found.append("/dev/{}: {}".format(backing.split("/")[3], name))
+    return found
+
+
+def count_left_behind(report: Report) -> None:
+    """Counts as failed what is still attached once all scratch folders are gone."""
+    if "disks" in sys.modules:
+        sys.modules["disks"].remove_scratch()
+    for loop in loops_of_run():
+        report.counts["FAIL"] += 1
+        report.problems.append(Problem("(left behind)", "a loop device: {}\n".format(loop)))
+
+
 def format_counts(report: Report) -> str:
     text = "{} passed, {} failed".format(report.counts["ok"], report.counts["FAIL"])
     skipped = report.counts["skip"]
@@ -433,10 +464,12 @@ def main(argv: Optional[List[str]] = None) -> int:
         say("\n".join(test.id() for test in tests))
         return 0
     say("SEED={}".format(os.environ.setdefault("SEED", str(random.SystemRandom().getrandbits(32)))))
+    mark_run()
     report = run_shared(tests, options) if options.jobs > 1 else run_tests(tests, options)
     if not report.shouldStop:
         count_missing(tests, report)
         count_unmatched(options.patterns, tests, report)
+    count_left_behind(report)
     print_summary(report, options.slowest)
     return 0 if is_success(report) else 1
 

@@ -127,6 +127,18 @@ class NothingStaysBehind(support.TestCase):
         self.assertTrue(os.path.ismount(disk.path))
         self.assertTrue(os.path.exists(disk.image))
 
+    def test_a_disk_of_a_process_that_was_killed_is_detached(self):
+        script = ("import os, sys; sys.path.insert(0, {!r}); import disks\n"
+                  "disks.Disk('128M')\nfolder = disks.scratch_folder()\nos.chdir(folder)\n"
+                  "for _ in range(2000):\n    os.mkdir('deep')\n    os.chdir('deep')\n"
+                  "print(folder, flush=True)\nos.kill(os.getpid(), 9)").format(support.HERE)
+        folder = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE,
+                                universal_newlines=True).stdout.strip()
+        number = next(iter(support.loops_below(folder)))
+        support.sweep()
+        self.assertFalse(os.path.exists("/sys/block/{}/loop".format(os.path.basename(number))))
+        self.assertFalse(os.path.exists(folder))
+
     def test_a_disk_grows_goes_away_and_comes_back(self):
         disk = self.disk("128M")
         disk.grow("256M")
@@ -228,6 +240,23 @@ class TheRunnersCount(unittest.TestCase):
         self.assertEqual((1, "4 passed, 3 failed"), (found["status"], found[""]))
         self.assertEqual("FAIL", found["test_it.Z.test"])
         self.assertEqual(2, self.result.stdout.count("the process that ran it ended with -9"))
+
+    def test_a_loop_device_that_is_left_behind(self):
+        image = os.path.join(support.scratch_folder(), "left-of-")
+        suite = ("class A(TestCase):\n    def test(self):\n"
+                 "        image = {!r} + os.environ['RUN_OF_TESTS']\n"
+                 "        open(image, 'w').truncate(1 << 20)\n"
+                 "        subprocess.check_call(['losetup', '-f', image])\n".format(image))
+        for words in ((), ("--jobs", "2")):
+            with self.subTest(words=words):
+                found = self.report(suite, *words)
+                left = [loop for loop in support.loops_below(support.scratch_folder())
+                        if support.command("losetup", "-n", "-O", "BACK-FILE", loop).startswith(image)]
+                for loop in left:
+                    support.detach(loop, support.scratch_folder())
+                self.assertEqual((1, 1), (len(left), found["status"]))
+                self.assertIn("a loop device: " + left[0], self.result.stdout)
+        self.assertEqual((0, "1 passed, 0 failed"), tuple(map(self.report(self.passing(1)).get, ("status", ""))))
 
     def test_all_die_and_none_is_forgotten(self):
         suite = "".join("class Dies%d(TestCase):\n    def test(self): os.kill(os.getpid(), 9)\n" % number
