@@ -5368,6 +5368,42 @@ class HeldSignals:
             self.hold()
 
 
+def start_thread(act: Callable[[], object]) -> None:
+    """A thread that no end waits for. RuntimeError where no process or memory is left for one."""
+    threading.Thread(target=act, daemon=True).start()
+
+
+class Work(Generic[T]):
+    """Something that a thread does: its result or its error, once it is done.
+
+    A thread whose join() a signal's exception leaves counts as ended in Python 3.9 to 3.12, though it is not:
+    so the end is told by an event.
+    """
+
+    def __init__(self, act: Callable[..., T]) -> None:
+        self.act, self.results, self.error = act, [], None  # type: Callable[..., T], List[T], Optional[BaseException]
+        self.over = threading.Event()
+
+    def run(self, *arguments: Any) -> None:
+        try:
+            self.results.append(self.act(*arguments))
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.over.set()
+
+    @property
+    def is_over(self) -> bool:
+        return self.over.is_set()
+
+    def result(self) -> T:
+        """Waits for what came out; raises what was raised."""
+        self.over.wait()
+        if self.error is not None:
+            raise self.error
+        return self.results[0]
+
+
 class Stage:
     """One process of a transfer, with its stderr drained and the tail of it kept; without `stdout` that as well."""
 
@@ -5382,9 +5418,9 @@ class Stage:
         self.stderr: Any = self.process.stderr or self.process.stdout
         self.tail: "collections.deque[bytes]" = collections.deque([b""], maxlen=20)  # lines, the last as far as it came
         self.is_over = False
-        self.drain = threading.Thread(target=self.read_stderr, daemon=True)
+        self.drain = Work(self.read_stderr)
         try:
-            self.drain.start()
+            start_thread(self.drain.run)
         except RuntimeError as error:
             end_process(self.process)
             (self.process.stderr or self.process.stdout).close()  # type: ignore[union-attr]
@@ -5419,7 +5455,7 @@ class Stage:
 
     def error(self) -> BackupError:
         """Why this ended process failed."""
-        self.drain.join(PIPE_GRACE)
+        self.drain.over.wait(PIPE_GRACE)
         words = os.fsdecode(b"\n".join(self.tail))
         # "At subvol X" and the like are no complaint
         complaints = "\n".join(line for line in words.splitlines() if not re.match(r"At (sub|snap)", line))
@@ -5428,7 +5464,7 @@ class Stage:
     def end(self) -> None:
         end_process(self.process)
         self.is_over = True
-        self.drain.join(PIPE_GRACE)
+        self.drain.over.wait(PIPE_GRACE)
 
 
 def enlarge(fd: int) -> None:
@@ -5452,45 +5488,14 @@ def capacity_of(fd: int) -> int:
         return SOCKET_SIZE
 
 
-class Work(Generic[T]):
-    """Something that a thread does: its result or its error, once it is done.
-
-    A thread whose join() a signal's exception leaves counts as ended in Python 3.9 to 3.12, though it is not:
-    so the end is told by an event.
-    """
-
-    def __init__(self, act: Callable[..., T]) -> None:
-        self.act, self.results, self.error = act, [], None  # type: Callable[..., T], List[T], Optional[BaseException]
-        self.over = threading.Event()
-
-    def run(self, *arguments: Any) -> None:
-        try:
-            self.results.append(self.act(*arguments))
-        except BaseException as error:
-            self.error = error
-        finally:
-            self.over.set()
-
-    @property
-    def is_over(self) -> bool:
-        return self.over.is_set()
-
-    def result(self) -> T:
-        """Waits for what came out; raises what was raised."""
-        self.over.wait()
-        if self.error is not None:
-            raise self.error
-        return self.results[0]
-
-
 class Background(Work[T]):
     """Something that a thread of its own does."""
 
     def __init__(self, act: Callable[[], T]) -> None:
         super().__init__(act)
         try:
-            threading.Thread(target=self.run, daemon=True).start()
-        except RuntimeError:  # no process or memory is left for one
+            start_thread(self.run)
+        except RuntimeError:
             self.run()
 
 
@@ -7490,12 +7495,12 @@ class StretchThreads:
     def __init__(self) -> None:
         import queue
         self.queue: "queue.Queue[Optional[Work[List[EqualBlocks]]]]" = queue.Queue(MOST_PENDING)
-        self.threads: List[threading.Thread] = []
+        self.threads = 0
 
     def put(self, work: Work[List[EqualBlocks]]) -> None:
-        if len(self.threads) < min(MOST_THREADS, os.cpu_count() or 1):
-            self.threads.append(threading.Thread(target=self.work, daemon=True))
-            self.threads[-1].start()
+        if self.threads < min(MOST_THREADS, os.cpu_count() or 1):
+            start_thread(self.work)
+            self.threads += 1
         self.queue.put(work)
 
     def work(self) -> None:
@@ -7504,7 +7509,7 @@ class StretchThreads:
             work.run(buffer)
 
     def end(self) -> None:
-        for _ in self.threads:
+        for _ in range(self.threads):
             self.queue.put(None)
 
 
@@ -11792,8 +11797,8 @@ class FileSink(Receiver):
         self.offered = self.done = self.size = self.told = 0
         self.error: Optional[OSError] = None
         self.finished = False
-        self.thread = threading.Thread(target=self.write_all, daemon=True)
-        self.thread.start()
+        self.writing = Work(self.write_all)
+        start_thread(self.writing.run)
 
     def failure(self, error: OSError) -> BackupError:
         failed = os_error("cannot write {}".format(self.path), error, hint_for(error.strerror or ""))
@@ -11843,8 +11848,7 @@ class FileSink(Receiver):
     def finish(self, timeout: float) -> RawFile:
         """The file as it is on the disk by now, still under its partial name."""
         self.close_pipe()
-        self.thread.join(None if timeout == float("inf") else timeout)
-        if self.thread.is_alive():
+        if not self.writing.over.wait(None if timeout == float("inf") else timeout):
             raise Stalled("writing {} stalled".format(self.path))
         self.check_alive()
         try:
@@ -11861,7 +11865,7 @@ class FileSink(Receiver):
             return
         self.error = self.error or OSError(errno.ECANCELED, "given up")
         self.queue.put(None)
-        self.thread.join(ENDING_GRACE)
+        self.writing.over.wait(ENDING_GRACE)
         if not self.finished:
             unlink_own(self.path, self.fd)
         os.close(self.fd)
@@ -15001,7 +15005,7 @@ class Meeting:
             self.listener.bind(self.address(token))
             self.listener.listen(MOST_CARRIERS)
             self.token = token
-            threading.Thread(target=self.take_in, daemon=True).start()
+            start_thread(self.take_in)
         return self.token
 
     def take_in(self) -> None:
@@ -15226,7 +15230,7 @@ class Agent:
         """Answers calls until the channel ends."""
         self.greet()
         self.channel.skip_noise(float("inf"))
-        threading.Thread(target=self.beat, daemon=True).start()
+        start_thread(self.beat)
         try:
             while True:
                 tag, payload = self.channel.await_frame(float("inf"), float("inf"))
@@ -15342,7 +15346,7 @@ def interrupt_on_hangup(fd: int) -> None:
         time.sleep(HANGUP_GRACE)  # in which what has arrived can be taken
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=watch, daemon=True).start()
+    start_thread(watch)
 
 
 def serve_agent(restriction: Optional[Restriction] = None) -> None:
@@ -15733,7 +15737,7 @@ class Connection:
         noise += self.channel.inbox
         with contextlib.suppress(BackupError):
             self.stage.wait(ENDING_GRACE)
-        self.stage.drain.join(1)
+        self.stage.drain.over.wait(1)
         return no_agent_error(self.machine, self.stage.process.poll(), os.fsdecode(b"\n".join(self.stage.tail)),
                               os.fsdecode(noise), self.is_quiet)
 
@@ -24392,7 +24396,7 @@ class ChildTurn(Turn):
         self.leaves = {TURN: threading.Event(), GO: threading.Event()}
         self.answers: "queue.Queue[bytes]" = queue.Queue()
         self.asking = threading.Lock()
-        threading.Thread(target=self.listen, daemon=True).start()
+        start_thread(self.listen)
 
     def listen(self) -> None:
         for leave in iter(lambda: os.read(0, LEAVE_SIZE), b""):

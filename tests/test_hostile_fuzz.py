@@ -129,7 +129,7 @@ class Forked:
 
     def __init__(self, seed, ends, others):
         self.status, self.tail, self.program = None, [], "agent"
-        self.drain = types.SimpleNamespace(join=lambda seconds: None)
+        self.drain = types.SimpleNamespace(over=types.SimpleNamespace(wait=lambda seconds: None))
         self.process = types.SimpleNamespace(poll=lambda: self.status)
         self.pid = os.fork()
         if self.pid == 0:
