@@ -8924,6 +8924,36 @@ class Placing(NamedTuple):
     flags: int
 
 
+def about_placing(folder: int, name: str) -> Placing:
+    """What there is to know of an entry before it gets its name."""
+    status, flags = os.stat(name, dir_fd=folder, follow_symlinks=False), NOT_KNOWN
+    with contextlib.suppress(OSError):  # of what may not be read it is not asked
+        fd = open_entry(folder, os.fsencode(name))
+        flags = read_flags(fd)
+        os.close(fd)
+    return Placing(status.st_ino, stat.S_IMODE(status.st_mode), flags)
+
+
+def settle_placed(folder: int, name: str, placing: Placing) -> None:
+    """Gives an entry that has its name what would have kept it from that. In others' reach it may be another by now."""
+    try:
+        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:  # it has got its name, and was moved since
+        return
+    is_folder, is_fixed = stat.S_ISDIR(found.st_mode), placing.flags != NOT_KNOWN and placing.flags & FIXED_FLAGS
+    if not (is_folder or is_fixed):
+        return
+    fd = open_entry(folder, os.fsencode(name))
+    try:
+        if os.fstat(fd).st_ino == placing.inode and os.fstat(fd).st_dev == os.fstat(folder).st_dev:
+            if is_folder:
+                os.fchmod(fd, placing.mode)
+            if is_fixed:
+                set_flags(fd, placing.flags, FIXED_FLAGS)
+    finally:
+        os.close(fd)
+
+
 class Staging:
     """The folder aside in an open folder, where entries are made; one run at a time has it.
 
@@ -8935,6 +8965,7 @@ class Staging:
         self.folder, self.name = folder, RESTORING + key
         self.shown = os.path.join(shown, self.name)
         self.fd = self.new = -1
+        self.boot = ""  # of the machine, in which the run before was at work
         self.placing: Dict[str, Placing] = {}
         self.position = TreePosition()
 
@@ -8942,8 +8973,8 @@ class Staging:
     def path(self) -> str:
         return "/proc/{}/fd/{}".format(os.getpid(), self.fd)
 
-    def open(self, anew: bool) -> None:
-        """Makes it or takes it up; Busy where another run has it. anew: what is there goes."""
+    def open(self) -> None:
+        """Opens it, made where it is missing, and changes nothing of what is in it; Busy where another run has it."""
         with or_say("cannot write to {}".format(os.path.dirname(self.shown))):
             self.fd = open_step(self.folder, self.name, True, 0o700)
             if os.fstat(self.fd).st_uid != os.geteuid():
@@ -8952,7 +8983,44 @@ class Staging:
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise Busy("another run restores the same to {}".format(os.path.dirname(self.shown))) from None
-            self.take_up(anew)
+            key, self.boot, self.placing = self.read_note()
+            if key != self.name and set(list_sorted(self.fd)) - {os.fsencode(name) for name in SMALL_NOTES}:
+                raise BackupError("{} was not left by such a restore".format(self.shown),
+                                  "look at it, and move it away")
+            with contextlib.suppress(FileNotFoundError):
+                self.new = open_step(self.fd, NEW_ENTRIES, True, None)
+
+    def entries(self) -> List[bytes]:
+        """What is made and has not got its name yet, or was exchanged for it."""
+        return list_sorted(self.new) if self.new >= 0 else []
+
+    def has_given(self, name: str) -> bool:
+        """Whether what bears a name in the folder around is the entry that was to get it."""
+        try:
+            found = os.stat(name, dir_fd=self.folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return name in self.placing and (found.st_ino, found.st_dev) == (
+            self.placing[name].inode, os.fstat(self.fd).st_dev)
+
+    def is_over(self, anew: bool) -> bool:
+        """Whether nothing waits in it, as of a run that was killed when it had all but removed it.
+
+        anew: also where all that it gave a name still bears it, which else is what this run would bring.
+        """
+        if self.entries() or self.part():
+            return False
+        return anew or not (self.placing and all(map(self.has_given, self.placing)))
+
+    def settle(self) -> None:
+        """Does what is left to do at entries that have their names."""
+        for name, placing in self.placing.items():
+            settle_placed(self.folder, name, placing)
+        self.placing = {}
+
+    def part(self) -> str:
+        """The file that was in the making; '' for none."""
+        return next((os.fsdecode(name) for name in list_sorted(self.fd) if name.startswith(b"part-")), "")
 
     def close_to_others(self) -> None:
         """A folder hands its ACL and its group down to what is made in it."""
@@ -8961,23 +9029,29 @@ class Staging:
             with contextlib.suppress(OSError):
                 os.removexattr(self.fd, name)
 
-    def take_up(self, anew: bool) -> None:
-        key, boot, self.placing = self.read_note()
-        if key != self.name and set(list_sorted(self.fd)) - {os.fsencode(name) for name in SMALL_NOTES}:
-            raise BackupError("{} was not left by such a restore".format(self.shown), "look at it, and move it away")
-        self.close_to_others()
-        if not self.placing and (anew or boot != boot_id()):
-            for name in list_sorted(self.fd):
-                remove_tree(self.fd, os.fsdecode(name))
-        if not self.placing:
-            self.write_note()
-        self.new = open_step(self.fd, NEW_ENTRIES, True, 0o700)
-        self.find_position()
-        self.shortfalls = Shortfalls(self.fd)
-        self.shortfalls.read()
+    def take_up(self, anew: bool, replace: bool) -> None:
+        """Goes on from what is there. anew: that goes, unless some of it has got its name. replace: and is no end."""
+        with or_say("cannot write to {}".format(os.path.dirname(self.shown))):
+            self.close_to_others()
+            if self.is_over(replace):
+                self.settle()
+            if not self.placing and (anew or self.boot != boot_id()):
+                self.clear()
+            if not self.placing:
+                self.write_note()
+            self.close_new()
+            self.new = open_step(self.fd, NEW_ENTRIES, True, 0o700)
+            self.shortfalls = Shortfalls(self.fd)
+            self.shortfalls.read()
+            if not self.placing:  # the entries are what they shall be
+                self.find_position()
+
+    def clear(self) -> None:
+        for name in list_sorted(self.fd):
+            remove_tree(self.fd, os.fsdecode(name))
 
     def find_position(self) -> None:
-        part = next((os.fsdecode(name) for name in list_sorted(self.fd) if name.startswith(b"part-")), "")
+        part = self.part()
         found = os.stat(part, dir_fd=self.fd, follow_symlinks=False) if part else None
         if found is None or not stat.S_ISREG(found.st_mode):
             part, offset = "", 0
@@ -9014,18 +9088,22 @@ class Staging:
 
     def remove(self) -> None:
         """Removes all of it, unless something is in it that was replaced, and is kept."""
-        if self.fd < 0 or self.placing and not all(self.is_new(os.fsdecode(name)) for name in list_sorted(self.new)):
+        if self.fd < 0 or self.placing and not all(self.is_new(os.fsdecode(name)) for name in self.entries()):
             return
-        for name in list_sorted(self.fd):
-            remove_tree(self.fd, os.fsdecode(name))
+        self.clear()
         if bears_name(self.fd, self.name, self.folder):
             os.rmdir(self.name, dir_fd=self.folder)
 
+    def close_new(self) -> None:
+        if self.new >= 0:
+            os.close(self.new)
+        self.new = -1
+
     def end(self) -> None:
-        for fd in (self.fd, self.new):
-            if fd >= 0:
-                os.close(fd)
-        self.fd = self.new = -1
+        self.close_new()
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
 
 
 class Putter:
@@ -9271,33 +9349,6 @@ class Putter:
                 os.close(fd)
 
 
-def about_placing(folder: int, name: str) -> Placing:
-    """What there is to know of an entry before it gets its name."""
-    status, flags = os.stat(name, dir_fd=folder, follow_symlinks=False), NOT_KNOWN
-    with contextlib.suppress(OSError):  # of what may not be read it is not asked
-        fd = open_entry(folder, os.fsencode(name))
-        flags = read_flags(fd)
-        os.close(fd)
-    return Placing(status.st_ino, stat.S_IMODE(status.st_mode), flags)
-
-
-def settle_placed(folder: int, name: str, placing: Placing) -> None:
-    """Gives an entry that has its name what would have kept it from that. In others' reach it may be another by now."""
-    found = os.stat(name, dir_fd=folder, follow_symlinks=False)
-    is_folder, is_fixed = stat.S_ISDIR(found.st_mode), placing.flags != NOT_KNOWN and placing.flags & FIXED_FLAGS
-    if not (is_folder or is_fixed):
-        return
-    fd = open_entry(folder, os.fsencode(name))
-    try:
-        if os.fstat(fd).st_ino == placing.inode and os.fstat(fd).st_dev == os.fstat(folder).st_dev:
-            if is_folder:
-                os.fchmod(fd, placing.mode)
-            if is_fixed:
-                set_flags(fd, placing.flags, FIXED_FLAGS)
-    finally:
-        os.close(fd)
-
-
 def exchange(new: str, place: str, kept: str) -> None:
     """Puts `new` at `place`, and what is there at `kept`; where the kernel can, at no moment nothing stands there."""
     if rename_with(RENAME_EXCHANGE, new, place):
@@ -9337,6 +9388,23 @@ def place_entry(staging: Staging, name: str, ending: str) -> str:
     return kept
 
 
+def why_it_stays(folder: int, name: str, path: str) -> Tuple[str, str]:
+    """Why what an open folder holds cannot be moved away, and what to type; '' where it can."""
+    if any(mount.point == os.path.realpath(path) for mount in read_mounts()):
+        return "something is mounted there", "umount {}".format(quoted(path))
+    with contextlib.suppress(OSError):
+        fd = open_entry(folder, os.fsencode(name))
+        try:
+            flags = read_flags(fd)
+            if flags != NOT_KNOWN and flags & FIXED_FLAGS:
+                return "its attributes (chattr) forbid it", "chattr -i -a {}".format(quoted(path))
+            if os.fstat(fd).st_ino == SUBVOLUME_INODE and subvolume_of_fd(fd, name).readonly:
+                return "it is a read-only subvolume", "btrfs property set -ts {} ro false".format(quoted(path))
+        finally:
+            os.close(fd)
+    return "", ""
+
+
 def place_entries(staging: Staging, ending: str) -> Dict[str, str]:
     """Gives all entries their names, once they are on the disk; of each the name under which the one before is kept."""
     if not staging.placing:
@@ -9352,6 +9420,11 @@ def place_entries(staging: Staging, ending: str) -> Dict[str, str]:
             raise BackupError("{} has appeared in {} meanwhile".format(name, os.path.dirname(staging.shown)),
                               "move it away and run again; what is restored waits in {}".format(
                                   staging.name)) from None
+        except OSError as error:
+            raise BackupError("cannot give {} its name in {}: {}".format(
+                name, os.path.dirname(staging.shown), reason_of(error)),
+                "see what stands in its way and run again; what is restored waits in {}".format(
+                    staging.name)) from None
     sync_folder(staging.folder)
     return kept
 
@@ -20379,17 +20452,28 @@ class FilesRun(RestoreRun):
 
     def check_names(self, wanted: WantedFiles) -> None:
         """BackupError where something bears a name already, but for what a run that was killed has put there."""
-        if self.whole.replace or self.place.found == "missing":
+        if self.place.found == "missing":
             return
         taken = [name for name in wanted.names if os.path.lexists(path_in(self.into, name))]
         if taken and self.is_begun(wanted):
             with self.staging(wanted) as staging:
-                taken = [name for name in taken if name not in staging.placing or staging.is_new(name)]
-                if taken and not (staging.placing or list_sorted(staging.new) or staging.position.part):
-                    staging.remove()  # it was killed when all was done, or before anything was
-        if taken:
+                if not staging.is_over(self.whole.replace):
+                    taken = [name for name in taken if not staging.has_given(name)]
+                elif not (self.whole.replace or self.whole.dry_run):
+                    staging.settle()
+                    staging.remove()
+        if self.whole.replace:
+            self.check_movable(taken)
+        elif taken:
             raise BackupError("{} exists in {}, and nothing is overwritten".format(some_of(taken), self.place.path),
                               "--replace keeps what is there as NAME{}TIME".format(KEPT_AS))
+
+    def check_movable(self, names: Sequence[str]) -> None:
+        for name in names:
+            path = os.path.join(self.place.path, name)
+            why, remedy = why_it_stays(self.into, name, path)
+            if why:
+                raise BackupError("{} cannot be replaced: {}".format(path, why), remedy)
 
     def is_begun(self, wanted: WantedFiles) -> bool:
         """Whether a run that was broken off has left something of it."""
@@ -20408,7 +20492,7 @@ class FilesRun(RestoreRun):
         """The folder aside for what is wanted of a backup, as it was left."""
         staging = Staging(self.into, self.place.path, wanted.key)
         try:
-            staging.open(anew=self.whole.no_resume)
+            staging.open()
             yield staging
         finally:
             staging.end()
@@ -20424,6 +20508,7 @@ class FilesRun(RestoreRun):
         self.make_folder()
         for wanted in self.wanted:
             with self.staging(wanted) as staging:
+                staging.take_up(self.whole.no_resume, self.whole.replace)
                 self.bring_files(wanted, staging)
         tell_room(self.events, self.hosts.of(parse_endpoint(self.target_text)), self.place.path, self.target_text)
 
@@ -20742,7 +20827,8 @@ def places_of(row: Row, locations: Sequence[Location]) -> List[Dict[str, str]]:
 
 
 def describe_sighting(sighting: Sighting) -> Dict[str, Any]:
-    return {"time": format_time(sighting.mtime / 1e9), "size": sighting.size, "type": sighting.type}
+    return {"time": format_time(sighting.mtime / 1e9) if sighting.mtime else None, "size": sighting.size,
+            "type": sighting.type}
 
 
 def describe_version(followed: Followed, version: Version, locations: Sequence[Location]) -> Dict[str, Any]:
@@ -20793,8 +20879,8 @@ def rows_text(rows: Sequence[Row], labels: Sequence[str]) -> List[str]:
 
 
 def local_time(mtime: int) -> str:
-    """Nanoseconds since the epoch as a local time that a person reads."""
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(mtime // 10 ** 9))
+    """Nanoseconds since the epoch as a local time that a person reads; of the folder at the top none is known."""
+    return "-" if not mtime else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(mtime // 10 ** 9))
 
 
 def version_cells(followed: Followed, version: Version, labels: Sequence[str]) -> List[str]:

@@ -16,6 +16,7 @@ import tempfile
 import time
 import unittest
 from typing import Any
+from unittest import mock
 
 import support
 import trees
@@ -135,7 +136,8 @@ class Again(unittest.TestCase):
         fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         self.addCleanup(os.close, fd)
         self.staging = program.Staging(fd, self.folder, "key")
-        self.staging.open(anew=True)
+        self.staging.open()
+        self.staging.take_up(anew=True, replace=False)
         self.addCleanup(self.staging.end)
         self.putter = program.Putter(self.staging, {b"a", b"b", b"c", b"d"}, lambda *_: None)
 
@@ -158,7 +160,7 @@ class Again(unittest.TestCase):
         os.makedirs(os.path.join(self.folder, other.name, "content"), 0o755)
         with self.assertRaisesRegex(program.BackupError, "was not left by such a restore"):
             self.addCleanup(other.end)
-            other.open(anew=True)
+            other.open()
         self.assertEqual(0o40755, os.stat(os.path.join(self.folder, other.name)).st_mode)
 
     def test_of_what_is_left_out_without_end_little_is_kept(self):
@@ -566,6 +568,57 @@ class WhatIsThere(FilesTestCase):
                 self.assertEqual(2, texts.count("there before"))
                 self.assertNothingAside()
 
+    def killed_before_it_clears(self):
+        pid = os.fork()
+        if not pid:
+            try:
+                mock.patch.object(program.Staging, "remove", lambda _: os._exit(9)).start()
+                program.main(["restore", "-q", "--replace"] + self.paths("d", "g") + [self.into])
+            finally:
+                os._exit(8)
+        self.assertEqual(9, os.waitpid(pid, 0)[1] >> 8)
+
+    def test_what_was_changed_since_it_was_whole_is_replaced(self):
+        """The run before was killed as all had its name; what bears a name now is nobody's but the user's."""
+        self.killed_before_it_clears()
+        with open(os.path.join(self.into, "g"), "w") as file:
+            file.write("changed since")
+        shutil.rmtree(os.path.join(self.into, "d"))
+        self.restore("--replace", *self.paths("d", "g") + [self.into])
+        self.assertEqual(["from the backup"] * 2, [self.read("d/f"), self.read("g")])
+        self.assertIn("changed since", [self.read(name) for name in os.listdir(self.into) if name.startswith("g.")])
+        self.assertNothingAside()
+
+    def test_a_dry_run_and_one_that_is_refused_leave_what_a_killed_run_has_brought(self):
+        self.killed(1)
+        before = support.tree(self.into)
+        self.assertTrue([name for name in before if name.startswith(b".restoring-")])
+        self.restore("--dry-run", "--no-resume", *self.paths("d", "g") + [self.into], status=1)
+        self.restore("--no-resume", *self.paths("d", "g") + [self.into], status=1)
+        self.restore("--dry-run", "--no-resume", "--replace", *self.paths("d", "g") + [self.into])
+        self.assertTreesEqual(before, support.tree(self.into))
+
+    def test_what_cannot_be_moved_away_is_told_before_anything_is_brought(self):
+        path = os.path.join(self.into, "d")
+        fixed = os.path.join(self.into, "g")
+        command("chattr", "+i", fixed)
+        self.addCleanup(command, "chattr", "-i", fixed)
+        command("mount", "-t", "tmpfs", "none", path)
+        self.addCleanup(subprocess.run, ["umount", path], stderr=subprocess.DEVNULL, check=False)
+        for name, why, remedy in (("d", "something is mounted there", "umount " + path),
+                                  ("g", "its attributes (chattr) forbid it", "chattr -i -a " + fixed)):
+            result = self.restore("--replace", *self.paths(name) + [self.into], status=1)
+            self.assertErrorSays(result, name + " cannot be replaced: " + why, remedy)
+            self.assertNothingAside()
+        command("umount", path)
+        os.rmdir(path) if not os.listdir(path) else shutil.rmtree(path)
+        create(path)
+        command("btrfs", "property", "set", "-ts", path, "ro", "true")
+        result = self.restore("--replace", *self.paths("d") + [self.into], status=1)
+        self.assertErrorSays(result, "d cannot be replaced: it is a read-only subvolume", "ro false")
+        subprocess.run(["sh", "-c", result.errors[0].rpartition("; ")[2]], check=True)
+        self.restore("--replace", *self.paths("d") + [self.into])
+
     def killed(self, number, names=("rename_with", "settle_placed", "sync_open", "about_placing"), module=program):
         """Runs a restore in this process, which ends after the Nth of these calls; whether it came to that."""
         pid = os.fork()
@@ -749,8 +802,11 @@ class KilledAtEachStep(FilesTestCase):
             os.setxattr(os.path.join(self.source, "d", name), "user.x", b"y")
             os.chmod(os.path.join(self.source, "d", name), 0o444)
         os.link(os.path.join(self.source, "d", "r"), os.path.join(self.source, "d", "s"))
+        os.mkdir(os.path.join(self.source, "d", "z"))
+        os.chmod(os.path.join(self.source, "d", "z"), 0o3751)
+        self.write("d/z/last", "last")
         os.mknod(os.path.join(self.source, "d", "c"), stat.S_IFCHR | 0o666, os.makedev(1, 3))
-        for name in ("d", "d/a", "d/c", "d/r"):
+        for name in ("d", "d/a", "d/c", "d/r", "d/z/last"):
             os.chown(os.path.join(self.source, name), NOBODY, NOBODY)
         self.back_up()
 
@@ -929,7 +985,8 @@ class WhatAnyUserCanMake(FilesTestCase):
         folder = os.open(support.scratch_folder(), os.O_RDONLY)
         self.addCleanup(os.close, folder)
         staging = program.Staging(folder, "folder", "key")
-        staging.open(anew=False)
+        staging.open()
+        staging.take_up(anew=False, replace=False)
         self.addCleanup(staging.end)
         putter = program.Putter(staging, {b"a", b"b"}, lambda *_: None)
         with open(self.write_large(1 << 20), "rb") as file:

@@ -117,6 +117,18 @@ class Pure(TestCase):
 
 class OnDisk(HistoryTestCase):
 
+    def test_the_top_of_a_subvolume_that_holds_folders_alone(self):
+        self.take(1)
+        for name in os.listdir(self.source):
+            if os.path.isfile(os.path.join(self.source, name)):
+                os.unlink(os.path.join(self.source, name))
+        os.makedirs(os.path.join(self.source, "alice"))
+        result = self.run_program("history", self.source)
+        self.assertNotIn("1970", result.stdout)
+        self.assertRegex(result.stdout, r"(?m)^- +0 B ")
+        told = json.loads(self.run_program("history", "--json", self.source).stdout)
+        self.assertIsNone(told["versions"][0]["time"])
+
     def test_versions_and_their_places(self):
         os.mkdir(self.path("docs"))
         self.write("docs/plan", "one")
