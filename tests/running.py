@@ -17,6 +17,7 @@ import zipfile
 from typing import NamedTuple
 
 from disks import scratch_folder
+from forked import MARK, nursery, set_at_start
 
 
 def zipapp_of(program):
@@ -36,6 +37,7 @@ FAST_PROGRAM = zipapp_of(PROGRAM)
 PYTHON = os.environ.get("BTRFS_BACKUP_NG_PYTHON") or sys.executable
 FLAGS = os.environ.get("BTRFS_BACKUP_NG_FLAGS", "-E -s -S").split()
 PROGRAM_ARGV = [PYTHON] + FLAGS + [FAST_PROGRAM]
+FORMAT_MARK = "%010d-%06d"  # all of one length
 HANGS = 120  # seconds after which what we wait for does not come; no measure of speed, for others may be at work
 
 
@@ -43,6 +45,10 @@ def with_bytecode():
     """An environment in which Python keeps the bytecode of what it imports; before 3.8 it keeps none."""
     return dict(os.environ, PYTHONPYCACHEPREFIX=os.path.join(scratch_folder(), "bytecode"),
                 PYTHONDONTWRITEBYTECODE="" if sys.version_info >= (3, 8) else "1")
+
+
+def is_zipapp(program):
+    return program == PROGRAM + "z"
 
 
 def wait_until(condition, timeout=HANGS):
@@ -75,18 +81,25 @@ class Running:
     numbers = itertools.count(1)
 
     def __init__(self, *arguments, env=None, wrapper=(), program=tuple(PROGRAM_ARGV)):
-        mark = "BTRFS_BACKUP_NG_TEST_RUN=%d-%d" % (os.getpid(), next(self.numbers))
-        self.mark = mark.encode()
-        name, _, value = mark.partition("=")
+        mark = FORMAT_MARK % (os.getpid(), next(self.numbers))
+        self.mark = (MARK + "=" + mark).encode()
         self.stdout = tempfile.TemporaryFile()
         self.stderr = tempfile.TemporaryFile()
-        argv = list(wrapper) + list(program) + list(arguments)
         self.before = set(os.listdir("/proc"))  # to look at these each time would take most of a test's time
-        self.process = subprocess.Popen(
-            [os.fsencode(word) for word in argv], stdin=subprocess.DEVNULL, stdout=self.stdout,
-            stderr=self.stderr, env=dict(os.environ, **dict(env or {}, **{name: value})),
-            cwd=scratch_folder(), start_new_session=True)
+        self.process = self.begin(list(wrapper) + list(program), [os.fsencode(word) for word in arguments],
+                                  dict(os.environ, **dict(env or {}, **{MARK: mark})))
         self.pid = self.process.pid
+
+    def begin(self, program, arguments, environment):
+        """The process; forked, where that is as good as to start it."""
+        if program == PROGRAM_ARGV and is_zipapp(FAST_PROGRAM):
+            parent = nursery(tuple(program), FORMAT_MARK % (0, 0))
+            if parent.environment == set_at_start(environment):
+                encoded = {os.fsencode(name): os.fsencode(value) for name, value in environment.items()}
+                return parent.start(arguments, self.stdout, self.stderr, encoded, scratch_folder())
+        return subprocess.Popen(
+            [os.fsencode(word) for word in program] + arguments, stdin=subprocess.DEVNULL, stdout=self.stdout,
+            stderr=self.stderr, env=environment, cwd=scratch_folder(), start_new_session=True)
 
     def processes(self):
         """{pid: argv} of what the program started and what still runs, itself included."""

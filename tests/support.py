@@ -113,6 +113,7 @@ What several files share stands in a module; no test file is imported. This one 
 
     disks       scratch folders, filesystems on loop devices (`Disk`), subvolumes, `names`, `partials`, locks
     running     `Running`, the program as a child; `wait_until`
+    forked      how most runs begin: off a process that has imported the program, in a few milliseconds
     fakes       scripts in the place of programs (`fake`, `btrfs_where`, `gate`, `killed_at`), and what is kept from one
     trees       `tree` and `listing` to compare, `Churn` and `bulk` to change
     support     chance, time, and the cases: `TestCase`, `BackupTestCase`, `TasksTestCase`, `InZone`

@@ -107,6 +107,60 @@ class Gates(support.BackupTestCase):
         self.assertFalse(support.is_stopped(elsewhere))
 
 
+class Forked(support.TestCase):
+    """A run that is forked is as one that is started."""
+
+    LOOK = r"""(
+pwd; umask; readlink /proc/$PPID/fd/0; ls /proc/$PPID/fd; cat /proc/$PPID/limits
+env | sort
+tr '\0' '\n' < /proc/$PPID/environ | grep ^MARK=
+grep -E '^(Sig|Shd|Cap|Uid|Groups|Seccomp:|Threads)' /proc/$PPID/status
+ps -o sid= -p $PPID | grep -w $PPID > /dev/null && echo a session of its own
+) > {} 2>&1
+exec REAL "$@"
+"""
+    STARTED = ("env",)  # a wrapper that changes nothing
+
+    def both(self, *words, **options):
+        """(forked, started), each at work."""
+        pair = [self.start(*words, wrapper=wrapper, **options) for wrapper in ((), self.STARTED)]
+        kinds = [type(running.process).__name__ for running in pair]
+        self.assertEqual(["Child" if support.is_zipapp(support.FAST_PROGRAM) else "Popen", "Popen"], kinds)
+        return pair
+
+    def test_what_it_and_its_programs_see(self):
+        path = os.path.join(support.scratch_folder(), "looked")
+        env = dict(support.fake("btrfs", self.LOOK.format(path).replace("MARK", support.MARK)), TZ="Nowhere-7")
+        self.addCleanup(os.umask, os.umask(0o027))
+        seen = []
+        for wrapper in ((), self.STARTED):
+            running = self.start("--version", wrapper=wrapper, env=env)
+            self.assertEqual(0, running.finish().status)
+            with open(path, "rb") as file:
+                seen.append(file.read().replace(running.mark, b"mark").splitlines())
+        self.assertEqual(seen[1], seen[0])
+        self.assertLessEqual({b"0027", b"mark", b"TZ=Nowhere-7", b"a session of its own"}, set(seen[0]))
+
+    def test_what_it_is_told_and_says(self):
+        for words in (["--version"], ["--no-such-" + os.fsdecode(b"\xff")], ["doctor", "--json"], ["help", "restore"]):
+            forked, started = (running.finish() for running in self.both(*words))
+            self.assertEqual(started, forked)
+
+    def test_how_it_ends(self):
+        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+            said = []
+            for running in self.both("--version", env=support.fake("btrfs", "exec sleep 600")):
+                running.wait_for("its program", lambda: len(running.processes()) == 2)  # noqa: B023
+                self.assertIsNone(running.process.poll())
+                os.kill(running.pid, number)
+                said.append(running.finish().status)
+            self.assertEqual(said[1], said[0])
+
+    def test_where_python_begins_differently_it_is_started(self):
+        for env in ({"LC_ALL": "C"}, {"PYTHONUTF8": "0"}, {"HOME": "/nowhere"}):
+            self.assertIsInstance(self.start("--version", env=env).process, subprocess.Popen)
+
+
 class NothingStaysBehind(support.TestCase):
 
     def test_what_a_killed_run_left_is_swept(self):
