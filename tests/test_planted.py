@@ -381,7 +381,7 @@ class DestinationFolder(PlantedTestCase):
                 with self.subTest(kind, name=name):
                     path = os.path.join(self.target, name)
                     self.assertTrue(as_user("sh", "-ec", plant + ' "$0"', path))
-                    result = self.transfer(status=None, timeout=20)
+                    result = self.transfer(status=None)
                     self.assertIn(result.status, (0, 1))
                     self.assertEqual(result.status, len(result.errors), result.stderr)
                     with open(self.victim, encoding="utf-8") as file:
@@ -753,7 +753,7 @@ class AtRandom(PlantedTestCase):
             planted = [(path, self.plant(rng, path)) for path in rng.sample(self.places(), rng.choice((0, 0, 1, 1, 2)))]
             argv = self.arguments(rng)
             with self.subTest(seed, argv=argv, planted=planted), self.restless(rng.random() < 0.5, number):
-                result = self.run_program(*argv, status=None, timeout=60)
+                result = self.run_program(*argv, status=None)
                 self.assertIn(result.status, (0, 1), result.stderr)
                 self.assertEqual(result.status == 1, bool(result.errors), result.stderr)
                 outcomes[result.status] += 1

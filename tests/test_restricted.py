@@ -291,7 +291,7 @@ class Hostile(RestrictedTestCase):
         argv = self.server.argv("x", options=["ExitOnForwardFailure=yes"])
         forward = argv[:1] + ["-N", "-R", "{}:127.0.0.1:{}".format(port, self.server.port)] + argv[1:-1]
         done = subprocess.run(forward, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              timeout=20)
+                              timeout=support.HANGS)
         self.assertNotEqual(0, done.returncode)
 
 
@@ -783,7 +783,8 @@ class Fuzz(RestrictedTestCase):
         argv = support.PROGRAM_ARGV + ["agent", "--under", self.target, "--allow", self.allow]
         while time.monotonic() - begun < self.seconds or rounds <= 10:
             sent = (program.MARKER if chance.random() < 0.9 else b"") + b"".join(self.frames(chance))
-            done = subprocess.run(argv, input=sent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30)
+            done = subprocess.run(argv, input=sent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                  timeout=support.HANGS)
             rounds += 1
             self.assertNotIn(b"Traceback", done.stderr, sent)
             self.assertNotIn(b"this is a bug", done.stderr + done.stdout, sent)

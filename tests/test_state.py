@@ -869,7 +869,7 @@ class Private(InFolder):
         process = self.child(*self.LINES)
         path = process.stdout.readline().rstrip()
         self.assertEqual((["ssh"], 0o40700), (os.listdir(path), os.stat(path).st_mode))
-        process.communicate("\n", timeout=10)
+        process.communicate("\n", timeout=120)
         self.assertEqual([], os.listdir(self.folder))
 
     def test_the_next_removes_what_a_killed_one_left(self):

@@ -959,7 +959,7 @@ class ReadingAhead(support.TestCase):
 
     def wait_for(self, condition, path):
         """Wait until the condition is true of the files that are in memory."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + support.HANGS
         while not condition(self.resident_files(path)):
             self.assertLess(time.monotonic(), deadline, self.resident_files(path))
             time.sleep(0.01)

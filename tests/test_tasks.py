@@ -390,7 +390,7 @@ program.catch_signals()
 try:
     ending = Ending()
     del ending
-    time.sleep(10)
+    time.sleep(100)
     print("went on")
 except program.Interrupted as interruption:
     print("interrupted", interruption.status)
@@ -404,7 +404,7 @@ class Swallowed(unittest.TestCase):
         def test_a_signal_in_a_finalizer(self):
             here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
             done = subprocess.run([sys.executable, "-c", SWALLOWING], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                  cwd=here, timeout=30)
+                                  cwd=here, timeout=support.HANGS)
             self.assertEqual((b"interrupted 143\n", b""), (done.stdout, done.stderr))
 
 
