@@ -95,6 +95,7 @@ Contents; a section uses only what stands above it:
         FILES BACK          single files and folders out of backups
         HISTORY             which versions of a file or folder there are, and where
         DIFF                what changed from one snapshot or backup to another
+        LINES               the lines of snapshots there are, and what lies in their folders
         SPACE               what each snapshot or backup takes, and what deleting it frees
         PRUNE               retention of a folder of backups by itself
         DOCTOR              what is wrong, and what to do about it
@@ -106,6 +107,9 @@ Contents; a section uses only what stands above it:
         PRINT               what is printed for others to use
     IX THE SURFACE: what a person and a shell see
         DISPLAY             what a person sees while it works
+        PAGES               what browse shows and what keys make of it, as values
+        SCREEN              the whole terminal, line by line and key by key
+        BROWSE              looking into snapshots and backups, and getting back what is found
         SIGNALS             how a signal ends what is at work
         CHILD               a task in a process of its own
         CREW                the tasks of one command, each in a process of its own
@@ -1758,6 +1762,41 @@ LIST_SIGNS = {  # of the states of a snapshot at a place, each with what it mean
     "unknown": ("?", "not known")}
 
 
+class BrowseKey(NamedTuple):
+    """What keys do in `browse`. hint: in the last line of the screen; '' for what is not told there."""
+
+    action: str
+    keys: Tuple[str, ...]
+    shown: str
+    hint: str
+    help: str
+
+
+BROWSE_KEYS = (
+    BrowseKey("up", ("up", "k"), "Up, k", "", "the line above"),
+    BrowseKey("down", ("down", "j"), "Down, j", "", "the line below"),
+    BrowseKey("page up", ("pageup", "b"), "Page Up, b", "", "the page above"),
+    BrowseKey("page down", ("pagedown", "f"), "Page Down, f", "", "the page below"),
+    BrowseKey("first", ("home", "<"), "Home, <", "", "the first line"),
+    BrowseKey("last", ("end", ">"), "End, >", "", "the last line"),
+    BrowseKey("open", ("enter", "right", "l"), "Enter, Right, l", "Enter open",
+              "open what the cursor is on: a folder, the text of a file"),
+    BrowseKey("back", ("left", "h", "backspace", "esc"), "Left, h, Esc", "Left back", "back to where you came from"),
+    BrowseKey("mark", ("space", "m"), "Space, m", "Space mark",
+              "mark it as it was then, or unmark it; marks stay"),
+    BrowseKey("restore", ("r",), "r", "r restore",
+              "restore what is marked, or else this; you are asked where to"),
+    BrowseKey("versions", ("v",), "v", "v versions", "the versions of what the cursor is on"),
+    BrowseKey("compare", ("d",), "d", "d compare", "compare it with what is there now, or with the version before"),
+    BrowseKey("compare back", ("D",), "D", "", "compare it with the version before"),
+    BrowseKey("gone", ("g",), "g", "g gone", "show only what is not there any more, or all again"),
+    BrowseKey("older", ("[", ","), "[ or ,", "", "the same folder in the snapshot before this one"),
+    BrowseKey("newer", ("]", "."), "] or .", "", "the same folder in the snapshot after this one"),
+    BrowseKey("help", ("?",), "?", "? help", "these keys"),
+    BrowseKey("quit", ("q",), "q", "q quit", "leave"),
+)
+
+
 class Verb(NamedTuple):
     """A command of its own: `btrfs-backup-ng NAME ...`; '' is the classic one.
 
@@ -1937,6 +1976,29 @@ For a place that is away there is an error, the others are shown, and the exit s
             ("history /home/anna/plan.txt", "its versions, in all snapshots and remembered backups"),
             ("history --deleted /home/anna", "what is gone from a folder, and the last backup that has it"),
             ("history ssh://nas/backups/home/anna/plan.txt", "in a folder of backups of another machine"),
+        )),
+    "browse": Verb(
+        "[options] [SOURCE | FOLDER] ...", "look into snapshots and backups, restore what you find there", (
+            Group("What to show", (ANY_PREFIX,) + rows("-f")),
+            Group("Display", rows("-h", "-v", "-q", "-P", "--log-json")),
+            Group("Hosts", rows("--ssh-opt", "--ssh-sudo", "--no-elevate")),
+        ),
+        about="""\
+Shows the snapshots and backups of each SOURCE or FOLDER on the whole terminal; without one, all that are found on
+the filesystems that are mounted here. Backups of a snapshot stand with it. Places on other machines that a source
+remembers are looked at when you open them.
+
+Open a line, then a time: "any time" shows what a folder held in any snapshot, and marks what is gone. Nothing is
+written but by a restore, and that asks before.
+
+""" + "\n".join("  {:<17}{}".format(key.shown, key.help) for key in BROWSE_KEYS) + """
+
+On a terminal that cannot be drawn on, such as TERM=dumb, lines have numbers: type one to open it, a key of these
+to press it, or both ("3 m" marks line 3).""",
+        examples=(
+            ("browse", "all there is on this machine"),
+            ("browse /home/anna", "begin in a folder"),
+            ("browse ssh://nas/backups/home", "backups on another machine"),
         )),
     "diff": Verb(
         "[options] OLD NEW", "show what changed from one snapshot or backup to another", (
@@ -2378,7 +2440,8 @@ def check_folders(task: Task, done: str, hint: str) -> None:
 ########################################################################################################
 
 LARGEST_ARGUMENT_FILE = 1 << 20  # bytes
-JOB_VERBS = frozenset(("doctor", "history", "list", "prune", "restore", "space", "verify"))  # of places of a backup
+JOB_VERBS = frozenset((  # of places of a backup
+    "browse", "doctor", "history", "list", "prune", "restore", "space", "verify"))
 SEPARATORS = (":", "::")
 BLANKS = " \t"
 SEPARATOR = re.compile(r"(?<!\\):+")
@@ -5932,6 +5995,7 @@ def extents_since(fd: int, since: int) -> "Iterator[Tuple[int, int, int, int, in
 
 
 def path_of_inode(fd: int, inode: int, tree: int = 0) -> bytes:
+    """A path of an inode in the open subvolume, or in another tree of its filesystem."""
     buffer = bytearray(struct.pack("=QQ", tree, inode).ljust(PATH_SIZE, b"\0"))
     fcntl.ioctl(fd, INO_LOOKUP, buffer)
     return bytes(buffer[16:buffer.index(0, 16)]).rstrip(b"/")
@@ -7999,13 +8063,20 @@ def follow(folder: str, names: Sequence[str], known: Dict[str, Optional[str]], t
 
 
 def held_names(folder: str, names: Sequence[str], inners: Sequence[str]) -> List[HeldName]:
-    """What lies in a folder in each of some trees of `folder`, with its path there; each name as the first has it."""
+    """What lies in a folder in each of some trees of `folder`, with its path there; each name as the first has it.
+
+    A tree that is gone, and one where that path is no folder, hold none.
+    """
     found: Dict[str, Sighting] = {}
     for tree_name, inner in zip(names, inners):
-        with contextlib.suppress(FileNotFoundError), OpenTree(folder, tree_name) as tree:
-            for name, status in tree.entries(inner):
-                if name not in found:
-                    found[name] = sighting_of(tree_name, os.path.join(inner, name), status)
+        try:
+            with OpenTree(folder, tree_name) as tree:
+                for name, status in tree.entries(inner):
+                    if name not in found:
+                        found[name] = sighting_of(tree_name, os.path.join(inner, name), status)
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
         if len(found) > MOST_HELD:
             raise BackupError("more than {} names were in that folder".format(MOST_HELD), "look at a folder in it")
     return [HeldName(name, found[name]) for name in sorted(found, key=os.fsencode)]
@@ -20913,6 +20984,18 @@ def deleted_lines(followed: Followed, gone: Sequence[Tuple[Sighting, Row]], loca
     return [printable(followed.shown(followed.inner)), ""] + (in_table(lines, width) if gone else [nothing])
 
 
+def rows_of_line(locations: Sequence[Location], has_source: bool, prefix: str) -> List[Row]:
+    """The snapshots of the one line that is meant, newest first: others may have backups in the same folders.
+
+    has_source: the first place is that of the snapshots, which are of `prefix` as a rule.
+    """
+    rows = index_rows(locations)[::-1]
+    if not has_source:
+        return rows
+    prefixes = {prefix_of(row.name) for row in rows if 0 in row.cells} | {prefix}
+    return [row for row in rows if 0 in row.cells or prefix_of(row.name) in prefixes]
+
+
 class PathHistory:
     """One path and what became of it, at all places."""
 
@@ -20935,10 +21018,13 @@ class PathHistory:
         self.survey.task = self.task._replace(source=self.followed.tree, prefix=self.followed.prefix)
         self.survey.run.task = self.survey.task._replace(no_snapshot=True)
         self.locations = [with_complete(location) for location in self.survey_all()]
-        self.rows = self.rows_of_line()
+        self.rows = rows_of_line(self.locations, self.followed.is_source, self.survey.run.prefix)
         for number, location in enumerate(self.locations):
             if location.error is not None:
                 self.fail(number, location.error)
+        self.trace_all()
+
+    def trace_all(self) -> None:
         self.trace_where(lambda number: True)
         if any(map(self.has_found, self.seen)):  # what has not may do so by what others tell
             self.trace_where(lambda number: not self.has_found(number))
@@ -20951,14 +21037,6 @@ class PathHistory:
         with apart(self.events, self.report, self.task.source):
             texts += self.survey.remembered()
         return self.survey.with_source(texts)
-
-    def rows_of_line(self) -> List[Row]:
-        """The snapshots of the one line that is meant, newest first: others may have backups in the same folders."""
-        rows = index_rows(self.locations)[::-1]
-        if not self.followed.is_source:
-            return rows
-        prefixes = {prefix_of(row.name) for row in rows if 0 in row.cells} | {self.survey.run.prefix}
-        return [row for row in rows if 0 in row.cells or prefix_of(row.name) in prefixes]
 
     def report(self, error: BackupError) -> None:
         self.ending.statuses.add(error.status)
@@ -21290,6 +21368,395 @@ def run_diff(task: Task, events: Events) -> Ending:
     else:
         print_result("\n".join(in_table([change_cells(change) for change in shown]) + [totals_text(found)]))
     return Ending()
+
+
+########################################################################################################
+# LINES: the lines of snapshots there are, and what lies in their folders
+#
+# A line are the snapshots of one source, or the backups of one prefix in a folder of which no source is here; its
+# places are told apart and brought together by UUID, as in INDEX. Without a word of where to look, folders that hold
+# what is named as a snapshot are found in the tree of trees of each btrfs that is mounted, which takes root. A folder
+# is read when somebody looks into it, in one call at each place that must be asked. What a place on another machine
+# holds is asked for only when somebody wants to see it. Nothing is changed.
+########################################################################################################
+
+ANY_TIME, NOW = "any time", ""  # moments that are no snapshot's; a snapshot's is its stream id
+ROOT_BACKREF = 144
+ROOT_NAME = struct.Struct("<Q8xH")  # folder, length of the name behind it
+MOST_SHOWN = 1 << 18  # bytes of a file that is looked at
+
+
+def moment_of(row: Row) -> str:
+    """What a snapshot and its backups have in common."""
+    return row.cells[min(row.cells)].subvolume.stream_id or row.name
+
+
+class Line(NamedTuple):
+    """The snapshots of a source, or of a prefix in a folder of backups, newest first, and the places that hold them.
+
+    live: the path of the source on its machine, '' where there is none. pending: places that were not looked at yet.
+    """
+
+    title: str
+    followed: Followed
+    locations: Tuple[Location, ...] = ()
+    rows: Tuple[Row, ...] = ()
+    live: str = ""
+    pending: Tuple[str, ...] = ()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether what the source is now lies on this machine."""
+        return bool(self.live) and not parse_endpoint(self.followed.tree).machine
+
+    @property
+    def moments(self) -> List[str]:
+        """The times that one can look at: any, now, and those of the snapshots."""
+        return [ANY_TIME] + [NOW] * bool(self.live) + list(map(moment_of, self.rows))
+
+    def row(self, moment: str) -> Optional[Row]:
+        return next((row for row in self.rows if moment_of(row) == moment), None)
+
+    def moment_text(self, moment: str) -> str:
+        row = self.row(moment)
+        return printable(row.name) if row else moment or "now"
+
+
+class HeldAt(NamedTuple):
+    """A name in a folder, and what it is in the newest moment that has it."""
+
+    name: str
+    moment: str
+    sighting: Sighting
+
+
+class FileStart(NamedTuple):
+    """The beginning of a file, and its whole size."""
+
+    data: bytes
+    size: int
+
+
+def readable_at(line: Line, row: Row) -> List[int]:
+    """The places at which the folders of a snapshot can be looked into, those on this machine first."""
+    endpoints = {number: parse_endpoint(line.locations[number].endpoint) for number in row.cells}
+    return sorted((number for number, endpoint in endpoints.items() if not endpoint.kind.has_streams),
+                  key=lambda number: (bool(endpoints[number].machine), number))
+
+
+def restorable_at(line: Line, row: Row) -> int:
+    """The place that files of a snapshot are best restored from."""
+    return (readable_at(line, row) + sorted(row.cells))[0]
+
+
+def folder_of_snapshots(point: str) -> Set[str]:
+    """The paths, in the filesystem mounted at `point`, of folders that hold subvolumes named as snapshots.
+
+    OSError where one may not ask.
+    """
+    fd = os.open(point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    names: Dict[int, Tuple[int, int, bytes]] = {}
+    paths: Dict[Tuple[int, int], bytes] = {}
+
+    def path_of(tree: int, folder: int) -> bytes:
+        if (tree, folder) not in paths:
+            above, in_folder, name = names.get(tree, (0, 0, b""))
+            top = os.path.join(path_of(above, in_folder), name) if above else b""
+            paths[tree, folder] = os.path.join(top, path_of_inode(fd, folder, tree))
+        return paths[tree, folder]
+
+    try:
+        for subvolid, item_type, tree, buffer, start in items_since(fd, 0, ROOT_TREE):
+            if item_type == ROOT_BACKREF:
+                folder, size = ROOT_NAME.unpack_from(buffer, start)
+                start += ROOT_NAME.size
+                names[subvolid] = tree, folder, bytes(buffer[start:start + size])
+        places = {(tree, folder) for tree, folder, name in names.values() if prefix_of(os.fsdecode(name)) is not None}
+        return {os.fsdecode(path_of(*place)).rstrip("/") for place in places}
+    finally:
+        os.close(fd)
+
+
+def folders_near(point: str) -> Iterator[str]:
+    """The same as far as an ordinary user can see it: at the top, and one folder deep."""
+    with contextlib.suppress(OSError):
+        inner = [os.path.join(point, name) for name in sorted(os.listdir(point))]
+        for folder in [os.path.join(point, STATE_FOLDER, "snapshots"), point] + inner:
+            with contextlib.suppress(OSError):
+                if not os.path.islink(folder) and any(prefix_of(name) is not None for name in os.listdir(folder)):
+                    yield folder
+
+
+def find_folders_of_snapshots(mounts: Sequence[Mount]) -> List[str]:
+    """Folders on the filesystems that are mounted which may hold snapshots or backups."""
+    found: Set[str] = set()
+    own = [mount for mount in mounts if mount.type == "btrfs" and mount_around(mount.point, mounts) == mount]
+    for _, some in itertools.groupby(sorted(own, key=lambda mount: mount.device), key=lambda mount: mount.device):
+        same = sorted(some, key=lambda mount: len(mount.root))
+        try:
+            for inner in folder_of_snapshots(same[0].point):
+                reached = [reachable_path(inner, mount) for mount in same]
+                found.update(path for path in reached[:1] + reached[1:] if path and os.path.isdir(path))
+        except OSError:
+            found.update(folder for mount in same for folder in folders_near(mount.point))
+    return sorted(set(map(os.path.realpath, found)))
+
+
+def start_of_file(items: Iterable[FileItem], inner: str) -> FileStart:
+    """The beginning of the one file that comes; BackupError where it is none."""
+    gate, data, entry = EntryGate({os.fsencode(os.path.basename(inner))}), bytearray(), None
+    for item in items:
+        gate.check(item)
+        if isinstance(item, LeftOut):
+            raise BackupError("{} cannot be read: {}".format(printable(inner), printable(item.why)))
+        if isinstance(item, FileEntry):
+            entry = item
+            if not stat.S_ISREG(entry.mode):
+                break
+        else:
+            for piece in read_extent(item) if isinstance(item, Extent) else (item,):
+                hole = min(piece.offset, MOST_SHOWN) - len(data)
+                data += bytes(max(0, hole)) + bytes(piece.data)
+                if len(data) >= MOST_SHOWN:
+                    break
+            if len(data) >= MOST_SHOWN:
+                break
+    if entry is None or not stat.S_ISREG(entry.mode):
+        raise BackupError("{} is no file".format(printable(inner)))
+    size = min(entry.size, MOST_SHOWN)
+    return FileStart(bytes(data[:size]).ljust(size, b"\0"), entry.size)
+
+
+class LineReader:
+    """Finds lines, and reads what is in their folders. Hosts are reached once."""
+
+    def __init__(self, task: Task, events: Events) -> None:
+        self.task, self.events = task, events
+        self.hosts = Hosts(task, events)
+        self.surveys: List[Survey] = []  # of each line
+        self.lines: List[Line] = []
+
+    def end(self) -> None:
+        self.hosts.end()
+
+    def host_at(self, line: Line, place: int) -> Host:
+        return self.hosts.of(parse_endpoint(line.locations[place].endpoint))
+
+    # -- which there are
+
+    def find(self) -> List[Line]:
+        """The lines of the places that are named, or of all that are found; BackupError where nothing is."""
+        texts = [text for text in (self.task.source,) + self.task.destinations if text]
+        folders: List[str] = []
+        for text in texts:
+            self.add_named(text, folders)
+        if not texts:
+            self.add_found(find_folders_of_snapshots(read_mounts()), folders)
+        for folder in folders:
+            self.add_folder(folder, is_asked_for=bool(texts))
+        if not self.lines:
+            raise BackupError("no snapshots or backups were found here", "mount the disk that holds them, or name "
+                              "their folder: btrfs-backup-ng browse FOLDER")
+        return self.lines
+
+    def add_named(self, text: str, folders: List[str]) -> None:
+        endpoint = parse_file_place(text)
+        if endpoint.kind.has_streams or self.is_folder_of_snapshots(endpoint):
+            folders.append(text)
+            return
+        followed = find_followed(self.hosts, self.task._replace(source=text))
+        if followed.is_source:
+            self.add_source(followed)
+        else:
+            self.add_line(followed, [followed.tree])
+
+    def is_folder_of_snapshots(self, endpoint: Endpoint) -> bool:
+        """Whether snapshots or backups lie directly in a folder, and it is no source."""
+        host = self.hosts.of(endpoint)
+        place = host.look(endpoint.path)
+        if place.found != "folder" or host.look(os.path.join(place.path, self.task.snapshot_folder)).found == "folder":
+            return False
+        listing = host.list(place.path)
+        return bool({LOCK_FILE, PIN_FILE} & listing.others or folder_prefixes(listing, None))
+
+    def add_found(self, found: Sequence[str], folders: List[str]) -> None:
+        ending = "/" + self.task.snapshot_folder
+        for folder in found:
+            source = folder[:-len(ending)] or "/"
+            if folder.endswith(ending) and os.path.isdir(source):
+                self.add_source(Followed(source, "", True, self.task.prefix))
+            else:
+                folders.append(folder)
+
+    def survey(self, followed: Followed) -> Survey:
+        survey = Survey(self.task._replace(source=followed.tree, destinations=(), prefix=followed.prefix), self.events)
+        survey.run.hosts = self.hosts
+        return survey
+
+    def add_source(self, followed: Followed) -> None:
+        """A source, with the places that it remembers; what is on other machines is left for later."""
+        survey = self.survey(followed)
+        survey.source = survey.survey_source()
+        remembered: List[str] = []
+        with apart(self.events, self.events.error, followed.tree):
+            remembered = survey.remembered()
+        far = tuple(text for text in remembered if parse_endpoint(text).machine)
+        self.surveys.append(survey)
+        line = Line(followed.tree, followed, (survey.source,), (), survey.run.source, far)
+        self.lines.append(line)
+        for text in remembered:
+            if text not in far:
+                self.add_place(len(self.lines) - 1, text)
+        self.number_rows(len(self.lines) - 1)
+
+    def add_line(self, followed: Followed, texts: Sequence[str]) -> None:
+        prefix = " ({}...)".format(printable(followed.prefix)) if followed.prefix else ""
+        self.surveys.append(self.survey(followed))
+        self.lines.append(Line(followed.tree + prefix, followed))
+        for text in texts:
+            self.add_place(len(self.lines) - 1, text)
+        self.number_rows(len(self.lines) - 1)
+
+    def add_folder(self, text: str, is_asked_for: bool) -> None:
+        """A folder of backups: to the line that they are of, or as lines of their own, one for each prefix."""
+        endpoint = parse_endpoint(text)
+        folder, listing = list_endpoint(self.hosts.of(endpoint), endpoint)
+        text = folder_key(endpoint.kind, endpoint.machine, folder)
+        ids = {subvolume.stream_id for subvolume in listing.subvolumes if subvolume.readonly}
+        for number, line in enumerate(self.lines):
+            if any(location.endpoint == text for location in line.locations):
+                return
+            if line.live and any(moment_of(row) in ids for row in line.rows):
+                self.add_place(number, text)
+                self.number_rows(number)
+                return
+        named = (prefix_of(subvolume.name) for subvolume in restorable(listing))
+        prefixes = {prefix for prefix in named if prefix is not None and self.task.prefix in (None, prefix)}
+        for prefix in sorted(prefixes):
+            self.add_line(Followed(text, "", False, prefix), [text])
+        if is_asked_for and not prefixes:
+            self.add_line(Followed(text, "", False, self.task.prefix), [text])
+
+    def add_place(self, number: int, text: str) -> None:
+        """Looks at a place, and adds it to a line in the stead of what was known of it."""
+        line, location = self.lines[number], with_complete(self.surveys[number].look_at_folder(text))
+        before = [one.endpoint for one in line.locations]
+        at = before.index(text) if text in before else len(before)
+        locations = line.locations[:at] + (location,) + line.locations[at + 1:]
+        self.lines[number] = line._replace(
+            locations=locations, pending=tuple(one for one in line.pending if one != text))
+
+    def number_rows(self, number: int) -> None:
+        """Brings together what the places of a line hold."""
+        line = self.lines[number]
+        locations = [with_complete(location) for location in line.locations]
+        rows = rows_of_line(locations, line.followed.is_source, self.surveys[number].run.prefix)
+        self.lines[number] = line._replace(locations=tuple(locations), rows=tuple(rows))
+
+    def connect(self, number: int, text: str) -> Line:
+        """Looks at a place of a line that was not looked at, or could not be."""
+        machine = parse_endpoint(text).machine
+        self.hosts.errors.pop(machine, None)
+        self.add_place(number, text)
+        self.number_rows(number)
+        return self.lines[number]
+
+    # -- what is in them
+
+    def folder(self, line: Line, moment: str, inner: str, tell: Callable[[BackupError], object]) -> List[HeldAt]:
+        """What a folder holds, by name; at any time what it held in any moment, each name as the newest has it."""
+        if moment not in (ANY_TIME, NOW):
+            return self.folder_then(line, moment, inner)
+        found: Dict[str, Tuple[int, HeldAt]] = {}
+        if line.live:
+            for one in self.host_at(line, 0).held_names(line.live, [""], [inner]):
+                found[one.entry] = -1, HeldAt(one.entry, NOW, one.sighting)
+        for place, rows in self.by_place(line).items() if moment == ANY_TIME else ():
+            with apart(self.events, tell, line.locations[place].endpoint):
+                ages = {row.cells[place].subvolume.name: age for age, row in rows}
+                for one in self.held(line, place, list(ages), inner):
+                    age = ages.get(one.sighting.name, -1)
+                    if age >= 0 and (one.entry not in found or found[one.entry][0] > age):
+                        found[one.entry] = age, HeldAt(one.entry, moment_of(line.rows[age]), one.sighting)
+        return [found[name][1] for name in sorted(found, key=os.fsencode)]
+
+    @staticmethod
+    def by_place(line: Line) -> Dict[int, List[Tuple[int, Row]]]:
+        """Which snapshots to ask of each place, with their ages: of each snapshot one place."""
+        asked: Dict[int, List[Tuple[int, Row]]] = {}
+        for age, row in enumerate(line.rows):
+            for place in readable_at(line, row)[:1]:
+                asked.setdefault(place, []).append((age, row))
+        return asked
+
+    def held(self, line: Line, place: int, names: Sequence[str], inner: str) -> List[HeldName]:
+        return self.host_at(line, place).held_names(self.folder_at(line, place), names, [inner] * len(names))
+
+    @staticmethod
+    def folder_at(line: Line, place: int) -> str:
+        return os.path.dirname(line.locations[place].entries[0].path)
+
+    def folder_then(self, line: Line, moment: str, inner: str) -> List[HeldAt]:
+        """What a folder held in one snapshot, from the first place that can tell; BackupError where none can."""
+        errors: List[BackupError] = []
+        row = line.row(moment)
+        for place in readable_at(line, row) if row else ():
+            name = row.cells[place].subvolume.name if row else ""
+            with apart(self.events, errors.append, line.locations[place].endpoint):
+                found = self.held(line, place, [name], inner)
+                if not found:
+                    self.check_there(line, place, name, inner)
+                return [HeldAt(one.entry, moment, one.sighting) for one in found]
+        raise errors[0] if errors else BackupError(
+            "{} is kept in stream files alone, which cannot be looked into here".format(line.moment_text(moment)),
+            "restore what you know the name of: btrfs-backup-ng restore {} --name {} --path PATH FOLDER".format(
+                quoted(line.locations[min(row.cells)].endpoint), quoted(row.name)) if row else "")
+
+    def check_there(self, line: Line, place: int, name: str, inner: str) -> None:
+        """BackupError where an empty folder is none, as what held it was deleted meanwhile."""
+        seen = self.host_at(line, place).trace(self.folder_at(line, place), [name], {}, Trail(inner), False)
+        where = "{} at {}".format(printable(name), line.locations[place].endpoint)
+        if not seen:
+            raise BackupError("{} is gone: it was deleted meanwhile".format(where), "look at another")
+        if seen[0].type != FOLDER_TYPE:
+            raise BackupError("there is no folder {} in {}".format(printable(inner), where), "look at another time")
+
+    def is_there_now(self, line: Line, inner: str) -> bool:
+        return any(seen.type for seen in self.host_at(line, 0).trace(line.live, [], {}, Trail(inner), False))
+
+    def versions(self, number: int, inner: str) -> Tuple[PathHistory, List[Version]]:
+        """The versions of a path, newest first, and what they were found by."""
+        line = self.lines[number]
+        history = PathHistory(self.task, self.events)
+        history.survey, history.followed = self.surveys[number], line.followed._replace(inner=inner)
+        history.locations, history.rows = list(line.locations), list(line.rows)
+        history.trace_all()
+        return history, history.versions()
+
+    # -- what is in files
+
+    def file(self, line: Line, moment: str, inner: str) -> FileStart:
+        """The beginning of a file; what comes from others passes the gate."""
+        if moment == NOW:
+            return self.file_now(line, inner)
+        row = line.row(moment)
+        if row is None:
+            raise BackupError("that snapshot is not there any more", "look at another")
+        place = restorable_at(line, row)
+        if parse_endpoint(line.locations[place].endpoint).kind.has_streams:
+            raise BackupError("{} is kept in stream files alone, of which no text is shown".format(row.name),
+                              "restore it to look at it")
+        taking = Taking(AT_START, self.task.stall_timeout, "")
+        with self.host_at(line, place).files(self.folder_at(line, place), row.cells[place].subvolume.name, [inner],
+                                             taking) as items:
+            return start_of_file(items, inner)
+
+    def file_now(self, line: Line, inner: str) -> FileStart:
+        if not line.is_here:
+            raise BackupError("what is there now on another machine cannot be read", "look at its newest snapshot")
+        with or_say("cannot read {}".format(os.path.join(line.live, inner))):
+            with OpenTree(line.live, "") as tree:
+                return start_of_file(TreeTaker(tree.top, wanted_names([inner])), inner)
 
 
 ########################################################################################################
@@ -23960,6 +24427,11 @@ class TaskRow:
         return self.ended is None and bool(self.bars or self.state in ("sending", "deleting", "clearing up"))
 
 
+def shown_in(encoding: str, text: str) -> str:
+    """`text` in characters that a terminal of that encoding can show, on one line."""
+    return printable(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
 class Board:
     """What is at work, by task, gathered from events. `encoding` is that of the terminal."""
 
@@ -23970,8 +24442,7 @@ class Board:
         self.rows = {task: TaskRow(self.shown(title), self.begun) for task, title in titles.items()}
 
     def shown(self, text: str) -> str:
-        """`text` in characters that the terminal can show, on one line."""
-        return printable(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+        return shown_in(self.encoding, text)
 
     def take(self, event: Event) -> None:
         task = event.facts.get("task", "")
@@ -24343,6 +24814,977 @@ class LiveView(Display):
         self.terminal.write(CLOSE_SCREEN)
         os.kill(os.getpid(), signal.SIGSTOP)
         self.open()
+
+
+########################################################################################################
+# PAGES: what browse shows and what keys make of it, as values
+#
+# Pure: a key makes one state of another, and a state and a size make lines. Pages lie upon each other, the last one is
+# shown. What cannot be done by values alone, as reading a folder, a state wishes for, and BROWSE fulfils it before the
+# next key. What others have named or written is on one line, in characters that the terminal can show, and no wider
+# than that. Never: a wish to restore that no question was put before.
+########################################################################################################
+
+PLACES_PAGE, MOMENTS_PAGE, FOLDER_PAGE, VERSIONS_PAGE, TEXT_PAGE = "places", "moments", "folder", "versions", "text"
+NAME_ENDINGS = {FOLDER_TYPE: "/", TYPE_NAMES[stat.S_IFLNK]: "@", TYPE_NAMES[stat.S_IFIFO]: "|",
+                TYPE_NAMES[stat.S_IFSOCK]: "="}
+FILE_TYPE = TYPE_NAMES[stat.S_IFREG]
+TAB = 8  # columns
+
+
+class Spot(NamedTuple):
+    """A path in a line at a moment."""
+
+    line: int
+    moment: str
+    inner: str = ""
+
+
+class Item(NamedTuple):
+    """A line of a page: what stands in it and what it is. about: more of it. place: one to be looked at yet."""
+
+    name: str
+    facts: Tuple[str, ...] = ()
+    spot: Optional[Spot] = None
+    type: str = ""
+    about: str = ""
+    is_gone: bool = False
+    place: str = ""
+
+
+class Page(NamedTuple):
+    """at: where a folder is, and at which time; its items may be from others. only_gone: the others are not shown."""
+
+    kind: str
+    title: str
+    all_items: Tuple[Item, ...]
+    at: Spot = Spot(-1, NOW)
+    cursor: int = 0
+    only_gone: bool = False
+
+    @property
+    def items(self) -> Tuple[Item, ...]:
+        return tuple(item for item in self.all_items if item.is_gone) if self.only_gone else self.all_items
+
+    @property
+    def item(self) -> Optional[Item]:
+        """What the cursor is on."""
+        return self.items[self.cursor] if 0 <= self.cursor < len(self.items) else None
+
+    def at_line(self, number: int) -> "Page":
+        return self._replace(cursor=max(0, min(number, len(self.items) - 1)))
+
+    def at_name(self, name: str) -> "Page":
+        return self.at_line(next((n for n, item in enumerate(self.items) if item.name == name), 0))
+
+
+class Question(NamedTuple):
+    """What is asked for in the last lines: a line of text, or, without `takes_text`, y or n."""
+
+    kind: str
+    words: str
+    text: str = ""
+    takes_text: bool = True
+
+
+class Wish(NamedTuple):
+    """What is to be done outside. under: of the page that comes the name that the cursor shall be on."""
+
+    kind: str
+    spots: Tuple[Spot, ...] = ()
+    text: str = ""
+    under: str = ""
+
+
+class Browser(NamedTuple):
+    """All that browse knows from one key to the next. room: lines of a page, as it was shown last."""
+
+    lines: Tuple[Line, ...]
+    pages: Tuple[Page, ...]
+    marks: Tuple[Spot, ...] = ()
+    message: str = ""
+    question: Optional[Question] = None
+    wish: Optional[Wish] = None
+    room: int = 10
+    folder: str = ""  # where one is when it begins
+
+    @property
+    def page(self) -> Page:
+        return self.pages[-1]
+
+    def with_page(self, page: Page) -> "Browser":
+        """With the last page replaced."""
+        return self._replace(pages=self.pages[:-1] + (page,))
+
+    def onto(self, page: Page) -> "Browser":
+        """With one more page."""
+        return self._replace(pages=self.pages + (page,))
+
+    def saying(self, message: str) -> "Browser":
+        return self._replace(message=message)
+
+    def wishing(self, kind: str, *spots: Spot, **more: str) -> "Browser":
+        return self._replace(wish=Wish(kind, spots, **more))
+
+    @property
+    def chosen(self) -> Tuple[Spot, ...]:
+        """What is marked, or else what the cursor is on."""
+        item = self.page.item
+        return self.marks or ((item.spot,) if item is not None and item.spot is not None and item.spot.inner else ())
+
+
+# -- pages
+
+
+def short_time(moment: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment)) if moment else ""
+
+
+def moment_span(line: Line) -> str:
+    """`12 snapshots, newest 2026-01-31 09:30`."""
+    count = plural(len(line.rows), "snapshot" if line.live else "backup")
+    return "{}, newest {}".format(count, short_time(line.rows[0].moment)) if line.rows else count
+
+
+def places_page(lines: Sequence[Line]) -> Page:
+    """All lines, with the places that hold them."""
+    items = []
+    for number, line in enumerate(lines):
+        labels = place_labels(line.locations) + [printable(text) for text in line.pending]
+        items.append(Item(line.title, (moment_span(line),), Spot(number, ANY_TIME), about="at " + ", ".join(labels)))
+    return Page(PLACES_PAGE, "snapshots and backups", tuple(items))
+
+
+def moments_page(lines: Sequence[Line], number: int) -> Page:
+    """The times of a line that one can look at, and the places that were not looked at, or could not be."""
+    line = lines[number]
+    labels = place_labels(line.locations)
+    items = [Item(ANY_TIME, ("", "all that was ever there, and what is gone"), Spot(number, ANY_TIME))]
+    items += [Item("now", ("", line.live), Spot(number, NOW))] * bool(line.live)
+    for row in line.rows:
+        where = ", ".join(labels[place] for place in sorted(row.cells))
+        items.append(Item(row.name, (short_time(row.moment), where), Spot(number, moment_of(row)),
+                          about="{} at {}".format(row.name, where)))
+    for location in line.locations:
+        if location.error is not None:
+            told = format_error(location.error).split("\n")[0]
+            items.append(Item(location.endpoint, ("", "not known: Enter looks again"), about=told,
+                              place=location.endpoint))
+    items += [Item(text, ("", "not looked at yet: Enter looks there"), place=text) for text in line.pending]
+    return Page(MOMENTS_PAGE, line.title, tuple(items), Spot(number, ANY_TIME))
+
+
+def item_of(line: Line, at: Spot, held: HeldAt) -> Item:
+    """A name in a folder. At any time it says what is gone, as far as a newer moment is known."""
+    seen, inner = held.sighting, os.path.join(at.inner, held.name)
+    is_gone = at.moment == ANY_TIME and held.moment != line.moments[1]
+    last = "last in " + line.moment_text(held.moment) if is_gone else line.moment_text(held.moment)
+    size = "" if seen.type == FOLDER_TYPE else format_size(seen.size) if seen.type == FILE_TYPE else seen.type
+    facts = (size, local_time(seen.mtime)[:16]) + (("gone",) if is_gone else ("",)) * (at.moment == ANY_TIME)
+    about = "{}: {}, mode {:04o}, owner {}:{}, {}".format(inner, seen.type, seen.mode, seen.uid, seen.gid, last)
+    return Item(held.name, facts, Spot(at.line, held.moment, inner), seen.type, about, is_gone)
+
+
+def folder_page(lines: Sequence[Line], at: Spot, found: Sequence[HeldAt]) -> Page:
+    line = lines[at.line]
+    items = [item_of(line, at, held) for held in found]
+    items.sort(key=lambda item: (item.type != FOLDER_TYPE, os.fsencode(item.name)))
+    title = "{}: {}/".format(line.moment_text(at.moment), os.path.join(line.title, at.inner).rstrip("/"))
+    return Page(FOLDER_PAGE, title, tuple(items), at)
+
+
+def versions_page(lines: Sequence[Line], at: Spot, followed: Followed, versions: Sequence[Version]) -> Page:
+    """The versions of a path, newest first; what it was when there was none can only be read."""
+    line, items = lines[at.line], []
+    labels = place_labels(line.locations)
+    for version in versions:
+        seen, cells = version.sighting, version_cells(followed, version, labels)
+        moment = moment_of(version.rows[0]) if version.rows else NOW
+        spot = Spot(at.line, moment, seen.inner) if seen.type else None
+        where = cells[2].replace("\n", " ")
+        items.append(Item(cells[0], (cells[1], where), spot, seen.type, where))
+    return Page(VERSIONS_PAGE, "versions of {}".format(at.inner), tuple(items), at)
+
+
+def text_page(title: str, lines: Iterable[str]) -> Page:
+    return Page(TEXT_PAGE, title, tuple(Item(line) for line in lines))
+
+
+def lines_of_data(data: bytes) -> List[str]:
+    """A file's contents as lines: text as it is, all else as numbers and characters."""
+    if b"\0" not in data[:8192]:
+        text = data.decode("utf-8", "surrogateescape").split("\n")
+        return [line.rstrip("\r").expandtabs(TAB) for line in (text[:-1] if text[-1] == "" else text)]
+    rows = (data[at:at + 16] for at in range(0, min(len(data), 1 << 14), 16))
+    return ["{:06x}  {:<47}  {}".format(number * 16, " ".join("{:02x}".format(byte) for byte in row), "".join(
+        chr(byte) if 32 <= byte < 127 else "." for byte in row)) for number, row in enumerate(rows)]
+
+
+def help_page() -> Page:
+    rows = ["{:<17} {}".format(key.shown, key.help) for key in BROWSE_KEYS]
+    return text_page("keys", rows + [
+        "", "A name ends with / where it is a folder, with @ where it is a link.",
+        "* is marked; 'gone' is what newer snapshots, or now, have no more."])
+
+
+# -- keys
+
+
+def stepped(browser: Browser, lines: int) -> Browser:
+    return browser.with_page(browser.page.at_line(browser.page.cursor + lines))
+
+
+def open_item(browser: Browser) -> Browser:
+    page, item = browser.page, browser.page.item
+    if page.kind == TEXT_PAGE:
+        return stepped(browser, browser.room)
+    if item is None:
+        return browser.saying("there is nothing here")
+    if item.place:
+        return browser.wishing("connect", page.at, text=item.place)
+    if item.spot is None:
+        return browser.saying("then it was not there")
+    if page.kind == PLACES_PAGE:
+        return browser.onto(moments_page(browser.lines, item.spot.line))
+    if page.kind == MOMENTS_PAGE:
+        return browser.wishing("folder", item.spot)
+    if item.type == FOLDER_TYPE:
+        moment = page.at.moment if page.kind == FOLDER_PAGE else item.spot.moment
+        return browser.wishing("folder", item.spot._replace(moment=moment))
+    if item.type == FILE_TYPE:
+        return browser.wishing("text", item.spot)
+    return browser.saying("a {} is not followed or read; it can be restored as it is".format(item.type))
+
+
+def go_back(browser: Browser) -> Browser:
+    if len(browser.pages) == 1:
+        return browser.saying("this is where it begins; q leaves")
+    return browser._replace(pages=browser.pages[:-1])
+
+
+def mark_item(browser: Browser) -> Browser:
+    """Marks what the cursor is on, or unmarks it, and goes on to the next."""
+    item = browser.page.item
+    if item is None or item.spot is None or not item.spot.inner:
+        return browser.saying("files and folders can be marked: open a time first")
+    if item.spot.moment == NOW:
+        return browser.saying("that is there now: v shows its older versions, which can be marked")
+    others = tuple(spot for spot in browser.marks if spot != item.spot)
+    marks = others if len(others) < len(browser.marks) else others + (item.spot,)
+    return stepped(browser._replace(marks=marks), 1)
+
+
+def usual_target(browser: Browser, spots: Sequence[Spot]) -> str:
+    """Where what is chosen was, as far as that is on this machine and one folder."""
+    lines = {spot.line for spot in spots}
+    folders = {os.path.dirname(spot.inner) for spot in spots}
+    line = browser.lines[min(lines)]
+    if len(lines) > 1 or not line.is_here or len(folders) > 1:
+        return browser.folder
+    return os.path.join(line.live, min(folders)).rstrip("/") or "/"
+
+
+def ask_where(browser: Browser) -> Browser:
+    spots = browser.chosen
+    if not spots:
+        return browser.saying("nothing is marked, and the cursor is on no file or folder")
+    if any(spot.moment == NOW for spot in spots):
+        return browser.saying("that is there now: v shows its older versions, which can be restored")
+    words = "restore {} to folder: ".format(
+        "what is marked ({})".format(len(spots)) if browser.marks else os.path.basename(spots[0].inner))
+    return browser._replace(question=Question("where", words, usual_target(browser, spots)))
+
+
+def wish_for_item(browser: Browser, kind: str) -> Browser:
+    item = browser.page.item
+    if item is None or item.spot is None or not item.spot.inner:
+        return browser.saying("the cursor is on no file or folder")
+    return browser.wishing(kind, item.spot)
+
+
+def compare_item(browser: Browser) -> Browser:
+    item = browser.page.item
+    has_now = item is not None and item.spot is not None and browser.lines[item.spot.line].is_here and (
+        item.spot.moment != NOW)
+    return wish_for_item(browser, "compare" if has_now else "compare back")
+
+
+def toggle_gone(browser: Browser) -> Browser:
+    page = browser.page
+    if page.kind != FOLDER_PAGE or page.at.moment != ANY_TIME:
+        return browser.saying("what is gone shows in a folder at any time")
+    if not page.only_gone and not any(item.is_gone for item in page.all_items):
+        return browser.saying("nothing is gone from this folder")
+    return browser.with_page(page._replace(only_gone=not page.only_gone, cursor=0))
+
+
+def step_in_time(browser: Browser, step: int) -> Browser:
+    """The same folder in the next older (1) or newer (-1) snapshot."""
+    page = browser.page
+    if page.kind != FOLDER_PAGE:
+        return browser.saying("open a folder first")
+    moments = browser.lines[page.at.line].moments
+    at = (moments.index(page.at.moment) if page.at.moment in moments else 0) + step
+    if not 0 <= at < len(moments):
+        return browser.saying("there is no {} one".format("older" if step > 0 else "newer"))
+    under = page.item.name if page.item else ""
+    return browser._replace(wish=Wish("folder", (page.at._replace(moment=moments[at]),), "instead", under))
+
+
+DOES: Dict[str, Callable[[Browser], Browser]] = {  # by action of BROWSE_KEYS
+    "up": lambda browser: stepped(browser, -1),
+    "down": lambda browser: stepped(browser, 1),
+    "page up": lambda browser: stepped(browser, -browser.room),
+    "page down": lambda browser: stepped(browser, browser.room),
+    "first": lambda browser: browser.with_page(browser.page.at_line(0)),
+    "last": lambda browser: browser.with_page(browser.page.at_line(len(browser.page.items))),
+    "open": open_item,
+    "back": go_back,
+    "mark": mark_item,
+    "restore": ask_where,
+    "versions": lambda browser: wish_for_item(browser, "versions"),
+    "compare": compare_item,
+    "compare back": lambda browser: wish_for_item(browser, "compare back"),
+    "gone": toggle_gone,
+    "older": lambda browser: step_in_time(browser, 1),
+    "newer": lambda browser: step_in_time(browser, -1),
+    "help": lambda browser: browser.onto(help_page()),
+    "quit": lambda browser: browser.wishing("quit"),
+}
+ACTIONS = {key: row.action for row in BROWSE_KEYS for key in row.keys}
+
+
+def answer(browser: Browser, question: Question, key: str) -> Browser:
+    """What a key makes of a question."""
+    asked = browser._replace(question=None)
+    if key == "esc" or not question.takes_text and key not in ("y", "Y"):
+        return asked.saying("nothing was done")
+    if not question.takes_text:
+        return asked.wishing("restore", *browser.chosen, text=question.text)
+    if key == "enter":
+        if not question.text:
+            return asked.saying("nothing was done")
+        return asked.wishing(question.kind, *browser.chosen, text=question.text)
+    text = question.text
+    if key == "backspace":
+        text = text[:-1]
+    elif key == "clear":
+        text = ""
+    elif key == "space" or len(key) == 1:
+        text += " " if key == "space" else key
+    return browser._replace(question=question._replace(text=text))
+
+
+def press(browser: Browser, key: str) -> Browser:
+    """What a key makes of a state."""
+    if browser.question is not None:
+        return answer(browser, browser.question, key)
+    action = ACTIONS.get(key)
+    if action is None:
+        return browser.saying("? shows the keys")
+    return DOES[action](browser.saying(""))
+
+
+def press_line(browser: Browser, typed_line: str) -> Browser:
+    """What a line that was typed makes of a state: a number, a key, or both; to a question the answer."""
+    question, words = browser.question, typed_line.split()
+    if question is not None and question.takes_text:
+        return press(browser._replace(question=question._replace(text=typed_line or question.text)), "enter")
+    if question is not None:
+        return press(browser, typed_line.strip()[:1] or "esc")
+    if words and words[0].isdigit():
+        number = int(words.pop(0)) - 1
+        if not 0 <= number < len(browser.page.items):
+            return browser.saying("there is no line {}".format(number + 1))
+        browser = browser.with_page(browser.page.at_line(number))
+        words = words or ["enter"]
+    return press(browser, words[0] if words else "pagedown")
+
+
+# -- lines
+
+
+class Drawn(NamedTuple):
+    """A line of the screen."""
+
+    text: str
+    is_bright: bool = False
+
+
+def shown_item(item: Item, shown: Callable[[str], str]) -> Item:
+    return item._replace(name=shown(item.name) + NAME_ENDINGS.get(item.type, "") * (item.spot is not None),
+                         facts=tuple(map(shown, item.facts)))
+
+
+def in_columns_of(items: Sequence[Item], width: int) -> List[str]:
+    """`name/   12 B  2026-01-31 09:30  gone`: columns are as wide as what they hold, and names give way."""
+    columns = list(itertools.zip_longest(*(item.facts for item in items), fillvalue=""))
+    widths = [max(map(shown_width, column)) for column in columns]
+    used = sum(room + 2 for room in widths if room)
+    names = min(max(shown_width(item.name) for item in items), max(width - used, width // 2))
+    lines = []
+    for item in items:
+        name = clip(item.name, names, from_left=item.name.startswith("/"))
+        facts = [pad(fact, room) for fact, room in zip(item.facts, widths) if room]
+        lines.append(clip("  ".join([pad(name, names)] + facts).rstrip(), width))
+    return lines
+
+
+def list_lines(browser: Browser, shown: Callable[[str], str], width: int, room: int) -> List[Drawn]:
+    """As many items as fit, a page of them; columns are as wide as what they hold on it."""
+    page = browser.page
+    first = page.cursor // room * room
+    items = page.items[first:first + room]
+    texts = in_columns_of([shown_item(item, shown) for item in items], width - 2) if items else []
+    lines = []
+    for number, (item, text) in enumerate(zip(items, texts), first):
+        signs = " >"[number == page.cursor] + " *"[item.spot is not None and item.spot in browser.marks]
+        lines.append(Drawn(signs + text, number == page.cursor))
+    return lines or [Drawn(clip("  nothing is here", width))]
+
+
+def text_lines(page: Page, shown: Callable[[str], str], width: int, room: int) -> List[Drawn]:
+    """The text from the cursor on; long lines go on in the next."""
+    lines: List[Drawn] = []
+    for item in page.items[page.cursor:page.cursor + room]:
+        left = shown(item.name)
+        while len(lines) < room:
+            part = clip(left, max(1, width), mark="") or left[:1]
+            lines.append(Drawn(part))
+            left = left[len(part):]
+            if not left:
+                break
+    return lines
+
+
+def last_lines(browser: Browser, shown: Callable[[str], str], width: int, most: int) -> List[str]:
+    """What is said or asked, or else more about what the cursor is on."""
+    if browser.question is not None:
+        question = browser.question
+        if question.takes_text:
+            words = clip(shown(question.words), max(0, width - 8))
+            return [clip(words + clip(shown(question.text), max(0, width - shown_width(words) - 1), True) + "_", width)]
+        lines = [part for line in question.words.split("\n") for part in fold(shown(line), width)]
+        return [clip(line, width) for line in lines[-most:]]
+    item = browser.page.item
+    if browser.message:
+        return [clip(line, width) for line in fold(shown(browser.message), width)[:most]]
+    return [clip(shown(item.about) if item is not None else "", width)]
+
+
+def hint_line(width: int) -> str:
+    """The keys that fit, the way out first."""
+    line = ""
+    for key in sorted(BROWSE_KEYS, key=lambda key: key.action not in ("help", "quit")):
+        more = "  ".join(filter(None, (line, key.hint)))
+        line = more if shown_width(more) < width else line
+    return line
+
+
+def browser_lines(browser: Browser, shown: Callable[[str], str], width: int, height: int) -> List[Drawn]:
+    """The whole screen: exactly `height` lines of at most `width` columns. shown: what text of others becomes there."""
+    page = browser.page
+    marked = "{} marked".format(len(browser.marks)) if browser.marks else ""
+    place = "{}/{}".format(page.cursor + 1, len(page.items)) if page.items else ""
+    head = left_and_right(" " + shown(page.title), "  ".join(filter(None, (marked, place))), width)
+    foot = last_lines(browser, shown, width, max(1, height // 3))
+    room = max(1, height - 2 - len(foot))
+    lines = text_lines(page, shown, width, room) if page.kind == TEXT_PAGE else list_lines(browser, shown, width, room)
+    body = (lines + [Drawn("")] * room)[:room]
+    return ([Drawn(head, True)] + body + [Drawn(line) for line in foot] + [Drawn(hint_line(width))])[:height]
+
+
+def numbered_lines(browser: Browser, shown: Callable[[str], str], width: int) -> List[str]:
+    """A page for a terminal that cannot be drawn on, its items with their numbers."""
+    page, room = browser.page, browser.room
+    lines = text_lines(page, shown, width, room) if page.kind == TEXT_PAGE else list_lines(
+        browser, shown, width - 6, room)
+    first = page.cursor // room * room + 1
+    numbers = range(first, first + len(page.items[first - 1:first - 1 + room]))
+    body = [line.text for line in lines] if page.kind == TEXT_PAGE or not page.items else [
+        "{:>5} {}".format(number, line.text[1:]) for number, line in zip(numbers, lines)]
+    more = ["(an empty line shows the next page)"] * (first + room <= len(page.items))
+    return ["", shown(page.title)] + body + more
+
+
+########################################################################################################
+# SCREEN: the whole terminal, line by line and key by key
+#
+# While it is held the terminal shows the other screen, and gives each key as it is pressed; whatever ends that, an
+# error or a signal, it is given back as it was. Only what has changed is written again, so that slow lines will do.
+# Ctrl-Z stops, Ctrl-C ends; the size is looked at while keys are waited for. Lines that are written hold nothing that
+# moves a cursor: that is up to who made them.
+########################################################################################################
+
+KEY_NAMES = {"A": "up", "B": "down", "C": "right", "D": "left", "H": "home", "F": "end", "1~": "home", "7~": "home",
+             "4~": "end", "8~": "end", "5~": "pageup", "6~": "pagedown", "3~": "delete"}
+PLAIN_KEYS = {"\r": "enter", "\n": "enter", " ": "space", "\x7f": "backspace", "\b": "backspace", "\x15": "clear"}
+KEY_SEQUENCE = re.compile(rb"\x1b(?:O([A-Z])|\[\[?([0-9;]*)([A-Za-z~]))")
+LONELY_ESCAPE = 0.1  # seconds after which no more of a key comes
+LOOK_AT_SIZE = 0.2  # seconds
+PLACE = "\x1b[{};1H"
+
+
+def key_of(parts: Iterable[Optional[bytes]]) -> str:
+    """The key that sends a sequence of such parts; '' for one without a name. Keys held beside it do not count."""
+    letter, numbers, last = ((part or b"").decode("ascii") for part in parts)
+    if letter:
+        return KEY_NAMES.get(letter, "")
+    return KEY_NAMES.get(numbers.partition(";")[0] + "~" if last == "~" else last, "")
+
+
+def split_keys(data: bytes, is_all: bool) -> Tuple[List[str], bytes]:
+    """The keys in what a terminal sent, and the beginning of one that is not whole. is_all: for now no more comes."""
+    keys: List[str] = []
+    while data:
+        match = KEY_SEQUENCE.match(data)
+        if match:
+            keys.append(key_of(match.groups()))
+            data = data[match.end():]
+            continue
+        if data[0] == 0x1b:
+            if not is_all and re.fullmatch(rb"\x1b(?:O|\[\[?[0-9;]*)?", data):
+                break
+            keys.append("esc")
+            data = data[1:]
+            continue
+        size = 1 if data[0] < 0xc0 else 2 if data[0] < 0xe0 else 3 if data[0] < 0xf0 else 4
+        if len(data) < size and not is_all:
+            break
+        text = data[:size].decode("utf-8", "surrogateescape")
+        keys += [PLAIN_KEYS.get(c, c if c.isprintable() or "\udc80" <= c <= "\udcff" else "") for c in text]
+        data = data[size:]
+    return [key for key in keys if key], data
+
+
+class Front:
+    """How browse meets a person; a context."""
+
+    def __enter__(self) -> "Front":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives the terminal back."""
+
+    def next(self, browser: Browser) -> Browser:
+        """Shows a state, and what a person makes of it."""
+        raise NotImplementedError
+
+    def wait(self, browser: Browser, words: str) -> None:
+        """Shows that something takes a while."""
+
+    @contextlib.contextmanager
+    def given_back(self) -> Iterator[None]:
+        """A context in which others may write and ask on the terminal."""
+        yield
+
+
+class FullScreen(Front):
+    """The whole terminal; keys come from stdin."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        import termios
+        self.termios, self.terminal = termios, terminal
+        self.shown = functools.partial(shown_in, terminal.encoding)
+        self.size, self.frame = (0, 0), []  # type: Tuple[int, int], List[Drawn]
+        self.rest, self.pausing = b"", False
+        self.keys: "collections.deque[str]" = collections.deque()
+
+    def __enter__(self) -> "FullScreen":
+        self.before = signal.signal(signal.SIGTSTP, self.note_pause)
+        self.settings = self.termios.tcgetattr(0)
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        signal.signal(signal.SIGTSTP, self.before)
+
+    def open(self) -> None:
+        settings = self.termios.tcgetattr(0)
+        settings[3] &= ~(self.termios.ICANON | self.termios.ECHO)
+        settings[6][self.termios.VMIN], settings[6][self.termios.VTIME] = 1, 0
+        settings[6][self.termios.VQUIT] = b"\0"  # which nobody could clear up behind
+        self.termios.tcsetattr(0, self.termios.TCSANOW, settings)
+        self.terminal.write(OPEN_SCREEN)
+        self.size = (0, 0)
+
+    def close(self) -> None:
+        self.terminal.write("\x1b[0m\x1b[2J\x1b[H" + CLOSE_SCREEN)  # some have no other screen
+        with contextlib.suppress(self.termios.error):
+            self.termios.tcsetattr(0, self.termios.TCSANOW, self.settings)
+
+    @contextlib.contextmanager
+    def given_back(self) -> Iterator[None]:
+        self.close()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTSTP, self.note_pause)
+            self.open()
+
+    def note_pause(self, _number: int, _frame: object) -> None:
+        self.pausing = True
+
+    def pause(self) -> None:
+        """Stops as Ctrl-Z asks, with the terminal given back meanwhile."""
+        self.pausing = False
+        self.close()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self.open()
+
+    def draw(self, browser: Browser) -> None:
+        """Writes the lines that are not there yet."""
+        size = self.terminal.size()
+        frame = browser_lines(browser, self.shown, *size)
+        if size != self.size:
+            self.terminal.write("\x1b[2J")
+            self.frame = [Drawn("")] * len(frame)
+        for number, (line, before) in enumerate(zip(frame, self.frame), 1):
+            if line != before:
+                text = pad(line.text, size[0])
+                self.terminal.write(PLACE.format(number) + ("\x1b[7m" + text + "\x1b[0m" if line.is_bright else text))
+        self.frame, self.size = frame, size
+
+    def wait(self, browser: Browser, words: str) -> None:
+        self.draw(browser.saying(words))
+
+    def next(self, browser: Browser) -> Browser:
+        browser = browser._replace(room=max(1, self.terminal.size()[1] - 3))
+        self.draw(browser)
+        return press(browser, self.key(browser))
+
+    def key(self, browser: Browser) -> str:
+        """The next key; where the terminal is closed, the one that leaves."""
+        while not self.keys:
+            is_ready = select.select([0], [], [], LONELY_ESCAPE if self.rest else LOOK_AT_SIZE)[0]
+            if is_ready:
+                data = os.read(0, 4096)
+                if not data:
+                    raise BackupError("the terminal was closed")
+                self.rest += data
+            found, self.rest = split_keys(self.rest, not is_ready)
+            self.keys.extend(found)
+            if self.pausing:
+                self.pause()
+            if self.terminal.size() != self.size:
+                self.draw(browser)
+        return self.keys.popleft()
+
+
+class Dialogue(Front):
+    """Lines on stdout and from stdin, where a terminal cannot be drawn on."""
+
+    WIDTH, ROOM = 79, 20
+
+    def __init__(self) -> None:
+        self.shown = functools.partial(shown_in, sys.stdout.encoding or "ascii")
+
+    def next(self, browser: Browser) -> Browser:
+        browser = browser._replace(room=self.ROOM)
+        question = browser.question
+        if question is not None and question.takes_text:
+            write_result(self.shown(question.words + question.text))
+            return press_line(browser, self.read_line("another, or Enter: "))
+        if question is not None or browser.message:
+            write_result("\n".join(last_lines(browser, self.shown, self.WIDTH, self.ROOM)))
+        else:
+            write_result("\n".join(numbered_lines(browser, self.shown, self.WIDTH)))
+        return press_line(browser, self.read_line("answer: " if question else "number, key, ? or q: "))
+
+    @staticmethod
+    def read_line(prompt: str) -> str:
+        """A line that is typed; at the end of them the way out."""
+        sys.stdout.write(prompt)
+        sys.stdout.flush()
+        line = sys.stdin.buffer.readline()
+        return os.fsdecode(line).rstrip("\n") if line else "q"
+
+
+########################################################################################################
+# BROWSE: looking into snapshots and backups, and getting back what is found
+#
+# state -> shown -> a key -> a state with a wish -> the wish fulfilled -> ... What is wished for is read by LINES and
+# restored by FILES BACK, as by the command that is said with it. What fails is said, and one goes on from where one
+# was. Never: anything written but by a restore that was confirmed.
+########################################################################################################
+
+
+class Restoring(NamedTuple):
+    """Paths of one snapshot or backup, and the folder to restore them to."""
+
+    task: Task
+    folder: str
+
+    @property
+    def command(self) -> str:
+        task = self.task
+        words = [PROGRAM, "restore"] + ["--replace"] * task.replace + ["--name", task.backup_name or ""]
+        words += [word for option in task.ssh_options for word in ("--ssh-opt", option)]
+        return typed(words + [word for path in task.paths for word in ("--path", path)] + [task.source, self.folder])
+
+
+def plan_restoring(task: Task, lines: Sequence[Line], spots: Sequence[Spot], folder: str) -> List[Restoring]:
+    """The restores that bring back what was chosen; BackupError where two would bear one name."""
+    names = [os.path.basename(spot.inner) for spot in spots]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise BackupError("{} is marked more than once, and would bear one name in {}".format(
+            some_of(twice), printable(folder)), "restore one after the other, into a folder each")
+    paths: Dict[Tuple[str, str], List[str]] = {}
+    for spot in spots:
+        line = lines[spot.line]
+        row = line.row(spot.moment)
+        if row is None:
+            raise BackupError("a snapshot that is marked is not there any more", "mark it in another")
+        place = restorable_at(line, row)
+        endpoint, entry = parse_endpoint(line.locations[place].endpoint), row.cells[place]
+        source = folder_key(endpoint.kind, endpoint.machine, os.path.dirname(entry.path))
+        paths.setdefault((source, entry.subvolume.name), []).append(spot.inner)
+    return [Restoring(task._replace(verb="restore", source=source, backup_name=name, paths=tuple(some), prefix=None,
+                                    destinations=(folder,)), folder) for (source, name), some in paths.items()]
+
+
+def compared_lines(one: FileStart, other: FileStart, names: Tuple[str, str]) -> List[str]:
+    """What differs in two files, as diff -u says it."""
+    import difflib
+    is_whole = all(len(file.data) == file.size for file in (one, other))
+    if is_whole and one.data == other.data:
+        return ["their contents are equal"]
+    sizes = "their contents differ: {} and {}".format(format_size(one.size), format_size(other.size))
+    if b"\0" in one.data + other.data or not is_whole:
+        return [sizes] + ["only the first {} were looked at".format(format_size(MOST_SHOWN))] * (not is_whole)
+    return list(difflib.unified_diff(lines_of_data(one.data), lines_of_data(other.data), *names, lineterm=""))
+
+
+def compared_folders(one: Sequence[HeldAt], other: Sequence[HeldAt]) -> List[str]:
+    """What differs directly in two folders: + only in the other, - only in the one, M in both."""
+
+    def told(held: HeldAt) -> Tuple[Any, ...]:
+        seen = held.sighting
+        changes = (seen.size, seen.mtime) if seen.type != FOLDER_TYPE else ()
+        return (seen.type, seen.mode, seen.uid, seen.gid) + changes
+
+    before, after = ({held.name: held for held in some} for some in (one, other))
+    lines = []
+    for name in sorted(set(before) | set(after), key=os.fsencode):
+        if name not in before or name not in after:
+            lines.append("{} {}".format("+" if name in after else "-", name))
+        elif told(before[name]) != told(after[name]):
+            lines.append("M {}".format(name))
+    return lines or ["they hold the same; folders in them were not looked into"]
+
+
+def can_fill_screen() -> bool:
+    """Whether there is a terminal that can be drawn on, and gives keys as they are pressed."""
+    try:
+        import termios
+        termios.tcgetattr(0)
+        size = os.get_terminal_size(2)
+    except (ImportError, OSError, termios.error):
+        return False
+    return is_terminal(2) and min(size) > 0
+
+
+class BrowseRun:
+    """One session, from what is found to the last key."""
+
+    def __init__(self, task: Task, events: Events) -> None:
+        self.task, self.events = task, events
+        self.said: List[str] = []  # by what is done for a wish
+        self.reader = LineReader(task._replace(no_snapshot=True), Events(self.hear))
+        self.ending = Ending()
+        self.front = Front()
+        self.grants: Dict[str, Callable[[Browser, Wish], Browser]] = {
+            "connect": self.connect, "folder": self.open_folder, "text": self.open_text, "versions": self.open_versions,
+            "compare": self.compare, "compare back": self.compare_back, "where": self.plan, "restore": self.restore}
+
+    def hear(self, event: Event) -> None:
+        """Keeps what is worth to be said until it can be shown."""
+        if event.level in ("warning", "error"):
+            self.said.append(event.text.split("\n")[0])
+        if event.level == "error":
+            self.ending.statuses.add(event.facts["status"])
+
+    def go(self) -> Ending:
+        lines = self.reader.find()
+        for location in (location for line in lines for location in line.locations):
+            if location.error is not None:
+                self.ending.statuses.add(location.error.status)
+        browser = self.begin(lines)
+        self.front = FullScreen(Terminal()) if can_fill_screen() else Dialogue()
+        with self.front:
+            while browser.wish is None or browser.wish.kind != "quit":
+                browser = self.front.next(browser) if browser.wish is None else self.grant(browser, browser.wish)
+        return self.ending
+
+    def begin(self, lines: Sequence[Line]) -> Browser:
+        """Where one begins: with one line alone in it, and in the folder that was named."""
+        browser = Browser(tuple(lines), (places_page(lines),), folder=os.getcwd(), message=self.last_said())
+        if len(lines) == 1:
+            browser = browser._replace(pages=(moments_page(lines, 0),))
+            inner = lines[0].followed.inner
+            if inner:
+                browser = browser.wishing("folder", Spot(0, ANY_TIME, inner))
+        return browser
+
+    def last_said(self) -> str:
+        said, self.said = self.said, []
+        return "; ".join(said[-3:])
+
+    def grant(self, browser: Browser, wish: Wish) -> Browser:
+        """The state in which a wish is fulfilled, or why not."""
+        errors: List[BackupError] = []
+        browser = browser._replace(wish=None)
+        self.front.wait(browser, "looking ...")
+        with apart(self.events, errors.append, "that cannot be done"):
+            browser = self.grants[wish.kind](browser, wish)
+        said = [format_error(error).split("\n")[0] for error in errors] + [self.last_said()]
+        return browser.saying("; ".join(filter(None, said + [browser.message])))
+
+    # -- looking
+
+    def connect(self, browser: Browser, wish: Wish) -> Browser:
+        number = wish.spots[0].line
+        with self.front.given_back():  # a login may ask
+            self.reader.connect(number, wish.text)
+        lines = tuple(self.reader.lines)
+        page = moments_page(lines, number)
+        return browser._replace(lines=lines).with_page(page.at_line(browser.page.cursor))
+
+    def open_folder(self, browser: Browser, wish: Wish) -> Browser:
+        at = wish.spots[0]
+        found = self.reader.folder(browser.lines[at.line], at.moment, at.inner, self.tell)
+        page = folder_page(browser.lines, at, found)
+        if wish.text:
+            return browser.with_page(page.at_name(wish.under))
+        return browser.onto(page)
+
+    def tell(self, error: BackupError) -> None:
+        self.ending.statuses.add(error.status)
+        self.said.append(format_error(error).split("\n")[0])
+
+    def named(self, browser: Browser, spot: Spot) -> str:
+        return "{} of {}".format(spot.inner, browser.lines[spot.line].moment_text(spot.moment))
+
+    def open_text(self, browser: Browser, wish: Wish) -> Browser:
+        spot = wish.spots[0]
+        found = self.reader.file(browser.lines[spot.line], spot.moment, spot.inner)
+        title = self.named(browser, spot)
+        if len(found.data) < found.size:
+            title = "the first {} of {}: {}".format(format_size(len(found.data)), format_size(found.size), title)
+        return browser.onto(text_page(title, lines_of_data(found.data) or ["(it is empty)"]))
+
+    def open_versions(self, browser: Browser, wish: Wish) -> Browser:
+        spot = wish.spots[0]
+        history, versions = self.reader.versions(spot.line, spot.inner)
+        return browser.onto(versions_page(browser.lines, spot, history.followed, versions))
+
+    def compare(self, browser: Browser, wish: Wish) -> Browser:
+        """With what is there now, or else with the version before."""
+        spot = wish.spots[0]
+        if not self.reader.is_there_now(browser.lines[spot.line], spot.inner):
+            self.said.append("it is not there now: this is against the version before")
+            return self.compare_back(browser, wish)
+        return self.compare_two(browser, spot, spot._replace(moment=NOW))
+
+    def compare_back(self, browser: Browser, wish: Wish) -> Browser:
+        """With the version before that of the moment which is looked at."""
+        spot = wish.spots[0]
+        _, versions = self.reader.versions(spot.line, spot.inner)
+        at = next((n for n, version in enumerate(versions) if self.is_in(version, spot.moment)), len(versions))
+        older = next((version for version in versions[at + 1:] if version.sighting.type), None)
+        if older is None:
+            raise BackupError("there is no version before that one in any snapshot or backup")
+        return self.compare_two(browser, Spot(spot.line, moment_of(older.rows[0]), older.sighting.inner), spot)
+
+    @staticmethod
+    def is_in(version: Version, moment: str) -> bool:
+        return version.is_live if moment == NOW else moment in map(moment_of, version.rows)
+
+    def compare_two(self, browser: Browser, one: Spot, other: Spot) -> Browser:
+        line, names = browser.lines[one.line], (self.named(browser, one), self.named(browser, other))
+        item = browser.page.item
+        if item is not None and item.type == FOLDER_TYPE:
+            found = [self.reader.folder(line, spot.moment, spot.inner, self.tell) for spot in (one, other)]
+            lines = compared_folders(*found)
+        else:
+            files = [self.reader.file(line, spot.moment, spot.inner) for spot in (one, other)]
+            lines = compared_lines(files[0], files[1], (printable(names[0]), printable(names[1])))
+        return browser.onto(text_page("{} against {}".format(*names), lines))
+
+    # -- restoring
+
+    def plan(self, browser: Browser, wish: Wish) -> Browser:
+        """Looks at where it shall go, and puts the question."""
+        folder = os.path.join(browser.folder, os.path.expanduser(wish.text))
+        restorings = plan_restoring(self.task, browser.lines, wish.spots, folder)
+        names = [os.path.basename(spot.inner) for spot in wish.spots]
+        taken = sorted(name for name in names if os.path.lexists(os.path.join(folder, name)))
+        words = ["restore {} of {} to {}{}?".format(
+            some_of(restoring.task.paths), printable(restoring.task.backup_name or ""), printable(folder),
+            "" if os.path.isdir(folder) else ", a new folder") for restoring in restorings[:3]]
+        words += ["and from {} more".format(plural(len(restorings) - 3, "snapshot"))] * (len(restorings) > 3)
+        if taken:
+            words.append("{} is there and stays as NAME{}TIME.".format(some_of(taken), KEPT_AS))
+        return browser._replace(question=Question("sure", "\n".join(words) + " y or n", folder, False))
+
+    def restore(self, browser: Browser, wish: Wish) -> Browser:
+        """Does it on the terminal as it is without us, where progress shows and programs can ask."""
+        said: List[str] = []
+        restored = 0
+
+        def hear(event: Event) -> None:
+            nonlocal restored
+            restored += event.topic == "file"
+            if event.level in ("warning", "error"):
+                said.extend(format_event(event))
+
+        with self.front.given_back(), contextlib.ExitStack() as stack:
+            self.events.readers.append(hear)
+            stack.callback(self.events.readers.remove, hear)
+            for restoring in plan_restoring(self.task, browser.lines, wish.spots, wish.text):
+                self.restore_one(restoring)
+        browser = self.read_again(browser._replace(marks=() if restored == len(wish.spots) else browser.marks))
+        message = "restored {} to {}".format(plural(restored, "path"), wish.text) * bool(restored)
+        return (browser.onto(text_page("what was said", said)) if len(said) > 1 else browser).saying(
+            "; ".join([message or "nothing was restored"] + said[:1]))
+
+    def read_again(self, browser: Browser) -> Browser:
+        """A folder as it is after something was restored."""
+        page = browser.page
+        if page.kind != FOLDER_PAGE or page.at.moment not in (ANY_TIME, NOW):
+            return browser
+        under = page.item.name if page.item else ""
+        return self.open_folder(browser, Wish("folder", (page.at,), "instead", under))
+
+    def restore_one(self, restoring: Restoring) -> None:
+        task = restoring.task
+        taken = any(os.path.lexists(os.path.join(restoring.folder, os.path.basename(path))) for path in task.paths)
+        task = task._replace(replace=taken)
+        self.events.info("command", "this does what can be typed as\n        " + restoring._replace(task=task).command)
+        with apart(self.events, self.report, "cannot restore"):
+            run = FilesRun(task, self.events)
+            run.hosts = self.reader.hosts
+            run.go()
+
+    def report(self, error: BackupError) -> None:
+        self.ending.statuses.add(error.status)
+        self.events.error(error)
+
+
+def check_browse(task: Task) -> None:
+    """UsageError for what cannot be looked into."""
+    check_folders(task, "looked into", "name a source, or a folder of backups")
+
+
+def run_browse(task: Task, events: Events) -> Ending:
+    run = BrowseRun(task, events)
+    try:
+        return run.go()
+    finally:
+        run.reader.end()
 
 
 ########################################################################################################
@@ -25182,6 +26624,7 @@ RUNS: Dict[str, Tuple[Callable[[Task], None], Callable[[Task, Events], Ending]]]
     "list": (check_list, run_list),
     "history": (check_history, run_history),
     "diff": (check_diff, run_diff),
+    "browse": (check_browse, run_browse),
     "space": (check_space, run_space),
     "prune": (check_prune, run_prune),
     "restore": (check_restore, run_restore),

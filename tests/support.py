@@ -76,6 +76,7 @@ Parts and sections of the program, and the files that test them; first the one t
         FILES BACK          test_files_back test_files_back_remote test_files_back_raw
         HISTORY             test_history
         DIFF                test_diff
+        LINES               test_browse
         SPACE               test_space
         PRUNE               test_prune
         DOCTOR              test_doctor
@@ -87,6 +88,9 @@ Parts and sections of the program, and the files that test them; first the one t
         PRINT               test_print test_restricted
     IX THE SURFACE
         DISPLAY             test_live
+        PAGES               test_browse
+        SCREEN              test_browse
+        BROWSE              test_browse
         SIGNALS             test_crew
         CHILD               test_tasks test_crew
         CREW                test_tasks test_crew

@@ -87,7 +87,8 @@ class Screen:
         elif kind == "A":
             self.row = max(0, self.row - max(1, number))
         elif kind == "H":
-            self.row = self.column = 0
+            self.row, self.column = (min(max(1, int(part or 1)), most) - 1 for part, most in zip(
+                (numbers + ";").split(";"), (self.lines, self.columns)))
         elif kind == "J":
             first = 0 if number == 2 else self.row + 1
             if number == 0:
@@ -136,7 +137,7 @@ class OnTerminal(Running):
     Its stdout is a file, unless results are to be seen as well; a mark in the environment finds its processes.
     """
 
-    def __init__(self, *arguments, columns=80, lines=24, env=None, results=False):
+    def __init__(self, *arguments, columns=80, lines=24, env=None, results=False, wrapper=(), program=PROGRAM_ARGV):
         self.screen = Screen(columns, lines)
         mark = "BTRFS_BACKUP_NG_TEST_RUN=%d-t%d" % (os.getpid(), next(self.numbers))
         self.mark = mark.encode()
@@ -151,7 +152,7 @@ class OnTerminal(Running):
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
         self.process = subprocess.Popen(
-            [os.fsencode(word) for word in PROGRAM_ARGV + list(arguments)], stdin=slave,
+            [os.fsencode(word) for word in list(wrapper) + list(program) + list(arguments)], stdin=slave,
             stdout=slave if results else self.stdout, stderr=slave, cwd=scratch_folder(), start_new_session=True,
             preexec_fn=take_terminal,
             env=dict(os.environ, **dict({"TERM": "xterm", "LC_ALL": "C.UTF-8", name: value}, **(env or {}))))

@@ -102,7 +102,7 @@ VERBS = (
     ("list HOME : BACKUPS", 2, "list is done for one task at a time; give each a command of its own"),
     ("list HOME:BACKUPS", 2, "list is done for one task at a time; write \\: for a colon in a path"),
     ("prune -n 1 BACKUPS : DISK", 2, "give each a command of its own, or name all folders without the colon"),
-    ("frobnicate HOME", 2, "nor is there a verb of that name; the verbs are agent, diff, doctor, help, history"),
+    ("frobnicate HOME", 2, "nor is there a verb of that name; the verbs are agent, browse, diff, doctor, help"),
     ("backup -n 3 HOME", 2, "a backup needs no verb"),
     ("", 2, "btrfs-backup-ng SOURCE [DESTINATION ...]"),
     ("print systemd -N 3 HOME BACKUPS", 2, "print systemd -- [options] SOURCE"),
