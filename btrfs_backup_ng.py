@@ -7099,7 +7099,7 @@ class SwapOrder(NamedTuple):
 class SwapJournal(NamedTuple):
     """The journal of a swap. `kept` is the read-only snapshot's path in the new subvolume, '' where outside.
 
-    new_uuid is known once the new subvolume is whole and durable.
+    new_uuid is known once the new subvolume is whole and durable, new_ctransid tells whether it was written to since.
     """
 
     name: str
@@ -7111,6 +7111,7 @@ class SwapJournal(NamedTuple):
     old_uuid: Optional[str]
     old_name: str
     new_uuid: Optional[str] = None
+    new_ctransid: Optional[int] = None
 
 
 def rename_with(flag: int, source: str, target: str) -> bool:
@@ -7225,7 +7226,8 @@ def remove_temporary(journal: SwapJournal) -> None:
 def finish_swap(place: str) -> Optional[SwapJournal]:
     """Completes or undoes the swap that the journal at `place` tells of.
 
-    The journal, where the new subvolume now stands at its place; None where there is none or it does not.
+    The journal, where the new subvolume now stands at its place; None where there is none or it does not. Its
+    new_ctransid is None where the subvolume is no longer as it was put there.
     """
     journal, aside = read_swap_journal(place), beside(place, "restoring")
     if journal is None:
@@ -7245,7 +7247,9 @@ def finish_swap(place: str) -> Optional[SwapJournal]:
             remove_temporary(journal)
         os.unlink(beside(place, "restoring.json"))
         sync_folder(os.path.dirname(place))
-    return journal if is_done else None
+    if not is_done or standing is None:
+        return None
+    return journal if standing.ctransid == journal.new_ctransid else journal._replace(new_ctransid=None)
 
 
 def is_mounted(point: str, subvolume: Subvolume) -> bool:
@@ -7396,7 +7400,8 @@ def swap_in(order: SwapOrder) -> Tuple[SwapJournal, List[str]]:
         warnings = prepare_swap(order, journal, folder)
         sync_filesystem(aside)
         new = subvolume_at(aside)
-        write_swap_journal(place, journal._replace(new_uuid=new.uuid if new else None))
+        if new is not None:
+            write_swap_journal(place, journal._replace(new_uuid=new.uuid, new_ctransid=new.ctransid))
         put_in_place(aside, place, os.path.join(os.path.dirname(place), journal.old_name) if old else None)
         sync_filesystem(os.path.dirname(place))
     except OSError as error:
@@ -10404,10 +10409,10 @@ class Partial:
                     raise ReceiverFailed("{} has appeared meanwhile".format(path))
                 with opened_folder(self.folder) as top:
                     os.rename(backup.name, self.name, src_dir_fd=top, dst_dir_fd=top)
-            sync_folder(self.folder)
             if self.checkpoint is not None:
                 delete_piece(self.folder, self.checkpoint)
             remove_record(self.folder, self.name)
+            sync_folder(self.folder)  # what is deleted is not back either after a crash, when no lock names it any more
         return backup._replace(name=self.name)
 
 
@@ -20222,7 +20227,7 @@ class RestoreRun(Sending):
             stack.enter_context(self.target.host.hold(folder.path, lock_name, self.task.wait))
 
     def finish_broken_swap(self) -> bool:
-        """Brings a swap that was broken off to its end; whether it was the one that is asked for now."""
+        """Brings a swap that was broken off to its end; whether all is now as it is asked for."""
         if self.swap_place is None or not self.swap_place.is_broken:
             return False
         path = self.swap_place.path
@@ -20232,7 +20237,8 @@ class RestoreRun(Sending):
         else:
             self.say_swapped(path, journal)
         self.find_target()
-        return journal is not None and journal.stream_id == self.backup.stream_id
+        return (journal is not None and journal.stream_id == self.backup.stream_id
+                and journal.new_ctransid is not None)
 
     def swap(self, place: SwapPlace) -> None:
         host = self.target.host

@@ -11,10 +11,13 @@ import signal
 import subprocess
 import time
 import unittest
+from unittest import mock
 
 import support
 from fakes import btrfs_where, fails
 from support import bulk, command, names, partials, snapshot, subvolume
+
+import btrfs_backup_ng as program
 
 MOMENTS = int(os.environ.get("TORTURE", 5))
 
@@ -122,6 +125,21 @@ class PowerCutAtRandomMoments(KilledAtRandomMoments):
         self.look_at_the_target()
         self.backup("-S")  # what had been cleared away may be there again
         self.assertConverged()
+
+    def test_a_checkpoint_is_not_back_when_no_lock_names_it(self):
+        self.change()
+        self.take(1)
+        pid = os.fork()
+        if not pid:
+            try:
+                with mock.patch.multiple(program, CHECKPOINT_DISTANCE=8 << 20, CHECKPOINT_INTERVAL=0.0):
+                    os._exit(program.main(["-q", "-p", "home", "-S", self.source, self.target]))
+            finally:
+                os._exit(8)
+        self.assertEqual(0, os.waitpid(pid, 0)[1])
+        self.target_disk.cut_power()
+        self.assertEqual([self.name(1)], names(self.target))
+        self.assertEqual([], partials(self.target))
 
 
 class ContentsThatAreNotWritten(FaultTestCase):

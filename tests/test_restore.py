@@ -8,11 +8,13 @@ import signal
 import time
 import unittest
 import uuid
+from unittest import mock
 
 import support
 from fakes import CALLS_THAT_CHANGE, killed_at
 from support import bulk, create, names, partials, snapshot, subvolume
 
+import btrfs_backup_ng as program
 from btrfs_backup_ng import (
     Listing,
     Mount,
@@ -412,6 +414,34 @@ class InPlace(RestoreTestCase):
         self.assertEqual([self.name(2)], names(self.snapshots))
         self.assertEqual([], self.hidden())
         self.assertGoesOn(self.name(2))
+
+    def killed_after_the_exchange(self):
+        pid = os.fork()
+        if not pid:
+            try:
+                with mock.patch.object(program, "finish_swap", lambda place: os._exit(9)):
+                    program.main(["restore", "-q", "-p", "home", self.backup_path(self.name(1)), "--in-place",
+                                  self.source])
+            finally:
+                os._exit(8)
+        self.assertEqual(9, os.waitpid(pid, 0)[1] >> 8)
+
+    def test_killed_after_the_exchange_it_is_the_restore_that_is_asked_for(self):
+        trees = self.back_up_days(1, 2)
+        self.killed_after_the_exchange()
+        self.restore(self.target, "--name", self.name(1), "--in-place", self.source)
+        self.assertTreesEqual(trees[self.name(1)], self.source)
+        self.assertEqual(1, len(self.replaced()))
+        self.assertEqual([], self.hidden())
+
+    def test_what_was_written_since_such_a_kill_is_replaced_and_kept(self):
+        trees = self.back_up_days(1, 2)
+        self.killed_after_the_exchange()
+        self.write("since", "weeks of work")
+        self.restore(self.target, "--name", self.name(1), "--in-place", self.source)
+        self.assertTreesEqual(trees[self.name(1)], self.source)
+        self.assertEqual(1, sum(os.path.exists(os.path.join(path, "since")) for path in self.replaced()))
+        self.assertEqual([], self.hidden())
 
     def check_no_empty_folders(self, parent, restored):
         """None in the place of snapshots, where the parent is one that others were nested in."""
