@@ -1813,6 +1813,7 @@ class Verb(NamedTuple):
     operands: Tuple[Tuple[str, Tuple[str, ...]], ...] = ()
     needs_root: bool = True  # run again through sudo where it is not root
     acts: bool = False  # what it has done is told by its account
+    reads_jobs: bool = False  # takes the places of a backup from its file of arguments, and passes over the rest
 
 
 def flags_of(groups: Iterable[Group]) -> Dict[str, Option]:
@@ -1910,7 +1911,7 @@ has come. What was broken off goes on when the same command is typed again.""",
             ("restore nas:/backups/laptop-20260131-093000 /mnt/top/restored", "from another machine"),
             ("restore --replace /mnt/backup/laptop-20260131-093000/etc/fstab /etc", "one file; the present one stays"),
             ("restore ssh://nas/backups --latest --path ann/thesis --path ann/.ssh /home/ann", "some of the newest"),
-        ), acts=True),
+        ), acts=True, reads_jobs=True),
     "list": Verb(
         "[options] {SOURCE [DESTINATION ...] | FOLDER ...}", "show which snapshots are where", (
             Group("What to show", (ANY_PREFIX,) + rows("-f") + (
@@ -1944,7 +1945,8 @@ beside it when it came; where destinations differ, the smallest. What was not no
             ("list --missing -n 30 /home /mnt/backup/home", "what a backup with -n 30 has still to send"),
             ("list /mnt/backup/home", "what there is to restore"),
             ("list --json /home ssh://nas/backups/home", "for programs"),
-        )),
+        ),
+        reads_jobs=True),
     "history": Verb(
         "[options] PATH [DESTINATION ...]", "show which versions of a file or folder there are", (
             Group("What to show", (
@@ -1976,7 +1978,8 @@ For a place that is away there is an error, the others are shown, and the exit s
             ("history /home/anna/plan.txt", "its versions, in all snapshots and remembered backups"),
             ("history --deleted /home/anna", "what is gone from a folder, and the last backup that has it"),
             ("history ssh://nas/backups/home/anna/plan.txt", "in a folder of backups of another machine"),
-        )),
+        ),
+        reads_jobs=True),
     "browse": Verb(
         "[options] [SOURCE | FOLDER] ...", "look into snapshots and backups, restore what you find there", (
             Group("What to show", (ANY_PREFIX,) + rows("-f")),
@@ -1999,7 +2002,8 @@ to press it, or both ("3 m" marks line 3).""",
             ("browse", "all there is on this machine"),
             ("browse /home/anna", "begin in a folder"),
             ("browse ssh://nas/backups/home", "backups on another machine"),
-        )),
+        ),
+        reads_jobs=True),
     "diff": Verb(
         "[options] OLD NEW", "show what changed from one snapshot or backup to another", (
             Group("What to show", (
@@ -2057,7 +2061,8 @@ sizes are known.""",
             ("space /mnt/backup/home", "which backups are worth deleting?"),
             ("space --top 20 /home", "which files in them hold the most?"),
             ("space --json ssh://nas/backups/home", "on another machine, computed there"),
-        )),
+        ),
+        reads_jobs=True),
     "verify": Verb(
         "[options] SOURCE DESTINATION ...", "prove that backups are equal to their snapshots", (
             Group("Which backups", (
@@ -2095,7 +2100,8 @@ from SOURCE cannot be checked and does not count either way.""",
             ("verify --latest /home /mnt/backup/home ssh://nas/backups/home", "the newest at each destination"),
             ("verify --quick /home /mnt/backup/home", "identity only, in a moment"),
             ("verify --raw-identity key.txt raw:///mnt/nas/home", "all stream files of a folder, by their sidecars"),
-        )),
+        ),
+        reads_jobs=True),
     "prune": Verb(
         "[options] FOLDER ...", "apply retention to folders of backups", (
             Group("Retention", meaning("-n", "keep the newest N backups of each prefix in each folder") + (
@@ -2132,7 +2138,7 @@ The source sends again what it still has and its own policy keeps: give it the s
             ("prune --dry-run --keep-backups '14d 8w' /srv/backups/laptop", "what would go, and why"),
             ("prune --keep-backups '14d 8w 12m' /srv/backups/*", "each folder by itself"),
             ("prune -n 30 --partials-older-than 7d ssh://nas/backups/home", "on another host"),
-        ), acts=True),
+        ), acts=True, reads_jobs=True),
     "doctor": Verb(
         "[options] [SOURCE [DESTINATION ...] | FOLDER]", "check that backups work, say what to do", (
             Group("What to check", (ANY_PREFIX,) + rows("-f") + (
@@ -2160,7 +2166,8 @@ and a source alone, the ages are those of the destinations that the source remem
             ("doctor /home ssh://nas/backups/home", "everything about these"),
             ("doctor --max-age 26h /home /mnt/backup/home", "for monitoring"),
             ("doctor --max-age 26h /srv/backups/laptop", "the same on a server, for each prefix"),
-        )),
+        ),
+        reads_jobs=True),
     "print": Verb(
         "{man | completion bash|zsh|fish | systemd [options] -- ARGUMENT ... | authorized-keys [options] KEYFILE}",
         "write the manual, completions, units, key lines", (
@@ -2440,8 +2447,6 @@ def check_folders(task: Task, done: str, hint: str) -> None:
 ########################################################################################################
 
 LARGEST_ARGUMENT_FILE = 1 << 20  # bytes
-JOB_VERBS = frozenset((  # of places of a backup
-    "browse", "doctor", "history", "list", "prune", "restore", "space", "verify"))
 SEPARATORS = (":", "::")
 BLANKS = " \t"
 SEPARATOR = re.compile(r"(?<!\\):+")
@@ -2604,8 +2609,7 @@ class Arguments:
 
     def __init__(self, verb: str) -> None:
         self.verb, self.flags = verb, flags_of(VERBS[verb].groups)
-        # in a file: what does not concern a verb that has to do with the places of a backup is passed over
-        self.flags_in_files = dict(FLAGS, **self.flags) if verb in JOB_VERBS else self.flags
+        self.flags_in_files = dict(FLAGS, **self.flags) if VERBS[verb].reads_jobs else self.flags
         self.drafts: List[Draft] = []
         self.files: List[str] = []  # as the command line names them
         self.open_files: List[str] = []  # real paths of those that are being read
@@ -8826,6 +8830,17 @@ def mode_without_acl(mode: int, acl: bytes) -> int:
     return mode & ~0o070 | mode & (own & 7) << 3
 
 
+def share_extent(extent: Extent, fd: int, at: int) -> int:
+    """Has an open file share a stretch from `at` on: 0, or why it cannot; EINVAL is said of this stretch alone."""
+    try:
+        fcntl.ioctl(fd, FICLONERANGE, CLONE_RANGE.pack(*extent + (at,)))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+            raise
+        return error.errno or errno.EIO
+    return 0
+
+
 def path_in(folder: int, name: Union[bytes, str]) -> str:
     """A path of this process to what an open folder holds."""
     return "/proc/{}/fd/{}/{}".format(os.getpid(), folder, os.fsdecode(name))
@@ -9325,13 +9340,9 @@ class Putter:
 
     def share(self, extent: Extent) -> bool:
         """Has the kernel share a stretch; whether it did."""
-        try:
-            fcntl.ioctl(self.out, FICLONERANGE, CLONE_RANGE.pack(
-                extent.fd, extent.offset, extent.length, extent.offset))
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
-                raise
-            self.shares = error.errno == errno.EINVAL
+        why_not = share_extent(extent, self.out, extent.offset)
+        if why_not:
+            self.shares = why_not == errno.EINVAL
             return False
         self.size += extent.length
         self.on_progress(self.size, self.moved)
@@ -12102,6 +12113,10 @@ class Place(NamedTuple):
     free: Optional[int] = None
     top: str = ""  # of the subvolume that holds it
 
+    def why_missing(self, otherwise: str = "is its filesystem mounted?") -> str:
+        """What is asked of one that is not there, or not on its filesystem."""
+        return "nothing is mounted at {}".format(self.unmounted) if self.unmounted else otherwise
+
 
 class SkipReport:
     """Tells every few seconds how far the skipping of a stream's beginning has come."""
@@ -13366,13 +13381,10 @@ class Scratch:
         """Shares or copies a stretch of one file to another."""
         extent, fd = Extent(self.open(source), start, length), self.open(name)
         if self.shares:
-            try:
-                fcntl.ioctl(fd, FICLONERANGE, CLONE_RANGE.pack(*extent + (at,)))
+            why_not = share_extent(extent, fd, at)
+            if not why_not:
                 return
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-                    raise
-                self.shares = error.errno == errno.EINVAL
+            self.shares = why_not == errno.EINVAL
         self.copy_data(extent, name, at)
 
     def copy_data(self, extent: Extent, name: str, at: int) -> None:
@@ -18335,8 +18347,7 @@ class TaskRun(Sending):
         """What speaks against a place as the source, first what explains the rest."""
         text, any_filesystem, inside = self.task.source, self.task.skip_fs_checks, place.inside
         if place.found == "missing":
-            yield BackupError("no such source: {}".format(text), "nothing is mounted at {}".format(place.unmounted)
-                              if place.unmounted else "is its filesystem mounted?")
+            yield BackupError("no such source: {}".format(text), place.why_missing())
         if place.found == "other":
             yield Mistake("{} is not a subvolume but a file".format(text), self.holder_hint(place.path) +
                               "; a file of arguments is written @{}".format(text) * (not self.task.destinations))
@@ -19346,9 +19357,7 @@ def list_endpoint(host: Host, endpoint: Endpoint) -> Tuple[str, Listing]:
     place = host.look(endpoint.path)
     if place.found != "folder":
         raise BackupError("no such folder: {}".format(endpoint.text) if place.found == "missing" else
-                          "{} is not a folder".format(endpoint.text),
-                          "nothing is mounted at {}".format(place.unmounted) if place.unmounted else
-                          "is its filesystem mounted?")
+                          "{} is not a folder".format(endpoint.text), place.why_missing())
     listing = host.list(place.path)
     broken = tuple(Subvolume(b.name, None, readonly=False) for b in listing.broken if not b.is_lost)
     return place.path, listing._replace(subvolumes=listing.subvolumes + broken)
@@ -19939,9 +19948,8 @@ class RestoreRun(Sending):
             around = host.look(os.path.dirname(place.path)) if place.found == "other" else place
             self.check_whole(place, around)
         if place.found != "folder":
-            away = "nothing is mounted at " + place.unmounted if place.unmounted else "is its filesystem mounted?"
-            raise BackupError("no such backup: {}".format(text),
-                              STREAM_FILES_ARE if STREAM_SUFFIX in os.path.basename(stem) else away)
+            raise BackupError("no such backup: {}".format(text), STREAM_FILES_ARE if STREAM_SUFFIX in
+                              os.path.basename(stem) else place.why_missing())
         folder = place.path
         if not is_folder and name is None:
             folder, name = os.path.split(folder)
@@ -20510,7 +20518,7 @@ class FilesRun(RestoreRun):
         if place.found == "other":
             raise BackupError("{} is not a folder".format(text), "name the folder to restore to")
         if place.found == "missing" and place.unmounted:
-            raise BackupError("no such folder: {}".format(text), "nothing is mounted at " + place.unmounted)
+            raise BackupError("no such folder: {}".format(text), place.why_missing())
         if place.readonly or place.inside is not None and place.inside.readonly:
             raise BackupError("{} is read-only".format(text), "restore to another folder")
         above = os.path.dirname(text.rstrip("/")) or "."
@@ -20808,8 +20816,8 @@ def find_followed(hosts: Hosts, task: Task) -> Followed:
         raise BackupError("{}: files cannot be looked for there".format(task.source),
                           "install Python 3.6 or later there, or a later version of this program")
     if inside is None:
-        raise BackupError("{} is in no subvolume of btrfs".format(task.source), "nothing is mounted at {}".format(
-            place.unmounted) if place.unmounted else "name a file or folder in a subvolume, or in a backup")
+        raise BackupError("{} is in no subvolume of btrfs".format(task.source), place.why_missing(
+            "name a file or folder in a subvolume, or in a backup"))
     folder = os.path.dirname(place.top) if inside.readonly else place.top
     inner = found.path[len(place.top.rstrip("/")) + 1:]
     return Followed(folder_key(endpoint.kind, endpoint.machine, folder), inner, not inside.readonly, task.prefix)
@@ -21795,8 +21803,7 @@ def folder_to_measure(host: Host, endpoint: Endpoint, snapshot_folder: str) -> P
         inner = host.look(os.path.join(place.path, snapshot_folder))
         place = inner if inner.found == "folder" else place
     if place.found != "folder":
-        raise BackupError("no such folder: {}".format(endpoint.text), "nothing is mounted at {}".format(
-            place.unmounted) if place.unmounted else "is its filesystem mounted?")
+        raise BackupError("no such folder: {}".format(endpoint.text), place.why_missing())
     if place.filesystem is None:
         raise BackupError("{} is not on btrfs".format(endpoint.text))
     return place

@@ -10,8 +10,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import support
 
 from btrfs_backup_ng import (
-    JOB_VERBS,
     SHARED,
+    VERBS,
     Forbidden,
     Task,
     UsageError,
@@ -269,7 +269,7 @@ class Files(TableTest):
 
     def test_what_does_not_concern_a_verb_that_looks_at_a_job(self):
         conf = self.file("conf", "-p home\n-N 3\n/a\n--keep-snapshots 7d\n/b\n")
-        for verb in sorted(JOB_VERBS - {"prune", "restore"}):
+        for verb in sorted({verb for verb, row in VERBS.items() if row.reads_jobs} - {"prune", "restore"}):
             with self.subTest(verb=verb):
                 self.assertEqual(Task(verb=verb, source="/a", destinations=("/b",), prefix="home"),
                                  support.task_of([verb, conf]))
