@@ -21559,18 +21559,27 @@ class LineReader:
     # -- which there are
 
     def find(self) -> List[Line]:
-        """The lines of the places that are named, or of all that are found; BackupError where nothing is."""
+        """The lines of the places that are named, or of all that are found; BackupError where there is none.
+
+        What is wrong with one of several is told.
+        """
         texts = [text for text in (self.task.source,) + self.task.destinations if text]
+        errors: List[BackupError] = []
         folders: List[str] = []
         for text in texts:
-            self.add_named(text, folders)
+            with apart(self.events, errors.append, text):
+                self.add_named(text, folders)
         if not texts:
             self.add_found(find_folders_of_snapshots(read_mounts()), folders)
         for folder in folders:
-            self.add_folder(folder, is_asked_for=bool(texts))
+            with apart(self.events, errors.append, folder):
+                self.add_folder(folder, is_asked_for=bool(texts))
         if not self.lines:
-            raise BackupError("no snapshots or backups were found here", "mount the disk that holds them, or name "
-                              "their folder: btrfs-backup-ng browse FOLDER")
+            raise errors[0] if errors else BackupError(
+                "no snapshots or backups were found here",
+                "mount the disk that holds them, or name their folder: btrfs-backup-ng browse FOLDER")
+        for error in errors:
+            self.events.error(error)
         return self.lines
 
     def add_named(self, text: str, folders: List[str]) -> None:
@@ -21678,20 +21687,29 @@ class LineReader:
     # -- what is in them
 
     def folder(self, line: Line, moment: str, inner: str, tell: Callable[[BackupError], object]) -> List[HeldAt]:
-        """What a folder holds, by name; at any time what it held in any moment, each name as the newest has it."""
+        """What a folder holds, by name; at any time what it held in any moment, each name as the newest has it.
+
+        tell: of places that could not say, where others could; BackupError where none could.
+        """
         if moment not in (ANY_TIME, NOW):
             return self.folder_then(line, moment, inner)
         found: Dict[str, Tuple[int, HeldAt]] = {}
+        errors: List[BackupError] = []
+        places = self.by_place(line) if moment == ANY_TIME else {}
         if line.live:
             for one in self.host_at(line, 0).held_names(line.live, [""], [inner]):
                 found[one.entry] = -1, HeldAt(one.entry, NOW, one.sighting)
-        for place, rows in self.by_place(line).items() if moment == ANY_TIME else ():
-            with apart(self.events, tell, line.locations[place].endpoint):
+        for place, rows in places.items():
+            with apart(self.events, errors.append, line.locations[place].endpoint):
                 ages = {row.cells[place].subvolume.name: age for age, row in rows}
                 for one in self.held(line, place, list(ages), inner):
                     age = ages.get(one.sighting.name, -1)
                     if age >= 0 and (one.entry not in found or found[one.entry][0] > age):
                         found[one.entry] = age, HeldAt(one.entry, moment_of(line.rows[age]), one.sighting)
+        if errors and not line.live and len(errors) == len(places):
+            raise errors[0]
+        for error in errors:
+            tell(error)
         return [found[name][1] for name in sorted(found, key=os.fsencode)]
 
     @staticmethod
@@ -24972,18 +24990,20 @@ def moments_page(lines: Sequence[Line], number: int) -> Page:
     """The times of a line that one can look at, and the places that were not looked at, or could not be."""
     line = lines[number]
     labels = place_labels(line.locations)
-    items = [Item(ANY_TIME, ("", "all that was ever there, and what is gone"), Spot(number, ANY_TIME))]
-    items += [Item("now", ("", line.live), Spot(number, NOW))] * bool(line.live)
+    items = [Item(ANY_TIME, ("", "all that was ever there, and what is gone"), Spot(number, ANY_TIME),
+                  about="at " + ", ".join(labels))]
+    items += [Item("now", ("", line.live), Spot(number, NOW), about=line.live)] * bool(line.live)
     for row in line.rows:
         where = ", ".join(labels[place] for place in sorted(row.cells))
         items.append(Item(row.name, (short_time(row.moment), where), Spot(number, moment_of(row)),
                           about="{} at {}".format(row.name, where)))
-    for location in line.locations:
+    for label, location in zip(labels, line.locations):
         if location.error is not None:
             told = format_error(location.error).split("\n")[0]
-            items.append(Item(location.endpoint, ("", "not known: Enter looks again"), about=told,
+            items.append(Item("(more)", ("", "not known: Enter looks again at " + label), about=told,
                               place=location.endpoint))
-    items += [Item(text, ("", "not looked at yet: Enter looks there"), place=text) for text in line.pending]
+    items += [Item("(more)", ("", "not looked at yet: Enter looks at {}".format(text)), about=text, place=text)
+              for text in line.pending]
     return Page(MOMENTS_PAGE, line.title, tuple(items), Spot(number, ANY_TIME))
 
 
@@ -25606,7 +25626,8 @@ class BrowseRun:
     def __init__(self, task: Task, events: Events) -> None:
         self.task, self.events = task, events
         self.said: List[str] = []  # by what is done for a wish
-        self.reader = LineReader(task._replace(no_snapshot=True), Events(self.hear))
+        # whoever looks can press a key again, sooner than after all pauses of an unattended run
+        self.reader = LineReader(task._replace(retries=1), Events(self.hear))
         self.ending = Ending()
         self.front = Front()
         self.grants: Dict[str, Callable[[Browser, Wish], Browser]] = {
@@ -25653,8 +25674,11 @@ class BrowseRun:
         self.front.wait(browser, "looking ...")
         with apart(self.events, errors.append, "that cannot be done"):
             browser = self.grants[wish.kind](browser, wish)
-        said = [format_error(error).split("\n")[0] for error in errors] + [self.last_said()]
-        return browser.saying("; ".join(filter(None, said + [browser.message])))
+        said = self.last_said()
+        if errors:
+            said, browser = format_error(errors[0]).split("\n")[0], browser.saying("")
+            self.ending.statuses |= {errors[0].status} if errors[0].transient else set()  # a host that is away
+        return browser.saying("; ".join(filter(None, [said, browser.message])))
 
     # -- looking
 
@@ -25663,6 +25687,9 @@ class BrowseRun:
         with self.front.given_back():  # a login may ask
             self.reader.connect(number, wish.text)
         lines = tuple(self.reader.lines)
+        for error in (location.error for location in lines[number].locations if location.endpoint == wish.text):
+            if error is not None:
+                self.tell(error)
         page = moments_page(lines, number)
         return browser._replace(lines=lines).with_page(page.at_line(browser.page.cursor))
 

@@ -10,6 +10,8 @@ import unicodedata
 import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import remote
+import support
 from fakes import in_own_mounts
 from running import is_stopped
 from support import BackupTestCase, chance, delete
@@ -35,6 +37,7 @@ from btrfs_backup_ng import (
     compared_lines,
     folder_page,
     lines_of_data,
+    moment_of,
     moments_page,
     places_page,
     press,
@@ -513,6 +516,106 @@ class OnDisk(BrowseTestCase):
     def test_nothing_to_look_at(self):
         result = self.run_program("browse", wrapper=self.only_these_disks(), status=1)
         self.assertErrorSays(result, "no snapshots or backups were found")
+
+
+class OverSsh(BrowseTestCase, remote.RemoteTestCase):
+
+    def prepare(self):
+        os.mkdir(os.path.join(self.source, "letters"))
+        self.write("letters/plan", "one\n")
+        self.take(1)
+        self.write("letters/plan", "two\n")
+        self.take(2)
+        self.push("-S")
+        delete(self.snapshot_path(self.name(1)))
+
+    def browse(self, *arguments, **more):
+        return super().browse(*self.program_options() + list(arguments), **more)
+
+    def restored(self, content):
+        with open(os.path.join(self.source, "letters", "plan")) as file:
+            self.assertEqual(content, file.read())
+
+    def test_a_remembered_host_is_asked_when_somebody_wants_to_see_it(self):
+        self.prepare()
+        running = self.browse(self.source)
+        running.wait_to_show("any time", self.name(2), "not looked at yet")
+        self.assertNotIn(self.name(1), "".join(running.shown()))
+        logins = self.server.accepted()
+        running.type(b"\x1b[F\r")
+        running.wait_to_show(self.name(1), "here, 127.0.0.1")
+        running.type(b"\x1b[F\r")
+        self.cursor_on(running, "letters/")
+        running.type(b"\r")
+        self.cursor_on(running, "plan")
+        running.type(b"mr\r")
+        self.wait_for_words(running, "is there and stays as NAME.before-TIME. y or n")
+        running.type(b"y")
+        running.wait_to_show("restored 1 path")
+        self.restored("one\n")
+        running.type(b"d")
+        running.wait_to_show("their contents are equal")
+        self.leave(running)
+        self.assertEqual(logins + 1, self.server.accepted())
+
+    def test_one_folder_is_one_call(self):
+        self.prepare()
+        calls = []
+        task = support.task_of(["browse"] + self.program_options() + [self.remote_target])
+        reader = program.LineReader(task, program.Events())
+        self.addCleanup(reader.end)
+        line, = reader.find()
+        host = reader.host_at(line, 0)
+        ask = host.call
+
+        def noted(name, *arguments):
+            calls.append(name)
+            return ask(name, *arguments)
+
+        host.call = noted
+        for moment in (ANY_TIME, moment_of(line.rows[0])):
+            calls.clear()
+            found = reader.folder(line, moment, "letters", self.fail)
+            self.assertEqual((["plan"], ["held_names"]), ([one.name for one in found], calls))
+        self.assertEqual(2, len(reader.versions(0, "letters/plan")[1]))
+        self.assertEqual(b"two\n", reader.file(line, moment_of(line.rows[0]), "letters/plan").data)
+
+    def test_a_host_that_is_away(self):
+        self.prepare()
+        self.server.stop()
+        running = self.browse(self.source)
+        running.wait_to_show("any time", "not looked at yet")
+        running.type(b"\x1b[F\r")
+        running.wait_to_show("not known: Enter looks again")
+        running.type(b"\x1b[H\r")
+        self.cursor_on(running, "letters/")
+        self.leave(running, status=1)
+        running = self.browse(self.source, self.remote_target)
+        self.wait_for_words(running, "connection refused")
+        running.wait_to_show("any time", self.name(2))
+        self.leave(running, status=1)
+
+    def test_a_connection_that_breaks_meanwhile(self):
+        self.prepare()
+        between = self.proxy(self.server.port)
+        running = self.browse(self.server.endpoint(self.target_there + "/backups", port=between.port))
+        self.cursor_on(running, "any time")
+        between.cut()
+        running.type(b"\r")
+        self.cursor_on(running, "letters/")
+        self.leave(running)
+
+    def test_a_host_that_goes_meanwhile(self):
+        self.prepare()
+        running = self.browse(self.remote_target)
+        self.cursor_on(running, "any time")
+        running.type(b"\r")
+        self.cursor_on(running, "letters/")
+        self.server.stop()
+        running.type(b"\r")
+        self.wait_for_words(running, "connection refused")
+        self.cursor_on(running, "letters/")
+        self.leave(running, status=1)
 
 
 if __name__ == "__main__":
