@@ -40,6 +40,7 @@ Contents; a section uses only what stands above it:
         IDENTITY            subvolumes, which backup belongs to which snapshot, what is complete
         OWNERS              what notes say of a source and its destinations, and whose a folder of backups is
         PLANNING            observed state to a plan of transfers and deletions
+        ROOM                what is deleted so that as much is free as was asked for
     IV THE STREAM: what passes from btrfs send to btrfs receive
         STREAM              the stream as btrfs writes it, its first command, what it weighs
         GATE                what a stream that others could have made may do
@@ -88,6 +89,7 @@ Contents; a section uses only what stands above it:
         DELIVERY            one snapshot to its destinations, through as many relays as it takes
         DESTINATIONS        where backups go in this run, and whether they may
         SENDING             snapshots to destinations, under locks
+        DELETING            having snapshots and backups go, and making room by that
         BACKUP              observe, plan, show or execute
         INDEX               which snapshot is where, by UUID
         LIST                the index, shown
@@ -931,6 +933,22 @@ def describe_kept_by_arrival(verdicts: Sequence[Verdict], text: str) -> str:
                 plural(kept, "backup"), text, "s" * (kept == 1), "it" if kept == 1 else "them") if kept else "")
 
 
+def worth_by_time(times: Dict[str, float], policy: Policy, now: float) -> Dict[str, int]:
+    """How much a policy values each of some names: the newest of a longer unit of time more; 0 is what it lets go.
+
+    >>> worth_by_time({"a": 0, "b": 86400 * 40, "c": 86400 * 40 + 60}, Policy(spans=(Span(9, "h"), Span(9, "m"))), 9e9)
+    {'a': 4, 'b': 0, 'c': 4}
+    """
+    ordered = sorted((name for name in times if not is_future(times[name], now)), key=lambda name: (times[name], name))
+    worth = dict.fromkeys(ordered, int(policy.keeps_all))
+    worth.update(dict.fromkeys(ordered[-policy.newest:] if policy.newest else (), 1))
+    for level, unit in enumerate(UNITS, 1):
+        for span in policy.spans:
+            if span.unit == unit:
+                worth.update(dict.fromkeys(keep_by_time(ordered, times, (span,)), level))
+    return worth
+
+
 def deletion_reason(policy: Policy) -> str:
     spans = ", ".join(plural(span.number, UNITS[span.unit].word) for span in policy.spans)
     if not spans:
@@ -1381,6 +1399,27 @@ def parse_rate(text: str) -> float:
     return float(match.group(1)) * 1024 ** " KMG".index(match.group(2))
 
 
+class Room(NamedTuple):
+    """How much is to be free on a filesystem: so many bytes, or such a share of it."""
+
+    size: int = 0
+    share: float = 0.0
+
+    def of(self, total: int) -> int:
+        return self.size + int(total * self.share)
+
+
+def parse_room(text: str) -> Room:
+    """`500M`, `50G`, `1.5T` (powers of 1024) or `10%`. A bare number would be mistaken for gigabytes."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)([MGT%])", text)
+    number = float(match.group(1)) if match else 0.0
+    if match is None or not number or match.group(2) == "%" and number >= 100:
+        raise ValueError("is not a size above 0 with its unit, such as 500M, 50G or 2T, nor a share such as 10%")
+    if match.group(2) == "%":
+        return Room(share=number / 100)
+    return Room(int(number * 1024 ** " KMGT".index(match.group(2))))
+
+
 def above_0(parse: Callable[[str], float]) -> Callable[[str], float]:
     """A parser of the same values without 0."""
 
@@ -1690,6 +1729,14 @@ OPTION_TABLE = (
                "so on that have one; all keeps everything; what -N keeps is kept as well", whole=True),
         Option(("--keep-backups",), "keep_backups", "POLICY", parse_policy,
                "the same at each destination, together with -n", whole=True),
+        Option(("--free-snapshots",), "free_snapshots", "SIZE", parse_room,
+               "have so much free at the source: 50G, 10%; old snapshots are deleted for it, at the end of a run",
+               whole=True),
+        Option(("--free-backups",), "free_backups", "SIZE", parse_room,
+               "have room for what is sent, and so much besides; old backups are deleted for it before anything is "
+               "sent, first what --keep-backups values least, and no more than is needed", whole=True),
+        Option(("--at-least",), "at_least", "N", parse_number,
+               "keep the newest N for all that; default 3", whole=True),
         Option(("--latest-only",), "num_snapshots", "", None, "deprecated, the same as -N 1", 1, whole=True),
         Option(("--forget-destination",), "forget", "DEST", parse_path,
                "forget a destination that will not come back; its pins, locks and notes are dropped",
@@ -2115,7 +2162,9 @@ from SOURCE cannot be checked and does not count either way.""",
                 Option(("--partials-older-than",), "partials_older_than", "AGE", parse_age,
                        "delete what broken transfers left, if unchanged for this long: 30min, 26h, 3d, 2w; "
                        "default: leave it", whole=True),
-            ) + rows("-s", "-w")),
+            ) + meaning("--free-backups", "have so much free: 500M, 50G, 10%; what is to be kept is deleted for it as "
+                        "well, first what --keep-backups values least, and no more than is needed")
+                  + rows("--at-least", "-s", "-w")),
             Group("Display", rows("-h", "-v", "-q", "--log-json", "--json") + meaning(
                 "--dry-run", "say what would be deleted, and why; nothing is deleted")),
             Group("Runs and hosts", rows("--wait", "--ssh-opt", "--ssh-sudo", "--no-elevate")),
@@ -2133,10 +2182,13 @@ Whoever can send there chooses the names of backups, and could push good ones ou
 more than a day late or out of order takes no place in the policy until others come after it, and more may
 stay than the policy says, as of a laptop that was away for weeks. --by-names goes by the names alone.
 
-The source sends again what it still has and its own policy keeps: give it the same policy.""",
+The source sends again what it still has and its own policy keeps: give it the same policy.
+
+--free-backups counts all prefixes of a folder together; of each prefix the newest --at-least stay.""",
         examples=(
             ("prune --dry-run --keep-backups '14d 8w' /srv/backups/laptop", "what would go, and why"),
             ("prune --keep-backups '14d 8w 12m' /srv/backups/*", "each folder by itself"),
+            ("prune --free-backups 10% --at-least 7 /srv/backups/laptop", "the oldest, as far as room is needed"),
             ("prune -n 30 --partials-older-than 7d ssh://nas/backups/home", "on another host"),
         ), acts=True, reads_jobs=True),
     "doctor": Verb(
@@ -2255,6 +2307,9 @@ class Task(NamedTuple):
     num_backups: int = 0
     keep_snapshots: Policy = Policy()
     keep_backups: Policy = Policy()
+    free_snapshots: Optional[Room] = None
+    free_backups: Optional[Room] = None
+    at_least: Optional[int] = None
     forget: Tuple[str, ...] = ()
     sync: bool = False
     convert_rw: bool = False
@@ -2321,6 +2376,11 @@ class Task(NamedTuple):
     @property
     def backup_policy(self) -> Policy:
         return self.keep_backups.also_newest(self.num_backups)
+
+    @property
+    def least_kept(self) -> int:
+        """How many of the newest stay where room is made."""
+        return self.at_least or 3
 
 
 def find_option(flag: str, flags: Dict[str, Option]) -> Option:
@@ -3467,6 +3527,7 @@ class Seen(NamedTuple):
     incremental: bool = True
     longest: int = 0  # of how many streams a chain may be, 0 is any number
     has_folder: bool = True  # False: nothing can be deleted, and only the pin knows what it has got
+    frees: bool = False  # backups may have been deleted to make room
     failed: bool = False
     adopted: bool = False  # what is there may be of others
 
@@ -3763,6 +3824,14 @@ def parent_by_now(snapshot: Subvolume, known: Known, seen: Seen) -> Optional[Sub
     return parent_for(snapshot, known, seen, there, chain_lengths(seen.listing))
 
 
+def made_room_of(known: Known, seen: Seen, missing: Sequence[Subvolume]) -> List[str]:
+    """What was perhaps deleted to make room: to send it once more would need that room again."""
+    newest = in_common(known.snapshots, seen.listing).newest
+    if newest is None or not seen.frees:
+        return []
+    return [s.name for s in missing if by_creation(s) < by_creation(newest)]
+
+
 def plan_transfers(known: Known, seen: Seen, recoveries: Sequence[Recovery] = ()) -> DestinationPlan:
     """What is sent to a destination, in order, each with its parent."""
     snapshots, listing, common = known.snapshots, seen.listing, in_common(known.snapshots, seen.listing)
@@ -3774,6 +3843,7 @@ def plan_transfers(known: Known, seen: Seen, recoveries: Sequence[Recovery] = ()
     going_on = {r.snapshot: r.take_up for r in recoveries if r.take_up is not None}
     cleared |= {s.name for s in listing.subvolumes if partial_of(s.name) in going_on}
     blocked = {r.snapshot for r in recoveries if r.problem}
+    given_room = set(made_room_of(known, seen, missing)) - {r.snapshot for r in recoveries}
     there, lengths = set(common.bases), chain_lengths(listing)
     transfers, skipped, problems = [], [], []
     for snapshot in missing:
@@ -3783,6 +3853,8 @@ def plan_transfers(known: Known, seen: Seen, recoveries: Sequence[Recovery] = ()
                                     "they were taken from a subvolume with a received UUID; delete all but one"))
         elif not verdicts[snapshot.name].keep:
             skipped.append(verdicts[snapshot.name])
+        elif snapshot.name in given_room:
+            skipped.append(Verdict(snapshot.name, False, "older than what is there, and perhaps deleted to make room"))
         elif snapshot.name not in blocked and problem:
             problems.append(problem)
         elif snapshot.name not in blocked:
@@ -3864,6 +3936,12 @@ def not_allowed(verdicts: Iterable[Verdict]) -> List[str]:
     return [v.name for v in verdicts if v.keep and v.reason.endswith(NOT_ALLOWED)]
 
 
+def source_protections(known: Known) -> Dict[str, str]:
+    protected = pin_reasons(known.pins, known.snapshots)
+    protected.update(lock_reasons(known.locks))
+    return protected
+
+
 def source_verdicts(known: Known) -> List[Verdict]:
     """Verdicts on the snapshots; of destinations of which nothing is known any may be needed.
 
@@ -3871,10 +3949,8 @@ def source_verdicts(known: Known) -> List[Verdict]:
     """
     if known.unknown:
         return []
-    protected = pin_reasons(known.pins, known.snapshots)
-    protected.update(lock_reasons(known.locks))
     times = {s.name: snapshot_moment(known.prefix, s) for s in known.snapshots}
-    return as_allowed(plan_retention(times, known.policy, protected, known.now), known.may_delete)
+    return as_allowed(plan_retention(times, known.policy, source_protections(known), known.now), known.may_delete)
 
 
 def is_unfinished(subvolume: Subvolume) -> bool:
@@ -3895,17 +3971,28 @@ def known_protections(listing: Listing, prefix: str, notes: FolderNotes) -> Dict
     return reasons
 
 
-def destination_verdicts(known: Known, seen: Seen) -> List[Verdict]:
-    """Verdicts on the backups of one destination; where something failed or may be of others nothing is deleted."""
-    if seen.failed or seen.adopted or not seen.notes.is_whole or not seen.has_folder:
-        return []
+def may_delete_at(seen: Seen) -> bool:
+    """Not where something failed, or what is there may be of others."""
+    return not (seen.failed or seen.adopted) and seen.notes.is_whole and seen.has_folder
+
+
+def destination_protections(known: Known, seen: Seen) -> Dict[str, str]:
+    """Why backups of one destination stay whatever the policy."""
     newest = in_common(known.snapshots, seen.listing).newest
     protected = known_protections(seen.listing, known.prefix, seen.notes)
     if newest is not None:
         protected.update({b.name: "newest in common with the source" for b in seen.listing.subvolumes
                           if corresponds(newest, b)})
+    return protected
+
+
+def destination_verdicts(known: Known, seen: Seen) -> List[Verdict]:
+    """Verdicts on the backups of one destination."""
+    if not may_delete_at(seen):
+        return []
     times = backup_moments(known.prefix, backups_of(seen.listing, known.prefix), known.snapshots)
-    verdicts = keep_chains(plan_retention(times, seen.policy, protected, known.now), seen.listing)
+    verdicts = keep_chains(plan_retention(times, seen.policy, destination_protections(known, seen), known.now),
+                           seen.listing)
     return as_allowed(verdicts, seen.notes.may_delete)
 
 
@@ -3947,6 +4034,13 @@ def as_planned(known: Known, seen: Seen, plan: DestinationPlan) -> Tuple[Known, 
     return with_pins(known, new_pins(known, [seen])), seen
 
 
+def known_after(known: Known, seen: Iterable[Seen], plans: Dict[str, DestinationPlan]) -> Known:
+    """What is known of the source when everything planned for the destinations has succeeded."""
+    for one in seen:
+        known, _ = as_planned(known, one, plans[one.key])
+    return known
+
+
 def plan_run(known: Known, seen: Iterable[Seen], transfers: bool = True, given_up: GivenUp = NOTHING_GIVEN_UP,
              snapshot: Optional[Subvolume] = None) -> Plan:
     """All that is done. transfers: whether anything is to be cleared and sent at all; snapshot: that is taken."""
@@ -3956,6 +4050,217 @@ def plan_run(known: Known, seen: Iterable[Seen], transfers: bool = True, given_u
         known, after = as_planned(known, one, plan)
         plans[one.key] = plan._replace(verdicts=tuple(destination_verdicts(known, after)))
     return Plan(given_up, snapshot, plans, tuple(source_verdicts(known)))
+
+
+########################################################################################################
+# ROOM: what is deleted so that as much is free as was asked for
+#
+# Pure: what each of some snapshots or backups is worth, and what is freed with which, in; what to delete, out. What is
+# valued least goes first, and what is valued more only where all below it would not suffice; of what is valued alike
+# the fewest that suffice, and of these the oldest. Never deleted: what stays whatever the policy (locks, parent notes,
+# pins, the newest in common, what is built on, names from the future), the newest that were asked for, and anything at
+# all where everything that may go would not suffice.
+########################################################################################################
+
+
+class Freed(NamedTuple):
+    """Bytes that are freed when all snapshots from one to another are deleted; numbers in a list, oldest first."""
+
+    first: int
+    last: int
+    size: int
+
+
+class RoomPlan(NamedTuple):
+    """What goes so that `wanted` bytes are free where `free` are. missing: how many would be all the same.
+
+    names: oldest first; of what is missing something none.
+    """
+
+    wanted: int
+    free: int
+    names: Tuple[str, ...] = ()
+    freed: int = 0
+    missing: int = 0
+
+    @property
+    def purpose(self) -> str:
+        return "to have {} free".format(format_size(self.wanted))
+
+    @property
+    def line(self) -> str:
+        if self.missing:
+            return "{}: deletes nothing, for all that may go would free {}, and {} would be missing".format(
+                self.purpose, format_size(self.freed), format_size(self.missing))
+        what = "this one" if len(self.names) == 1 else "these {}".format(len(self.names))
+        return "{}: deletes {}, frees {}".format(self.purpose, what, format_size(self.freed))
+
+    def document(self) -> Dict[str, Any]:
+        return self._asdict()
+
+
+class FreedWith:
+    """What is freed with which, so that it can be asked quickly. count: of snapshots."""
+
+    def __init__(self, freed: Iterable[Freed], count: int) -> None:
+        by_last: List[List[Tuple[int, int]]] = [[] for _ in range(count)]
+        for one in freed:
+            by_last[one.last].append((-one.first, one.size))
+        self.count = count
+        self.firsts = [[first for first, _ in sorted(some)] for some in by_last]  # each less 0, the last first
+        self.sums = [[0] + list(itertools.accumulate(size for _, size in sorted(some))) for some in by_last]
+
+    def added(self, first: int, last: int) -> int:
+        """How much more is freed when to those from `first` on the one at `last` is added."""
+        import bisect
+        return self.sums[last][bisect.bisect_right(self.firsts[last], -first)]
+
+    def with_all(self, gone: Container[int]) -> int:
+        """How much is freed with some of them."""
+        total, first = 0, 0
+        for at in range(self.count):
+            if at in gone:
+                total += self.added(first, at)
+            else:
+                first = at + 1
+        return total
+
+
+class Fewest:
+    """The fewest of some choices that, beside what goes anyway, free enough; of these the oldest.
+
+    most[n][i]: what can be freed from the snapshot i on, with n choices, where the one before it stays.
+    """
+
+    def __init__(self, freed: FreedWith, choices: Container[int], anyway: Container[int]) -> None:
+        self.freed, self.choices, self.anyway = freed, choices, anyway
+        self.most: List[List[int]] = []
+
+    def runs(self, at: int, number: int) -> Iterator[Tuple[int, int, int]]:
+        """Runs from a snapshot on that can go without what follows: where that is, choices in it, bytes it frees."""
+        used = total = 0
+        for end in range(at, self.freed.count + 1):
+            is_choice = end in self.choices
+            if end == self.freed.count or end not in self.anyway:
+                yield end, used, total
+                used += is_choice
+                if end == self.freed.count or not is_choice or used > number:
+                    return
+            total += self.freed.added(at, end)
+
+    def extend(self) -> int:
+        """Allows one choice more; what can be freed then."""
+        number, count = len(self.most), self.freed.count
+        row = [0] * (count + 2)
+        self.most.append(row)
+        for at in range(count - 1, -1, -1):
+            row[at] = max(total + self.most[number - used][end + 1] for end, used, total in self.runs(at, number))
+        return row[0]
+
+    def find(self, need: int) -> List[int]:
+        """The choices to take; all where these do not suffice."""
+        number = 0
+        while self.extend() < need and number < self.freed.count:
+            number += 1
+        taken, at = [], 0  # type: List[int], int
+        while at < self.freed.count:
+            fitting = [run for run in self.runs(at, number) if run[2] + self.most[number - run[1]][run[0] + 1] >= need]
+            end, used, total = max(fitting or self.runs(at, number))
+            taken += [one for one in range(at, end) if one in self.choices]
+            number, need, at = number - used, need - total, end + 1
+        return taken
+
+
+MOST_WEIGHED = 60  # choices in all, where the fewest are looked for
+
+
+def oldest_that_suffice(freed: FreedWith, choices: Sequence[int], anyway: FrozenSet[int], need: int) -> List[int]:
+    """The same where there are too many choices to weigh them all: the oldest, as many as it takes."""
+    least, most = 0, len(choices)
+    while least < most:
+        middle = (least + most) // 2
+        if freed.with_all(anyway.union(choices[:middle])) < need:
+            least = middle + 1
+        else:
+            most = middle
+    return list(choices[:least])
+
+
+def choose_to_delete(worth: Sequence[Optional[int]], freed: FreedWith, need: int,
+                     doomed: FrozenSet[int] = frozenset()) -> Optional[List[int]]:
+    """Which of some snapshots, oldest first, to delete so that `need` bytes are freed; None where that cannot be.
+
+    worth: of each; None stays. What is worth the most is chosen first: the fewest beside all that is worth less.
+    doomed: those that go anyway, as a part of `need`.
+
+    >>> choose_to_delete([0, 0, 1, None], FreedWith([Freed(0, 0, 5), Freed(1, 1, 9), Freed(1, 2, 9)], 4), 7)
+    [1]
+    """
+    by_worth: Dict[int, List[int]] = {}
+    for at, value in enumerate(worth):
+        if value is not None:
+            by_worth.setdefault(value, []).append(at)
+    levels = sorted(by_worth)
+    lower = [doomed.union(*(by_worth[level] for level in levels[:n])) for n in range(len(levels) + 1)]
+    needed = next((n for n in range(len(levels) + 1) if freed.with_all(lower[n]) >= need), None)
+    if needed is None:
+        return None
+    taken: Set[int] = set()
+    for n in range(needed, 0, -1):
+        choices, anyway = by_worth[levels[n - 1]], lower[n - 1] | taken
+        if len(choices) > MOST_WEIGHED:
+            taken.update(oldest_that_suffice(freed, choices, anyway, need))
+        else:
+            taken.update(Fewest(freed, frozenset(choices), anyway).find(need))
+    return sorted(taken)
+
+
+def plan_room(wanted: int, free: int, names: Sequence[str], worth: Dict[str, int], freed: Sequence[Freed],
+              doomed: Container[str] = ()) -> RoomPlan:
+    """What goes so that so many bytes are free.
+
+    names: oldest first; worth: of those that may go; doomed: those that go anyway, and are not free yet.
+    """
+    told, gone = FreedWith(freed, len(names)), frozenset(at for at, name in enumerate(names) if name in doomed)
+    before = told.with_all(gone)
+    values = [None if name in doomed else worth.get(name) for name in names]
+    chosen = choose_to_delete(values, told, wanted - free, gone)
+    if chosen is None:
+        most = told.with_all(gone.union(at for at, name in enumerate(names) if name in worth)) - before
+        return RoomPlan(wanted, free, (), most, wanted - free - before - most)
+    return RoomPlan(wanted, free, tuple(names[at] for at in chosen), told.with_all(gone.union(chosen)) - before)
+
+
+def worth_of(times: Dict[str, float], policy: Policy, protected: Container[str], verdicts: Iterable[Verdict],
+             least_kept: int, now: float) -> Dict[str, int]:
+    """What each snapshot or backup that may go is worth. times: of all that are there; verdicts: of retention.
+
+    least_kept: how many of the newest stay; one always does.
+    """
+    known = sorted((name for name in times if not is_future(times[name], now)), key=lambda name: (times[name], name))
+    newest, worth = set(known[-max(1, least_kept):]), worth_by_time(times, policy, now)
+    kept = {verdict.name: verdict.keep for verdict in verdicts if not verdict.reason.endswith(NOT_ALLOWED)}
+    return {name: max(1, worth[name]) if kept[name] else 0 for name in known
+            if name in kept and name not in protected and name not in newest}
+
+
+def worth_at_destination(known: Known, seen: Seen, plan: DestinationPlan, least_kept: int) -> Dict[str, int]:
+    """The same at a destination, before what is planned for it is done: also what that builds on stays."""
+    if not may_delete_at(seen) or not seen.notes.may_delete:
+        return {}
+    protected, building = destination_protections(known, seen), [t.parent for t in plan.transfers if t.parent]
+    protected.update({b.name: "the next transfer builds on it" for b in seen.listing.subvolumes
+                      for parent in building if corresponds(parent, b)})
+    times = backup_moments(known.prefix, backups_of(seen.listing, known.prefix), known.snapshots)
+    return worth_of(times, seen.policy, protected, plan.verdicts, least_kept, known.now)
+
+
+def worth_at_source(known: Known, least_kept: int, unsent: Container[str] = ()) -> Dict[str, int]:
+    """The same of snapshots. unsent: those that are still to be sent."""
+    if not known.may_delete:
+        return {}
+    times = {s.name: snapshot_moment(known.prefix, s) for s in known.snapshots if s.name not in unsent}
+    return worth_of(times, known.policy, source_protections(known), source_verdicts(known), least_kept, known.now)
 
 
 ########################################################################################################
@@ -9860,6 +10165,14 @@ def sample_costs(folder: str, lines: Sequence[Sequence[str]]) -> Estimate:
         return Estimate(tuple(costs_in(trees, lines)), unit)
 
 
+def read_freed(folder: str, lines: Sequence[Sequence[str]], tell: Callable[[str], None]) -> List[Freed]:
+    """What is freed with which snapshots of a folder, whose numbers go on from line to line."""
+    with trees_of(folder, lines) as trees:
+        trees.read(tell)
+        return [Freed(start + first, start + last, size) for start, line in zip(trees.starts, trees.lines)
+                for (first, last), size in sorted(line.freed.items())]
+
+
 def largest_held(folder: str, lines: Sequence[Sequence[str]], number: int, tell: Callable[[str], None]
                  ) -> List[HeldFile]:
     """The files of the snapshots of a folder with the most data that nothing else holds."""
@@ -12459,6 +12772,10 @@ class Host:
         """About the same, at once."""
         return self.call("sampled_costs", folder, names)
 
+    def freed(self, folder: str, names: Sequence[Sequence[str]]) -> List[Freed]:
+        """What is freed with which of the same; their numbers go on from line to line."""
+        return self.call("freed", folder, names)
+
     def largest_held(self, folder: str, names: Sequence[Sequence[str]], number: int) -> List[HeldFile]:
         """The files of the same with the most data that would be freed with all of them, the largest first."""
         return self.call("largest_held", folder, names, number)
@@ -12797,6 +13114,7 @@ class LocalHost(NotingHost):
 
     def wait_for_cleaning(self, folder: str) -> None:
         self.command(["btrfs", "subvolume", "sync", folder], "cannot wait for deleted subvolumes of {}".format(folder))
+        self.command(["btrfs", "filesystem", "sync", folder], "cannot sync {}".format(folder))  # until then not free
 
     @contextlib.contextmanager
     def changing(self, folder: str) -> Iterator[str]:
@@ -13147,6 +13465,10 @@ class LocalHost(NotingHost):
     def sampled_costs(self, folder: str, names: Sequence[Sequence[str]]) -> Estimate:
         with reading_trees(folder):
             return sample_costs(folder, names)
+
+    def freed(self, folder: str, names: Sequence[Sequence[str]]) -> List[Freed]:
+        with reading_trees(folder):
+            return read_freed(folder, names, functools.partial(self.events.debug, "trees"))
 
     def largest_held(self, folder: str, names: Sequence[Sequence[str]], number: int) -> List[HeldFile]:
         with reading_trees(folder):
@@ -14187,7 +14509,7 @@ POLLRDHUP = 0x2000  # in select since Python 3.7
 WIRE_CLASSES: Dict[str, Any] = {c.__name__: c for c in (
     Subvolume, Listing, Place, Pin, FolderNotes, Claim, LockChange, Capabilities, SendOptions, SendSize, ExpectedStream,
     RawBackup, RawFile, RawFolder, FilesFound, SwapPlace, SwapOrder, SwapJournal, HostFacts, Health, TreeDigest,
-    Mark, ResumePoint, Record, Trail, Sighting, HeldName, Change, Changes, Cost, Estimate, HeldFile,
+    Mark, ResumePoint, Record, Trail, Sighting, HeldName, Change, Changes, Cost, Estimate, HeldFile, Freed,
     Carriage, Carried)}
 
 
@@ -14818,7 +15140,7 @@ CALLS = {  # each call of a host that travels, and the groups that it belongs to
     "facts": ("list",), "health": ("list",), "is_held": ("list",),
     "digest_tree": ("verify",), "folder_digests": ("verify",), "describe_folder": ("verify",),
     "trace": ("list",), "held_names": ("list",), "file_digests": ("verify",), "changes": ("list",),
-    "costs": ("list",), "sampled_costs": ("list",), "largest_held": ("list",),
+    "costs": ("list",), "sampled_costs": ("list",), "largest_held": ("list",), "freed": ("list",),
     "look_at_files": ("send",), "open_files": ("send",),
     "settle_partials": ("receive",), "forget_partials": ("receive", "delete"),
     "spread": ("send", "receive"), "join": ("send", "receive"),
@@ -14829,7 +15151,8 @@ RECEIVERS = frozenset(("open_receive", "open_raw_receive"))
 LISTINGS = frozenset((  # what is answered may be large
     "list", "list_raw", "transfer_sizes", "nested_subvolumes", "idle_partials", "idle_raw_partials", "read_locks",
     "change_locks", "read_pins", "read_notes", "folder_digests", "describe_folder", "delete", "delete_raw", "trace",
-    "held_names", "file_digests", "changes", "costs", "sampled_costs", "largest_held"))
+    "held_names", "file_digests", "changes", "costs", "sampled_costs", "largest_held",
+    "freed"))
 NAMED = frozenset(("idle_partials", "idle_raw_partials", "settle_partials"))  # what they give are names
 
 
@@ -17569,6 +17892,7 @@ class Destination:
         self.text, self.key, self.endpoint = text, key, parse_endpoint(text)
         self.path, self.filesystem = self.endpoint.path, None  # type: str, Optional[str]
         self.free: Optional[int] = None  # bytes, as far as is known
+        self.size: Optional[int] = None  # bytes of the filesystem
         self.host = UNREACHED
         self.listing: Optional[Listing] = None
         self.notes = NO_NOTES
@@ -17592,7 +17916,7 @@ class Destination:
         self.host = hosts.of(self.endpoint)
         place = self.host.look(self.path)
         self.path, self.filesystem, self.is_new = place.path, place.filesystem, place.found == "missing"
-        self.free = place.free
+        self.free, self.size = place.free, place.size
         return place
 
     def check_still_there(self) -> None:
@@ -17792,7 +18116,8 @@ class Sending:
         return Seen(destination.listing or Listing(), self.task.backup_policy, destination.key,
                     self.filesystem_of(destination), destination.notes, destination.records, destination.busy,
                     not self.task.no_incremental, self.task.raw_full_every if kind.has_streams else 0,
-                    kind.has_folder, destination.ending.failed, destination.is_adopted)
+                    kind.has_folder, self.task.free_backups is not None, destination.ending.failed,
+                    destination.is_adopted)
 
     def can_be_compressed(self, destination: Destination) -> bool:
         return (self.host.capabilities().sends_compressed and destination.host.capabilities().receives_compressed)
@@ -17996,6 +18321,105 @@ class Sending:
 
 
 ########################################################################################################
+# DELETING: having snapshots and backups go, and making room by that
+#
+# What goes is told with its reason. Making room: look -> where room is missing, wait for what is being deleted already,
+# look again -> read what is freed with which -> plan (ROOM) -> delete -> wait until it is cleaned up, and look once.
+# There is no second round: who writes there meanwhile must not cost more backups. Never: a deletion before the plan
+# stands, or where it does not suffice.
+########################################################################################################
+
+
+def delete_told(events: Events, host: Host, place: Tuple[str, str], doomed: Sequence[Tuple[Subvolume, str]],
+                convert_rw: bool) -> List[BackupError]:
+    """Deletes subvolumes, and says why; the errors. place: the folder, and what the user calls it."""
+    folder, text = place
+
+    def tell() -> None:
+        for subvolume, reason in doomed:
+            events.info("deleting", "deleting {} at {}: {}".format(subvolume.name, text, reason),
+                        name=subvolume.name, folder=folder, reason=reason)
+
+    with told_unless_refused(tell):
+        errors = host.delete(folder, [subvolume for subvolume, _ in doomed], convert_rw)
+    deleted = len(doomed) - len(errors)
+    events.debug("deleted", "deleted {} of {} at {}".format(deleted, len(doomed), text), endpoint=text, folder=folder,
+                 deleted=deleted)
+    return errors
+
+
+class RoomAsked(NamedTuple):
+    """Where room is asked for, and how much. expected: bytes that are about to come there besides."""
+
+    host: Host
+    folder: str
+    text: str
+    room: Room
+    expected: int = 0
+
+    def look(self) -> Tuple[int, int]:
+        """Bytes that should be free, and that are."""
+        place = self.host.look(self.folder)
+        if place.free is None or place.size is None:
+            raise BackupError("how much is free at {} is not known".format(self.text))
+        return self.expected + self.room.of(place.size), place.free
+
+
+class MayGo(NamedTuple):
+    """What may go of a folder: its snapshots or backups in lines, oldest first, and what those that may are worth.
+
+    doomed: what retention will have deleted by then.
+    """
+
+    lines: Sequence[Sequence[str]]
+    worth: Dict[str, int]
+    doomed: FrozenSet[str] = frozenset()
+
+
+def checked_freed(freed: Sequence[Freed], count: int) -> Sequence[Freed]:
+    """What a host told; BackupError where that is nonsense."""
+    if any(not 0 <= one.first <= one.last < count or one.size < 0 for one in freed):
+        raise BackupError("what that host says of its snapshots cannot be", "run again")
+    return freed
+
+
+def plan_room_at(asked: RoomAsked, may_go: MayGo, can_wait: bool) -> Optional[RoomPlan]:
+    """What goes so that there is room; None where there is."""
+    wanted, free = asked.look()
+    if free < wanted and can_wait and may_go.worth:
+        asked.host.wait_for_cleaning(asked.folder)
+        wanted, free = asked.look()
+    if free >= wanted:
+        return None
+    names = [name for line in may_go.lines for name in line]
+    freed = checked_freed(asked.host.freed(asked.folder, may_go.lines), len(names)) if may_go.worth else ()
+    return plan_room(wanted, free, names, may_go.worth, freed, may_go.doomed)
+
+
+def check_room(asked: RoomAsked, plan: RoomPlan, flag: str) -> None:
+    """BackupError where what may go does not suffice."""
+    if plan.missing:
+        raise BackupError("{}: {}".format(asked.text, plan.line), "ask for less with {}, let more go with --at-least "
+                          "or the policy, or free some space there".format(flag))
+
+
+def make_room(events: Events, asked: RoomAsked, plan: RoomPlan, subvolumes: Iterable[Subvolume],
+              convert_rw: bool) -> List[BackupError]:
+    """Deletes what is planned, and looks at what is free once that is cleaned up."""
+    named = {s.name: s for s in subvolumes}
+    events.info("room", "{}: {}".format(asked.text, plan.line), endpoint=asked.text, wanted=plan.wanted,
+                free=plan.free, names=list(plan.names), bytes=plan.freed)
+    errors = delete_told(events, asked.host, (asked.folder, asked.text),
+                         [(named[name], plan.purpose) for name in plan.names], convert_rw)
+    asked.host.wait_for_cleaning(asked.folder)
+    _, free = asked.look()
+    if free < plan.wanted and not errors:
+        events.warning("room", "{}: {} are free now, {} were to be: something else writes there".format(
+            asked.text, format_size(free), format_size(plan.wanted)), endpoint=asked.text, free=free)
+    return errors
+
+
+########################################################################################################
 # BACKUP: observe, plan, show or execute
 #
 # One order for the run and the dry run, which leaves out what changes anything and prints the plan where the run
@@ -18072,6 +18496,7 @@ class Load(NamedTuple):
     free: Optional[int]
     known: str = "about"
     doing: str = "send"
+    made: int = 0  # of what is free by what is deleted first
 
     @property
     def is_too_much(self) -> bool:
@@ -18090,8 +18515,9 @@ class Load(NamedTuple):
         what = "{} to {}{}".format(self.snapshots or "nothing", self.doing, about)
         if self.free is None:
             return "{} to {}".format(what, self.endpoint)
-        return "{}; {} are free at {}{}".format(what, format_size(self.free), self.endpoint,
-                                                ": it will not fit" if self.is_too_much else "")
+        made = ", {} of it by deleting".format(format_size(self.made)) if self.made else ""
+        return "{}; {} are free at {}{}{}".format(what, format_size(self.free), self.endpoint, made,
+                                                  ": it will not fit" if self.is_too_much else "")
 
 
 def load_of(endpoint: str, sending: Sequence[ToSend], free: Optional[int]) -> Load:
@@ -18125,6 +18551,11 @@ def skipped_lines(skipped: Iterable[Verdict]) -> List[str]:
     return lines
 
 
+def room_lines(endpoint: str, room: RoomPlan) -> List[str]:
+    """What is deleted at a place so that there is room."""
+    return ["{}: {}".format(endpoint, room.line)] + ["  delete {}".format(name) for name in room.names]
+
+
 class PlannedAt(NamedTuple):
     """What a run would do at one destination. usable: whether anything can be done there now."""
 
@@ -18137,10 +18568,12 @@ class PlannedAt(NamedTuple):
     verdicts: Tuple[Verdict, ...] = ()
     needed: str = ""  # what stays beyond the policy
     free: Optional[int] = None
+    room: Optional[RoomPlan] = None  # what goes before anything is sent
 
     @property
     def load(self) -> Load:
-        return load_of(self.endpoint, self.send, self.free)
+        made = self.room.freed if self.room is not None and not self.room.missing else 0
+        return load_of(self.endpoint, self.send, None if self.free is None else self.free + made)._replace(made=made)
 
     def lines(self, with_kept: bool) -> List[str]:
         if not self.usable:
@@ -18157,7 +18590,8 @@ class PlannedAt(NamedTuple):
                 "skip": describe_verdicts(self.skip), "send": [one.document() for one in self.send],
                 "delete": describe_verdicts(v for v in self.verdicts if not v.keep),
                 "keep": describe_verdicts(v for v in self.verdicts if v.keep),
-                "bytes": load.bytes, "free": self.free, "fits": load.fits}
+                "bytes": load.bytes, "free": self.free, "fits": load.fits,
+                "room": self.room.document() if self.room else None}
 
 
 class PlannedRun(NamedTuple):
@@ -18171,12 +18605,14 @@ class PlannedRun(NamedTuple):
     nested: str = ""  # what is said of subvolumes that are not in it
     verdicts: Tuple[Verdict, ...] = ()
     destinations: Tuple[PlannedAt, ...] = ()
+    room: Optional[RoomPlan] = None  # what goes at the source, last of all
 
     def document(self) -> Dict[str, Any]:
         return {"source": self.source or None, "folder": self.folder or None, "unlock": list(self.unlock),
                 "forget": list(self.forget), "snapshot": self.snapshot,
                 "delete": describe_verdicts(v for v in self.verdicts if not v.keep),
                 "keep": describe_verdicts(v for v in self.verdicts if v.keep),
+                "room": self.room.document() if self.room else None,
                 "destinations": [one.document() for one in self.destinations]}
 
     def with_measured(self, measured: Sequence[ToSend]) -> "PlannedRun":
@@ -18203,8 +18639,10 @@ class PlannedRun(NamedTuple):
 
     @property
     def totals(self) -> List[str]:
-        """What each destination is to get in all."""
-        return ["in all: {}".format(one.load.line) for one in self.destinations if one.usable]
+        """What is deleted for room, and what each destination is to get in all."""
+        rooms = [(one.endpoint, one.room) for one in self.destinations] + [(self.source, self.room)]
+        lines = [line for endpoint, room in rooms if room is not None for line in room_lines(endpoint, room)]
+        return lines + ["in all: {}".format(one.load.line) for one in self.destinations if one.usable]
 
 
 MEASURED_AT_ONCE = 4  # sends in a dry run
@@ -18273,24 +18711,6 @@ def tell_kept(events: Events, verdicts: Sequence[Verdict], text: str) -> None:
     for verdict in verdicts:
         if verdict.keep:
             events.debug("kept", "kept {} at {}: {}".format(verdict.name, text, verdict.reason))
-
-
-def delete_told(events: Events, host: Host, place: Tuple[str, str], doomed: Sequence[Tuple[Subvolume, str]],
-                convert_rw: bool) -> List[BackupError]:
-    """Deletes subvolumes, and says why; the errors. place: the folder, and what the user calls it."""
-    folder, text = place
-
-    def tell() -> None:
-        for subvolume, reason in doomed:
-            events.info("deleting", "deleting {} at {}: {}".format(subvolume.name, text, reason),
-                        name=subvolume.name, folder=folder, reason=reason)
-
-    with told_unless_refused(tell):
-        errors = host.delete(folder, [subvolume for subvolume, _ in doomed], convert_rw)
-    deleted = len(doomed) - len(errors)
-    events.debug("deleted", "deleted {} of {} at {}".format(deleted, len(doomed), text), endpoint=text, folder=folder,
-                 deleted=deleted)
-    return errors
 
 
 def tell_room(events: Events, host: Host, folder: str, text: str) -> None:
@@ -18757,7 +19177,8 @@ class TaskRun(Sending):
 
     def needed_destinations(self) -> List[Destination]:
         """The destinations that something may be done at: without transfer and retention none."""
-        return [] if self.task.no_transfer and self.task.backup_policy.keeps_all else self.destinations
+        idle = self.task.no_transfer and self.task.backup_policy.keeps_all and self.task.free_backups is None
+        return [] if idle else self.destinations
 
     def look_at_idle(self) -> None:
         """Lists destinations that nothing is done at, where that is possible: what they have in common stays here."""
@@ -18917,6 +19338,7 @@ class TaskRun(Sending):
         if not self.task.no_sizes:
             with Weighing(self.begin_weighing, transfers, MEASURED_AT_ONCE) as weighing:
                 planned = planned.with_measured(self.show_sizes(weighing, show))
+        planned = self.with_rooms(planned, plan)
         show(planned.totals)
         if self.task.json:
             self.events.emit("plan", "state", plan=planned.document())
@@ -18984,6 +19406,8 @@ class TaskRun(Sending):
                 self.tell_planned(destination)
                 with self.at(destination):
                     self.recover(destination)
+        if self.task.free_backups is not None:
+            self.free_destinations(self.task.free_backups)
         with self.watched_room():
             self.transfer_all()
         for destination in self.destinations:
@@ -19089,6 +19513,9 @@ class TaskRun(Sending):
             if destination.endpoint.kind.has_folder:
                 tell_room(self.events, destination.host, destination.path, destination.text)
         self.delete(self.host, self.folder, self.task.source, self.snapshots, source_verdicts(self.known()))
+        if self.task.free_snapshots is not None:
+            with apart(self.events, self.report, self.task.source):
+                self.free_snapshots(self.task.free_snapshots)
 
     def retain_at(self, destination: Destination) -> None:
         seen = self.seen(destination)
@@ -19115,6 +19542,91 @@ class TaskRun(Sending):
             self.report(error, endpoint=text)
         if self.task.sync:
             host.wait_for_cleaning(folder)
+
+    # -- room
+
+    def free_destinations(self, room: Room) -> None:
+        """Makes room at each destination for what comes, where more comes than is surely free."""
+        place = self.source_place
+        most = 4 * (place.size - place.free) if place.size is not None and place.free is not None else None  # unpacked
+        tight = [d for d in self.destinations if d.is_open and d.endpoint.kind.has_subvolumes and (
+            most is None or d.free is None or d.free < most + room.of(d.size or 0))]
+        sizes: Sizes = {}
+        with Weighing(self.begin_weighing, [t for d in tight for t in d.plan.transfers], MEASURED_AT_ONCE) as weighing:
+            for transfer in weighing.works:
+                with apart(self.events, lambda error: self.events.debug("room", format_error(error)), "measuring"):
+                    sizes[transfer.snapshot.name, transfer.parent_name] = weighing.size(transfer)
+        expected: Dict[Tuple[str, Optional[str]], int] = collections.Counter()  # bytes by filesystem
+        for destination in tight:
+            load = load_of(destination.text, with_sizes(self.to_send(destination.plan), sizes), destination.free)
+            filesystem = destination.endpoint.machine, destination.filesystem
+            expected[filesystem] += load.bytes or 0
+            with apart(self.events, functools.partial(self.report, endpoint=destination.text), destination.text):
+                self.free_destination(destination, RoomAsked(destination.host, destination.path, destination.text, room,
+                                                             expected[filesystem]))
+
+    def free_destination(self, destination: Destination, asked: RoomAsked) -> None:
+        """Its notes and what it holds are read once more: backups may be sent on meanwhile."""
+        destination.notes = destination.host.read_notes(destination.path, self.prefix)
+        listing = destination.host.list(destination.path)
+        seen = self.seen(destination)._replace(listing=listing)
+        plan = plan_room_at(asked, self.backups_that_may_go(seen, destination.plan), can_wait=True)
+        if plan is None:
+            return
+        check_room(asked, plan, "--free-backups")
+        for error in make_room(self.events, asked, plan, listing.subvolumes, self.task.convert_rw):
+            self.report(error, endpoint=destination.text)
+        there = {s.uuid for s in destination.host.list(destination.path).subvolumes}
+        if destination.listing is not None:
+            destination.listing = destination.listing._replace(
+                subvolumes=tuple(s for s in destination.listing.subvolumes if s.uuid in there))
+
+    def backups_that_may_go(self, seen: Seen, plan: DestinationPlan) -> MayGo:
+        return MayGo([[s.name for s in snapshots_of(seen.listing, self.prefix)]],
+                     worth_at_destination(self.known(), seen, plan, self.task.least_kept))
+
+    def free_snapshots(self, room: Room) -> None:
+        """Makes room at the source, where what could not be sent stays."""
+        asked = RoomAsked(self.host, self.folder, self.task.source, room)
+        self.snapshots = snapshots_of(self.host.list(self.folder), self.prefix)
+        unsent = {t.snapshot.name for d in self.destinations for t in d.plan.transfers
+                  if t.snapshot.stream_id not in in_common(self.snapshots, d.listing or Listing()).present}
+        may_go = self.snapshots_that_may_go(self.known(), unsent)._replace(doomed=frozenset())
+        plan = plan_room_at(asked, may_go, can_wait=True)
+        if plan is not None:
+            check_room(asked, plan, "--free-snapshots")
+            for error in make_room(self.events, asked, plan, self.snapshots, self.task.convert_rw):
+                self.report(error, endpoint=self.task.source)
+
+    def snapshots_that_may_go(self, known: Known, unsent: Container[str] = ()) -> MayGo:
+        taken = [s.name for s in known.snapshots if s.uuid != NOT_TAKEN]
+        return MayGo([taken], worth_at_source(known, self.task.least_kept, unsent),
+                     frozenset(verdict.name for verdict in deletions(source_verdicts(known))))
+
+    def with_rooms(self, planned: PlannedRun, plan: Plan) -> PlannedRun:
+        """The same with what would be deleted for room."""
+        destinations = {d.text: d for d in self.listed()}
+        told = tuple(self.with_room_at(one, destinations.get(one.endpoint), plan) for one in planned.destinations)
+        planned = planned._replace(destinations=told)
+        if self.task.free_snapshots is None or not self.folder_exists:
+            return planned
+        with apart(self.events, self.report, self.task.source):
+            known = known_after(self.known(), map(self.seen, self.listed()), plan.destinations)
+            room = plan_room_at(RoomAsked(self.host, self.folder, self.task.source, self.task.free_snapshots),
+                                self.snapshots_that_may_go(known), can_wait=False)
+            return planned._replace(room=room)
+        return planned
+
+    def with_room_at(self, planned: PlannedAt, destination: Optional[Destination], plan: Plan) -> PlannedAt:
+        if destination is None or self.task.free_backups is None or destination.is_new:
+            return planned
+        with apart(self.events, functools.partial(self.report, endpoint=destination.text), destination.text):
+            asked = RoomAsked(destination.host, destination.path, destination.text, self.task.free_backups,
+                              planned.load.bytes or 0)
+            at = plan.destinations[destination.key]
+            room = plan_room_at(asked, self.backups_that_may_go(self.seen(destination), at), can_wait=False)
+            return planned._replace(room=room)
+        return planned
 
     # -- dry run
 
@@ -19196,6 +19708,12 @@ class TaskRun(Sending):
                 return
 
 
+def check_least(task: Task) -> None:
+    if task.at_least is not None and task.free_backups is None and task.free_snapshots is None:
+        raise UsageError("--at-least says what stays where room is made, and nothing makes room",
+                         "add --free-backups or --free-snapshots; to keep the newest: -n {}".format(task.at_least))
+
+
 def check_task(task: Task) -> None:
     """UsageError for what no task of the classic command can mean."""
     if not task.source:
@@ -19205,6 +19723,10 @@ def check_task(task: Task) -> None:
     if not all(kind.has_folder for kind in kinds) and not task.backup_policy.keeps_all:
         raise UsageError("-n and --keep-backups cannot be used with shell://, where nothing can be deleted",
                          "leave them out, or back up to the other destinations in a command of their own")
+    if task.free_backups is not None and not all(kind.has_subvolumes for kind in kinds):
+        raise UsageError("--free-backups is for destinations on btrfs, not for raw:// and shell://",
+                         "use -n there, or a command of its own for them")
+    check_least(task)
     if not any(kind.has_streams for kind in kinds) and not task.locked_destinations and (
             task.raw_compress or task.raw_encrypt or task.raw_full_every):
         raise UsageError("--raw-compress, --raw-encrypt and --raw-full-every are for raw://, and no such destination "
@@ -22071,8 +22593,12 @@ class Pruning:
             endpoint = parse_endpoint(self.text)
             self.host = self.hosts.of(endpoint)
             self.folder, listing = list_endpoint(self.host, endpoint)
-            for prefix in folder_prefixes(listing, self.task.prefix):
+            prefixes = list(folder_prefixes(listing, self.task.prefix))
+            for prefix in prefixes:
                 self.try_to_prune(prefix)
+            if self.task.free_backups is not None:
+                with apart(self.events, self.report, self.text):
+                    self.free(prefixes, self.task.free_backups)
             if self.deleted and self.task.sync and not self.task.dry_run:
                 self.host.wait_for_cleaning(self.folder)
             if not self.deleted and not self.kept and not self.ending.failed:
@@ -22148,6 +22674,43 @@ class Pruning:
             (s, "left by a transfer that was broken off, unchanged for {}".format(format_age(idle[s.name])))
             for s in abandoned_partials(listing, prefix, idle, self.task.partials_older_than)))
 
+    def free(self, prefixes: Sequence[str], room: Room) -> None:
+        """Makes room, by what there is of all prefixes now."""
+        with contextlib.ExitStack() as held:
+            for prefix in () if self.task.dry_run else prefixes:
+                held.enter_context(self.host.hold(self.folder, prefix, self.task.wait))
+            listing, asked = self.host.list(self.folder), RoomAsked(self.host, self.folder, self.text, room)
+            may_go = [self.may_go(listing, prefix) for prefix in prefixes]
+            doomed = [one.doomed for one in may_go if self.task.dry_run]
+            plan = plan_room_at(asked, MayGo([line for one in may_go for line in one.lines],
+                                             {name: value for one in may_go for name, value in one.worth.items()},
+                                             frozenset().union(*doomed)), can_wait=not self.task.dry_run)
+            if plan is not None and self.task.dry_run:
+                self.planned = self.planned._replace(room=plan)
+                self.deleted += len(plan.names)
+                if not self.task.json:
+                    print_lines(["  " + line for line in room_lines(self.text, plan)])
+            elif plan is not None:
+                check_room(asked, plan, "--free-backups")
+                errors = make_room(self.events, asked, plan, listing.subvolumes, self.task.convert_rw)
+                for error in errors:
+                    self.report(error)
+                self.deleted += len(plan.names) - len(errors)
+
+    def may_go(self, listing: Listing, prefix: str) -> MayGo:
+        """What may go of a prefix: not the newest by name, nor of those that came in order."""
+        line = [s.name for s in snapshots_of(listing, prefix)]
+        notes, now, least = self.host.read_notes(self.folder, prefix), time.time(), self.task.least_kept
+        if not notes.may_delete or not notes.is_whole:
+            return MayGo([line], {})
+        protected = known_protections(listing, prefix, notes)
+        verdicts = plan_prune(listing, prefix, self.task.backup_policy, protected, now, self.task.by_names)
+        backups = backups_of(listing, prefix)
+        times = backup_moments(prefix, backups, [])
+        in_order = came_in_order(times, {b.name: Arrival(b.otime / 1e9, b.otransid) for b in backups})
+        worth = worth_of(times, self.task.backup_policy, set(protected).union(in_order[-least:]), verdicts, least, now)
+        return MayGo([line], worth, frozenset(verdict.name for verdict in deletions(verdicts)))
+
     def carry_out(self, prefix: str, plan: PrunePlan) -> None:
         tell_kept(self.events, plan.verdicts, self.text)
         self.delete(plan.backups, self.task.convert_rw)
@@ -22181,10 +22744,14 @@ def check_prune(task: Task) -> None:
     if not task.source:
         raise UsageError("no folder given", "btrfs-backup-ng prune [options] FOLDER ...; see prune --help")
     policy = task.backup_policy
-    if policy.keeps_all and not policy.everything and task.partials_older_than is None:
-        raise UsageError("nothing says what to keep",
-                         "give --keep-backups '14d 8w 12m' or -n NUMBER, or --partials-older-than alone")
+    if policy.keeps_all and not policy.everything and task.partials_older_than is None and task.free_backups is None:
+        raise UsageError("nothing says what to keep", "give --keep-backups '14d 8w 12m' or -n NUMBER, or "
+                         "--free-backups SIZE or --partials-older-than alone")
     check_folders(task, "pruned", "name a folder")
+    kinds = [parse_endpoint(text).kind for text in (task.source,) + task.destinations]
+    if task.free_backups is not None and not all(kind.has_subvolumes for kind in kinds):
+        raise UsageError("--free-backups is for folders on btrfs, not for raw://", "use -n there")
+    check_least(task)
 
 
 def run_prune(task: Task, events: Events) -> Ending:
@@ -23446,6 +24013,13 @@ each of the last 24 hours that have one, of 14 days, 8 weeks, 12 months and 5 ye
 count: after a month in which the machine was off, all is still there. Days begin at midnight local time, weeks on
 Monday. What any unit wants stays, and what -N or -n wants as well; all keeps everything.
 
+By space: --free-backups 50G (or 10%) makes room before anything is sent: so much that what comes fits, and 50 GiB stay
+free. It deletes the fewest backups that suffice, first those that the policy lets go, then those that it values least:
+by number and by hours before days, weeks, months and years, and of what is valued alike the oldest. The newest
+--at-least N (3) stay, and what never goes; where all else would not suffice, nothing is deleted, and an error says so.
+What each frees is known before, as space tells it; --dry-run shows the plan. Snapshots older than the newest backup are
+then not sent again. --free-snapshots does the same at the source, at the end of a run.
+
 What would be deleted at once is not sent at all. So give a source the same policy every time, and a server that
 prunes by itself (btrfs-backup-ng prune) the policy of its sources: else they send again what it deleted.
 
@@ -23532,9 +24106,11 @@ are pruned, without a source.
 
 With --dry-run a task has source, folder (of the snapshots), snapshot (to be taken), unlock, forget (destinations),
 delete, keep, destinations and errors; a destination endpoint, usable, new, clear (partials to be deleted), skip (not
-sent), send, files, delete, keep, bytes (of all that comes), free, fits and errors. In send are snapshot, parent, bytes
-(null with --no-sizes), arrived (what is there already) and largest (path and bytes of files, where it is far more than
-usual), in skip, delete and keep name and reason. A task that cannot be planned is as after a run.
+sent), send, files, delete, keep, bytes (of all that comes), free, fits, room and errors. In send are snapshot, parent,
+bytes (null with --no-sizes), arrived (what is there already) and largest (path and bytes of files, where it is far more
+than usual), in skip, delete and keep name and reason. room, of a task or a destination, is null where no room has to be
+made, else it has wanted, free, names (to be deleted for it), freed and missing (where that is not 0, names is empty). A
+task that cannot be planned is as after a run.
 
 history has path and versions, newest first, each with time (of its last change), size, type (these are null where there
 was nothing), path (null: as above), places (endpoint and snapshot) and live; unknown (places of which nothing is known)

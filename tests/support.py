@@ -21,6 +21,7 @@ Parts and sections of the program, and the files that test them; first the one t
         IDENTITY            test_planning test_changed
         OWNERS              test_two_sources test_planning test_kept
         PLANNING            test_planning test_kept
+        ROOM                test_room
     IV THE STREAM
         STREAM              test_stream
         GATE                test_gate test_hostile_streams
@@ -69,6 +70,7 @@ Parts and sections of the program, and the files that test them; first the one t
         DELIVERY            test_fanout test_resume test_one_seam
         DESTINATIONS        test_two_sources test_main_job test_kept
         SENDING             test_main_job test_fanout test_one_seam
+        DELETING            test_room test_prune
         BACKUP              test_main_job test_ending test_faults test_full
         INDEX               test_list test_sizes
         LIST                test_list

@@ -50,6 +50,7 @@ SAMPLES = {
     "PATTERN": "docker/*",
     "PATH": "etc/fstab",
     "POLICY": "7d",
+    "SIZE": "5G",
     "AGE": "26h",
     "SECONDS": "7",
     "[SECONDS]": "7",

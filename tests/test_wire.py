@@ -167,8 +167,8 @@ class Frames(unittest.TestCase):
                  "HostFacts": 7, "Listing": 5, "LockChange": 3, "Mark": 2, "Pin": 5, "Place": 8, "RawBackup": 15,
                  "Change": 5, "Changes": 2, "FilesFound": 3, "HeldName": 2, "RawFile": 2, "RawFolder": 4, "Record": 12,
                  "ResumePoint": 3, "SendOptions": 3, "SendSize": 3, "Sighting": 12, "Subvolume": 9, "SwapJournal": 9,
-                 "SwapOrder": 8, "SwapPlace": 4, "Cost": 4, "Estimate": 2, "HeldFile": 3, "Carriage": 9, "Carried": 5,
-                 "Trail": 3, "TreeDigest": 3}
+                 "SwapOrder": 8, "SwapPlace": 4, "Cost": 4, "Estimate": 2, "HeldFile": 3, "Freed": 3, "Carriage": 9,
+                 "Carried": 5, "Trail": 3, "TreeDigest": 3}
         classes = program.WIRE_CLASSES
         self.assertEqual(first, {name: program.FIRST_FIELDS.get(name, len(one._fields))
                                  for name, one in classes.items()})
