@@ -19,6 +19,8 @@ The way of the data:
                             ├▶ shell://: sh -c COMMAND
                             └▶ raw://: compress, encrypt ─▶ .NAME.partial ─▶ sync ─▶ NAME.btrfs
 
+    single files back:   a backup's tree, or its chain of streams ─▶ entries ─▶ .restoring-KEY in FOLDER ─▶ their names
+
 Contents; a section uses only what stands above it:
 
     I WORDS: what everything else speaks with
@@ -126,8 +128,10 @@ its stream carries and that its backups have as received UUID; the *base* is the
 where it arrives, there what the *parent* is where it is sent. A *partial* is a backup that is not complete, in one or
 more *pieces*, each a snapshot of the one before; its *record*, a file beside it, says what it is of and holds a *mark*
 for each cut: a place in the stream and a hash of what came since the mark before. A *stream file* is a backup at a raw
-folder, a *sidecar* the file beside it that describes it, a *chain* the streams that one after another make it. To
-*look* is to see what is at a place, to *keep* is what retention does.
+folder, a *sidecar* the file beside it that describes it, a *chain* the streams that one after another make it. A
+*line* is the snapshots of one source, or the backups of one prefix in a folder; an *entry* is a file or folder of a
+backup on its way to where it is restored. A *plain* host is one without Python, a *kind* a kind of place, a *check*
+raises an error unless all is well. To *look* is to see what is at a place, to *keep* is what retention does.
 
 MIT License
 
@@ -8405,7 +8409,7 @@ def held_names(folder: str, names: Sequence[str], inners: Sequence[str]) -> List
 # was written, or where it is another inode.
 ########################################################################################################
 
-CHANGE_KINDS = ADDED, MODIFIED, DELETED, RENAMED = "added", "modified", "deleted", "renamed"
+CHANGE_WORDS = ADDED, MODIFIED, DELETED, RENAMED = "added", "modified", "deleted", "renamed"
 PAGE_OF_CHANGES = 20000
 MOST_CHANGED = 1 << 28  # characters of what is told of all changes, and 100 more for each
 Identity = Tuple[int, int]  # of an inode: its number, and the transaction of its birth
@@ -20165,12 +20169,15 @@ def describe_entry(entry: Entry, now: float) -> Dict[str, Any]:
             "parent_locks": list(entry.parent_locks), "changed": entry.changed}
 
 
+def describe_place(location: Location) -> Dict[str, Any]:
+    return {"endpoint": location.endpoint, "error": format_error(location.error) if location.error else None}
+
+
 def describe_location(number: int, location: Location, rows: Sequence[Row], now: float) -> Dict[str, Any]:
     """A location with its entries; what is true of snapshots there, with the names of these."""
     named = {key: [row.name for row in rows if state in row.states[number]]
              for key, state in (("missing", "missing"), ("not_sent", "not sent"), ("parents", "parent"))}
-    return dict({"endpoint": location.endpoint, "error": format_error(location.error) if location.error else None,
-                 "snapshots": [describe_entry(entry, now) for entry in location.entries]}, **named)
+    return dict(describe_place(location), snapshots=[describe_entry(entry, now) for entry in location.entries], **named)
 
 
 def with_entries_of(rows: Sequence[Row], locations: Sequence[Location]) -> List[Location]:
@@ -21422,11 +21429,6 @@ def with_complete(location: Location) -> Location:
 # -- as JSON
 
 
-def describe_places(locations: Sequence[Location]) -> List[Dict[str, Any]]:
-    return [{"endpoint": location.endpoint, "error": format_error(location.error) if location.error else None}
-            for location in locations]
-
-
 def places_of(row: Row, locations: Sequence[Location]) -> List[Dict[str, str]]:
     """Where a snapshot and its backups are, as `--json` shows it."""
     return [{"endpoint": locations[number].endpoint, "snapshot": entry.subvolume.name}
@@ -21452,7 +21454,7 @@ def describe_history(followed: Followed, versions: Sequence[Version], unknown: S
     return {"path": followed.shown(followed.inner),
             "versions": [describe_version(followed, version, locations) for version in versions],
             "unknown": [place for row in unknown for place in places_of(row, locations)],
-            "locations": describe_places(locations)}
+            "locations": list(map(describe_place, locations))}
 
 
 def describe_deleted(followed: Followed, gone: Sequence[Tuple[Sighting, Row]],
@@ -21460,7 +21462,7 @@ def describe_deleted(followed: Followed, gone: Sequence[Tuple[Sighting, Row]],
     return {"path": followed.shown(followed.inner),
             "deleted": [dict(describe_sighting(sighting), path=followed.shown(sighting.inner),
                              places=places_of(row, locations)) for sighting, row in gone],
-            "locations": describe_places(locations)}
+            "locations": list(map(describe_place, locations))}
 
 
 # -- drawn
@@ -21514,7 +21516,7 @@ def deleted_lines(followed: Followed, gone: Sequence[Tuple[Sighting, Row]], loca
     """What a folder holds no more, a line for each name."""
     labels = place_labels(locations)
     lines = [["changed", "size", "name", "last in"]] + [
-        [local_time(sighting.mtime), "folder" if sighting.type == "folder" else format_size(sighting.size),
+        [local_time(sighting.mtime), FOLDER_TYPE if sighting.type == FOLDER_TYPE else format_size(sighting.size),
          printable(os.path.basename(sighting.inner)), rows_text([row], labels)[0]] for sighting, row in gone]
     nothing = "nothing is missing that a snapshot or backup has"
     return [printable(followed.shown(followed.inner)), ""] + (in_table(lines, width) if gone else [nothing])
@@ -21851,7 +21853,7 @@ def all_changes(both: TreesAt) -> Changes:
     found, room, is_whole = Changes(0), MOST_CHANGED, False
     while not is_whole:
         page = both.host.changes(folder, name, old_folder, old, len(found.changes))
-        if any(change.change not in CHANGE_KINDS for change in page.changes):
+        if any(change.change not in CHANGE_WORDS for change in page.changes):
             raise Nonsense("{} tells of changes that are none".format(old_folder))
         room -= sum(100 + len(change.inner) + len(change.to) + len(change.type) for change in page.changes)
         if room < 0:
@@ -21879,7 +21881,7 @@ def change_cells(change: Change) -> List[str]:
 
 def totals_text(found: Changes) -> str:
     counts = collections.Counter(change.change for change in found.changes)
-    words = ["{} {}".format(counts[kind], kind) for kind in CHANGE_KINDS if counts[kind]]
+    words = ["{} {}".format(counts[word], word) for word in CHANGE_WORDS if counts[word]]
     return "{}; {} of new data".format(", ".join(words) or "nothing changed", format_size(found.size))
 
 
@@ -23293,6 +23295,10 @@ def find_misnamed(problems: Sequence[Problem], folder: str, machine: str) -> Fin
         yield Finding(PROBLEM, problem.text, problem.remedy(folder, machine))
 
 
+def under_way_text(partials: Sequence[str]) -> str:
+    return "{} in progress or to be resumed".format(plural(len(partials), "transfer")) if partials else "none"
+
+
 def find_partials(at: KnownDestination) -> Findings:
     """What was broken off and no lock names."""
     listing, locked = at.listing, locked_names(at.locks, at.destination.key)
@@ -23312,7 +23318,7 @@ def find_partials(at: KnownDestination) -> Findings:
         yield Finding(PROBLEM, "{} was left by a broken transfer, and no lock of the source names it".format(trace),
                       "a prune there with --partials-older-than deletes it")
     if not orphans and not others and not lone:
-        yield Finding(OK, "{} in progress or to be resumed".format(plural(len(names), "transfer")) if names else "none")
+        yield Finding(OK, under_way_text(names))
 
 
 def find_alone(at: BackupsAlone) -> Findings:
@@ -23332,7 +23338,7 @@ def find_unused(at: BackupsAlone) -> Findings:
     if old:
         yield Finding(PROBLEM, "unchanged for more than a week: {}".format(some_of(old)), prune_command(at.task))
     elif not others:
-        yield Finding(OK, "{} in progress or to be resumed".format(plural(len(names), "transfer")) if names else "none")
+        yield Finding(OK, under_way_text(names))
 
 
 def well(text: str, *_needed: Any) -> Findings:
