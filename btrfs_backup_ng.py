@@ -3285,11 +3285,15 @@ Locks = Dict[str, Dict[str, List[str]]]  # {snapshot: {"locks": [destination], "
 LOCK_ROLES = ("locks", "parent_locks")
 
 
+def is_uuid(text: Optional[str]) -> bool:
+    return text is not None and re.fullmatch("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text) is not None
+
+
 class Pin(NamedTuple):
     """The newest snapshot that a destination on one filesystem is known to have in common with the source.
 
-    `filesystem` is the UUID of the filesystem the destination was seen on; `sent` the ids of all that a
-    destination has got which cannot be listed.
+    `filesystem` is the UUID of the filesystem the destination was seen on, or what else there is to call it; `sent`
+    the ids of all that a destination has got which cannot be listed. In that of UNNAMED it is all that may be needed.
     """
 
     name: str
@@ -3300,11 +3304,18 @@ class Pin(NamedTuple):
 
 
 PinsOfPrefix = Dict[str, Tuple[Pin, ...]]  # {destination: pins}, one for each filesystem that was mounted there
+UNNAMED = "unnamed:"  # stands for the destinations of which nothing is remembered, because notes were lost
+TYPED_UNNAMED = UNNAMED + "//"  # which can be no destination
+
+
+def is_replaced(old: Pin, new: Pin) -> bool:
+    """Whether a pin stands in the place of an old one: of the same filesystem, or noted when disks had no id yet."""
+    return old.filesystem == new.filesystem or (new.filesystem or "").startswith("{} with id ".format(old.filesystem))
 
 
 def with_pin(pins: Tuple[Pin, ...], pin: Pin) -> Tuple[Pin, ...]:
     """The pins of a destination with that of one filesystem set; those of disks that take turns with it stay."""
-    return tuple(other for other in pins if other.filesystem != pin.filesystem) + (pin,)
+    return tuple(other for other in pins if not is_replaced(other, pin)) + (pin,)
 
 
 class FolderNotes(NamedTuple):
@@ -3396,10 +3407,6 @@ def normal_destination(text: str) -> str:
 
 def locked_names(locks: Locks, destination: str, role: str = "locks") -> List[str]:
     return [name for name, entry in locks.items() if destination in map(normal_destination, entry.get(role, ()))]
-
-
-def is_uuid(text: Optional[str]) -> bool:
-    return text is not None and re.fullmatch("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text) is not None
 
 
 def split_lock_name(name: str) -> Tuple[str, Optional[str]]:
@@ -3893,10 +3900,27 @@ def lock_reasons(locks: Locks) -> Dict[str, str]:
     return reasons
 
 
+def unnamed_snapshots(pins: PinsOfPrefix, snapshots: Sequence[Subvolume]) -> List[Subvolume]:
+    """Those that were there when notes were lost, and that a destination may need which nobody has given up."""
+    needed = {key for pin in pins.get(UNNAMED, ()) for key in (pin.uuid,) + pin.sent}
+    return [s for s in snapshots if s.stream_id in needed]
+
+
 def pin_reasons(pins: PinsOfPrefix, subvolumes: Sequence[Subvolume]) -> Dict[str, str]:
     """Why the snapshots that pins name are kept."""
-    return {s.name: "newest in common with {}".format(printable(destination)) for destination, entry in pins.items()
-            for pin in entry for s in subvolumes if s.stream_id == pin.uuid}
+    reasons = {s.name: "a destination of which nothing is remembered may need it" for s in unnamed_snapshots(
+        pins, subvolumes)}
+    reasons.update({s.name: "newest in common with {}".format(printable(destination))
+                    for destination, entry in pins.items() if destination != UNNAMED
+                    for pin in entry for s in subvolumes if s.stream_id == pin.uuid})
+    return reasons
+
+
+def unnamed_pin(snapshots: Sequence[Subvolume]) -> Pin:
+    """What is to be remembered when notes were lost: any of the snapshots may be needed."""
+    newest = snapshots[-1]
+    return Pin(newest.name, newest.stream_id or "", iso_time(newest.otime),
+               sent=tuple(s.stream_id or "" for s in snapshots))
 
 
 def pin_at(known: Known, seen: Seen) -> Optional[Pin]:
@@ -6441,6 +6465,18 @@ def parse_mountinfo(text: str) -> List[Mount]:
 def read_mounts() -> List[Mount]:
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mountinfo:
         return parse_mountinfo(mountinfo.read())
+
+
+def disk_id(mount: Mount) -> str:
+    """What tells the disk that is mounted there from one that takes turns with it; '' where nothing is known to."""
+    with contextlib.suppress(OSError):
+        if mount.type.startswith("ext"):  # it comes from the UUID; elsewhere from the number of the device
+            return "{:x}".format(int(getattr(os.statvfs(mount.point), "f_fsid", 0))).lstrip("0")  # since Python 3.7
+        device, links = os.stat(mount.point).st_dev, "/dev/disk/by-uuid"
+        for name in sorted(os.listdir(links)):
+            if os.stat(os.path.join(links, name)).st_rdev == device:
+                return name
+    return ""
 
 
 def mount_around(path: str, mounts: Sequence[Mount]) -> Optional[Mount]:
@@ -14219,9 +14255,15 @@ class RawPlace(Host):
         self.sender: Optional[RawSender] = None  # the last one
 
     def look(self, path: str) -> Place:
-        """What is at `path`. Its filesystem need not be btrfs: then it is known by where it is mounted."""
+        """What is at `path`. Its filesystem need not be btrfs: then it is known by where it is mounted.
+
+        On this machine also by what tells its disk from others that take turns there.
+        """
         place = self.host.look(path)
-        return place._replace(filesystem=place.filesystem or "mounted at {}".format(place.mount), is_top=False)
+        mount = None if place.filesystem or self.machine else mount_around(place.mount, read_mounts())
+        disk = disk_id(mount) if mount else ""
+        known_by = "mounted at {}".format(place.mount) + " with id {}".format(disk) * bool(disk)
+        return place._replace(filesystem=place.filesystem or known_by, is_top=False)
 
     def list(self, folder: str) -> Listing:
         """The backups that can be restored, and partials; says once what is wrong with others."""
@@ -15393,7 +15435,7 @@ class Guard:
 
     def check_notes(self, arguments: Dict[str, Any]) -> None:
         """The machine's own destinations, and other machines', are not a puller's to note or to forget."""
-        destinations = list(arguments.get("pins", ())) + [
+        destinations = [key for key, pin in arguments.get("pins", {}).items() if key != UNNAMED or pin is None] + [
             change.destination for change_list in ("add", "clear") for change in arguments.get(change_list, ())]
         own = read_own_destinations(arguments["folder"])
         others = [destination for destination in destinations if not self.may_note(destination, own)]
@@ -19293,6 +19335,23 @@ class TaskRun(Sending):
             self.events.warning("writable", "snapshots at {} that are {}".format(
                 self.task.source, writable_text(names)), names=names)
 
+    def remember(self, destinations: Sequence[Destination]) -> None:
+        """As ever; but first, where notes were lost, what destinations may need that are not named now."""
+        if self.are_notes_lost and UNNAMED not in self.pins and self.snapshots:
+            pin = unnamed_pin(self.snapshots)
+            with contextlib.suppress(Refused):  # by an older agent, which lets a restricted key note nothing of that
+                self.host.change_pins(self.folder, self.prefix, {UNNAMED: pin})
+                self.pins = dict(self.pins, **{UNNAMED: (pin,)})
+        super().remember(destinations)
+
+    def warn_of_unnamed(self) -> None:
+        kept = unnamed_snapshots(self.pins, self.snapshots)
+        if kept and not self.task.snapshot_policy.keeps_all:
+            self.events.warning("unnamed", "notes of destinations were lost once: {}, which one that is not remembered "
+                                "may need, stay at {}; once each has been backed up to: {}".format(
+                                    plural(len(kept), "snapshot"), self.task.source,
+                                    forget_command(self.task, self.prefix, TYPED_UNNAMED)))
+
     def warn_of_unknown(self) -> None:
         unknown = self.known().unknown
         if unknown and not self.task.snapshot_policy.keeps_all:
@@ -19328,6 +19387,7 @@ class TaskRun(Sending):
             self.observe_destinations()
             self.warn_of_changed()
             self.warn_of_unknown()
+            self.warn_of_unnamed()
             plan = self.plan()
             if self.task.dry_run:
                 self.show(plan)
@@ -22951,7 +23011,11 @@ def lock_finding(task: Task, key: Tuple[str, str], names: Sequence[str], folder:
 def find_pins(task: Task, key: Tuple[str, str], pins: Sequence[Pin], now: float) -> Findings:
     """What is kept at the source for a destination, one for each disk that takes a turn there. key: prefix and it."""
     prefix, destination = key
-    for pin in pins:
+    for pin in pins if destination == UNNAMED else ():
+        yield Finding(PROBLEM, "notes of destinations were lost once: up to {} and older, snapshots stay that one may "
+                      "need which is not remembered".format(pin.name), "back up to each destination, then: {}".format(
+                          forget_command(task, prefix, TYPED_UNNAMED)))
+    for pin in pins if destination != UNNAMED else ():
         moment = name_moment(pin.name)
         age = 0.0 if moment is None else now - moment
         text = "{} is kept for {}{}, and {} old".format(
@@ -23445,7 +23509,7 @@ class Doctor:
 
     def examine_remembered(self, source: Source) -> None:
         """The ages of the backups at destinations that the source remembers, without looking there."""
-        for key in sorted(source.pins):
+        for key in sorted(set(source.pins) - {UNNAMED}):
             self.ask("age", key, find_age, source.remembered(key), self.task.max_age, self.now)
         if not source.pins:
             self.ask("age", self.task.source, lambda: iter([Finding(
@@ -24042,12 +24106,15 @@ Whatever the policy, these stay:
     received, or is not read-only
   - all at a destination whose listing or transfer failed in this run
   - all snapshots while a destination that is named cannot be listed and
-    nothing is noted of it, and in the run that finds the notes
-    (.destinations.json) lost: name all destinations in that run, for of
-    those that are left out nothing is known afterwards
+    nothing is noted of it
+  - where the notes (.destinations.json) were lost, all snapshots there are
+    in the run that finds that, until you say that each destination has been
+    backed up to: --forget-destination unnamed://
   - a partial backup that no lock names
 
-So a source may keep a few more than -N says: one for each destination that is behind. Of one that will not come back,
+So a source may keep a few more than -N says: one for each destination that is behind, and for each of several disks
+that take turns at one place: of btrfs, or for raw:// of a filesystem whose id this machine knows; others count as one.
+Of one that will not come back,
 say so once, with your usual -p and -f: btrfs-backup-ng -S --forget-destination /mnt/second/home /home. Its
 backups are not touched.""",
     "resuming": """\

@@ -376,6 +376,9 @@ class Broken(DoctorTestCase):
         os.unlink(os.path.join(self.snapshots, ".destinations.json"))
         self.assertIn("back up to each destination", self.problem("parent", "remembers no destination")["remedy"])
         self.transfer("-S")
+        found = self.problem("notes", "notes of destinations were lost")
+        self.assertIn("--forget-destination unnamed://", found["remedy"])
+        self.transfer("-S", "-T", "--forget-destination", "unnamed://")
         self.fine()
 
     def test_backups_that_come_from_another_folder_of_backups_are_no_lost_notes(self):

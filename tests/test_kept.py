@@ -5,6 +5,7 @@ Environment: TORTURE=1 for all rounds.
 
 import os
 import re
+import shlex
 import sys
 import unittest
 
@@ -173,6 +174,31 @@ class Renamed(support.BackupTestCase):
         support.write_locks(self.snapshots, {name: {"locks": [self.target]}})
         self.transfer()
         self.assertConverged()
+
+
+class OtherFilesystemsInTurn(support.BackupTestCase):
+    """Two disks without a btrfs take turns at one mount point."""
+
+    @unittest.skipIf(sys.version_info < (3, 7), "before Python 3.7 nothing tells them apart where there is no udev")
+    def test_each_further_backup_of_a_disk_is_incremental(self):
+        point, images = os.path.join(support.scratch_folder(), "usb"), []
+        os.mkdir(point)
+        self.addCleanup(os.rmdir, point)
+        for number in (0, 1):
+            images.append(os.path.join(support.scratch_folder(), "usb{}.img".format(number)))
+            support.command("truncate", "-s", "64M", images[-1])
+            support.command("mkfs.ext4", "-q", "-F", images[-1])
+            self.addCleanup(os.unlink, images[-1])
+        for day in range(1, 2 * ROUNDS + 1):
+            self.take(day)
+            support.command("mount", "-o", "loop", images[day % 2], point)
+            try:
+                os.makedirs(os.path.join(point, "raw"), exist_ok=True)
+                self.assertEqual(day <= 2, " in full" in self.transfer(
+                    "-N", "1", to=["raw://{}/raw".format(point)]).stderr)
+            finally:
+                support.unmount(point)
+        self.assertEqual(2, len(names(self.snapshots)))  # one for each disk
 
 
 class BrokenOffInTurn(InTurnTestCase):
@@ -358,8 +384,29 @@ class LostNotes(support.BackupTestCase):
     def test_a_run_that_finds_them_lost_deletes_no_snapshot(self):
         self.lose()
         self.assertSpares()
-        self.assertNotIn("nothing is remembered", self.transfer("-N", "2").stderr)
-        self.assertEqual([self.name(2), self.name(3)], names(self.snapshots))
+
+    def test_nor_do_those_after_it_until_the_user_says_so(self):
+        """A disk that is not named, and away, may need any of them."""
+        self.lose()
+        self.transfer("-N", "1")
+        for day in (4, 5):
+            self.take(day)
+            for dry in ["--dry-run"], []:
+                said = self.transfer("-N", "1", *dry).stderr
+                self.assertNotIn("nothing is remembered", said)
+                self.assertIn("3 snapshots, which one that is not remembered may need, stay", said)
+            self.assertEqual([self.name(kept) for kept in (1, 2, 3, day)], names(self.snapshots))
+        self.other.mount()
+        self.transfer("-N", "1", to=[self.others])
+        self.assertIsNotNone(subvolume(os.path.join(self.others, self.name(5))).parent_uuid)
+        self.assertIn(self.name(1), names(self.snapshots))
+        found = self.run_program("doctor", "-p", "home", self.source, status=1).stdout
+        command = " ".join(shlex.quote(word) for word in ("-T", "--forget-destination", "unnamed://"))
+        self.assertIn(command, found)
+        self.assertIn(command, self.transfer("-N", "1").stderr)
+        self.transfer("-T", "--forget-destination", "unnamed://", to=[])
+        self.assertNotIn("not remembered", self.transfer("-N", "1").stderr)
+        self.assertEqual([self.name(5)], names(self.snapshots))
 
     def test_nor_one_that_cannot_see_a_destination_of_which_nothing_is_known(self):
         """However often: the next run finds notes again, but none of that destination."""
@@ -370,6 +417,7 @@ class LostNotes(support.BackupTestCase):
         self.assertIn("what has no backups yet can be left out until it is there", said)
         self.other.mount()
         self.transfer("-N", "1", to=[self.target, self.others])
+        self.transfer("-N", "1", "--forget-destination", "unnamed://", to=[self.target, self.others])
         self.assertEqual([self.name(3)], names(self.snapshots))
         self.assertIsNotNone(support.subvolume(os.path.join(self.others, self.name(3))).parent_uuid)
 

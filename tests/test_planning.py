@@ -444,13 +444,22 @@ class RetentionAtTheSource(unittest.TestCase):
         self.assertEqual([1, 3, 4], self.kept(pins={"/b": (one, other)}))
 
     def test_a_new_pin_replaces_that_of_its_filesystem(self):
-        one, other = self.pin(1, filesystem="one"), self.pin(2, filesystem="other")
-        later = self.pin(3, filesystem="one")
+        first, second = ("11111111-2222-3333-4444-55555555555{}".format(digit) for digit in "56")
+        one, other = self.pin(1, filesystem=first), self.pin(2, filesystem=second)
+        later = self.pin(3, filesystem=first)
         unknown = self.pin(4)
         self.assertEqual((one,), with_pin((), one))
         self.assertEqual((one, other), with_pin((one,), other))
         self.assertEqual((other, later), with_pin((one, other), later))
         self.assertEqual((one, other, unknown), with_pin((one, other), unknown))
+
+    def test_it_replaces_one_that_was_noted_without_the_id_of_its_disk(self):
+        old, one, other = (self.pin(day, filesystem="mounted at /mnt/usb" + more)
+                           for day, more in ((1, ""), (2, " with id 1"), (3, " with id 2")))
+        self.assertEqual((one,), with_pin((old,), one))
+        self.assertEqual((one, other), with_pin((one,), other))
+        elsewhere = self.pin(4, filesystem="mounted at /mnt/usb2 with id 1")
+        self.assertEqual((old, elsewhere), with_pin((old,), elsewhere))
 
     def test_a_pin_goes_by_identity(self):
         self.assertEqual([4], self.kept(pins={"/b": (self.pin(1, uuid="of an earlier one of that name"),)}))
