@@ -16014,6 +16014,17 @@ def import_source(path: str, source: bytes) -> "Any":
     return program
 
 
+def import_program(path: str, source: bytes, is_kept: bool) -> "Any":
+    """The program as a module. What is made by that stays to the end: to look there for garbage takes a third of it."""
+    import gc
+    gc.disable()
+    program = (import_kept(path) if is_kept else None) or import_source(path, source)
+    if hasattr(gc, "freeze"):  # since 3.7
+        gc.freeze()  # novm
+    gc.enable()
+    return program
+
+
 def begin_agent(digest: str, line: str) -> None:
     """Becomes the agent that the source of that digest is; line: what this is run from."""
     if sys.version_info < (3, 6):
@@ -16029,7 +16040,7 @@ def begin_agent(digest: str, line: str) -> None:
         if hashlib.sha256(source).hexdigest() != digest:
             raise SystemExit("the program arrived damaged")
         is_kept = store_source(path, source)
-    program = (import_kept(path) if is_kept else None) or import_source(path, source)
+    program = import_program(path, source, is_kept)
     sys.argv = ["btrfs-backup-ng", "agent"]
     raise SystemExit(program.main(["agent"]))
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import unittest
 
@@ -819,6 +820,21 @@ class CacheFolder(TransferTestCase):
         self.push("-S", status=1)
         kept, = self.cached(os.path.join(account.home, ".cache", "btrfs-backup-ng"))
         self.assertEqual(account.uid, os.stat(kept).st_uid)
+
+
+class Garbage(unittest.TestCase):
+
+    SCRIPT = """import gc, sys
+sys.path.insert(0, sys.argv[1])
+import btrfs_backup_ng as program
+imported = program.import_program("/nowhere", b"import gc; is_looked_for = gc.isenabled()", False)
+print(imported.is_looked_for, gc.isenabled(), getattr(gc, "get_freeze_count", lambda: 1)() > 0)
+"""
+
+    def test_none_is_looked_for_while_the_program_is_imported_there(self):
+        """Each look would go over all that has been made, the last one at the agent's end."""
+        words = [sys.executable, "-c", self.SCRIPT, os.path.dirname(support.PROGRAM)]
+        self.assertEqual("False True True\n", support.command(*words))
 
 
 class OldPythons(remote.RemoteTestCase):
