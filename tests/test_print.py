@@ -24,8 +24,12 @@ def run(*argv, **options):
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
-def program(*arguments, **options):
-    return run(*support.PROGRAM_ARGV, *arguments, **options)
+def program(*arguments, env=None):
+    running = support.Running(*arguments, env=env)
+    try:
+        return tuple(running.finish())
+    finally:
+        running.close()
 
 
 class PrintTestCase(unittest.TestCase):
@@ -260,8 +264,8 @@ class Zsh(Completion):
         super().setUp()
         self.need("zsh")
         self.file("_btrfs-backup-ng", self.printed("completion", "zsh"))
-        self.file(".zshrc", "PS1='READY> '\nLISTMAX=100000\nfpath=({} $fpath)\nautoload -Uz compinit\n"
-                            "compinit -u -D\nzstyle ':completion:*' verbose no\n"
+        self.file(".zshrc", "PS1='READY> '\nLISTMAX=100000\nfpath=({0} $fpath)\nautoload -Uz compinit\n"
+                            "compinit -u -d {0}/dump\nzstyle ':completion:*' verbose no\n"
                             "setopt list_packed no_beep no_auto_menu no_auto_remove_slash\n".format(self.folder))
         os.mkdir(os.path.join(self.folder, "work"))
 
@@ -273,7 +277,7 @@ class Zsh(Completion):
             self.assertEqual([], [offer for offer in offers if offer not in shown], shown)
         self.assertNotIn("run", os.listdir(self.folder))
 
-    def shown(self, line, seconds=20):
+    def shown(self, line):
         """The terminal's text after TAB was pressed behind `line`; the offers are below it."""
         child, terminal = pty.fork()
         if child == 0:
@@ -283,17 +287,17 @@ class Zsh(Completion):
             os.execvpe("zsh", ["zsh", "-i"], environment)
         text = ""
         try:
-            text = self.wait_for(terminal, "READY> ", seconds)
+            text = self.wait_for(terminal, "READY> ")
             os.write(terminal, "btrfs-backup-ng {}\t\x05#END".format(line).encode())
-            text = self.wait_for(terminal, "#END", seconds)
+            text = self.wait_for(terminal, "#END")
         finally:
             os.kill(child, 9)
             os.waitpid(child, 0)
             os.close(terminal)
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
-    def wait_for(self, terminal, words, seconds):
-        text, deadline = b"", time.monotonic() + seconds
+    def wait_for(self, terminal, words):
+        text, deadline = b"", time.monotonic() + support.HANGS
         while words.encode() not in text:
             ready = select.select([terminal], [], [], max(0, deadline - time.monotonic()))[0]
             self.assertTrue(ready, "zsh did not show {!r}: {!r}".format(words, text))
@@ -322,6 +326,8 @@ class Zsh(Completion):
 
 
 class Units(PrintTestCase):
+
+    usual_seconds = 4
 
     def units(self, *arguments):
         """The folder of the units that the printed script writes, and the service's command line."""
