@@ -23,6 +23,8 @@ import btrfs_backup_ng as program
 class WhoIsSignalled(unittest.TestCase):
     """kill(2) with a number of 0, 1 or less is meant for many, and a number that is not held may be another's."""
 
+    usual_seconds = 10
+
     SIGNALLING = "signal_process"
 
     def functions(self):

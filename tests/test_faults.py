@@ -19,7 +19,7 @@ from support import bulk, command, names, partials, snapshot, subvolume
 
 import btrfs_backup_ng as program
 
-MOMENTS = int(os.environ.get("TORTURE", 5))
+MOMENTS = int(os.environ.get("TORTURE", 3))
 
 
 class FaultTestCase(support.BackupTestCase):

@@ -202,6 +202,8 @@ def live(seed, argv, folder):
 
 class HostsThatLie(support.BackupTestCase):
 
+    usual_seconds = 12
+
     def setUp(self):
         super().setUp()
         self.folder = os.path.join(support.scratch_folder(), "case")

@@ -204,6 +204,8 @@ class OtherFilesystemsInTurn(support.BackupTestCase):
 class BrokenOffInTurn(InTurnTestCase):
     """A transfer to one of the disks is killed, then the other has its turn."""
 
+    usual_seconds = 9
+
     source_size = target_size = "1G"
 
     def kill_when(self, last, limit, to=None):
@@ -326,6 +328,8 @@ class BrokenOffInTurn(InTurnTestCase):
 
 
 class BrokenOffInOthersReach(BrokenOffInTurn):
+
+    usual_seconds = 9
 
     target_mode = 0o755
 

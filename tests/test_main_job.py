@@ -20,6 +20,8 @@ FUTURE = "home20990101-000000"
 class TreesAreEqual(support.BackupTestCase):
     """After a full run and eight incremental ones over random changes."""
 
+    usual_seconds = 15
+
     def back_up_churn(self, targets, back_up):
         churn = support.Churn(self.source, seed=len(targets))
         churn.fill()

@@ -248,6 +248,8 @@ OTHERS = (
 
 class Mistakes(support.BackupTestCase):
 
+    usual_seconds = 4
+
     def setUp(self):
         super().setUp()
         os.makedirs(os.path.join(self.source, "anna", "letters"))

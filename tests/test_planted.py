@@ -337,6 +337,8 @@ sys.exit(program.main())
 
 class KilledWhileItArrives(PlantedTestCase):
 
+    usual_seconds = 50
+
     def subvolumes(self):
         return len(support.command("btrfs", "subvolume", "list", "-o", self.target).splitlines())
 

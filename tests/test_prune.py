@@ -439,6 +439,8 @@ class OverSsh(remote.RemoteTestCase):
 
 class KilledAtAnyMoment(BackupTestCase):
 
+    usual_seconds = 15
+
     def backups(self, days):
         """Read-only subvolumes with received UUIDs, made without transfers and, as it is done often, by ioctl."""
         subvol_create, subvol_setflags, readonly = 0x5000940E, 0x4008941A, 2
@@ -455,7 +457,7 @@ class KilledAtAnyMoment(BackupTestCase):
     def test_the_next_one_converges(self):
         """What the policy keeps is there at every moment; what goes, goes from the oldest."""
         choose = support.chance(self)
-        for _ in range(max(30, TORTURE)):
+        for _ in range(max(30, TORTURE) if TORTURE else 12):
             self.backups(range(12))
             before = names(self.target)
             run, most = self.start("prune", "-n", "3", self.target), choose.randint(4, 12)

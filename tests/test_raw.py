@@ -239,6 +239,8 @@ class Files(RawTestCase):
 class Filters(RawTestCase):
     """Each compressor with each way to encrypt, on ext4 or on tmpfs (TORTURE: on both); restored by hand."""
 
+    usual_seconds = 40
+
     def check(self, folder, compressor, encryption):
         self.folder = os.path.join(folder, "made")
         os.mkdir(self.folder)

@@ -1058,6 +1058,8 @@ class BadInput(remote.RemoteTestCase):
 class Faults(remote.RemoteTestCase):
     """Whatever is killed: nothing keeps running on either side, and the next run brings all over."""
 
+    usual_seconds = 10
+
     def setUp(self):
         super().setUp()
         self.take(1)

@@ -27,7 +27,7 @@ from btrfs_backup_ng import (
     reachable_path,
 )
 
-ROUNDS = int(os.environ.get("TORTURE", "0")) or 8
+ROUNDS = int(os.environ.get("TORTURE", "0")) or 5
 
 
 class Choosing(unittest.TestCase):
@@ -652,6 +652,8 @@ class InPlace(RestoreTestCase):
 class Killed(RestoreTestCase):
     """kill -9 at any moment: the old or the new one stands there, and the next call converges."""
 
+    usual_seconds = 15
+
     source_size = target_size = "1G"
 
     def check(self, moment, old, trees):
@@ -694,6 +696,8 @@ class Killed(RestoreTestCase):
 
 class KilledAtEachStep(RestoreTestCase):
     """kill -9 between any two calls that change something, one after the other."""
+
+    usual_seconds = 15
 
     def killed_at(self, number, *arguments):
         """Whether the program was killed at that step; it has ended in any case."""

@@ -722,7 +722,7 @@ class TenClients(RestrictedTestCase):
 
     def test_all_backups_are_complete_in_the_end(self):
         running = {number: self.begin(number) for number in range(self.clients)}
-        peaks, kills, deadline = [], 0, time.monotonic() + 240 + 10 * self.kills
+        peaks, kills, deadline = [], 0, time.monotonic() + 4 * support.HANGS + 10 * self.kills
         while running:
             self.assertLess(time.monotonic(), deadline)
             time.sleep(1)
@@ -754,7 +754,7 @@ class Fuzz(RestrictedTestCase):
     """Whatever comes over the channel: no traceback, no hang, no file touched."""
 
     usual_seconds = 15
-    seconds = 3600.0 if os.environ.get("TORTURE") else 15.0
+    seconds, rounds = (3600.0, 0) if os.environ.get("TORTURE") else (0.0, 40)
     allow = "receive,list,send,delete,verify,snapshot"
 
     def frames(self, chance):
@@ -781,7 +781,7 @@ class Fuzz(RestrictedTestCase):
         before = support.tree(self.target_disk.path)
         chance, begun, rounds = support.chance(self), time.monotonic(), 0
         argv = support.PROGRAM_ARGV + ["agent", "--under", self.target, "--allow", self.allow]
-        while time.monotonic() - begun < self.seconds or rounds <= 10:
+        while time.monotonic() - begun < self.seconds or rounds <= max(self.rounds, 10):
             sent = (program.MARKER if chance.random() < 0.9 else b"") + b"".join(self.frames(chance))
             done = subprocess.run(argv, input=sent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                   timeout=support.HANGS)

@@ -44,6 +44,8 @@ def boundaries(stream):
 class Pieces(support.TestCase):
     """Real streams, given to receivers of the program in pieces that are cut at random."""
 
+    usual_seconds = 10
+
     def setUp(self):
         self.chance = support.chance(self)
         self.seed = self.chance.getrandbits(32)
@@ -118,7 +120,7 @@ class Pieces(support.TestCase):
         self.assertComplete(os.path.join(self.target, "home-last"), last)
 
     def test_cuts_in_protocol_1(self):
-        self.check(cuts=TORTURE or 12)
+        self.check(cuts=TORTURE or 6)
 
     def test_cuts_in_compressed_data(self):
         able = self.host.capabilities()
@@ -126,7 +128,7 @@ class Pieces(support.TestCase):
             self.source_disk.remount("compress-force=zstd")
             with open(os.path.join(self.top, "compressible"), "wb") as file:
                 file.write(b"compresses well " * (5 << 16))
-            self.check(cuts=TORTURE or 12, compressed=True)
+            self.check(cuts=TORTURE or 6, compressed=True)
 
     def test_another_stream_is_not_taken_for_the_same(self):
         """The record of one snapshot says nothing of another, or of one on another parent."""
@@ -203,6 +205,8 @@ class ResumeTestCase(support.BackupTestCase):
 
 
 class Local(ResumeTestCase):
+
+    usual_seconds = 6
 
     def interrupt(self, number, mib=96, arrived=25):
         name = self.large(mib)
@@ -315,10 +319,14 @@ class Local(ResumeTestCase):
 class InOthersReach(Local):
     """There each piece is received in a closed folder, and comes out of it."""
 
+    usual_seconds = 6
+
     target_mode = 0o755
 
 
 class Killed(ResumeTestCase):
+
+    usual_seconds = 16
 
     def test_a_process_is_killed_and_the_run_goes_on(self):
         for verb in ("send", "receive"):

@@ -12,10 +12,12 @@ import remote
 import support
 from support import bulk, names, subvolume, wait_until
 
-FAULTS = int(os.environ.get("TORTURE", 5))
+FAULTS = int(os.environ.get("TORTURE", 3))
 
 
 class RandomFaults(remote.RemoteTestCase):
+
+    usual_seconds = 30
 
     source_size = "2G"
     target_size = "2G"
@@ -92,7 +94,7 @@ class RandomFaults(remote.RemoteTestCase):
                 time.sleep(self.random.uniform(0, 3))
                 kind = self.fault(run)
                 try:
-                    run.process.wait(90)
+                    run.process.wait(2 * support.HANGS)
                 except Exception:
                     self.fail("{}: still running after {}".format(run.kill().stderr, kind))
                 for target in targets:
@@ -103,8 +105,8 @@ class RandomFaults(remote.RemoteTestCase):
                     os.unlink(filler)
                 support.command("btrfs", "filesystem", "sync", self.near)
                 run.kill()
-                self.assertTrue(wait_until(lambda: not self.server.processes(), 60), kind)
-                self.run_program(*self.options + endpoints, timeout=180)
+                self.assertTrue(wait_until(lambda: not self.server.processes()), kind)
+                self.run_program(*self.options + endpoints, timeout=2 * support.HANGS)
                 self.check(targets, kind)
 
     def check(self, targets, kind):
@@ -113,7 +115,7 @@ class RandomFaults(remote.RemoteTestCase):
             self.assertEqual(newest, names(target)[-1], kind)
             self.assertComplete(os.path.join(target, newest), self.snapshot_path(newest))
             self.assertEqual([], support.hidden(target), kind)
-        self.assertTrue(wait_until(lambda: not self.server.processes(), 30), "left over after " + kind)
+        self.assertTrue(wait_until(lambda: not self.server.processes()), "left over after " + kind)
 
 
 if __name__ == "__main__":

@@ -113,6 +113,8 @@ class Cut(ResumeTestCase):
 
 class Silent(ResumeTestCase):
 
+    usual_seconds = 13
+
     def lose(self, start):
         run = start(*SILENT)
         self.half_way(run)
@@ -183,6 +185,8 @@ class Killed(ResumeTestCase):
 
 class KilledAtOnce(ResumeTestCase):
     """Nobody is left to make a checkpoint: what the periodic ones do not save is sent again."""
+
+    usual_seconds = 13
 
     large = 1024 if TORTURE else LARGE
     rate = 50  # MiB a second, for which the distance in time is not the larger one

@@ -106,6 +106,8 @@ class Text(unittest.TestCase):
 class AYear(InZone):
     """A snapshot at each noon from 2025-01-01 to 2026-01-10, but for June, when the machine was off."""
 
+    usual_seconds = 3
+
     def setUp(self):
         super().setUp()
         self.moments = daily((2025, 1, 1), (2025, 5, 31)) + daily((2025, 7, 1), (2026, 1, 10))

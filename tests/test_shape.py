@@ -142,6 +142,8 @@ def long_functions(source, most):
 
 class Program(unittest.TestCase):
 
+    usual_seconds = 4
+
     def test_the_list_of_contents_tells_what_is_there(self):
         titles = [title for _, title in banners(SOURCE)]
         self.assertGreater(len(titles), 10)

@@ -295,6 +295,8 @@ class Stopped(StoppedTestCase):
 
 class StoppedAtAnyMoment(StoppedTestCase):
 
+    usual_seconds = 40
+
     mib = 16  # which takes as long as the moments reach
 
     def test_at_any_moment(self):

@@ -136,6 +136,8 @@ class WithoutPython(PlainTestCase):
 class AnyShellAndPath(PlainTestCase):
     """Whatever the login shell, as a user with sudo."""
 
+    usual_seconds = 25
+
     SHELLS = ("sh", "dash", "bash", "zsh", "fish", "tcsh", "busybox", "rbash")
     # What one of them takes for something else: doubled backslashes, an exclamation mark, a brace, a caret.
     FOLDER = "a \\\\ b\\'c\\ \"d\" $HOME `id` !! {a,b} ^ ~ % \udce9 \u00e9 *?[x] #;&|<>()-"
