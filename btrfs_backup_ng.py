@@ -6505,6 +6505,12 @@ def parse_fstab(text: str) -> List[str]:
     return [re.sub(r"\\([0-7]{3})", lambda m: chr(int(m.group(1), 8)), row[1]) for row in rows if len(row) > 2]
 
 
+def mount_number(fd: int) -> int:
+    """The number of the mount by which something is open, also of what is bound there; 0 before Linux 3.15."""
+    with open("/proc/self/fdinfo/{}".format(fd), encoding="ascii") as about:
+        return next((int(line.split()[1]) for line in about if line.startswith("mnt_id:")), 0)
+
+
 def find_unmounted(path: str) -> str:
     """The mount point of /etc/fstab at or above `path` that has nothing mounted, or ''."""
     try:
@@ -8600,14 +8606,17 @@ ENTRY_HEAD = struct.Struct(">IIIqIqIQQI?HHH")  # as FileEntry; then lengths of p
 XATTR_HEAD = struct.Struct(">HI")  # lengths of name and value
 OFFSET = struct.Struct(">Q")
 ENTRY_RECORD, CONTENTS_RECORD, LEFT_RECORD, LAST_RECORD = b"E", b"D", b"N", b"Z"
+XATTRS_RECORD = b"X"  # of the entry to come, as many as there is no room for in its own
 LARGEST_RECORD = 2 << 20  # bytes
 READ_AT_ONCE = 1 << 20  # bytes of a file
 LARGEST_TREE_PATH = 1 << 16  # bytes; names may lead farther down than any path
 LARGEST_XATTR = 1 << 16  # bytes (Linux, XATTR_SIZE_MAX)
+XATTRS_AT_ONCE, MOST_XATTRS = 1 << 20, 64 << 20  # bytes of those of one entry: in a record, and in all
 NOT_KNOWN = (1 << 32) - 1
 SECOND = 10 ** 9  # ns
 SECONDS_OF_64_BITS = range(-1 << 63, 1 << 63)
 XATTR_NAME = re.compile(rb"(?:user|trusted|security|btrfs)\.[^\0]+|system\.posix_acl_(?:access|default)", re.DOTALL)
+Xattr = Tuple[bytes, bytes]  # name and value
 ONES_OWN_NAMES = "a subvolume or filesystem of its own is there"
 
 
@@ -8629,7 +8638,7 @@ class FileEntry(NamedTuple):
     flags: int = NOT_KNOWN
     same: bool = False
     link: bytes = b""
-    xattrs: Tuple[Tuple[bytes, bytes], ...] = ()
+    xattrs: Tuple[Xattr, ...] = ()
 
     @property
     def type(self) -> int:
@@ -8720,42 +8729,72 @@ def read_extent(extent: Extent) -> Iterator[FilePart]:
         at += len(data)
 
 
-def pack_entry(entry: FileEntry) -> bytes:
+def xattr_size(xattr: Xattr) -> int:
+    """The bytes that an extended attribute takes on its way."""
+    return XATTR_HEAD.size + len(xattr[0]) + len(xattr[1])
+
+
+def parted_xattrs(xattrs: Iterable[Xattr]) -> List[List[Xattr]]:
+    """As many at once as a record has room for: one list at least, which may be empty."""
+    parted, size = [[]], 0  # type: List[List[Xattr]], int
+    for xattr in xattrs:
+        if size >= XATTRS_AT_ONCE:
+            parted.append([])
+            size = 0
+        parted[-1].append(xattr)
+        size += xattr_size(xattr)
+    return parted
+
+
+def pack_xattrs(xattrs: Iterable[Xattr]) -> bytes:
+    return b"".join(part for name, value in xattrs for part in (XATTR_HEAD.pack(len(name), len(value)), name, value))
+
+
+def pack_entry(entry: FileEntry, xattrs: Sequence[Xattr]) -> bytes:
+    """xattrs: those of its attributes that go with it."""
     times = divmod(entry.atime, SECOND) + divmod(entry.mtime, SECOND)  # any that 64 bits of seconds can tell
     head = ENTRY_HEAD.pack(*entry[1:4] + times + entry[6:9] + (
-        entry.same, len(entry.path), len(entry.link), len(entry.xattrs)))
-    xattrs = [part for name, value in entry.xattrs for part in (XATTR_HEAD.pack(len(name), len(value)), name, value)]
-    return b"".join([head, entry.path, entry.link] + xattrs)
+        entry.same, len(entry.path), len(entry.link), len(xattrs)))
+    return b"".join([head, entry.path, entry.link, pack_xattrs(xattrs)])
+
+
+def record_of(tag: bytes, *parts: Chunk) -> List[Chunk]:
+    return [FILE_RECORD.pack(tag, sum(map(len, parts))), *parts]
 
 
 def pack_item(item: Union[FileEntry, FilePart, LeftOut]) -> List[Chunk]:
-    """A record, in parts."""
-    if isinstance(item, FileEntry):
-        tag, parts = ENTRY_RECORD, [pack_entry(item)]  # type: bytes, List[Chunk]
-    elif isinstance(item, FilePart):
-        tag, parts = CONTENTS_RECORD, [OFFSET.pack(item.offset), item.data]
-    else:
-        tag, parts = LEFT_RECORD, [b"\1" if item.expected else b"\0", OFFSET.pack(len(item.path)), item.path,
-                                    item.why.encode("utf-8", "surrogateescape")]
-    return [FILE_RECORD.pack(tag, sum(map(len, parts)))] + parts
+    """A record, in parts; several where the attributes of an entry do not go into one."""
+    if isinstance(item, FilePart):
+        return record_of(CONTENTS_RECORD, OFFSET.pack(item.offset), item.data)
+    if isinstance(item, LeftOut):
+        return record_of(LEFT_RECORD, b"\1" if item.expected else b"\0", OFFSET.pack(len(item.path)), item.path,
+                         item.why.encode("utf-8", "surrogateescape"))
+    *before, own = parted_xattrs(item.xattrs)
+    records = [part for some in before for part in record_of(XATTRS_RECORD, pack_xattrs(some))]
+    return records + record_of(ENTRY_RECORD, pack_entry(item, own))
+
+
+def unpack_xattrs(payload: bytes) -> List[Xattr]:
+    """ValueError or struct.error where they are none."""
+    at, xattrs = 0, []
+    while at < len(payload):
+        name_size, value_size = XATTR_HEAD.unpack_from(payload, at)
+        middle = at + XATTR_HEAD.size + name_size
+        xattrs.append((payload[at + XATTR_HEAD.size:middle], payload[middle:middle + value_size]))
+        at = middle + value_size
+    if at != len(payload):
+        raise ValueError("attributes of another length")
+    return xattrs
 
 
 def unpack_entry(payload: bytes) -> FileEntry:
     """ValueError or struct.error where it is none."""
     (mode, uid, gid, atime, atime_ns, mtime, mtime_ns, *about,
      same, path_size, link_size, count) = ENTRY_HEAD.unpack_from(payload)
-    at, xattrs = ENTRY_HEAD.size, []
-
-    def cut(size: int) -> bytes:
-        nonlocal at
-        at += size
-        return payload[at - size:at]
-
-    path, link = cut(path_size), cut(link_size)
-    for _ in range(count):
-        name_size, value_size = XATTR_HEAD.unpack(cut(XATTR_HEAD.size))
-        xattrs.append((cut(name_size), cut(value_size)))
-    if at != len(payload):
+    middle = ENTRY_HEAD.size + path_size
+    end = middle + link_size
+    path, link, xattrs = payload[ENTRY_HEAD.size:middle], payload[middle:end], unpack_xattrs(payload[end:])
+    if end > len(payload) or len(xattrs) != count:
         raise ValueError("an entry of another length")
     return FileEntry(path, mode, uid, gid, atime * SECOND + atime_ns, mtime * SECOND + mtime_ns, *about)._replace(
         same=same, link=link, xattrs=tuple(xattrs))
@@ -8778,8 +8817,8 @@ def forged(what: str, path: bytes = b"") -> BackupError:
                        "nothing was put in its place; check the machine that it comes from")
 
 
-def unpack_items(chunks: Iterable[Chunk]) -> Iterator[FileItem]:
-    """The items of records, in chunks of any size; BackupError for what is none, or where the last is missing."""
+def records_in(chunks: Iterable[Chunk]) -> Iterator[Tuple[bytes, bytes]]:
+    """Tag and payload of records in chunks of any size, but the last one; BackupError where that is missing."""
     carry, is_over = bytearray(), False
     for chunk in chunks:
         carry += chunk
@@ -8801,6 +8840,28 @@ def unpack_items(chunks: Iterable[Chunk]) -> Iterator[FileItem]:
         del carry[:at]
     if not is_over or carry:
         raise forged("no end" if not is_over else "more than its end")
+
+
+def unpack_items(chunks: Iterable[Chunk]) -> Iterator[FileItem]:
+    """The items of records; BackupError for what is none."""
+    more, size = [], 0  # type: List[Xattr], int
+    for tag, payload in records_in(chunks):
+        try:
+            if tag == XATTRS_RECORD:
+                size += len(payload)
+                if size > MOST_XATTRS:
+                    raise ValueError("more attributes than are taken")
+                more += unpack_xattrs(payload)
+                continue
+            item = unpack_item(tag, payload)
+        except (ValueError, struct.error) as error:
+            raise forged(str(error)) from None
+        if more and not isinstance(item, FileEntry):
+            raise forged("attributes of no entry")
+        yield item._replace(xattrs=tuple(more) + item.xattrs) if isinstance(item, FileEntry) else item
+        more, size = [], 0
+    if more:
+        raise forged("attributes of no entry")
 
 
 class EntryGate:
@@ -8923,10 +8984,20 @@ def open_inner(top: int, path: bytes) -> int:
         raise
 
 
-def read_xattrs(fd: int) -> Tuple[Tuple[bytes, bytes], ...]:
-    """What is open may be a link: then the way goes by /proc, which leads to the link itself."""
-    at = "/proc/self/fd/{}".format(fd)
-    return tuple((os.fsencode(name), os.getxattr(at, name)) for name in sorted(os.listxattr(at)))
+def open_above(folder: int) -> int:
+    """The folder that an open one is in. OSError."""
+    return os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
+
+
+def read_xattrs(fd: int) -> Tuple[Xattr, ...]:
+    """What is open may be a link: then the way goes by /proc, which leads to the link itself. OSError."""
+    at, found, size = "/proc/self/fd/{}".format(fd), [], 0
+    for name in sorted(os.listxattr(at)):
+        found.append((os.fsencode(name), os.getxattr(at, name)))
+        size += xattr_size(found[-1])
+        if size > MOST_XATTRS:
+            raise OSError(errno.E2BIG, "it has more than {} of extended attributes".format(format_size(MOST_XATTRS)))
+    return tuple(found)
 
 
 def wanted_names(paths: Iterable[str]) -> Dict[bytes, bytes]:
@@ -15297,9 +15368,12 @@ class Guard:
                     raise missing from None
                 except OSError:
                     raise Refused("{} is not a plain folder".format(at)) from None
+                is_mounted = at in mounts or mount_number(inner) != mount_number(fd)
                 os.close(fd)
                 fd = inner
-                self.check_step(fd, at, part, mounts)
+                if is_mounted:
+                    raise Refused("{} is a mount point".format(at))
+                self.check_step(fd, at, part)
             return self.admit(fd, at)
         finally:
             os.close(fd)
@@ -15332,9 +15406,7 @@ class Guard:
         raise Refused("{} is not below {}".format(printable(path), self.restriction.under))
 
     @staticmethod
-    def check_step(fd: int, at: str, part: str, mounts: FrozenSet[str]) -> None:
-        if at in mounts:
-            raise Refused("{} is a mount point".format(at))
+    def check_step(fd: int, at: str, part: str) -> None:
         if os.fstat(fd).st_ino == SUBVOLUME_INODE:
             try:
                 subvolume = subvolume_of_fd(fd, part)
@@ -15359,8 +15431,8 @@ class Guard:
         folders = [arguments[key] for key in arguments if key in PATH_ARGUMENTS]
         for found in (found for key, value in arguments.items() for found in names_in(key, value)):
             check_name(found)
-            if any(os.path.islink(os.path.join(folder, found)) for folder in folders):
-                raise Refused("{} is a link".format(printable(found)))
+            for folder in folders:
+                self.check_named(folder, found)
         if name in ("delete", "delete_raw"):
             self.check_deletion(arguments["doomed"])
         elif name == "open_raw_receive":
@@ -15372,6 +15444,24 @@ class Guard:
         elif name == "claim":
             check_prefix(arguments["claim"].prefix)
         return list(arguments.values())
+
+    @staticmethod
+    def check_named(folder: str, name: str) -> None:
+        """Refused where a name in a folder leads out of it: by a link, or to what is mounted there."""
+        path = os.path.join(folder, name)
+        if os.path.islink(path):
+            raise Refused("{} is a link".format(printable(name)))
+        opened: List[int] = []
+        try:
+            for at, more in ((folder, 0), (path, os.O_NOFOLLOW)):
+                opened.append(os.open(at, os.O_PATH | os.O_CLOEXEC | more))
+            if mount_number(opened[0]) != mount_number(opened[1]):
+                raise Refused("{} is a mount point".format(printable(name)))
+        except FileNotFoundError:
+            pass  # whoever asked is told so
+        finally:
+            for fd in opened:
+                os.close(fd)
 
     def allowed_part(self, name: str, arguments: Sequence[Any], found: Any) -> Any:
         """What of an answer the other side may see: of notes its own, unless it may delete, when all protect."""

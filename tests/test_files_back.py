@@ -74,6 +74,17 @@ class Records(unittest.TestCase):
         with self.assertRaisesRegex(program.BackupError, "a record of"):
             list(unpack_items([struct.pack(">cI", b"D", 1 << 30)]))
 
+    def test_attributes_that_no_record_has_room_for(self):
+        large = [FileEntry(b"a", FOLDER, xattrs=tuple((b"user.%d" % number, bytes([number]) * (1 << 16))
+                                                      for number in range(50))), FileEntry(b"b", FILE)]
+        data = list(map(bytes, pack_items(large)))
+        self.assertEqual(large, list(unpack_items(data)))
+        record = next(at for at, part in enumerate(data) if part[:1] == program.XATTRS_RECORD)
+        for wrong in (data[record:record + 2] * 70 + data, data[record:record + 2] + data[-1:],
+                      data[record:record + 2] + list(pack_items([LeftOut(b"a", "x")]))):
+            with self.assertRaisesRegex(program.BackupError, "attributes"):
+                list(unpack_items(wrong))
+
     def passes(self, *items, **more):
         gate = EntryGate({b"a", b"b"}, **more)
         for item in items:

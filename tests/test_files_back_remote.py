@@ -53,6 +53,15 @@ class FromAnotherMachine(remote.RemoteTestCase):
         self.restore("--compress", "gzip", *self.all_of_it() + [self.into])
         self.check_whole()
 
+    def test_more_attributes_than_one_record_holds(self):
+        for name in ("f", "d"):
+            (os.mkdir if name == "d" else lambda path: self.write("f", "x"))(os.path.join(self.source, name))
+            for number in range(260):
+                os.setxattr(os.path.join(self.source, name), "user.%d" % number, bytes([number % 256]) * 15000)
+        self.back_up()
+        self.restore(*self.all_of_it() + [self.into])
+        self.check_whole()
+
     def test_what_is_not_there(self):
         self.write("f", "x")
         os.symlink("/etc", os.path.join(self.source, "etc"))

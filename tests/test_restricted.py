@@ -262,6 +262,34 @@ class Hostile(RestrictedTestCase):
                 guard.open_path(path, make=False)
             self.assertIn("mount point", caught.exception.message)
 
+    def test_what_is_mounted_on_a_name(self):
+        """A subvolume of another filesystem, or one of this filesystem that lies elsewhere."""
+        other = support.create(os.path.join(self.disk().path, "other"))
+        for number, source in enumerate((other, self.secret)):
+            with contextlib.ExitStack() as undo:
+                name = self.name(20 + number)
+                point = os.path.join(self.target, name)
+                os.mkdir(point)
+                undo.callback(os.rmdir, point)
+                support.command("mount", "--bind", source, point)
+                undo.callback(support.unmount, point)
+                self.check_no_call_enters(name)
+
+    def check_no_call_enters(self, name):
+        found = 0
+        for call in (call for call, groups in CALLS.items() if groups):
+            hints = [key for key in get_type_hints(program.declaration(call)) if key != "return"]
+            arguments = dict(zip(hints, self.arguments(call, self.target)))
+            if set(arguments) & PATH_ARGUMENTS and set(arguments) & program.NAME_ARGUMENTS:
+                found += 1
+                for key in set(arguments) & program.NAME_ARGUMENTS:
+                    arguments[key] = name if isinstance(arguments[key], str) else [[name]]
+                guard = program.Guard(program.Restriction(self.target, tuple(program.AGENT_GROUPS)))
+                with self.subTest(call=call), contextlib.closing(guard.opened):
+                    self.refused(lambda call=call, guard=guard, arguments=arguments: guard.checked(call, arguments),
+                                 "mount point")
+        self.assertGreater(found, 10)
+
     def test_every_call_of_another_group(self):
         for call, groups in CALLS.items():
             if not {"receive", "list"} & set(groups):
