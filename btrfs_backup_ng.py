@@ -8832,10 +8832,7 @@ def records_in(chunks: Iterable[Chunk]) -> Iterator[Tuple[bytes, bytes]]:
                 break
             is_over = tag == LAST_RECORD
             if not is_over:
-                try:
-                    yield unpack_item(tag, bytes(carry[end - length:end]))
-                except (ValueError, struct.error) as error:
-                    raise forged(str(error)) from None
+                yield tag, bytes(carry[end - length:end])
             at = end
         del carry[:at]
     if not is_over or carry:
@@ -9220,6 +9217,7 @@ def opened_tree(folder: str, name: str) -> Iterator[int]:
 
 RESTORING = ".restoring-"  # begins the name of the folder aside
 NEW_ENTRIES, STAGING_NOTE, SHORTFALLS = "new", "restoring.json", "shortfalls.json"  # in it; the last goes last
+FIXING_NOTE = "fixing.json"  # which entry is to get attributes that forbid all else
 SMALL_NOTES = STAGING_NOTE + ASIDE, SHORTFALLS  # what alone a run that was killed at its beginning or end leaves there
 FICLONERANGE = 0x4020940D
 CLONE_RANGE = struct.Struct("=qQQQ")
@@ -9227,6 +9225,9 @@ MOST_LEFT_OUT, MOST_UNSET = 4096, 64  # are told one by one, for a host can tell
 KEPT_FLAGS = 0x8104FC  # FS_*_FL that btrfs knows: c, S, i, a, d, A, m, D and C of chattr
 FIRST_FLAGS = 0x800404  # c, m and C of these, which a file takes while it is empty
 FIXED_FLAGS = 0x30  # i and a of these: nothing can be renamed then
+FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # nothing else can be made either, or only for now
+# What a filesystem has no room for in its rules: names that it cannot hold, files too large.
+UNFIT = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EEXIST, errno.EMLINK, errno.EFBIG)
 ACL_ACCESS, ACL_DEFAULT, ACL_OWN_GROUP = b"system.posix_acl_access", b"system.posix_acl_default", 0x04
 
 
@@ -9274,6 +9275,18 @@ def set_flags(fd: int, flags: int, only: int) -> None:
         fcntl.ioctl(fd, SET_FLAGS, bytearray(struct.pack("=II", wanted, 0)))
 
 
+def attributes_of(folder: int, name: bytes) -> int:
+    """The attributes of what an open folder holds, NOT_KNOWN of what may not be opened."""
+    try:
+        fd = open_entry(folder, name)
+    except OSError:
+        return NOT_KNOWN
+    try:
+        return read_flags(fd)
+    finally:
+        os.close(fd)
+
+
 def loosen(folder: int, name: str) -> None:
     """Lets an entry of a folder of ours be changed and removed, whatever attributes and mode it was given."""
     found = os.stat(name, dir_fd=folder, follow_symlinks=False)
@@ -9288,8 +9301,23 @@ def loosen(folder: int, name: str) -> None:
         os.chmod(name, 0o700, dir_fd=folder)
 
 
+def empty_but_folders(folder: int) -> List[bytes]:
+    """Removes what an open folder of ours holds but folders, whose names are given. OSError."""
+    folders = []
+    for name in list_sorted(folder):
+        loosen(folder, os.fsdecode(name))
+        if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            folders.append(name)
+        else:
+            os.unlink(name, dir_fd=folder)
+    return folders
+
+
 def remove_tree(folder: int, name: str) -> None:
-    """Removes what an open folder of ours holds under a name, and all below it; no error where it is gone. OSError."""
+    """Removes what an open folder of ours holds under a name, and all below it; no error where it is gone. OSError.
+
+    One folder is open at a time; the way back is `..`, which nobody else can change. No other filesystem is entered.
+    """
     try:
         loosen(folder, name)
     except FileNotFoundError:
@@ -9297,14 +9325,21 @@ def remove_tree(folder: int, name: str) -> None:
     if not stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
         os.unlink(name, dir_fd=folder)
         return
-    for _, folders, files, fd in os.fwalk(name, dir_fd=folder):
-        for inner in folders + files:
-            loosen(fd, inner)
-    for _, folders, files, fd in os.fwalk(name, topdown=False, dir_fd=folder):
-        for inner in folders + files:
-            is_folder = stat.S_ISDIR(os.stat(inner, dir_fd=fd, follow_symlinks=False).st_mode)
-            (os.rmdir if is_folder else os.unlink)(inner, dir_fd=fd)
-    os.rmdir(name, dir_fd=folder)
+    fd = open_inner(folder, os.fsencode(name))
+    try:
+        way = [(os.fsencode(name), empty_but_folders(fd))]
+        while way:
+            at, inner = way[-1]
+            step = open_inner(fd, inner[-1]) if inner else os.dup(folder) if len(way) == 1 else open_above(fd)
+            fd, before = step, fd
+            os.close(before)
+            if inner:
+                way.append((inner.pop(), empty_but_folders(fd)))
+            else:
+                os.rmdir(at, dir_fd=fd)
+                way.pop()
+    finally:
+        os.close(fd)
 
 
 def last_path(folder: int) -> bytes:
@@ -9433,12 +9468,8 @@ class Placing(NamedTuple):
 
 def about_placing(folder: int, name: str) -> Placing:
     """What there is to know of an entry before it gets its name."""
-    status, flags = os.stat(name, dir_fd=folder, follow_symlinks=False), NOT_KNOWN
-    with contextlib.suppress(OSError):  # of what may not be read it is not asked
-        fd = open_entry(folder, os.fsencode(name))
-        flags = read_flags(fd)
-        os.close(fd)
-    return Placing(status.st_ino, stat.S_IMODE(status.st_mode), flags)
+    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    return Placing(status.st_ino, stat.S_IMODE(status.st_mode), attributes_of(folder, os.fsencode(name)))
 
 
 def settle_placed(folder: int, name: str, placing: Placing) -> None:
@@ -9552,6 +9583,7 @@ class Staging:
             self.shortfalls.read()
             if not self.placing:  # the entries are what they shall be
                 self.find_position()
+                self.finish_fixing()
 
     def clear(self) -> None:
         for name in list_sorted(self.fd):
@@ -9585,6 +9617,38 @@ class Staging:
     def write_note(self) -> None:
         replace_file(self.path, STAGING_NOTE, format_document(
             {"name": self.name, "boot": boot_id(), "placing": self.placing}))
+
+    @contextlib.contextmanager
+    def fixing(self, path: bytes, flags: int) -> Iterator[None]:
+        """Around what attributes of an entry forbid: it gets them at the end; where this is killed, by the next run."""
+        is_fixed = flags != NOT_KNOWN and bool(flags & FIXED_FLAGS)
+        if is_fixed:
+            replace_file(self.path, FIXING_NOTE, format_document({"path": os.fsdecode(path), "flags": flags}))
+        try:
+            yield
+        finally:
+            if is_fixed:
+                self.finish_fixing()
+
+    def finish_fixing(self) -> None:
+        """Nothing is to be done where the entry has not got its name."""
+        import json
+        try:
+            note = json.loads(read_note(self.path, FIXING_NOTE)[0])
+        except FileNotFoundError:
+            return
+        path = os.fsencode(note["path"])
+        with self.shortfalls.unset.noting("attributes", path), contextlib.suppress(FileNotFoundError):
+            folder = open_inner(self.new, os.path.dirname(path))
+            try:
+                fd = open_entry(folder, os.path.basename(path))
+            finally:
+                os.close(folder)
+            try:
+                set_flags(fd, note["flags"], FIXED_FLAGS)
+            finally:
+                os.close(fd)
+        os.unlink(FIXING_NOTE, dir_fd=self.fd)
 
     def is_new(self, name: str) -> bool:
         """Whether an entry that is about to get its name has not got it yet."""
@@ -9625,6 +9689,7 @@ class Putter:
         self.levels: List[Level] = []
         self.file: Optional[FileEntry] = None  # in the making
         self.out = -1  # the same, open
+        self.lost: Tuple[bytes, ...] = ()  # a folder that was left out, with all that lies in it
         self.shares = True  # whether the kernel has shared data so far
         self.size, self.moved = 0, 0
         self.shortfalls, self.unset = staging.shortfalls, staging.shortfalls.unset
@@ -9639,7 +9704,8 @@ class Putter:
                 if isinstance(item, FileEntry):
                     self.finish_file()
                     self.leave(path_key(item.path))
-                    self.begin(item)
+                    if not (self.lost and is_above(self.lost, path_key(item.path))):
+                        self.begin(item)
                 elif isinstance(item, LeftOut):
                     self.drop(item)
                 else:
@@ -9649,10 +9715,14 @@ class Putter:
         finally:
             self.end()
 
-    def end(self) -> None:
+    def close(self) -> None:
         if self.out >= 0:
             os.close(self.out)
-        self.file, self.out = None, -1
+        self.out = -1
+
+    def end(self) -> None:
+        self.close()
+        self.file = None
         while len(self.levels) > 1:
             os.close(self.levels.pop().fd)
 
@@ -9660,9 +9730,9 @@ class Putter:
         """Notes what is left out, and forgets the file in the making where it is that."""
         self.shortfalls.leave_out(left)
         if self.file is not None and self.file.path == left.path:
-            os.unlink(part_name(self.file.path), dir_fd=self.staging.fd)
-            os.close(self.out)
-            self.file, self.out = None, -1
+            self.close()
+            remove_tree(self.staging.fd, part_name(self.file.path))
+            self.file = None
 
     # -- folders
 
@@ -9685,27 +9755,35 @@ class Putter:
     # -- entries
 
     def begin(self, entry: FileEntry) -> None:
-        name = os.path.basename(entry.path)
+        name, is_folder = os.path.basename(entry.path), stat.S_ISDIR(entry.mode)
         self.shortfalls.take_back(entry.path)
-        if stat.S_ISDIR(entry.mode):
-            self.enter(entry, name)
-        elif entry.has_contents:
-            self.begin_file(entry)
-        else:
-            try:
-                (self.link if entry.same else self.make_special)(entry, name)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
-                    raise
-                self.shortfalls.leave_out(LeftOut(entry.path, "a {} cannot be made here: {}".format(
-                    "hard link" if entry.same else TYPE_NAMES[entry.type], reason_of(error))))
+        try:
+            self.check_free(entry, name)
+            make = self.enter if is_folder else self.begin_file if entry.has_contents else \
+                self.link if entry.same else self.make_special
+            make(entry, name)
+        except OSError as error:
+            if error.errno in FATAL or (is_folder or entry.has_contents) and error.errno not in UNFIT:
+                raise
+            self.lost = path_key(entry.path) if is_folder else ()
+            self.drop(LeftOut(entry.path, "a {} cannot be made here: {}".format(
+                "hard link" if entry.same else TYPE_NAMES[entry.type], reason_of(error))))
+
+    def check_free(self, entry: FileEntry, name: bytes) -> None:
+        """OSError where a name cannot be had, or is another's: some filesystems do not tell `a` from `A`."""
+        if stat.S_ISDIR(entry.mode) and is_above(path_key(entry.path), path_key(self.staging.position.after)):
+            return  # the run before was at work in it
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(name, dir_fd=self.levels[-1].fd, follow_symlinks=False)
+            raise FileExistsError(errno.EEXIST, "this filesystem takes its name for that of another one")
 
     def link(self, entry: FileEntry, name: bytes) -> None:
         """Another name of what was made before, which is looked for step by step."""
-        folder = open_inner(self.staging.new, os.path.dirname(entry.link))
+        folder, first = open_inner(self.staging.new, os.path.dirname(entry.link)), os.path.basename(entry.link)
         try:
-            os.link(os.path.basename(entry.link), name, src_dir_fd=folder, dst_dir_fd=self.levels[-1].fd,
-                    follow_symlinks=False)
+            with self.staging.fixing(entry.link, attributes_of(folder, first)):
+                loosen(folder, os.fsdecode(first))
+                os.link(first, name, src_dir_fd=folder, dst_dir_fd=self.levels[-1].fd, follow_symlinks=False)
         finally:
             os.close(folder)
 
@@ -9722,7 +9800,7 @@ class Putter:
 
     # -- files
 
-    def begin_file(self, entry: FileEntry) -> None:
+    def begin_file(self, entry: FileEntry, _: bytes) -> None:
         position, part = self.staging.position, part_name(entry.path)
         if position.part != part:
             remove_tree(self.staging.fd, part)
@@ -9737,12 +9815,12 @@ class Putter:
                 set_flags(self.out, entry.flags, FIRST_FLAGS)
 
     @contextlib.contextmanager
-    def leaving_out_too_large(self) -> Iterator[None]:
-        """Leaves the file in the making out where the filesystem cannot hold one so large."""
+    def leaving_out_unfit(self) -> Iterator[None]:
+        """Leaves the file in the making out where the filesystem cannot hold it."""
         try:
             yield
         except OSError as error:
-            if error.errno != errno.EFBIG or self.file is None:
+            if error.errno not in UNFIT or self.file is None:
                 raise
             self.drop(LeftOut(self.file.path, reason_of(error)))
 
@@ -9778,7 +9856,7 @@ class Putter:
 
     def write(self, piece: FilePart) -> None:
         at, left = piece.offset, memoryview(piece.data)
-        with self.leaving_out_too_large():
+        with self.leaving_out_unfit():
             while left:
                 written = os.pwrite(self.out, left, at)
                 at, left = at + written, left[written:]
@@ -9788,18 +9866,17 @@ class Putter:
     def finish_file(self) -> None:
         """Gives a file that is whole its name."""
         entry = self.file
-        with self.leaving_out_too_large():
-            if entry is not None:
-                os.ftruncate(self.out, entry.size)
-        if entry is None or self.file is None:
+        if entry is None:
             return
-        part, folder = part_name(entry.path), self.staging.fd
-        os.close(self.out)
-        self.file, self.out = None, -1
-        self.set_all(folder, os.fsencode(part), entry._replace(flags=NOT_KNOWN))
-        name = os.path.basename(entry.path)
-        os.rename(part, name, src_dir_fd=folder, dst_dir_fd=self.levels[-1].fd)
-        self.set_attributes(self.levels[-1].fd, name, entry)
+        part, name, is_known = part_name(entry.path), os.path.basename(entry.path), entry.flags != NOT_KNOWN
+        with self.leaving_out_unfit():
+            os.ftruncate(self.out, entry.size)
+            self.close()
+            self.set_all(self.staging.fd, os.fsencode(part),
+                         entry._replace(flags=entry.flags & ~FIXED_FLAGS) if is_known else entry)
+            with self.staging.fixing(entry.path, entry.flags):
+                os.rename(part, name, src_dir_fd=self.staging.fd, dst_dir_fd=self.levels[-1].fd)
+        self.file = None
 
     # -- what is set of all
 
@@ -10805,7 +10882,7 @@ class Partial:
         return made
 
     def note_finished(self, piece: str, size: int) -> Subvolume:
-        """Notes that a piece has all but its name, which holds until the next boot; then makes it durable.
+        """Makes a piece durable and notes that it has all but its name, which holds until the next boot.
 
         size: bytes of its whole stream.
         """
@@ -13862,6 +13939,7 @@ class ChainReplay:
         self.trace, self.needed, self.scratch = trace, needed, scratch
         self.tree, self.number, self.own = NameTree(), -1, b""
         self.facts = {self.tree.top.number: InodeFacts(stat.S_IFDIR)}
+        self.unfit: Dict[int, str] = {}  # of files that the folder aside cannot hold, why
         self.saved: Set[int] = set()  # of those that are cloned from the parent: a copy of them as they were there
         self.path, self.found = b"", self.tree.top  # the last one, for many commands come on one path
         self.acts = {WRITE: self.write, ENCODED_WRITE: self.write_encoded, CLONE: self.clone, TRUNCATE: self.truncate,
@@ -13886,8 +13964,17 @@ class ChainReplay:
         path = parts.of(A_PATH)
         if path != self.path or not path:
             self.path, self.found = path, self.tree.find(path)
-        if self.found.number in self.needed:
-            self.acts[command](self.found.number, parts)
+        if self.found.number in self.needed and self.found.number not in self.unfit:
+            self.act(command, self.found.number, parts)
+
+    def act(self, command: int, number: int, parts: CommandParts) -> None:
+        try:
+            self.acts[command](number, parts)
+        except OSError as error:
+            if error.errno != errno.EFBIG:
+                raise
+            self.unfit[number] = reason_of(error)
+            self.scratch.forget(str(number))
 
     # -- contents
 
@@ -13921,6 +14008,8 @@ class ChainReplay:
     def clone(self, number: int, parts: CommandParts) -> None:
         of_parent = parts.of(A_CLONE_UUID) != self.own
         source = self.tree.find(parts.of(A_CLONE_PATH), of_parent).number
+        if source in self.unfit:
+            raise OSError(errno.EFBIG, "it shares data with another one, of which: {}".format(self.unfit[source]))
         target = self.changing(number)
         name = self.saved_name(source) if of_parent and source in self.saved else str(source)
         self.scratch.copy(name, parts.number(A_CLONE_OFFSET), parts.number(A_CLONE_LEN), target,
@@ -14012,6 +14101,8 @@ class ChainTaker:
                 continue
             if same:
                 yield facts.entry(path, 0)._replace(same=True, link=first[inode.number], xattrs=())
+            elif inode.number in replay.unfit:
+                yield LeftOut(path, replay.unfit[inode.number])
             elif inode.type == stat.S_IFREG:
                 yield from self.file(facts, path, scratch, str(inode.number))
             else:

@@ -3,10 +3,12 @@
 import contextlib
 import encodings.ascii  # noqa: F401
 import encodings.idna  # noqa: F401 -- an ordinary user may not be able to read them
+import errno
 import hashlib  # noqa: F401
 import itertools
 import json
 import os
+import resource
 import shutil
 import signal
 import stat
@@ -819,7 +821,6 @@ class KilledAtEachStep(FilesTestCase):
         os.mknod(os.path.join(self.source, "d", "c"), stat.S_IFCHR | 0o666, os.makedev(1, 3))
         for name in ("d", "d/a", "d/c", "d/r", "d/z/last"):
             os.chown(os.path.join(self.source, name), NOBODY, NOBODY)
-        self.back_up()
 
     def run_in_fork(self, user, killed_at=0):
         """Status and errors of a restore in a fork of this process; the status is 9 where it was killed."""
@@ -835,6 +836,7 @@ class KilledAtEachStep(FilesTestCase):
                     calls = itertools.count(1)
                     for name in self.CHANGES:
                         setattr(os, name, self.counted(getattr(os, name), calls, killed_at))
+                    program.set_flags = self.counted(program.set_flags, calls, killed_at)
                     os._exit(program.main(["restore", "-q", "--no-elevate"] + self.paths("d") + [self.into]))
                 finally:
                     os._exit(8)
@@ -867,19 +869,134 @@ class KilledAtEachStep(FilesTestCase):
                 self.assertNothingAside()
                 outcome = outcome or support.tree(self.into)
                 self.assertTreesEqual(outcome, support.tree(self.into))
+                if not user:  # another may not set all, nor read it
+                    self.assertEqual(self.flags(self.backed_up), self.flags(self.into))
+            self.loosen(self.into)
             shutil.rmtree(self.into)
 
         raise AssertionError("no end")
 
+    @staticmethod
+    def loosen(folder):
+        subprocess.call(["chattr", "-ia"] + [os.path.join(folder, "d", name) for name in "ab"],
+                        stderr=subprocess.DEVNULL)
+
+    @staticmethod
+    def flags(folder):
+        lines = subprocess.run(["lsattr", os.path.join(folder, "d")], stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, universal_newlines=True).stdout.splitlines()  # not of links
+        return sorted((os.path.basename(name), flags) for flags, name in map(str.split, lines))
+
     def test_by_root(self):
+        """A snapshot is the backup, for attributes of chattr do not travel in a stream."""
+        self.addCleanup(self.loosen, self.source)
+        self.addCleanup(self.loosen, self.into)
+        for name, flags in (("a", "+i"), ("b", "+a"), ("e", "+A")):
+            path = os.path.join(self.source, "d", name)
+            if name != "a":
+                self.write("d/" + name, name)
+            os.link(path, path + "2")
+            command("chattr", flags, path)
+        self.backed_up = snapshot(self.source, os.path.join(self.source_disk.path, self.name(1)))
         self.assertEqual((0, ""), self.check(0))
 
     def test_by_an_ordinary_user(self):
         for path in (support.scratch_folder(), self.target, self.target_disk.path, self.source_disk.path):
             os.chmod(path, 0o755)
+        self.back_up()
         status, errors = self.check(NOBODY)
         self.assertEqual(1, status)
         self.assertIn("d/c of {} was left out: a character device cannot be made here".format(self.name(1)), errors)
+
+
+class OtherRulesOfNames(FilesTestCase):
+    """A filesystem that holds no colon in a name, no long ones, and does not tell small letters from capitals.
+
+    As no such one is at hand everywhere, calls of this process are answered as there.
+    """
+
+    def setUp(self):
+        super().setUp()
+        os.mkdir(self.into)
+
+    def answered(self, act, at, says):
+        """The function of os, whose argument number `at` is a name in `dir_fd` of that filesystem."""
+        device = os.stat(self.into).st_dev
+
+        def call(*arguments, **more):
+            folder = more.get("dst_dir_fd" if at else "dir_fd")
+            if folder is None or os.fstat(folder).st_dev != device:
+                return act(*arguments, **more)
+            name = os.fsencode(arguments[at])
+            if len(name) > 60:
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+            if b":" in name and says:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return act(*arguments[:at] + (name.lower(),) + arguments[at + 1:], **more)
+
+        return call
+
+    def run_in_fork(self, *words):
+        with tempfile.TemporaryFile() as errors:
+            pid = os.fork()
+            if not pid:
+                try:
+                    os.dup2(errors.fileno(), 2)
+                    for name in ("stat", "open", "unlink", "rmdir", "chown", "chmod", "utime"):
+                        setattr(os, name, self.answered(getattr(os, name), 0, False))
+                    os.mkdir, os.rename = self.answered(os.mkdir, 0, True), self.answered(os.rename, 1, True)
+                    os.link = self.answered(os.link, 1, True)
+                    os._exit(program.main(["restore", "-q", *words, self.backed_up, self.into]))
+                finally:
+                    os._exit(8)
+            status = os.waitpid(pid, 0)[1] >> 8
+            return status, os.pread(errors.fileno(), 1 << 20, 0).decode()
+
+    def test_what_it_cannot_hold_is_left_out_by_name(self):
+        large = "n" * 61
+        for folder in ("d", "d/" + large, "d/x:y", "d/x:y/in", "d/y", "d/Y"):
+            os.mkdir(os.path.join(self.source, folder))
+        for name in ("a", "A", "b", large + "/f", "x:y/in/f", "c:d", "z", "y/f", "Y/f"):
+            self.write("d/" + name, name)
+        os.link(os.path.join(self.source, "d/b"), os.path.join(self.source, "d/b:c"))
+        os.symlink("x", os.path.join(self.source, "d", "l:"))
+        self.write("e:", "x")
+        self.back_up()
+        status, errors = self.run_in_fork("--path", "d", "--path", "e:")
+        self.assertEqual(1, status, errors)
+        left = {line.split(" of ")[0].split(": ")[1] + line.rpartition(":")[2] for line in errors.splitlines()}
+        other, invalid = " this filesystem takes its name for that of another one", " invalid argument"
+        self.assertEqual({"d/a" + other, "d/y" + other, "d/" + large + " file name too long", "d/x:y" + invalid,
+                          "d/c:d" + invalid, "d/b:c" + invalid, "d/l:" + invalid, "e:" + invalid},
+                         {line.replace("error: ", "") for line in left})
+        with open(os.path.join(self.into, "d", "a"), encoding="ascii") as file:
+            self.assertEqual("A", file.read())
+        self.assertEqual(["a", "b", "y", "z"], sorted(os.listdir(os.path.join(self.into, "d"))))
+        self.assertEqual(["d"], os.listdir(self.into))
+
+
+class Removed(support.TestCase):
+    """What a restore has left aside."""
+
+    def test_a_tree_of_3000_levels_with_few_open_files(self):
+        top = os.open(tempfile.mkdtemp(dir=support.scratch_folder()), os.O_RDONLY)
+        self.addCleanup(os.close, top)
+        at = os.dup(top)
+        for _ in range(3000):
+            for name in ("deep", "e", "f"):
+                os.mkdir(name, dir_fd=at)
+            os.close(os.open("file", os.O_WRONLY | os.O_CREAT, dir_fd=at))
+            below = os.open("deep", os.O_RDONLY, dir_fd=at)
+            os.fchmod(at, 0o500)
+            os.close(at)
+            at = below
+        os.close(at)
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, before[1]))
+        for name in ("deep", "e", "f", "file", "not there"):
+            program.remove_tree(top, name)
+        self.assertEqual([], os.listdir(top))
 
 
 class AsOrdinaryUser(FilesTestCase):

@@ -356,6 +356,26 @@ class WhatIsWrong(RawTestCase):
         result = self.restore("--path", "day1", self.raw + "/" + self.name(3), self.into, status=1)
         self.assertErrorSays(result, "cannot be restored", "missing")
 
+    def test_a_file_larger_than_the_filesystem_can_hold(self):
+        """Nor is one that shares data with it brought back with holes in their place."""
+        os.mkdir(os.path.join(self.source, "d"))
+        huge, like, other = (os.path.join(self.source, "d", name) for name in ("huge", "like", "i"))
+        with open(huge, "wb") as file:
+            file.write(os.urandom(1 << 20))
+            file.truncate(1 << 60)
+        command("cp", "--reflink=always", huge, like)
+        os.truncate(like, 1 << 20)
+        os.link(huge, other)
+        self.write("d/z", "x")
+        name, = self.take(1)
+        self.transfer(to=[self.raw])
+        into = os.path.join(ext4(self), "into")
+        result = self.restore("--path", "d", self.raw + "/" + name, into, status=1)
+        for words in ("d/huge of {} was left out: file too large", "d/i of {} was left out: "):
+            self.assertIn(words.format(name), result.stderr)
+        if "d/like of" not in result.stderr:
+            self.assertTreesEqual(*(self.described(top + "/d/like") for top in (self.snapshot_path(name), into)))
+        self.assertIn("z", os.listdir(os.path.join(into, "d")))
     def test_killed_it_begins_again_rightly(self):
         self.churned(seed=4)
         top = os.fsencode(self.snapshot_path(self.name(4)))
