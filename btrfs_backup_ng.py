@@ -1895,7 +1895,7 @@ AGENT_OPTIONS = (
            "receive nothing into a folder with this many broken transfers; default 16"),
     Option(("--as",), "known_as", "NAME", parse_line,
            "note only destinations of the machine NAME, as uname -n says there"),
-)
+) + meaning("--stall-timeout", "break off what is sent where nothing of it is taken for so long; default 900")
 ANY_PREFIX = Option(("-p", "--snapshot-prefix"), "prefix", "P", parse_prefix,
                     "only what has this prefix, taken literally; default: every prefix")
 RAW_IDENTITY = Option(("--raw-identity",), "raw_identity", "FILE", parse_path,
@@ -7286,22 +7286,69 @@ def run_lock_name(prefix: str, of: str = ".lock") -> str:
 FETCHING = ".fetch"  # ends the name of the lock of runs that take snapshots away and delete none
 
 
-def has_open(pid: str, top: os.stat_result) -> bool:
-    """Whether a process has the file `top` open; also True where it may not be asked.
+def is_among_open(pid: str, top: os.stat_result) -> bool:
+    """Whether a process has the file `top` open. OSError where it may not be asked, or has ended.
 
     Compared is what is open, not by which path: that process may see it at another one.
     """
+    for fd in os.listdir("/proc/{}/fd".format(pid)):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            opened = os.stat("/proc/{}/fd/{}".format(pid, fd))
+            if (opened.st_dev, opened.st_ino) == (top.st_dev, top.st_ino):
+                return True
+    return False
+
+
+def has_open(pid: str, top: os.stat_result) -> bool:
+    """The same; also True where it may not be asked."""
     try:
-        for fd in os.listdir("/proc/{}/fd".format(pid)):
-            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-                opened = os.stat("/proc/{}/fd/{}".format(pid, fd))
-                if (opened.st_dev, opened.st_ino) == (top.st_dev, top.st_ino):
-                    return True
+        return is_among_open(pid, top)
     except (FileNotFoundError, ProcessLookupError):
-        pass  # it has ended
+        return False
     except OSError:
         return True
-    return False
+
+
+def who_has_open(path: str) -> List[int]:
+    """The ids of other processes that have a file open, as far as they can be seen."""
+    found = []
+    with contextlib.suppress(OSError):
+        top = os.stat(path)
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if int(pid) != os.getpid() and is_among_open(pid, top):
+                    found.append(int(pid))
+    return found
+
+
+def login_of(pid: int) -> str:
+    """From where whoever began a process has logged in by ssh, for what its environment or its parents' says; or ''."""
+    with contextlib.suppress(OSError, ValueError):
+        while pid > 1:
+            with open("/proc/{}/environ".format(pid), "rb") as environ:
+                found = re.search(rb"(?:^|\0)SSH_CONNECTION=([0-9a-fA-F.:%]{2,45}) ", environ.read())
+            if found:
+                return found.group(1).decode("ascii")
+            with open("/proc/{}/stat".format(pid), "rb") as about:
+                pid = int(about.read().rpartition(b")")[2].split()[1])
+    return ""
+
+
+def describe_process(pid: int) -> str:
+    """`process 4711 (btrfs) of root, logged in from 192.168.1.5, for 40 min`, as far as that can be seen."""
+    import pwd
+    words = "process {}".format(pid)
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        with open("/proc/{}/comm".format(pid), encoding="utf-8", errors="replace") as comm:
+            words += " ({})".format(printable(comm.read().rstrip("\n")))
+        words += " of {}".format(printable(pwd.getpwuid(os.stat("/proc/{}".format(pid)).st_uid).pw_name))
+    login = login_of(pid)
+    words += ", logged in from {}".format(login) if login else ""
+    with contextlib.suppress(OSError, ValueError):
+        with open("/proc/{}/stat".format(pid), "rb") as about, open("/proc/uptime", "rb") as uptime:
+            begun = int(about.read().rpartition(b")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+            words += ", for {}".format(format_age(float(uptime.read().split()[0]) - begun))
+    return words
 
 
 def is_received_into(folder: str) -> bool:
@@ -7385,6 +7432,23 @@ def await_run_lock(folder: int, name: str, wait: float, on_wait: Callable[[], No
     return fd
 
 
+def named_holder(pid: Optional[int]) -> str:
+    """`: process 4711 ...`, '' where it is not known."""
+    return ": " + describe_process(pid) if pid is not None else ""
+
+
+def holder_text(folder: str, name: str) -> str:
+    """The same of who has a run's lock, where that can be seen."""
+    pid = None
+    with contextlib.suppress(OSError), opened_folder(folder) as top:
+        fd = open_regular(name, os.O_RDWR, top)
+        try:
+            pid = lock_holder(fd)
+        finally:
+            os.close(fd)
+    return named_holder(pid)
+
+
 @contextlib.contextmanager
 def run_lock(folder: str, name: str, wait: float, on_wait: Callable[[], None], token: str = "",
              lasting: bool = True) -> Iterator[None]:
@@ -7400,8 +7464,9 @@ def run_lock(folder: str, name: str, wait: float, on_wait: Callable[[], None], t
         except OSError as error:
             raise file_error(os.path.join(folder, name), "write", error, "is the folder writable?") from None
         if fd < 0:
-            raise Busy("another run is at work in {}".format(folder), "it did not end within {}: wait longer".format(
-                format_duration(wait)) if wait else "wait for it, or use --wait")
+            raise Busy("another run is at work in {}{}".format(folder, holder_text(folder, name)),
+                       "it did not end within {}: wait longer".format(format_duration(wait)) if wait
+                       else "wait for it, or use --wait")
         stack.callback(os.close, fd)
         if not lasting:
             stack.callback(unlink_own, name, fd, top)  # while it is held
@@ -10613,7 +10678,8 @@ class PartialLock:
         idle = time.time() - os.fstat(fd).st_mtime
         pid = lock_holder(fd)
         if os.pread(fd, 100, 0).decode("ascii", "replace") not in ("", self.stream_id) or time.monotonic() > deadline:
-            raise BeingWritten("another run is writing {}".format(partial_name(self.name)), "wait for it")
+            raise BeingWritten("another run is writing {}{}".format(partial_name(self.name), named_holder(pid)),
+                               "wait for it")
         if idle < HOLDER_IDLE or pid is None or pid == asked:
             return asked
         ask_to_end(pid)
@@ -13266,9 +13332,16 @@ class LocalHost(NotingHost):
                     self.make_writable(firm)
                 delete_firm(firm, path, self.command)
         except OSError as error:
-            kept = error.errno == errno.EPERM and os.geteuid() == 0
-            raise os_error("cannot delete {}".format(path), error, "is it being sent, as by a restore, or is it the "
-                           "filesystem's default subvolume?" if kept else "") from None
+            is_kept = error.errno == errno.EPERM and os.geteuid() == 0
+            raise os_error("cannot delete {}".format(path), error, self.why_kept(path) if is_kept else "") from None
+
+    @staticmethod
+    def why_kept(path: str) -> str:
+        """What keeps a subvolume from being deleted, and who."""
+        holders = [describe_process(pid) for pid in who_has_open(path)]
+        if holders:
+            return "it is being sent, or else open, in {}".format("; ".join(holders[:3]))
+        return "is it being sent, as by a restore, or is it the filesystem's default subvolume?"
 
     def idle_partials(self, folder: str) -> Dict[str, float]:
         """Without those that may be in use: whose lock is held, or all where a `btrfs receive` has the folder open."""
@@ -15376,12 +15449,14 @@ class Restriction(NamedTuple):
     """What a key may do: the calls of some groups, below one folder, with so many partials at once.
 
     known_as: the name of the machine whose destinations alone it may note; '' is any but this machine's own.
+    patience: seconds for which nothing of a stream need be taken.
     """
 
     under: str
     allow: Tuple[str, ...]
     most_partials: int = 16
     known_as: str = ""
+    patience: float = 900.0
 
 
 PATH_ARGUMENTS = frozenset(("path", "folder", "source", "beside"))
@@ -15865,6 +15940,21 @@ def logged_refusal(guard: Guard) -> Iterator[None]:
         raise
 
 
+class BoundedSink(StreamSink):
+    """What leaves by a key: as long as it does, its snapshot cannot be deleted, so it must be taken."""
+
+    patience = float("inf")  # seconds for which nothing of it need be taken
+    last = float("inf")  # when something was, or there was nothing to take
+
+    def pump(self) -> int:
+        moved, now = super().pump(), time.monotonic()
+        if moved or not self.pending:
+            self.last = now
+        elif now - self.last > self.patience:
+            raise ConnectionLost("nothing was taken for {}".format(format_duration(self.patience)))
+        return moved
+
+
 PULSE = 10.0  # seconds
 
 
@@ -16041,7 +16131,9 @@ class Agent:
         with self.at_work():
             sender = self.method(name, arguments)()
         self.channel.send_value(RESULT, None)
-        relayed = Relay(sender, {"": StreamSink(self.channel, compression)}, float("inf")).run()
+        sink = BoundedSink(self.channel, compression)
+        sink.patience = self.guard.restriction.patience if self.guard else float("inf")
+        relayed = Relay(sender, {"": sink}, float("inf")).run()
         if relayed.errors:
             raise relayed.errors[""]
 
@@ -25225,6 +25317,8 @@ def print_authorized_keys(task: Task) -> str:
         words += ["--most-partials", str(task.most_partials)]
     if task.known_as:
         words += ["--as", task.known_as]
+    if task.stall_timeout != Task().stall_timeout:
+        words += ["--stall-timeout", "{:g}".format(task.stall_timeout)]
     command = " ".join(map(shlex.quote, words)).replace('"', '\\"')
     return "\n".join('restrict,command="{}" {}'.format(command, key) for key in keys)
 
@@ -27493,7 +27587,8 @@ def check_agent(task: Task) -> None:
 
 
 def run_agent(task: Task, _events: Events) -> Ending:
-    serve_agent(Restriction(task.under, task.allow, task.most_partials, task.known_as) if task.under else None)
+    serve_agent(Restriction(task.under, task.allow, task.most_partials, task.known_as, float(task.stall_timeout))
+                if task.under else None)
     return Ending()
 
 

@@ -610,6 +610,36 @@ sys.exit(program.main())
 """
 
 
+class NeverTaken(RestrictedTestCase):
+    """Whoever may fetch snapshots begins to, and takes nothing of one: so long it cannot be deleted."""
+
+    allow = "send,list"
+
+    def begin(self, *more):
+        self.under = self.source_there + "/home"
+        command = " ".join(map(shlex.quote, support.PROGRAM_ARGV + ["agent", "--under", self.under,
+                                             "--allow", self.allow, *more]))
+        self.server.authorize("root", 'restrict,command="{}"'.format(command))
+        support.bulk(os.path.join(self.source, "large"), 32)
+        self.take(1, 2)
+        host = self.connect()
+        sender = host.open_send(self.under + "/.btrfs-backup-ng/snapshots", self.name(1), None, program.SendOptions())
+        self.addCleanup(sender.end)
+        return host
+
+    def test_who_holds_it_is_said(self):
+        self.begin()
+        result = self.run_program("-p", "home", "-S", "-N", "1", self.source, status=1)
+        self.assertErrorSays(result, "cannot delete", "not permitted", "it is being sent, or else open, in process ",
+                             " of root, logged in from 127.0.0.1, for 0 min")
+
+    def test_it_is_broken_off(self):
+        self.begin("--stall-timeout", "1")
+        self.assertTrue(support.wait_until(lambda: not self.server.find("agent"), 60), "it goes on")
+        self.run_program("-p", "home", "-S", "-N", "1", self.source)
+        self.assertEqual([self.name(2)], support.names(self.snapshots))
+
+
 class OlderVersion(RestrictedTestCase):
     """One side knows no more calls, classes and fields than release 0.7.0, takes no others, and tells none."""
 

@@ -457,7 +457,7 @@ class EachForItself(TasksTestCase):
         running = self.start("-p", "home-", self.sources[0], self.targets[0], env=support.gate("receive"))
         held = running.met_at_gate("receive")
         result = self.run_tasks(status=75)
-        self.assertIn("another run is at work", result.stderr)
+        self.assertRegex(result.stderr, r"another run is at work in \S+: process [0-9]+ \(\S+\) of \S+, for 0 min")
         for number in (1, 2, 3):
             self.assertAllBackedUp(self.sources[number], self.targets[number])
         tasks = self.tasks()
