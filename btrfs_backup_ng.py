@@ -3047,7 +3047,8 @@ class Record(NamedTuple):
     stream_id, parent_id, compressed: what was being sent; base: the UUID of the parent's backup.
     version, ctransid: what the stream's header and first command say, for going on.
     piece: the name of the partial, which bears the received UUID `private`; '' where there is none.
-    finished: the name of a piece that lacks nothing but its name, as of the boot with the id `boot`.
+    finished: the name of a piece that was received to its end. It lacks nothing but its name where `boot` is the id of
+    this boot: then it was synced by who has received it. Nobody else is told of contents that were lost before.
     """
 
     name: str
@@ -10950,16 +10951,20 @@ class Partial:
     def note_finished(self, piece: str, size: int) -> Subvolume:
         """Makes a piece durable and notes that it has all but its name, which holds until the next boot.
 
-        size: bytes of its whole stream.
+        Killed before, the next run knows it as ours, but not as whole: what a disk did not take is told once, and maybe
+        was to others. size: bytes of its whole stream.
         """
         found = self.look_at(piece)
         if not found.readonly or found.received_uuid != self.expected.uuid:
             raise ReceiverFailed("btrfs receive left {} incomplete though it reported success".format(piece))
         found = self.bring_out(found)
-        record = self.record._replace(finished=piece, boot=boot_id())
+        record = self.record._replace(finished=piece)
         replace_file(self.folder, record_name(self.name), format_record(record), durably=False)
         note_size(self.folder, self.name, format_size_note(self.expected.uuid, size))
         self.make_durable()
+        with contextlib.suppress(OSError, BackupError):  # it is whole without it
+            record = record._replace(boot=boot_id())
+            replace_file(self.folder, record_name(self.name), format_record(record), durably=False)
         return found
 
     def sync(self) -> None:

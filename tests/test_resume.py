@@ -24,6 +24,7 @@ from btrfs_backup_ng import (
     Events,
     LocalHost,
     SendOptions,
+    boot_id,
     read_subvolume,
     send_argv,
 )
@@ -385,17 +386,40 @@ class Killed(ResumeTestCase):
         self.assertIn("resuming " + name, result.stderr)
         self.assertConverged()
 
-    def test_a_complete_one_only_lacks_its_name(self):
-        """Killed when its record is written, before it is durable."""
-        name = self.large(40)
-        run = self.start_backup("-S", env=support.gate("sync"))
-        run.met_at_gate("sync")
-        run.kill()
+    def killed_at_its_sync(self, script="", day=9):
+        """The name of a snapshot that was received to its end, and the UUID of the piece, which lacks its name."""
+        name = self.large(40, day)
+        env = support.btrfs_where('REAL "$@"; ' + script, " sync ") if script else support.gate("sync")
+        run = self.start_backup("-S", env=env)
+        if script:
+            run.finish()
+        else:
+            run.met_at_gate("sync")
+            run.kill()
         self.assertEqual(".{}.partial".format(name), self.record(name)["finished"])
-        uuid = subvolume(os.path.join(self.target, self.record(name)["finished"])).uuid
+        return name, subvolume(os.path.join(self.target, self.record(name)["finished"])).uuid
+
+    def test_a_complete_one_only_lacks_its_name(self):
+        """Killed when it was synced."""
+        name, uuid = self.killed_at_its_sync()
+        with open(os.path.join(self.target, "." + name + ".partial.json"), "r+", encoding="utf-8") as file:
+            record = json.load(file)
+            record["boot"] = boot_id()
+            file.seek(0)
+            file.truncate()
+            json.dump(record, file)
         self.transfer()
         self.assertEqual(uuid, subvolume(self.backup_path(name)).uuid)
         self.assertConverged()
+
+    def test_of_one_that_its_writer_has_not_synced_nobody_knows_whether_it_is_whole(self):
+        """What a disk did not take is told once: perhaps to him as he was killed, or to others."""
+        for day, script in ((9, ""), (10, "kill -9 $PPID")):
+            with self.subTest(script=script):
+                name, uuid = self.killed_at_its_sync(script, day)
+                self.transfer()
+                self.assertNotEqual(uuid, subvolume(self.backup_path(name)).uuid)
+                self.assertConverged()
 
 
 class Deduplicated(ResumeTestCase):
