@@ -65,6 +65,7 @@ Contents; a section uses only what stands above it:
         TAKING              files and folders out of a tree, through no link
         PUTTING             files and folders put into a folder, whole or not at all
         EXTENTS             which trees hold which data, and what deleting some of them frees
+        SEEKING             names in trees, in whatever folder
         HEALTH              what a machine and a filesystem are, as far as backups need to know
     VI THE TRANSFER: one snapshot on its way
         CONFINEMENT         where a stream that others could have made is received
@@ -1832,11 +1833,12 @@ BROWSE_KEYS = (
     BrowseKey("last", ("end", ">"), "End, >", "", "the last line"),
     BrowseKey("open", ("enter", "right", "l"), "Enter, Right, l", "Enter open",
               "open what the cursor is on: a folder, the text of a file"),
-    BrowseKey("back", ("left", "h", "backspace", "esc"), "Left, h, Esc", "Left back", "back to where you came from"),
+    BrowseKey("back", ("left", "h", "backspace", "esc"), "Left, h, Esc", "", "back to where you came from"),
     BrowseKey("mark", ("space", "m"), "Space, m", "Space mark",
               "mark it as it was then, or unmark it; marks stay"),
     BrowseKey("restore", ("r",), "r", "r restore",
               "restore what is marked, or else this; you are asked where to"),
+    BrowseKey("find", ("/",), "/", "/ find", "find a name, in all snapshots and backups"),
     BrowseKey("versions", ("v",), "v", "v versions", "the versions of what the cursor is on"),
     BrowseKey("compare", ("d",), "d", "d compare", "compare it with what is there now, or with the version before"),
     BrowseKey("compare back", ("D",), "D", "", "compare it with the version before"),
@@ -10437,6 +10439,69 @@ def largest_held(folder: str, lines: Sequence[Sequence[str]], number: int, tell:
 
 
 ########################################################################################################
+# SEEKING: names in trees, in whatever folder
+#
+# The oldest tree is read whole, of each other one only the leaves that are in none before it: so it costs what has
+# changed, not what there is. What is found is told as the newest tree has it. Needs root.
+########################################################################################################
+
+MOST_SOUGHT = 500  # paths that are told of
+
+
+def names_like(fd: int, since: int, part: bytes) -> Iterator[Tuple[int, bytes]]:
+    """Folder and name of all in the open subvolume whose name holds `part`, in whatever case, born since then."""
+    for _, item_type, offset, buffer, start in items_since(fd, since):
+        if item_type in (INODE_REF, INODE_EXTREF):
+            head = REF if item_type == INODE_REF else EXTREF
+            size = FOUND.unpack_from(buffer, start - FOUND.size)[4]
+            at, end = start, start + size
+            while at < end:
+                folder, *_, length = head.unpack_from(buffer, at)
+                at += head.size + length
+                name = bytes(buffer[at - length:at])
+                if part in name.lower():
+                    yield offset if item_type == INODE_REF else folder, name
+
+
+def sought_paths(folder: str, names: Sequence[str], part: bytes) -> Set[str]:
+    """The paths in some trees of a folder whose last name holds `part`. A tree that is gone is left out."""
+    found: Set[str] = set()
+    with contextlib.ExitStack() as stack:
+        trees, tops = [], {}  # type: List[Tree], Dict[int, int]
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                top = stack.enter_context(OpenTree(folder, name)).top
+                one = subvolume_of_fd(top, name)
+                trees.append(Tree(one.subvolid, one.uuid, one.parent_uuid, one.ctransid, one.otransid))
+                tops[one.subvolid] = top
+        for tree, since in with_beginnings(sorted(trees, key=lambda tree: tree.otransid)):
+            top = tops[tree.subvolid]
+            for inode, name_found in names_like(top, since, part):
+                above = path_of_inode(top, inode) if inode != SUBVOLUME_INODE else b""
+                found.add(os.fsdecode(os.path.join(above, name_found)))
+                if len(found) > MOST_SOUGHT:
+                    raise BackupError("more than {} paths are named so".format(MOST_SOUGHT), "type more of the name")
+    return found
+
+
+def find_names(folder: str, names: Sequence[str], part: str) -> List[HeldName]:
+    """All whose name holds `part` in trees of a folder, by path; each as the first of the trees has it."""
+    allow_many_files()
+    left = sought_paths(folder, names, os.fsencode(part).lower())
+    found: List[HeldName] = []
+    for name in names:
+        with contextlib.suppress(FileNotFoundError), OpenTree(folder, name) as tree:
+            for inner in sorted(left, key=os.fsencode):
+                status = tree.status(inner)
+                if status is not None:
+                    found.append(HeldName(os.path.basename(inner), sighting_of(name, inner, status)))
+                    left.discard(inner)
+        if not left:
+            break
+    return sorted(found, key=lambda one: os.fsencode(one.sighting.inner))
+
+
+########################################################################################################
 # HEALTH: what a machine and a filesystem are, as far as backups need to know
 #
 # Asked for by doctor alone, and only read.
@@ -13007,6 +13072,10 @@ class Host:
         """What lies in a folder in trees of `folder`, with its path in each; as `held_names` says."""
         return self.call("held_names", folder, names, inners)
 
+    def find_names(self, folder: str, names: Sequence[str], part: str) -> List[HeldName]:
+        """What bears a name like `part` in trees of `folder`; as `find_names` says."""
+        return self.call("find_names", folder, names, part)
+
     def file_digests(self, folder: str, names: Sequence[str], inners: Sequence[str], salt: str) -> List[str]:
         """A digest of contents and attributes for each tree of `folder` and path in it; '' where there is none."""
         return self.call("file_digests", folder, names, inners, salt)
@@ -13683,6 +13752,10 @@ class LocalHost(NotingHost):
     def held_names(self, folder: str, names: Sequence[str], inners: Sequence[str]) -> List[HeldName]:
         with or_say("cannot look into snapshots in {}".format(folder)):
             return held_names(folder, names, inners)
+
+    def find_names(self, folder: str, names: Sequence[str], part: str) -> List[HeldName]:
+        with or_say("cannot look for names in {}".format(folder)):
+            return find_names(folder, names, part)
 
     def file_digests(self, folder: str, names: Sequence[str], inners: Sequence[str], salt: str) -> List[str]:
         found = []
@@ -15425,7 +15498,8 @@ CALLS = {  # each call of a host that travels, and the groups that it belongs to
     "open_raw_send": ("send",), "open_raw_receive": ("receive",),
     "facts": ("list",), "health": ("list",), "is_held": ("list",),
     "digest_tree": ("verify",), "folder_digests": ("verify",), "describe_folder": ("verify",),
-    "trace": ("list",), "held_names": ("list",), "file_digests": ("verify",), "changes": ("list",),
+    "trace": ("list",), "held_names": ("list",), "find_names": ("list",), "changes": ("list",),
+    "file_digests": ("verify",),
     "costs": ("list",), "sampled_costs": ("list",), "largest_held": ("list",), "freed": ("list",),
     "look_at_files": ("send",), "open_files": ("send",),
     "settle_partials": ("receive",), "forget_partials": ("receive", "delete"),
@@ -15437,8 +15511,7 @@ RECEIVERS = frozenset(("open_receive", "open_raw_receive"))
 LISTINGS = frozenset((  # what is answered may be large
     "list", "list_raw", "transfer_sizes", "nested_subvolumes", "idle_partials", "idle_raw_partials", "read_locks",
     "change_locks", "read_pins", "read_notes", "folder_digests", "describe_folder", "delete", "delete_raw", "trace",
-    "held_names", "file_digests", "changes", "costs", "sampled_costs", "largest_held",
-    "freed"))
+    "held_names", "find_names", "file_digests", "changes", "costs", "sampled_costs", "largest_held", "freed"))
 NAMED = frozenset(("idle_partials", "idle_raw_partials", "settle_partials"))  # what they give are names
 
 
@@ -22601,6 +22674,21 @@ class LineReader:
     def folder_at(line: Line, place: int) -> str:
         return os.path.dirname(line.locations[place].entries[0].path)
 
+    def find_names(self, line: Line, part: str, tell: Callable[[BackupError], object]) -> List[HeldAt]:
+        """All that bears a name like `part` in any snapshot, by path; each as the newest has it. One call a place."""
+        found: Dict[str, Tuple[int, HeldAt]] = {}
+        for place, rows in self.by_place(line).items():
+            with apart(self.events, tell, line.locations[place].endpoint):
+                ages = {row.cells[place].subvolume.name: age for age, row in rows}
+                for one in self.host_at(line, place).find_names(self.folder_at(line, place), list(ages), part):
+                    age, inner = ages.get(one.sighting.name, -1), one.sighting.inner
+                    if age >= 0 and (inner not in found or found[inner][0] > age):
+                        found[inner] = age, HeldAt(inner, moment_of(line.rows[age]), one.sighting)
+        for inner in found if line.is_here else ():
+            if self.is_there_now(line, inner):
+                found[inner] = -1, found[inner][1]._replace(moment=NOW)
+        return [found[inner][1] for inner in sorted(found, key=os.fsencode)]
+
     def folder_then(self, line: Line, moment: str, inner: str) -> List[HeldAt]:
         """What a folder held in one snapshot, from the first place that can tell; BackupError where none can."""
         errors: List[BackupError] = []
@@ -25796,7 +25884,8 @@ class LiveView(Display):
 # than that. Never: a wish to restore that no question was put before.
 ########################################################################################################
 
-PLACES_PAGE, MOMENTS_PAGE, FOLDER_PAGE, VERSIONS_PAGE, TEXT_PAGE = "places", "moments", "folder", "versions", "text"
+PLACES_PAGE, MOMENTS_PAGE, FOLDER_PAGE, FOUND_PAGE, VERSIONS_PAGE, TEXT_PAGE = (
+    "places", "moments", "folder", "found", "versions", "text")
 NAME_ENDINGS = {FOLDER_TYPE: "/", TYPE_NAMES[stat.S_IFLNK]: "@", TYPE_NAMES[stat.S_IFIFO]: "|",
                 TYPE_NAMES[stat.S_IFSOCK]: "="}
 FILE_TYPE = TYPE_NAMES[stat.S_IFREG]
@@ -25850,12 +25939,13 @@ class Page(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What is asked for in the last lines: a line of text, or, without `takes_text`, y or n."""
+    """What is asked for in the last lines, about some spots: a line of text, or, without `takes_text`, y or n."""
 
     kind: str
     words: str
     text: str = ""
     takes_text: bool = True
+    spots: Tuple[Spot, ...] = ()
 
 
 class Wish(NamedTuple):
@@ -25966,6 +26056,14 @@ def folder_page(lines: Sequence[Line], at: Spot, found: Sequence[HeldAt]) -> Pag
     return Page(FOLDER_PAGE, title, tuple(items), at)
 
 
+def found_page(lines: Sequence[Line], number: int, part: str, found: Sequence[HeldAt]) -> Page:
+    """What bears a name like `part`, by path; what is gone first."""
+    at = Spot(number, ANY_TIME)
+    items = [item_of(lines[number], at, held)._replace(name=held.name) for held in found]
+    items.sort(key=lambda item: not item.is_gone)
+    return Page(FOUND_PAGE, "named like {} in {}".format(part, lines[number].title), tuple(items), at)
+
+
 def versions_page(lines: Sequence[Line], at: Spot, followed: Followed, versions: Sequence[Version]) -> Page:
     """The versions of a path, newest first; what it was when there was none can only be read."""
     line, items = lines[at.line], []
@@ -26022,7 +26120,7 @@ def open_item(browser: Browser) -> Browser:
     if page.kind == MOMENTS_PAGE:
         return browser.wishing("folder", item.spot)
     if item.type == FOLDER_TYPE:
-        moment = page.at.moment if page.kind == FOLDER_PAGE else item.spot.moment
+        moment = page.at.moment if page.kind in (FOLDER_PAGE, FOUND_PAGE) else item.spot.moment
         return browser.wishing("folder", item.spot._replace(moment=moment))
     if item.type == FILE_TYPE:
         return browser.wishing("text", item.spot)
@@ -26065,7 +26163,7 @@ def ask_where(browser: Browser) -> Browser:
         return browser.saying("that is there now: v shows its older versions, which can be restored")
     words = "restore {} to folder: ".format(
         "what is marked ({})".format(len(spots)) if browser.marks else os.path.basename(spots[0].inner))
-    return browser._replace(question=Question("where", words, usual_target(browser, spots)))
+    return browser._replace(question=Question("where", words, usual_target(browser, spots), spots=spots))
 
 
 def wish_for_item(browser: Browser, kind: str) -> Browser:
@@ -26084,11 +26182,20 @@ def compare_item(browser: Browser) -> Browser:
 
 def toggle_gone(browser: Browser) -> Browser:
     page = browser.page
-    if page.kind != FOLDER_PAGE or page.at.moment != ANY_TIME:
+    if page.kind not in (FOLDER_PAGE, FOUND_PAGE) or page.at.moment != ANY_TIME:
         return browser.saying("what is gone shows in a folder at any time")
     if not page.only_gone and not any(item.is_gone for item in page.all_items):
-        return browser.saying("nothing is gone from this folder")
+        return browser.saying("nothing is gone of these")
     return browser.with_page(page._replace(only_gone=not page.only_gone, cursor=0))
+
+
+def ask_name(browser: Browser) -> Browser:
+    page, item = browser.page, browser.page.item
+    number = item.spot.line if item is not None and item.spot is not None else page.at.line
+    if number < 0:
+        return browser.saying("open a line first")
+    words = "find in {}, a part of the name: ".format(browser.lines[number].title)
+    return browser._replace(question=Question("find", words, spots=(Spot(number, ANY_TIME),)))
 
 
 def step_in_time(browser: Browser, step: int) -> Browser:
@@ -26115,6 +26222,7 @@ DOES: Dict[str, Callable[[Browser], Browser]] = {  # by action of BROWSE_KEYS
     "back": go_back,
     "mark": mark_item,
     "restore": ask_where,
+    "find": ask_name,
     "versions": lambda browser: wish_for_item(browser, "versions"),
     "compare": compare_item,
     "compare back": lambda browser: wish_for_item(browser, "compare back"),
@@ -26133,11 +26241,11 @@ def answer(browser: Browser, question: Question, key: str) -> Browser:
     if key == "esc" or not question.takes_text and key not in ("y", "Y"):
         return asked.saying("nothing was done")
     if not question.takes_text:
-        return asked.wishing("restore", *browser.chosen, text=question.text)
+        return asked.wishing("restore", *question.spots, text=question.text)
     if key == "enter":
         if not question.text:
             return asked.saying("nothing was done")
-        return asked.wishing(question.kind, *browser.chosen, text=question.text)
+        return asked.wishing(question.kind, *question.spots, text=question.text)
     text = question.text
     if key == "backspace":
         text = text[:-1]
@@ -26571,7 +26679,8 @@ class BrowseRun:
         self.ending = Ending()
         self.front = Front()
         self.grants: Dict[str, Callable[[Browser, Wish], Browser]] = {
-            "connect": self.connect, "folder": self.open_folder, "text": self.open_text, "versions": self.open_versions,
+            "connect": self.connect, "folder": self.open_folder, "find": self.open_found, "text": self.open_text,
+            "versions": self.open_versions,
             "compare": self.compare, "compare back": self.compare_back, "where": self.plan, "restore": self.restore}
 
     def hear(self, event: Event) -> None:
@@ -26641,6 +26750,13 @@ class BrowseRun:
             return browser.with_page(page.at_name(wish.under))
         return browser.onto(page)
 
+    def open_found(self, browser: Browser, wish: Wish) -> Browser:
+        number = wish.spots[0].line
+        found = self.reader.find_names(browser.lines[number], wish.text, self.tell)
+        if not found:
+            return browser.saying("no snapshot or backup that was looked at has a name like that")
+        return browser.onto(found_page(browser.lines, number, wish.text, found))
+
     def tell(self, error: BackupError) -> None:
         self.ending.statuses.add(error.status)
         self.said.append(format_error(error).split("\n")[0])
@@ -26708,7 +26824,7 @@ class BrowseRun:
         words += ["and from {} more".format(plural(len(restorings) - 3, "snapshot"))] * (len(restorings) > 3)
         if taken:
             words.append("{} is there and stays as NAME{}TIME.".format(some_of(taken), KEPT_AS))
-        return browser._replace(question=Question("sure", "\n".join(words) + " y or n", folder, False))
+        return browser._replace(question=Question("sure", "\n".join(words) + " y or n", folder, False, wish.spots))
 
     def restore(self, browser: Browser, wish: Wish) -> Browser:
         """Does it on the terminal as it is without us, where progress shows and programs can ask."""

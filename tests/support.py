@@ -44,6 +44,7 @@ Parts and sections of the program, and the files that test them; first the one t
         TAKING              test_files_back
         PUTTING             test_files_back
         EXTENTS             test_space
+        SEEKING             test_browse
         HEALTH              test_doctor
     VI THE TRANSFER
         CONFINEMENT         test_planted test_hostile_streams

@@ -126,7 +126,7 @@ class Pages(unittest.TestCase):
 
     def test_the_way_in(self):
         at_times = self.press("enter")
-        self.assertEqual([ANY_TIME, "now", "b", "a", "ssh://nas/b"], [item.name for item in at_times.page.items])
+        self.assertEqual([ANY_TIME, "now", "b", "a", "(more)"], [item.name for item in at_times.page.items])
         for keys, wish in ((["enter"], ("folder", (Spot(0, ANY_TIME),))), (["down", "l"], ("folder", (Spot(0, NOW),))),
                            (["down", "down", "right"], ("folder", (Spot(0, "id-b"),))),
                            (["end", "enter"], ("connect", (Spot(0, ANY_TIME),)))):
@@ -165,7 +165,7 @@ class Pages(unittest.TestCase):
         self.assertEqual("/x ", typed.question.text)
         self.assertEqual(("where", (Spot(0, "id-b", "d/f"),), "/x "), self.press("enter", browser=typed).wish[:3])
         self.assertIsNone(self.press("esc", browser=typed).question)
-        sure = browser._replace(question=program.Question("sure", "do it?", "/x", False))
+        sure = browser._replace(question=program.Question("sure", "do it?", "/x", False, (Spot(0, "id-b", "d/f"),)))
         for key in ("n", "enter", "esc", "q", "space", "r"):
             after = self.press(key, browser=sure)
             self.assertEqual((None, None), (after.question, after.wish), key)
@@ -207,7 +207,7 @@ class Pages(unittest.TestCase):
         asked = press_line(browser, "1 r")
         self.assertEqual("/home", press_line(asked, "").wish.text)
         self.assertEqual("/some where", press_line(asked, "/some where").wish.text)
-        sure = browser._replace(question=program.Question("sure", "do it?", "/x", False))
+        sure = browser._replace(question=program.Question("sure", "do it?", "/x", False, (Spot(0, "id-b", "d/f"),)))
         self.assertEqual("restore", press_line(sure, "y").wish.kind)
         self.assertIsNone(press_line(sure, "").wish)
 
@@ -416,6 +416,54 @@ class OnDisk(BrowseTestCase):
         running.type(b"h")
         running.wait_to_show("plan.txt")
         self.leave(running)
+
+    def test_a_name_is_found_in_all_snapshots(self):
+        self.prepare()
+        os.makedirs(os.path.join(self.source, "deep/er/Plans"))
+        self.write("deep/er/Plans/other", "x")
+        self.take(4)
+        os.rename(os.path.join(self.source, "deep/er"), os.path.join(self.source, "deep/away"))
+        self.take(5)
+        self.transfer()
+        for name in (1, 2, 3):
+            delete(self.snapshot_path(self.name(name)))
+        running = self.browse(self.source)
+        self.cursor_on(running, "any time")
+        running.type(b"/PLAN\r")
+        running.wait_to_show("named like PLAN", "letters/plan.txt", "deep/er/Plans/", "deep/away/Plans/")
+        gone = [text.endswith(" gone") for text in running.shown()[1:4]]
+        self.assertEqual([True, True, False], gone, running.shown())
+        self.keys_to(running, "letters/plan.txt")
+        running.type(b"r\r")
+        running.wait_to_show("y or n")
+        running.type(b"y")
+        running.wait_to_show("restored 1 path")
+        self.check_restored()
+        running.type(b"/nowhere\r")
+        running.wait_to_show("has a name like that")
+        self.leave(running)
+
+    def test_names_of_random_histories(self):
+        """Against a walk of all trees."""
+        churn = support.Churn(self.source, seed=chance(self).randrange(1 << 30))
+        churn.fill(60)
+        for day in range(1, 7):
+            churn.change(20)
+            self.take(day)
+        self.transfer()
+        for folder in (self.snapshots, self.target):
+            names = [self.name(day) for day in range(6, 0, -1)]
+            expected = {}
+            for name in names:
+                top = os.path.join(folder, name)
+                for at, folders, files in os.walk(top):
+                    folders[:] = [one for one in folders if one != ".btrfs-backup-ng"]  # where its snapshots stood
+                    for one in folders + files:
+                        if "1" in one:
+                            expected.setdefault(os.path.relpath(os.path.join(at, one), top), name)
+            found = program.find_names(folder, names, "1")
+            self.assertEqual(expected, {one.sighting.inner: one.sighting.name for one in found}, len(found))
+            self.assertEqual(sorted(expected, key=os.fsencode), [one.sighting.inner for one in found])
 
     def test_a_link_is_never_followed(self):
         os.symlink("/etc", os.path.join(self.source, "a"))
