@@ -836,6 +836,11 @@ class Policy(NamedTuple):
     def keeps_all(self) -> bool:
         return self.everything or not (self.newest or self.spans)
 
+    @property
+    def most_kept(self) -> Optional[int]:
+        """How many it keeps at most, None for any number; by time and number together it may be fewer."""
+        return None if self.keeps_all else self.newest + sum(span.number for span in self.spans)
+
     def also_newest(self, count: int) -> "Policy":
         """This policy and the newest `count`; 0 adds nothing."""
         return self._replace(newest=count)
@@ -2203,7 +2208,10 @@ The source sends again what it still has and its own policy keeps: give it the s
                 Option(("--max-age",), "max_age", "AGE", parse_age,
                        "report a problem if the newest complete backup is older: 90min, 26h, 3d, 2w; the first line is "
                        "then for monitoring"),
-                Option(("--json",), "json", "", None, "the same as JSON, for programs"))),
+                Option(("--json",), "json", "", None, "the same as JSON, for programs"))
+                  + meaning("-n", "the -n of the backup; with it, is what it lets go deleted, before the disk is full?")
+                  + meaning("--keep-backups", "the --keep-backups of the backup; likewise")
+                  + meaning("--free-backups", "the --free-backups of the backup; the disk does not fill up then")),
             Group("Display", rows("-h", "-v", "-q", "--log-json")),
             Group("Hosts", rows("--ssh-opt", "--ssh-sudo", "--no-elevate")),
         ),
@@ -2211,7 +2219,8 @@ The source sends again what it still has and its own policy keeps: give it the s
 Checks this machine (programs, kernel, privileges, clock), the source (is it a subvolume, identity of its
 snapshots, locks, notes, space, quotas, errors of its devices) and each destination (connection, folder,
 backups, what the next transfer builds on, partials, space, quotas, devices). A FOLDER is one of backups
-alone. Nothing is changed.
+alone. With the policy of the backups (-n, --keep-backups) it says where what that lets go is not deleted, or
+the disk will be full before anything is. Nothing is changed.
 
 Each check says ok, problem or "not checked", and for a problem what to type.
 
@@ -2223,6 +2232,7 @@ and a source alone, the ages are those of the destinations that the source remem
             ("doctor", "can this machine do it at all?"),
             ("doctor /home ssh://nas/backups/home", "everything about these"),
             ("doctor --max-age 26h /home /mnt/backup/home", "for monitoring"),
+            ("doctor -n 30 /home /mnt/backup/home", "does what -n 30 keeps fit there?"),
             ("doctor --max-age 26h /srv/backups/laptop", "the same on a server, for each prefix"),
         ),
         reads_jobs=True),
@@ -23297,6 +23307,49 @@ def find_space(health: Health) -> Findings:
         yield Finding(OK, text)
 
 
+LONG_LEFT = 7 * DAY  # beyond the policy; a prune takes days over what came late or out of order
+LATELY = 10  # backups
+
+
+def find_left(times: Dict[str, float], task: Task, protected: Dict[str, str], now: float) -> Findings:
+    """Whether what a policy lets go is deleted. times: of the backups of a prefix."""
+    left = [name for name in times if now - times[name] > LONG_LEFT]
+    gone = {verdict.name for verdict in deletions(plan_retention(times, task.backup_policy, protected, now))}
+    beyond = sorted((name for name in left if name in gone), key=lambda name: times[name])
+    if beyond:
+        yield Finding(PROBLEM, "retention does not keep up: {} beyond the policy, the oldest {} is {} old".format(
+            plural(len(beyond), "backup"), beyond[0], format_age(now - times[beyond[0]])),
+            "did the last runs have this policy, and end without an error? If so, see -v debug for why they stay")
+
+
+def find_growth(brought: Sequence[int], count: int, task: Task, free: int) -> Findings:
+    """How long there will be room. brought: bytes of the last transfers; count: of the backups of their prefix."""
+    if len(brought) < LEAST_NOTED:
+        return
+    usual = sorted(brought)[len(brought) // 2]
+    runs, most = free // max(1, usual), task.backup_policy.most_kept
+    text = "each backup brought about {} lately".format(format_size(usual))
+    full = "{}: full in about {}".format(text, plural(runs, "run"))
+    is_kept_free = task.free_backups is not None or most is not None and runs >= most - count
+    if task.backup_policy.keeps_all and not is_kept_free:
+        yield Finding(OK, full + " where nothing is deleted")
+    elif is_kept_free:
+        yield Finding(OK, text)
+    else:
+        yield Finding(PROBLEM, "{}, before anything is deleted".format(full),
+                      "keep less with -n or --keep-backups, or give --free-backups as well")
+
+
+def find_kept(task: Task, prefix: str, listing: Listing, noted: Dict[str, int], notes: FolderNotes,
+              asked: Tuple[int, float]) -> Findings:
+    """Whether retention keeps up with what comes. noted: bytes of transfers; asked: what is free, and the time."""
+    free, now = asked
+    backups = sorted(backups_of(listing, prefix), key=by_creation)
+    sizes = [noted[b.received_uuid or ""] for b in backups if b.received_uuid in noted]
+    yield from find_left(backup_moments(prefix, backups, []), task, known_protections(listing, prefix, notes), now)
+    yield from find_growth(sizes[-LATELY:], len(backups), task, free)
+
+
 def find_quotas(health: Health, folder: str) -> Findings:
     if health.quotas is None:
         yield Finding(NOT_CHECKED, "quotas could not be queried", "run as root")
@@ -23762,6 +23815,18 @@ def find_partials(at: KnownDestination) -> Findings:
         yield Finding(OK, under_way_text(names))
 
 
+def find_retention(at: Any, prefixes: Sequence[str]) -> Findings:
+    """Of a folder of backups, whether a source is known or not."""
+    if at.listing.chained:
+        return
+    host, noted = at.run.hosts.of(at.endpoint), {}  # type: Host, Dict[str, int]
+    with contextlib.suppress(Refused):
+        noted = host.transfer_sizes(at.folder)
+    for prefix in prefixes:
+        yield from find_kept(at.task, prefix, at.listing, noted, host.read_notes(at.folder, prefix),
+                             (at.health.free, at.now))
+
+
 def find_alone(at: BackupsAlone) -> Findings:
     for broken in at.listing.broken:
         yield Finding(PROBLEM, "{} cannot be restored: {}".format(broken.name, broken.why), "see verify")
@@ -23804,10 +23869,12 @@ KNOWN: Tuple[Tuple[str, CheckOf], ...] = (
     ("backups", find_backups),
     ("parent", find_parents),
     ("partials", find_partials),
+    ("retention", lambda at: find_retention(at, at.source.prefixes) if not at.sound.is_new else iter(())),
 ) + FILESYSTEM + (("age", lambda at: find_age(at.backups, at.task.max_age, at.now)),)
 ALONE: Tuple[Tuple[str, CheckOf], ...] = (
     ("backups", find_alone),
     ("partials", find_unused),
+    ("retention", lambda at: find_retention(at, folder_prefixes(at.listing, at.task.prefix))),
 ) + FILESYSTEM + (("age", lambda at: itertools.chain.from_iterable(
     find_age(entries, at.task.max_age, at.now) for entries in at.groups)),)
 CHECKLISTS: Dict[str, Tuple[Tuple[str, CheckOf], ...]] = {  # of each kind of place, in their order

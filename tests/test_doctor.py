@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Tuple
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import fakes
 import remote
+import support
 from support import (
     PROGRAM_ARGV,
     BackupTestCase,
@@ -29,6 +30,7 @@ from support import (
     write_locks,
 )
 
+import btrfs_backup_ng as program
 from btrfs_backup_ng import (
     Checked,
     Doctor,
@@ -531,6 +533,45 @@ class Remembered(DoctorTestCase):
         self.fine(self.source, self.target)
         self.fine("-p", "other-", self.source)
         self.fine("--max-age", "9999w", self.source)
+
+
+class Retention(DoctorTestCase):
+    """Whether it keeps up with what comes."""
+
+    def found(self, *brought, count=0, free=1000, **task):
+        return [(finding.state, finding.text) for finding in program.find_growth(
+            brought, count or len(brought), program.Task(**task), free)]
+
+    def test_how_long_there_will_be_room(self):
+        self.assertEqual([], self.found(1, 2))
+        (state, text), = self.found(90, 100, 110, 5000)
+        self.assertEqual("ok", state)
+        self.assertIn("full in about 9 runs where nothing is deleted", text)
+        (state, text), = self.found(90, 100, 110, num_backups=30)
+        self.assertEqual("problem", state)
+        self.assertIn("full in about 10 runs, before", text)
+        for task in ({"num_backups": 13}, {"num_backups": 30, "free_backups": program.Room(1)},
+                     {"free_backups": program.Room(1)}, {"keep_backups": program.parse_policy("3d 2w")}):
+            (state, text), = self.found(90, 100, 110, **task)
+            self.assertEqual("ok", state)
+            self.assertNotIn("full", text)
+        self.assertEqual("problem", self.found(90, 100, 110, keep_backups=program.parse_policy("30d 2w"))[0][0])
+
+    def test_what_is_left_beyond_the_policy(self):
+        self.take(1, 2, 3, 4, 5)
+        self.transfer()
+        for place in ([self.source, self.target], [self.target]):
+            found = self.problem("retention", "3 backups beyond the policy", self.name(1),
+                                 arguments=["-n", "2"] + place)
+            self.assertIn("old", found["text"])
+            self.fine("-n", "5", *place)
+            self.fine(*place)
+
+    def test_what_must_stay_is_not_left(self):
+        self.take(1, 2, 3)
+        self.transfer()
+        support.write_locks(self.target, {self.name(1): {"locks": ["/elsewhere"]}})
+        self.problem("retention", "1 backup beyond", arguments=("-n", "1", self.target))
 
 
 class Raw(DoctorTestCase):
