@@ -11,6 +11,7 @@ version is enough.
 """
 
 import concurrent.futures
+import functools
 import glob
 import os
 import shutil
@@ -32,12 +33,13 @@ ASK = "import os, sys; print('%d %d ' % sys.version_info[:2] + os.path.realpath(
 
 
 def candidates() -> Iterator[str]:
-    """Paths that may be an interpreter: a pyenv shim, say, often is none."""
+    """Paths that may be an interpreter. A pyenv's shims are none, and take long; what they lead to is found as well."""
     yield sys.executable
+    folders = os.pathsep.join(folder for folder in os.get_exec_path() if os.path.basename(folder) != "shims")
     names = ["python3", "python2"]
     names += ["python2.7"] + ["python3.{}".format(minor) for minor in range(OLDEST[1], 30)]
     for name in names:
-        found = shutil.which(name)
+        found = shutil.which(name, path=folders)
         if found:
             yield found
     yield from sorted(glob.glob(os.path.expanduser("~/.pyenv/versions/*/bin/python")))
@@ -61,6 +63,7 @@ def identify(candidate: str) -> Optional[Tuple[Version, str]]:
     return (int(major), int(minor)), path
 
 
+@functools.lru_cache(maxsize=None)
 def all_pythons() -> List[Tuple[Version, str]]:
     """One interpreter of each minor version, the oldest first."""
     found: Dict[Version, str] = {}
