@@ -267,6 +267,8 @@ def plural(count: int, noun: str) -> str:
 
 def printable(text: str) -> str:
     """`text` on one line: control characters and undecodable bytes as escapes."""
+    if text.isprintable():
+        return text
     shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
 
@@ -1057,13 +1059,17 @@ class Events:
             self.error(failed)
 
     def debug(self, topic: str, text: str, **facts: Any) -> None:
-        self.emit(topic, "debug", text, **facts)
+        self.emit(topic, "debug", printable(text), **facts)
 
     def info(self, topic: str, text: str, **facts: Any) -> None:
-        self.emit(topic, "info", text, **facts)
+        self.emit(topic, "info", printable(text), **facts)
 
     def warning(self, topic: str, text: str, **facts: Any) -> None:
-        self.emit(topic, "warning", text, **facts)
+        self.emit(topic, "warning", printable(text), **facts)
+
+    def aside(self, topic: str, error: BackupError, **facts: Any) -> None:
+        """An error that nothing depends on."""
+        self.emit(topic, "debug", format_error(error), **facts)
 
     def error(self, error: BackupError, **facts: Any) -> None:
         self.emit("error", "error", format_error(error), status=error.status, message=error.message,
@@ -1085,7 +1091,7 @@ def apart(events: Events, tell: Callable[[BackupError], object], doing: str) -> 
         if not isinstance(error, (BackupError, OSError)):
             with contextlib.suppress(ImportError):  # of a Python that lacks it
                 import traceback
-                events.debug("traceback", traceback.format_exc())
+                events.emit("traceback", "debug", traceback.format_exc())
         tell(explain(error, doing))
 
 
@@ -1125,7 +1131,8 @@ def printed_when_interrupted(is_wanted: bool, document: Callable[[], Any]) -> It
 
 
 def print_result(text: str) -> None:
-    write_result(painted(text, 1))
+    """Prints lines; whatever is in them, nothing but these and their colours comes to a terminal."""
+    write_result(painted("\n".join(map(printable, text.split("\n"))), 1))
 
 
 LEAST_WIDTH = 40
@@ -1141,9 +1148,10 @@ def result_size() -> Tuple[int, int]:
 
 
 def print_lines(lines: Sequence[str]) -> None:
+    """Prints lines, whatever is in them, folded to the terminal."""
     if lines:
         width, _ = result_size()
-        print_result("\n".join(part for line in lines for part in fold(line, width)))
+        print_result("\n".join(part for line in lines for part in fold(printable(line), width)))
 
 
 class JsonLog(Reader):
@@ -18011,7 +18019,7 @@ class ProgressOf:
     def __enter__(self) -> "ProgressOf":
         shipment = self.shipment
         if self.is_wanted:
-            with apart(self.events, lambda error: self.events.debug("measuring", format_error(error)), "measuring"):
+            with apart(self.events, lambda error: self.events.aside("measuring", error), "measuring"):
                 self.measuring = shipment.host.measure_send(
                     shipment.folder, shipment.snapshot.name, shipment.parent_name)
         return self
@@ -18106,7 +18114,7 @@ class Delivery:
 
     def close(self, key: str, receiver: Receiver) -> None:
         """What goes wrong when all is over changes nothing of what came out."""
-        with apart(self.events, lambda error: self.events.debug("end", format_error(error), destination=key), "ending"):
+        with apart(self.events, lambda error: self.events.aside("end", error, destination=key), "ending"):
             receiver.end()
 
     def open(self, target: Target) -> Receiver:
@@ -19133,7 +19141,7 @@ def tell_kept(events: Events, verdicts: Sequence[Verdict], text: str) -> None:
 
 def tell_room(events: Events, host: Host, folder: str, text: str) -> None:
     """How much is free at a place by now; what was deleted may be cleaned up later."""
-    with apart(events, lambda error: events.debug("room", format_error(error)), "free space"):
+    with apart(events, lambda error: events.aside("room", error), "free space"):
         free = host.look(folder).free
         if free is not None:
             events.debug("room", "{} are free at {}".format(format_size(free), text), endpoint=text, free=free)
@@ -19488,7 +19496,7 @@ class TaskRun(Sending):
         try:
             return self.host.find_subvolume(self.source, [key for key in noted if key not in own])
         except BackupError as error:  # of a key that is restricted, or a host without Python
-            self.events.debug("rival", format_error(error))
+            self.events.aside("rival", error)
             return ""
 
     def look_at_new(self) -> None:
@@ -19517,7 +19525,7 @@ class TaskRun(Sending):
 
     def ask_about(self, destination: Destination, place: Place) -> None:
         """Warns of a new destination, without backups yet, that is probably another than the one that was meant."""
-        with apart(self.events, lambda error: self.events.debug("unasked", format_error(error)), destination.text):
+        with apart(self.events, lambda error: self.events.aside("unasked", error), destination.text):
             named = {one.key for one in self.destinations}
             there = [key for key, pins in self.pins.items()
                      if key not in named and place.filesystem in {pin.filesystem for pin in pins}]
@@ -19891,7 +19899,7 @@ class TaskRun(Sending):
         try:
             self.remember(self.destinations)
         except BackupError as error:
-            self.events.debug("unnoted", format_error(error))
+            self.events.aside("unnoted", error)
 
     def transfer_all(self) -> None:
         """Sends snapshot by snapshot; destinations that lack one on the same parent share its stream."""
@@ -20136,7 +20144,7 @@ class TaskRun(Sending):
     def watch_room(self, destination: Destination, room: int, weighing: Weighing) -> None:
         sizes: Sizes = {}
         for transfer in destination.plan.transfers:
-            with apart(self.events, lambda error: self.events.debug("room", format_error(error)), "measuring"):
+            with apart(self.events, lambda error: self.events.aside("room", error), "measuring"):
                 sizes[transfer.snapshot.name, transfer.parent_name] = weighing.size(transfer)
             load = load_of(destination.text, with_sizes(self.to_send(destination.plan), sizes), room)
             if load.is_too_much:
@@ -21385,7 +21393,7 @@ class WantedFiles(NamedTuple):
     @property
     def lines(self) -> Dict[str, str]:
         """By name what it is."""
-        return {name: "{} of {}, a {}".format(printable(path), self.backup.name, TYPE_NAMES[stat.S_IFMT(mode)])
+        return {name: "the {} {} of {}".format(TYPE_NAMES[stat.S_IFMT(mode)], printable(path), self.backup.name)
                 for (name, path), mode in zip(self.names.items(), self.found.modes)}
 
 
@@ -21624,7 +21632,8 @@ class FilesRun(RestoreRun):
                 kept = ", which stays as {}{}TIME".format(name, KEPT_AS) if os.path.lexists(path) else ""
                 yield "restore {} to {}{}".format(line, path, kept)
         found = [wanted.found for wanted in self.wanted]
-        yield "in all: {} entries, {}".format(sum(f.entries for f in found), format_size(sum(f.size for f in found)))
+        yield "in all: {} files and folders, {}".format(sum(f.entries for f in found),
+                                                        format_size(sum(f.size for f in found)))
 
     def plan_document(self) -> Dict[str, Any]:
         """As of a dry run of any restore, with the files at their destination."""
@@ -22904,7 +22913,7 @@ def show_estimate(folder: FolderToMeasure, events: Events) -> str:
     width, height = result_size()
     lines: List[str] = []
     if height != UNBOUNDED:
-        with apart(events, lambda error: events.debug("sampled", format_error(error)), "sampling"):
+        with apart(events, lambda error: events.aside("sampled", error), "sampling"):
             lines = costs_lines(folder.estimate(), width) + ["measuring ..."]
     if not lines or len(lines) >= height:
         return ""
@@ -23448,9 +23457,9 @@ def find_pins(task: Task, key: Tuple[str, str], pins: Sequence[Pin], now: float)
     for pin in pins if destination != UNNAMED else ():
         moment = name_moment(pin.name)
         age = 0.0 if moment is None else now - moment
-        text = "{} is kept for {}{}, and {} old".format(
-            pin.name, printable(destination), " on filesystem {}".format(pin.filesystem) * (len(pins) > 1),
-            format_age(age))
+        text = "{}, {} old, is kept for {}{}".format(
+            pin.name, format_age(age), printable(destination),
+            " on filesystem {}".format(pin.filesystem) * (len(pins) > 1))
         remedy = "if it will not come back{}: {}".format(
             ", forget all disks of that place, then back up to the others" * (len(pins) > 1),
             forget_command(task, prefix, destination))
@@ -24050,8 +24059,10 @@ def run_doctor(task: Task, events: Events) -> Ending:
             doctor.run.hosts.end()
     if task.json:
         print_json(describe_checks(checks))
+    elif task.max_age is not None:
+        print_lines(format_status(checks).split("\n"))
     else:
-        print_result(format_checks(checks, result_size()[0]) if task.max_age is None else format_status(checks))
+        print_result(format_checks(checks, result_size()[0]))
     problems = ["{} at {}".format(checked.name, checked.where or "this machine") for checked in checks
                 if checked.finding.state == PROBLEM]
     if problems:
@@ -24410,7 +24421,7 @@ class VerifyRun:
             error = BackupError("{}: {}".format(what, ": ".join(words)), "", "\n".join(compared.differences))
             facts = {"snapshot": compared.name, "destination": compared.endpoint, "result": compared.result}
             if compared.result == NOT_CHECKED and why in self.told:
-                self.events.debug("again", format_error(error), **facts)
+                self.events.aside("again", error, **facts)
             else:
                 self.events.error(error, **facts)
             self.told.add(why)
@@ -24609,9 +24620,9 @@ results and errors are printed. Ctrl-C stops the tasks, Ctrl-Z pauses the view.
 --log-json FILE appends every event but progress, whatever -v says, as a line of JSON with time (seconds since 1970),
 event, level, text, of several tasks task, and facts that depend on the event.""",
     "json": """\
---json prints one document on stdout, and nothing else there. It comes as well where something failed, but not where
-the command line is wrong or where list, verify or doctor was interrupted. Sizes are in bytes, age and seconds in
-seconds; null is what is not known or not there. Later versions may have more fields.
+--json prints one document on stdout, and nothing else there. It comes as well where something failed, and of what was
+done or found until then where it was interrupted; not where the command line is wrong, nor of a diff or a history that
+was interrupted. Sizes are in bytes, age and seconds in seconds; null is what is not known or not there. Later versions may have more fields.
 
 A backup has dry_run, status (as the exit status) and tasks. A task has source, snapshot (taken; null: none), deleted
 (how many), errors and destinations; a destination endpoint, planned (how many were to be sent), sent, doubtful (sent,
@@ -25783,6 +25794,7 @@ def format_event(event: Event) -> List[str]:
     """An event as lines of a log, with its task in front where several run."""
     mark = event.level + ": " if event.level in ("warning", "error") else ""
     task = "{}: ".format(event.facts["task"]) if "task" in event.facts else ""
+    task = "" if task and event.text.startswith(task[:-2] + " ") else task  # which it names itself
     return [printable(line) for line in (mark + task + event.text).split("\n")]
 
 
@@ -27006,7 +27018,7 @@ def run_and_report(run: Callable[[Task, Events], Ending], task: Task, events: Ev
         if VERBS[task.verb].acts and not task.dry_run:
             ending.done, ending.rows = account.ending
         if ending.done is not None:
-            events.info("done", ending.last_words, **ending.facts)
+            events.emit("done", "info", ending.last_words, **ending.facts)
         return ending.status
     except BrokenPipeError:  # nobody reads the results any more
         raise
@@ -27640,7 +27652,7 @@ def say_end(crew: Crew, statuses: Sequence[int], account: Account) -> None:
     """What several tasks have done, and what to type for those that failed."""
     ending = Ending(*statuses)
     ending.done, ending.rows = plural(len(statuses), "task"), account.lines()
-    crew.events.info("summary", ending.last_words)
+    crew.events.emit("summary", "info", ending.last_words)
     failed = sum(status != 0 for status in statuses)
     if failed:
         head = "{} of {} failed".format(failed, ending.done)
@@ -27654,8 +27666,7 @@ def run_crew(requests: Sequence[Request], events: Events, view: Display, account
     def print_plan(number: int, request: Request, text: str) -> None:
         if task.dry_run and len(requests) > 1 and not task.json:
             print_result("task {} of {}: {}".format(number, len(requests), format_request(request)))
-        if text:
-            print_result(text)
+        print_lines(text.split("\n") if text else ["  no plan: see its error"] * task.dry_run * (not task.json))
 
     with view:
         crew = Crew(requests, events, view.tick, view.token)

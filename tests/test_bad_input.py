@@ -1,6 +1,7 @@
 """Bad input gets one clear line, and nothing is lost or changed."""
 
 import os
+import shutil
 import tempfile
 import unittest
 
@@ -285,6 +286,66 @@ class Future(BadInputTestCase):
         self.backup()
         self.assertEqual(4, len(names(self.snapshots)))
         self.assertEqual(4, len(names(self.target)))
+
+
+class Names(support.BackupTestCase):
+    """What others have named reaches nobody's terminal as it is, and is no line of ours."""
+
+    forged = "all is lost"
+    strange = ("nl\nerror: " + forged, "cr\rerror: " + forged, "esc\x1b[2Jx", "title\x1b]0;x\x07",
+               "bidi\u202etxt.exe",
+               "c1\x9b31m", "bytes\udcff\udc80", "separator\u2028error: " + forged, "long" * 60)
+
+    def setUp(self):
+        super().setUp()
+        self.take(1)
+        os.mkdir(os.path.join(self.source, "evil"))
+        for name in self.strange:
+            self.write(os.path.join("evil", name), "x" * 5000)
+        self.take(2)
+        self.transfer("-q")
+
+    def assertHarmless(self, *arguments, status=0, **more):
+        result = self.run_program(*arguments, status=status, **more)
+        said = result.stdout + result.stderr
+        for line in said.split("\n"):
+            self.assertTrue(line.isprintable(), repr(line))
+            self.assertFalse(line.startswith("error: " + self.forged), line)
+        return said
+
+    def test_files(self):
+        old, new = self.backup_path(self.name(1)), self.backup_path(self.name(2))
+        into = os.path.join(self.source_disk.path, "into\x1b[2J")
+        self.assertIn(r"nl\nerror: ", self.assertHarmless("diff", old, new))
+        self.assertIn(r"nl\nerror: ", self.assertHarmless("diff", new, old))
+        shutil.rmtree(os.path.join(self.source, "evil"))
+        self.assertIn(r"nl\nerror: ", self.assertHarmless("history", "--deleted", os.path.join(self.source, "evil")))
+        self.assertIn(r"nl\nerror: ", self.assertHarmless("space", "--top", "20", self.target))
+        for name in self.strange[:2]:
+            paths = ["--path", os.path.join("evil", name), new, os.path.join(self.source_disk.path, "into")]
+            for options in ["--dry-run"], [], ["--dry-run", "--replace"], ["--replace"], ["-v", "debug", "--replace"]:
+                self.assertHarmless("restore", *options, *paths)
+            self.assertHarmless("restore", *paths, status=1)
+        self.assertHarmless("restore", "--path", "evil/nosuch\nerror: " + self.forged, new, into, status=1)
+
+    def test_subvolumes(self):
+        for name in self.strange[:-1]:
+            create(os.path.join(self.target, name + "20240101-000000"))
+            create(os.path.join(self.target, "." + name + "20240102-000000.partial"))
+            create(os.path.join(self.source, name))
+        self.assertIn(r"esc\x1b", self.assertHarmless("list", self.source, self.target))
+        self.assertHarmless("list", self.target)
+        self.assertIn(r"esc\x1b", self.assertHarmless("doctor", self.source, self.target, status=1))
+        self.assertHarmless("doctor", "--max-age", "1h", self.source, self.target, status=1)
+        self.assertHarmless("-p", "home", "-v", "debug", self.source, self.target)
+        self.assertHarmless("prune", "-v", "debug", "--dry-run", "-n", "1", self.target)
+        self.assertHarmless("restore", "--latest", self.target, self.source_disk.path)
+
+    def test_what_is_typed(self):
+        for dry_run in [], ["--dry-run"]:
+            self.assertHarmless("-p", "home", *dry_run, self.source,
+                                "shell://cat >/dev/null # \x1b[2J\nerror: " + self.forged, status=None)
+            self.assertHarmless("-p", "home", *dry_run, self.source, os.path.join(self.target_disk.path, "\x1b[2J"))
 
 
 if __name__ == "__main__":

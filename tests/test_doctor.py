@@ -523,7 +523,7 @@ class Remembered(DoctorTestCase):
     def test_each_with_its_age(self):
         self.backup()
         found, = self.examine(self.source)["notes", self.source]
-        self.assertRegex(found["text"], "home[-0-9]+ is kept for {}, and 0 min old".format(self.target))
+        self.assertRegex(found["text"], "home[-0-9]+, 0 min old, is kept for {}".format(self.target))
 
     def test_one_that_was_not_seen_for_long(self):
         """All backups here are of January 2024. One that is named has its age, and with --max-age all have."""

@@ -49,6 +49,7 @@ class Eight(TasksTestCase):
         result = self.run_tasks(tasks=tasks[:4], status=1)
         self.assertEqual(1, result.stderr.count(" is an ordinary folder, not a subvolume"), result.stderr)
         self.assertEqual(3, result.stderr.count(" is inside the source"), result.stderr)
+        self.assertIn("error: {} is an ordinary folder".format(tasks[1][-2]), result.stderr)  # named once
         again = result.stderr[result.stderr.index("error: 4 of 4 tasks failed"):].splitlines()[1:]
         self.assertEqual(["        again: btrfs-backup-ng -S --snapshot-prefix={} {} {} {} {}".format(*tasks[3][1:])],
                          again)
@@ -528,6 +529,12 @@ class EachForItself(TasksTestCase):
         shown = running.wait_for("a plan", running.read_stdout)
         self.assertIn("source " + self.sources[0], shown)
         self.assertNotIn("task 2 of", shown)
+
+    def test_a_dry_run_says_where_there_is_no_plan(self):
+        tasks = self.tasks()[:2]
+        tasks[0][-2] += "none"
+        shown = self.run_tasks("--dry-run", tasks=tasks, status=1).stdout
+        self.assertRegex(shown, "(?s)^task 1 of 2: [^\n]*\n  no plan: see its error\ntask 2 of 2: [^\n]*\nsource ")
 
     def test_wrong_arguments_start_nothing(self):
         tasks = self.tasks()
