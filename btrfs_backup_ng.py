@@ -1933,7 +1933,7 @@ incrementally where it can, then applies retention. Without DESTINATION it keeps
         ), acts=True),
     "restore": Verb(
         "[options] {BACKUP [FOLDER] | BACKUP/PATH ... FOLDER}",
-        "bring a backup or files in it back, into a folder or in place", (
+        "bring back a backup or files from it, into a folder or in place", (
             Group("Which backup", (
                 Option(("--latest",), "latest", "", None, "the newest in the folder BACKUP"),
                 Option(("--before",), "before", "TIME", parse_moment,
@@ -1973,7 +1973,7 @@ filesystem, with owner, mode, times, attributes, hard links and holes, and gets 
 has come. What was broken off goes on when the same command is typed again.""",
         examples=(
             ("restore /mnt/backup/home --latest --in-place /mnt/top/home", "the latest state of the subvolume"),
-            ("restore /mnt/backup/home --before 2026-01-31 /mnt/top/restored", "an older state beside it"),
+            ("restore /mnt/backup/home --before 2026-01-31 /mnt/top/restored", "an older state, beside what is there"),
             ("restore nas:/backups/laptop-20260131-093000 /mnt/top/restored", "from another machine"),
             ("restore --replace /mnt/backup/laptop-20260131-093000/etc/fstab /etc", "one file; the present one stays"),
             ("restore ssh://nas/backups --latest --path ann/thesis --path ann/.ssh /home/ann", "some of the newest"),
@@ -24621,8 +24621,9 @@ results and errors are printed. Ctrl-C stops the tasks, Ctrl-Z pauses the view.
 event, level, text, of several tasks task, and facts that depend on the event.""",
     "json": """\
 --json prints one document on stdout, and nothing else there. It comes as well where something failed, and of what was
-done or found until then where it was interrupted; not where the command line is wrong, nor of a diff or a history that
-was interrupted. Sizes are in bytes, age and seconds in seconds; null is what is not known or not there. Later versions may have more fields.
+done or found until then where it was interrupted; not where the command line is wrong, nor of a diff or a history
+that was interrupted. Sizes are in bytes, age and seconds in seconds; null is what is not known or not there. Later
+versions may have more fields.
 
 A backup has dry_run, status (as the exit status) and tasks. A task has source, snapshot (taken; null: none), deleted
 (how many), errors and destinations; a destination endpoint, planned (how many were to be sent), sent, doubtful (sent,
@@ -24986,7 +24987,8 @@ def format_man() -> str:
 # number, is not guessed. What is found on disks is offered only where no shell would take it for anything but a word.
 ########################################################################################################
 
-FOLDER_VALUES = ("DIR", "DEST", "FOLDER", "SUBVOLUME", "PATH")
+FOLDER_VALUES = ("DIR", "DEST", "FOLDER", "SUBVOLUME")
+FILE_VERBS = ("history", "restore")  # of files and folders in backups
 # for sh; no single quotes, as these stand around it
 LOOK_IN = ('for d; do f=$d/.btrfs-backup-ng/snapshots; [ -d "$f" ] && d=$f; [ -d "$d" ] && ls "$d"; done 2>/dev/null | '
            'grep -E "^[A-Za-z0-9@%+=.,_-]*[0-9]{6,8}-[0-9]{6}$" | ')
@@ -25052,7 +25054,9 @@ _btrfs_backup_ng() {{
     esac
     ((COMP_CWORD == 1)) && COMPREPLY=($(compgen -W '{verb_words}' -- "$cur"))
     compopt -o filenames 2>/dev/null
-    mapfile -t -O ${{#COMPREPLY[@]}} COMPREPLY < <(compgen -d -- "$cur")
+    local kind=-d
+    case $verb in {file_verbs}) kind=-f ;; esac
+    mapfile -t -O ${{#COMPREPLY[@]}} COMPREPLY < <(compgen $kind -- "$cur")
 }}
 complete -F _btrfs_backup_ng {program}"""
 # mapfile, as names in an array's parentheses would be patterns
@@ -25084,6 +25088,7 @@ def bash_completion() -> str:
     verbs = [name for name in VERBS if name]
     return BASH_COMPLETION.format(
         program=PROGRAM, version=__version__, verbs="|".join(verbs), verb_words=" ".join(verbs), hosts=OFFERS["host"],
+        file_verbs="|".join(FILE_VERBS),
         values="\n".join(line for name, verb in VERBS.items() for line in bash_values(name, verb)),
         flags="\n".join(flags),
         operands="\n".join("        {}:{}) {}; return ;;".format(name, word, bash_words(words))
@@ -25140,6 +25145,7 @@ _btrfs_backup_ng() {{
 _btrfs_backup_ng_place() {{
   if compset -P @; then _files
   elif compset -P '(raw+|)ssh://'; then compadd -S / -- ${{(f)"$(sh -c '{hosts}')"}}
+  elif [[ $verb == ({file_verbs}) ]]; then _files
   else _files -/; fi
 }}
 if [ "$funcstack[1]" = _{program} ]; then _btrfs_backup_ng "$@"; else compdef _btrfs_backup_ng {program}; fi"""
@@ -25148,7 +25154,7 @@ if [ "$funcstack[1]" = _{program} ]; then _btrfs_backup_ng "$@"; else compdef _b
 def zsh_completion() -> str:
     named = [(name, verb) for name, verb in VERBS.items() if name]
     return ZSH_COMPLETION.format(
-        program=PROGRAM, version=__version__, hosts=OFFERS["host"],
+        program=PROGRAM, version=__version__, hosts=OFFERS["host"], file_verbs="|".join(FILE_VERBS),
         verbs="\n".join("    " + single_quoted("{}:{}".format(name, verb.summary)) for name, verb in named),
         branches="\n".join(line for name, verb in named + [("", VERBS[""])] for line in zsh_branch(name, verb)))
 
@@ -25208,9 +25214,10 @@ def fish_completion() -> str:
             lines.append("complete -c {} -n '{}; and __btrfs_backup_ng_after {}' -a {}".format(
                 PROGRAM, is_verb, word, fish_quoted(" ".join(words))))
         others = "; and not __btrfs_backup_ng_after " + " ".join(word for word, _ in operands_of(name, verb))
-        lines.append("complete -c {} -n '{}{}' -a '(__fish_complete_directories)'".format(
+        lines.append("complete -c {} -n '{}{}' {}".format(
             PROGRAM, is_verb, "; and not string match -q -- \"*:*\" (commandline -ct)" + (
-                others if operands_of(name, verb) else "")))
+                others if operands_of(name, verb) else ""),
+            "-F" if name in FILE_VERBS else "-a '(__fish_complete_directories)'"))
     lines += [fish_option(name, option) for name, verb in VERBS.items() for option in options_of(verb)]
     return "\n".join(lines)
 

@@ -178,6 +178,10 @@ class Bash(Completion):
         self.assertEqual(["two words"], self.complete("-f", "t"))
         self.assertEqual(["a file"], self.complete("--log-json", "a"))
         self.assertEqual(["two words"], self.complete("/home", ""))
+        for verb in "restore", "history":
+            self.assertEqual(["a file"], self.complete(verb, "a"))
+        self.assertEqual([], self.complete("list", "a"))
+        self.assertEqual([], self.complete("restore", "--path", ""))  # which is inside of a backup
 
     def test_names_are_no_patterns(self):
         for name in ("*", "a", "[a]", "b c"):
@@ -240,6 +244,10 @@ class Fish(Completion):
         self.assertEqual(["two words/"], self.complete("-f t"))
         self.assertEqual(["a file"], self.complete("--log-json a"))
         self.assertEqual(["two words/"], self.complete("/home t"))
+        for verb in "restore", "history":
+            self.assertEqual(["a file"], self.complete(verb + " a"))
+        self.assertEqual([], self.complete("list a"))
+        self.assertEqual([], self.complete("restore --path "))
 
     def test_what_is_on_disks(self):
         self.typed_already()
@@ -316,6 +324,8 @@ class Zsh(Completion):
         self.assertIn("--verbosity warning", self.shown("--verbosity w"))
         self.assertIn("two\\ words/", self.shown("/home t"))
         self.assertIn("two\\ words/", self.shown("-f t"))
+        self.file("work/a file", "")
+        self.assertIn("a\\ file", self.shown("history a"))
         offered = self.shown("print ").split()
         self.assertEqual([], sorted(set(PRINTS) - set(offered)))
         offered = self.shown("print completion ").split()
