@@ -26035,7 +26035,7 @@ class Question(NamedTuple):
 
 
 class Wish(NamedTuple):
-    """What is to be done outside. under: of the page that comes the name that the cursor shall be on."""
+    """What is to be done outside. under: the name that the cursor shall be on then; of a restore what was confirmed."""
 
     kind: str
     spots: Tuple[Spot, ...] = ()
@@ -26327,7 +26327,7 @@ def answer(browser: Browser, question: Question, key: str) -> Browser:
     if key == "esc" or not question.takes_text and key not in ("y", "Y"):
         return asked.saying("nothing was done")
     if not question.takes_text:
-        return asked.wishing("restore", *question.spots, text=question.text)
+        return asked.wishing("restore", *question.spots, text=question.text, under=question.kind)
     if key == "enter":
         if not question.text:
             return asked.saying("nothing was done")
@@ -26435,7 +26435,9 @@ def last_lines(browser: Browser, shown: Callable[[str], str], width: int, most: 
         return [clip(line, width) for line in lines[-most:]]
     item = browser.page.item
     if browser.message:
-        return [clip(line, width) for line in fold(shown(browser.message), width)[:most]]
+        lines = fold(shown(browser.message), width)
+        cut = lines[:most - 1] + [" ".join(line.strip() for line in lines[most - 1:])]
+        return [clip(line, width) for line in cut]
     return [clip(shown(item.about) if item is not None else "", width)]
 
 
@@ -26560,12 +26562,17 @@ class FullScreen(Front):
     def __enter__(self) -> "FullScreen":
         self.before = signal.signal(signal.SIGTSTP, self.note_pause)
         self.settings = self.termios.tcgetattr(0)
-        self.open()
+        try:
+            self.open()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-        signal.signal(signal.SIGTSTP, self.before)
+        with HeldSignals():
+            self.close()
+            signal.signal(signal.SIGTSTP, self.before)
 
     def open(self) -> None:
         settings = self.termios.tcgetattr(0)
@@ -26676,6 +26683,9 @@ class Dialogue(Front):
 # restored by FILES BACK, as by the command that is said with it. What fails is said, and one goes on from where one
 # was. Never: anything written but by a restore that was confirmed.
 ########################################################################################################
+
+
+REPLACING = "replacing"  # a question that tells what stays aside
 
 
 class Restoring(NamedTuple):
@@ -26910,7 +26920,8 @@ class BrowseRun:
         words += ["and from {} more".format(plural(len(restorings) - 3, "snapshot"))] * (len(restorings) > 3)
         if taken:
             words.append("{} is there and stays as NAME{}TIME.".format(some_of(taken), KEPT_AS))
-        return browser._replace(question=Question("sure", "\n".join(words) + " y or n", folder, False, wish.spots))
+        return browser._replace(question=Question(REPLACING if taken else "sure", "\n".join(words) + " y or n", folder,
+                                                  False, wish.spots))
 
     def restore(self, browser: Browser, wish: Wish) -> Browser:
         """Does it on the terminal as it is without us, where progress shows and programs can ask."""
@@ -26927,7 +26938,7 @@ class BrowseRun:
             self.events.readers.append(hear)
             stack.callback(self.events.readers.remove, hear)
             for restoring in plan_restoring(self.task, browser.lines, wish.spots, wish.text):
-                self.restore_one(restoring)
+                self.restore_one(restoring, wish.under == REPLACING)
         browser = self.read_again(browser._replace(marks=() if restored == len(wish.spots) else browser.marks))
         message = "restored {} to {}".format(plural(restored, "path"), wish.text) * bool(restored)
         return (browser.onto(text_page("what was said", said)) if len(said) > 1 else browser).saying(
@@ -26941,10 +26952,11 @@ class BrowseRun:
         under = page.item.name if page.item else ""
         return self.open_folder(browser, Wish("folder", (page.at,), "instead", under))
 
-    def restore_one(self, restoring: Restoring) -> None:
+    def restore_one(self, restoring: Restoring, may_replace: bool) -> None:
+        """may_replace: it was told that what is there stays under another name; what came since refuses it."""
         task = restoring.task
         taken = any(os.path.lexists(os.path.join(restoring.folder, os.path.basename(path))) for path in task.paths)
-        task = task._replace(replace=taken)
+        task = task._replace(replace=may_replace and taken)
         self.events.info("command", "this does what can be typed as\n        " + restoring._replace(task=task).command)
         with apart(self.events, self.report, "cannot restore"):
             run = FilesRun(task, self.events)

@@ -383,6 +383,20 @@ class OnDisk(BrowseTestCase):
         self.check_restored("another")
         self.leave(running)
 
+    def test_what_comes_after_the_question_is_not_put_aside(self):
+        self.prepare()
+        running = self.browse(os.path.join(self.source, "letters"))
+        running.wait_to_show("plan.txt")
+        running.type(b"\x1b[F")
+        self.cursor_on(running, "plan.txt")
+        running.type(b"r\r")
+        running.wait_to_show("y or n")
+        self.write("letters/plan.txt", "quick")
+        running.type(b"y")
+        self.wait_for_words(running, "nothing was restored; error: plan.txt exists in")
+        self.check_restored("quick")
+        self.leave(running, status=1)
+
     def test_texts_and_what_differs(self):
         self.prepare()
         self.write("letters/bank", "bank\nmoney\n")
