@@ -22661,6 +22661,8 @@ class LineReader:
         found: Dict[str, Tuple[int, HeldAt]] = {}
         errors: List[BackupError] = []
         places = self.by_place(line) if moment == ANY_TIME else {}
+        if moment == ANY_TIME:
+            self.tell_of_streams(line)
         if line.live:
             for one in self.host_at(line, 0).held_names(line.live, [""], [inner]):
                 found[one.entry] = -1, HeldAt(one.entry, NOW, one.sighting)
@@ -22696,6 +22698,7 @@ class LineReader:
     def find_names(self, line: Line, part: str, tell: Callable[[BackupError], object]) -> List[HeldAt]:
         """All that bears a name like `part` in any snapshot, by path; each as the newest has it. One call a place."""
         found: Dict[str, Tuple[int, HeldAt]] = {}
+        self.tell_of_streams(line)
         for place, rows in self.by_place(line).items():
             with apart(self.events, tell, line.locations[place].endpoint):
                 ages = {row.cells[place].subvolume.name: age for age, row in rows}
@@ -22719,10 +22722,23 @@ class LineReader:
                 if not found:
                     self.check_there(line, place, name, inner)
                 return [HeldAt(one.entry, moment, one.sighting) for one in found]
-        raise errors[0] if errors else BackupError(
-            "{} is kept in stream files alone, which cannot be looked into here".format(line.moment_text(moment)),
+        raise errors[0] if errors else self.in_streams(line, row) if row else BackupError("that is gone")
+
+    @staticmethod
+    def in_streams(line: Line, row: Row) -> BackupError:
+        return BackupError(
+            "{} is kept in stream files alone, which cannot be looked into here".format(row.name),
             "restore what you know the name of: btrfs-backup-ng restore {} --name {} --path PATH FOLDER".format(
-                quoted(line.locations[min(row.cells)].endpoint), quoted(row.name)) if row else "")
+                quoted(line.locations[min(row.cells)].endpoint), quoted(row.name)))
+
+    def tell_of_streams(self, line: Line) -> None:
+        """Tells of snapshots that cannot be looked into; BackupError where nothing else is there."""
+        rows = [row for row in line.rows if not readable_at(line, row)]
+        if rows and len(rows) == len(line.rows) and not line.live:
+            raise self.in_streams(line, rows[0])
+        if rows:
+            self.events.warning("streams", "not looked into: {} of {}, kept in stream files alone".format(
+                len(rows), plural(len(line.rows), "snapshot")))
 
     def check_there(self, line: Line, place: int, name: str, inner: str) -> None:
         """BackupError where an empty folder is none, as what held it was deleted meanwhile."""

@@ -479,6 +479,26 @@ class OnDisk(BrowseTestCase):
             self.assertEqual(expected, {one.sighting.inner: one.sighting.name for one in found}, len(found))
             self.assertEqual(sorted(expected, key=os.fsencode), [one.sighting.inner for one in found])
 
+    def test_stream_files_are_not_taken_for_empty(self):
+        raw = "raw://" + os.path.join(self.target_disk.path, "raw")
+        self.take(1, 2)
+        self.transfer(to=[raw])
+        running = self.browse(raw)
+        for keys in (b"\r", b"\x1b[B\r", b"/day\r"):
+            self.cursor_on(running, "any time" if keys == b"\r" else "")
+            running.type(keys)
+            self.wait_for_words(running, "is kept in stream files alone, which cannot be looked into here")
+        self.leave(running)
+        self.transfer()
+        delete(self.snapshot_path(self.name(1)))
+        delete(self.backup_path(self.name(1)))
+        running = self.browse(self.source, raw)
+        self.cursor_on(running, "any time")
+        running.type(b"\r")
+        self.wait_for_words(running, "not looked into: 1 of 2 snapshots, kept in stream files alone")
+        running.wait_to_show("day1", "day2")
+        self.leave(running)
+
     def test_a_link_is_never_followed(self):
         os.symlink("/etc", os.path.join(self.source, "a"))
         self.take(1)
