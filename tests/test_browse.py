@@ -303,6 +303,7 @@ class BrowseTestCase(BackupTestCase):
 
 
 ONLY = """
+mount --make-rprivate /  # what others mount from now on does not come here
 awk '$3 == "btrfs" { print $2 }' /proc/self/mounts | grep -v -x -F -e "$1" -e "$2" | xargs -r -n 1 umount -l
 shift 2
 exec "$@"
