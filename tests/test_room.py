@@ -468,6 +468,21 @@ class Prunes(RoomTestCase):
         self.assertEqual(before[3:], names(self.target), told)
 
 
+class PrunesByArrival(BackupTestCase):
+
+    def test_the_newest_that_came_in_order_stay_as_well(self):
+        """Names are their sender's choice: those that came late do not take the places of good ones."""
+        for days in ((1, 2, 3, 4, 8, 9), (5, 6, 7)):
+            self.take(*days)
+            self.transfer("-q")
+        task, events = program.Task("prune", free_backups=Room(1)), program.Events()
+        pruning = program.Pruning(task, program.Hosts(task, events), self.target, events)
+        pruning.host, pruning.folder = program.LocalHost(events), self.target
+        may_go = pruning.may_go(pruning.host.list(self.target), "home")
+        self.assertEqual({self.name(day) for day in (1, 2, 3, 5, 6)}, set(may_go.worth))
+        self.assertEqual({self.name(day) for day in range(1, 10)}, set(may_go.lines[0]))
+
+
 class OverSsh(remote.RemoteTestCase):
 
     target_size = "512M"
