@@ -7606,6 +7606,26 @@ def subvolume_at(path: str) -> Optional[Subvolume]:
     return read_subvolume(path, os.path.basename(path))
 
 
+def is_nested(path: str) -> bool:
+    """Whether a folder is the top of a subvolume, or stands for one."""
+    found = os.lstat(path)
+    return stat.S_ISDIR(found.st_mode) and found.st_ino in (SUBVOLUME_INODE, STAND_IN_INODE)
+
+
+def is_changed_since(place: str, journal: SwapJournal, moment: float) -> bool:
+    """Whether anything in the subvolume that was put at `place` was written to since, but our own notes; not: read."""
+    standing, own = subvolume_at(place), os.path.join(place, os.path.dirname(journal.kept or "."))
+    if standing is None or standing.ctransid == journal.new_ctransid:
+        return standing is None
+    for path, folders, files in os.walk(place):
+        inner = [os.path.join(path, name) for name in folders + files if os.path.join(path, name) != own]
+        folders[:] = [name for name in folders if os.path.join(path, name) in inner and not is_nested(
+            os.path.join(path, name))]
+        if path == place and os.lstat(path).st_mtime > moment or any(os.lstat(one).st_ctime > moment for one in inner):
+            return True
+    return False
+
+
 def read_swap_journal(place: str) -> Optional[SwapJournal]:
     """The journal of a swap at `place`; BackupError for what is none of ours, as subvolumes are deleted by them."""
     import json
@@ -7675,6 +7695,7 @@ def finish_swap(place: str) -> Optional[SwapJournal]:
         return None
     standing, waiting = subvolume_at(place), subvolume_at(aside)
     with or_say("cannot swap at {}".format(place)):
+        moment = os.lstat(beside(place, "restoring.json")).st_mtime
         if standing is None and waiting is not None and waiting.uuid == journal.new_uuid:
             rename_to_free(aside, place)
         elif waiting is not None and waiting.uuid == journal.old_uuid:
@@ -7688,9 +7709,10 @@ def finish_swap(place: str) -> Optional[SwapJournal]:
             remove_temporary(journal)
         os.unlink(beside(place, "restoring.json"))
         sync_folder(os.path.dirname(place))
-    if not is_done or standing is None:
-        return None
-    return journal if standing.ctransid == journal.new_ctransid else journal._replace(new_ctransid=None)
+        if standing is None or not is_done:
+            return None
+        return journal._replace(
+            new_ctransid=None if is_changed_since(place, journal, moment) else standing.ctransid)
 
 
 def is_mounted(point: str, subvolume: Subvolume) -> bool:

@@ -641,7 +641,8 @@ class InPlace(RestoreTestCase):
         os.rename(self.source, os.path.join(folder, "." + base + ".restoring"))
         with open(os.path.join(folder, "." + base + ".restoring.json"), "w") as notes:
             json.dump({"name": self.name(1), "stream_id": restored, "restored": os.path.join(self.into, "x"),
-                       "restored_uuid": str(uuid.uuid4()), "temporary": False, "kept": "", "old_uuid": old,
+                       "restored_uuid": str(uuid.uuid4()), "temporary": False,
+                       "kept": os.path.relpath(self.snapshot_path(self.name(1)), self.source), "old_uuid": old,
                        "old_name": os.path.basename(aside), "new_uuid": new}, notes)
         result = self.restore(self.target, "--name", self.name(1), "--in-place", self.source)
         self.assertIn("is now as in", result.stderr)
