@@ -245,6 +245,25 @@ def in_own_mounts(script):
     return ["unshare", "--mount", "--propagation", "slave", "sh", "-c", script, "sh"]
 
 
+def without_rights():
+    """The words before a command that let an ordinary user run it, who may read what others may, and the interpreter.
+
+    That may lie below a folder that he cannot enter, such as root's home: in whose place he sees but the way to it.
+    """
+    os.chmod(scratch_folder(), 0o755)
+    prefix = os.path.dirname(os.path.dirname(os.path.realpath(PYTHON)))
+    way = [prefix[:at] for at in range(2, len(prefix) + 1) if prefix[at:at + 1] in ("/", "")]
+    closed = next((folder for folder in way if not os.stat(folder).st_mode & 0o001), None)
+    user = ["setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups"]
+    if closed is None:
+        return user
+    held = os.path.join(scratch_folder(), "interpreter")
+    os.makedirs(held, exist_ok=True)
+    script = ("set -e; mount --bind {0} {2}; mount -t tmpfs -o mode=755 tmpfs {1}; mkdir -p {0}; mount --bind {2} {0}; "
+              "exec \"$@\"")
+    return in_own_mounts(script.format(*map(shlex.quote, (prefix, closed, held)))) + user
+
+
 # A process that has nothing to do with the run, alone with it in a PID namespace: where all that may be killed is.
 BESIDE_A_BYSTANDER = """
 sleep 1000 &

@@ -9,6 +9,7 @@ import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import remote
+from fakes import without_rights
 from support import BackupTestCase, chance, create, delete, scratch_folder, snapshot
 from trees import Churn, describe
 
@@ -275,7 +276,7 @@ class OnDisk(BackupTestCase):
         for folder in (os.path.dirname(self.snapshots), self.snapshots, scratch_folder()):
             os.chmod(folder, 0o755)
         result = self.run_program("diff", "--no-elevate", self.snapshot_path(one), self.snapshot_path(two), status=1,
-                                  wrapper=["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"])
+                                  wrapper=without_rights())
         self.assertErrorSays(result, "not permitted")
 
 

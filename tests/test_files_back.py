@@ -23,7 +23,7 @@ from unittest import mock
 import support
 import trees
 from disks import ext4, tmpfs
-from fakes import NOBODY, as_nobody, in_own_mounts
+from fakes import NOBODY, as_nobody, in_own_mounts, without_rights
 from running import PYTHON
 from support import Churn, bulk, chance, command, create, delete, snapshot, wait_until
 
@@ -1046,16 +1046,10 @@ class AsOrdinaryUser(FilesTestCase):
         os.mkdir(os.path.join(self.source, "d", "closed"), 0o700)
         self.back_up()
         os.chmod(self.target, 0o755)
-        result = self.restore("--no-elevate", *self.paths("d") + [self.into], wrapper=self.without_rights(), status=1)
+        result = self.restore("--no-elevate", *self.paths("d") + [self.into], wrapper=without_rights(), status=1)
         self.assertEqual(["his"], os.listdir(os.path.join(self.into, "d")))
         self.assertIn(f"d/not of {self.name(1)} was left out: permission denied", result.stderr)
         self.assertIn(f"d/closed of {self.name(1)} was left out", result.stderr)
-
-    @staticmethod
-    def without_rights():
-        """Nobody, who may read what others may: Python and the program are where all can read them."""
-        os.chmod(support.scratch_folder(), 0o755)
-        return ["setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups"]
 
 
 class WhatAnyUserCanMake(FilesTestCase):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import remote
-from fakes import NOBODY
+from fakes import without_rights
 from support import BackupTestCase, TestCase, chance, create, delete, scratch_folder, snapshot
 from terminal import OnTerminal
 from trees import Churn, describe
@@ -388,8 +388,7 @@ class OnDisk(HistoryTestCase):
             os.chmod(folder, 0o755)
 
         def as_nobody(path, *options, **more):
-            return self.run_program("history", "--no-elevate", *options, path, wrapper=[
-                "setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups"], **more)
+            return self.run_program("history", "--no-elevate", *options, path, wrapper=without_rights(), **more)
 
         result = as_nobody(self.path("docs/new"), "--json")
         self.assertIn("renames are not followed", result.stderr)

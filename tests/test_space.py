@@ -10,6 +10,7 @@ import unittest
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import remote
 from disks import command, names
+from fakes import without_rights
 from support import BackupTestCase, chance, create, delete, ext4, scratch_folder, snapshot
 from terminal import OnTerminal
 from trees import MIB, Churn, bulk
@@ -18,7 +19,6 @@ import btrfs_backup_ng as program
 from btrfs_backup_ng import BackupError, Events, LocalHost
 
 ROUNDS = int(os.environ.get("TORTURE") or 1)
-NOBODY = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
 
 
 def data_in_use(disk):
@@ -422,7 +422,7 @@ class BadInput(SpaceTestCase):
         self.take(1)
         for folder in (os.path.dirname(self.snapshots), self.snapshots, scratch_folder()):
             os.chmod(folder, 0o755)
-        result = self.run_program("space", "--no-elevate", self.source, status=1, wrapper=NOBODY)
+        result = self.run_program("space", "--no-elevate", self.source, status=1, wrapper=without_rights())
         self.assertErrorSays(result, "not permitted", "root")
 
     def test_a_snapshot_that_goes_meanwhile(self):
