@@ -24984,10 +24984,26 @@ def roff_options(groups: Iterable[Group], heading: str) -> List[str]:
     return lines
 
 
+MAN_WIDTH = 71  # columns of text in a manual that is shown on 80
+
+
+def continued(command: str, width: int) -> List[str]:
+    """A command on lines that a shell takes for one."""
+    lines = [""]
+    for word in re.findall(r" *(?:'[^']*'|[^ '])+", command):
+        if len(lines[-1] + word) > width - 2:
+            lines[-1] += " \\"
+            lines.append("   ")
+        lines[-1] += word
+    return lines
+
+
 def roff_examples(verb: Verb) -> List[str]:
     lines = []
     for arguments, effect in verb.examples:
-        lines += [".TP", "\\fB{}\\fR".format(roff(PROGRAM + " " + arguments)), roff(effect)]
+        typed_lines = continued(PROGRAM + " " + arguments, MAN_WIDTH)
+        lines += [".PP", ".nf"] + ["\\fB{}\\fR".format(roff(line)) for line in typed_lines]
+        lines += [".fi", ".RS", roff(effect), ".RE"]
     return lines
 
 

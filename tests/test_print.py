@@ -129,7 +129,10 @@ class Manual(PrintTestCase):
         path = self.file("manual.8", self.printed("man"))
         status, text, errors = run("man", "--warnings", "-l", path, env=environment)
         self.assertEqual((0, ""), (status, errors))
-        self.assertIn("btrfs-backup-ng --dry-run -N 3 -n 30 /home ssh://nas/backups/home", text)
+        typed = re.sub(r" \\\n +", " ", text).replace("\n       btrfs", "\nbtrfs")  # as a shell takes it
+        for verb in VERBS.values():
+            for command, _ in verb.examples:
+                self.assertIn("\nbtrfs-backup-ng {}\n".format(command), typed)
         self.assertIn("-p, --snapshot-prefix P", text)
 
 
