@@ -9333,7 +9333,9 @@ MOST_LEFT_OUT, MOST_UNSET = 4096, 64  # are told one by one, for a host can tell
 KEPT_FLAGS = 0x8104FC  # FS_*_FL that btrfs knows: c, S, i, a, d, A, m, D and C of chattr
 FIRST_FLAGS = 0x800404  # c, m and C of these, which a file takes while it is empty
 FIXED_FLAGS = 0x30  # i and a of these: nothing can be renamed then
-FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # nothing else can be made either, or only for now
+# Nothing else can be made either, or only for now: no reason to go on without what could not be made.
+FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM)
+ROOM_OF_FULL = 1 << 20  # bytes: who has less left counts as full where something finds no space
 # What a filesystem has no room for in its rules: names that it cannot hold, files too large.
 UNFIT = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EEXIST, errno.EMLINK, errno.EFBIG)
 ACL_ACCESS, ACL_DEFAULT, ACL_OWN_GROUP = b"system.posix_acl_access", b"system.posix_acl_default", 0x04
@@ -9360,7 +9362,7 @@ def share_extent(extent: Extent, fd: int, at: int) -> int:
     try:
         fcntl.ioctl(fd, FICLONERANGE, CLONE_RANGE.pack(*extent + (at,)))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+        if error.errno in FATAL:
             raise
         return error.errno or errno.EIO
     return 0
@@ -9469,6 +9471,14 @@ def last_path(folder: int) -> bytes:
         os.close(fd)
 
 
+def is_too_large(error: OSError, folder: str) -> bool:
+    """Whether an attribute was refused for its size alone: no space is left for it, though the filesystem has room."""
+    if error.errno != errno.ENOSPC:
+        return False
+    about = os.statvfs(folder)
+    return about.f_bavail * about.f_frsize >= ROOM_OF_FULL
+
+
 class Unset:
     """What could not be set of entries: of each kind how many, the first of them, and why."""
 
@@ -9476,7 +9486,13 @@ class Unset:
         self.keep = keep
         self.found: Dict[str, Tuple[int, bytes, str]] = {}
 
-    def add(self, what: str, path: bytes, why: str) -> None:
+    def add(self, what: str, path: bytes, error: OSError) -> None:
+        """Raises the error where it says nothing of what can be set there."""
+        if error.errno in FATAL:
+            raise error
+        self.note(what, path, reason_of(error))
+
+    def note(self, what: str, path: bytes, why: str) -> None:
         what = what if what in self.found or len(self.found) < MOST_UNSET else "another attribute"
         count, first, reason = self.found.get(what, (0, path, why))
         self.found[what] = count + 1, first, reason
@@ -9488,9 +9504,7 @@ class Unset:
         try:
             yield
         except OSError as error:
-            if error.errno in (errno.EIO, errno.EROFS):
-                raise
-            self.add(what, path, reason_of(error))
+            self.add(what, path, error)
 
     def lines(self) -> List[str]:
         return ["{} of {} could not be set, first of {}: {}".format(
@@ -9997,11 +10011,11 @@ class Putter:
         try:
             os.chown(name, entry.uid, entry.gid, dir_fd=folder, follow_symlinks=False)
         except OSError as error:
-            self.unset.add("the owner", entry.path, reason_of(error))
+            self.unset.add("the owner", entry.path, error)
             with contextlib.suppress(OSError):
                 os.chown(name, -1, entry.gid, dir_fd=folder, follow_symlinks=False)
             if mode & 0o6000 and not stat.S_ISDIR(entry.mode):
-                self.unset.add("setuid or setgid", entry.path, "for it has another owner")
+                self.unset.note("setuid or setgid", entry.path, "for it has another owner")
                 mode &= ~0o6000
         mode = self.set_xattrs(path_in(folder, name), entry, mode)
         if not stat.S_ISLNK(entry.mode):
@@ -10017,11 +10031,12 @@ class Putter:
             try:
                 os.setxattr(at, name, value, follow_symlinks=False)
             except OSError as error:
-                if error.errno == errno.EIO:
-                    raise
                 is_acl = name == ACL_ACCESS
-                self.unset.add("an ACL" if is_acl or name == ACL_DEFAULT else "attribute " + printable(
-                    os.fsdecode(name)), entry.path, reason_of(error))
+                what = "an ACL" if is_acl or name == ACL_DEFAULT else "attribute " + printable(os.fsdecode(name))
+                if is_too_large(error, os.path.dirname(at)):
+                    self.unset.note(what, entry.path, "it is too large for this filesystem")
+                else:
+                    self.unset.add(what, entry.path, error)
                 mode = mode_without_acl(mode, value) if is_acl else mode
         return mode
 

@@ -183,7 +183,7 @@ class Again(unittest.TestCase):
 
     def test_of_attributes_without_end_little_is_kept(self):
         for number in range(2 * program.MOST_UNSET):
-            self.putter.unset.add("attribute user.{}".format(number), b"a", "why")
+            self.putter.unset.note("attribute user.{}".format(number), b"a", "why")
         lines = self.putter.unset.lines()
         self.assertEqual(program.MOST_UNSET + 1, len(lines))
         self.assertIn("another attribute of {} entries".format(program.MOST_UNSET), lines[0])
@@ -777,6 +777,29 @@ class Broken(FilesTestCase):
         self.assertEqual(1, result.status)
         self.assertErrorSays(result, "no space left")
         self.assertEqual([], os.listdir(full))
+
+    def test_a_disk_that_becomes_full_of_attributes(self):
+        os.mkdir(os.path.join(self.source, "d"))
+        for number in range(200):
+            self.write("d/{}".format(number), "")
+            os.setxattr(os.path.join(self.source, "d", str(number)), "user.large", os.urandom(3000))
+        self.back_up()
+        full = ext4(self, "16M")
+        with contextlib.suppress(OSError), open(os.path.join(full, "fill"), "wb", 0) as fill:
+            while True:
+                fill.write(bytes(1 << 16))
+        os.truncate(os.path.join(full, "fill"), os.path.getsize(os.path.join(full, "fill")) - (200 << 10))
+        os.sync()
+        result = self.restore(*self.paths("d") + [full], status=1)
+        self.assertErrorSays(result, "no space left")
+        self.assertEqual({"fill", "lost+found"}, set(os.listdir(full)))
+
+    def test_an_attribute_that_is_too_large_there(self):
+        self.write("f", "x")
+        os.setxattr(os.path.join(self.source, "f"), "user.large", os.urandom(9000))
+        self.back_up()
+        result = self.restore(*self.paths("f") + [ext4(self)])
+        self.assertIn("attribute user.large of 1 entry could not be set, first of f: it is too large", result.stderr)
 
     def test_where_a_disk_should_be_mounted(self):
         self.write("f", "x")
