@@ -17223,7 +17223,9 @@ class AgentHost(Host):
     def hold(self, folder: str, prefix: str, wait: float, lasting: bool = True) -> Iterator[None]:
         """Holds the run lock there, by the agent at the other end of one connection, as long as that stands."""
         held = folder, prefix, lasting
-        self.persist(functools.partial(self.begin_to_hold, held, min(wait, LONGEST_WAIT)))
+        wait = min(wait, LONGEST_WAIT)  # longer where an agent that was lost may have it already
+        waits = itertools.chain([wait], itertools.repeat(max(wait, 3 * ENDING_TIMEOUT)))
+        self.persist(lambda: self.begin_to_hold(held, next(waits)))
         try:
             yield
         finally:

@@ -1,10 +1,12 @@
 """An agent that is killed in calls: before one is done, or when it is done and not yet answered.
 
-Usage: dying_agent.py FILE, whose lines say which calls are still to come, in this order: `before CALL` or `after CALL`.
+Usage: dying_agent.py FILE, whose lines say which calls are still to come, in this order: `before CALL` or `after CALL`;
+or `lost CALL`, where the connection alone is gone, and for some seconds more it has the locks that it had.
 """
 
 import os
 import sys
+import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import btrfs_backup_ng as program
@@ -31,6 +33,12 @@ class DyingAgent(program.Agent):
                 os._exit(9)
             found = done()
             if is_due("after " + name):
+                os._exit(9)
+            if is_due("lost " + name):
+                if not os.fork():
+                    for fd in (0, 1, 2, self.channel.read_end, self.channel.write_end):
+                        os.close(fd)
+                    time.sleep(3)
                 os._exit(9)
             return found
 

@@ -284,7 +284,7 @@ class LostInCalls(remote.RemoteTestCase):
 
     def test_pulling(self):
         self.write("file", "content")
-        self.dies("after hold", "after prove_writable", "after snapshot", "before change_locks", "after change_locks",
+        self.dies("lost hold", "after prove_writable", "after snapshot", "before change_locks", "after change_locks",
                   "after change_locks", "after change_pins")
         result = self.pull()
         self.assertLost(result, 7)
