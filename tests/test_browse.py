@@ -480,6 +480,26 @@ class OnDisk(BrowseTestCase):
             self.assertEqual(expected, {one.sighting.inner: one.sighting.name for one in found}, len(found))
             self.assertEqual(sorted(expected, key=os.fsencode), [one.sighting.inner for one in found])
 
+    def test_a_folder_that_was_a_file_and_a_link(self):
+        self.write("x", "a file")
+        self.take(1)
+        os.unlink(os.path.join(self.source, "x"))
+        os.symlink("/etc", os.path.join(self.source, "x"))
+        self.take(2)
+        os.unlink(os.path.join(self.source, "x"))
+        os.mkdir(os.path.join(self.source, "x"))
+        self.write("x/inner", "")
+        self.take(3)
+        self.transfer()
+        for place in (self.source, self.target):
+            reader = program.LineReader(support.task_of(["browse", place]), program.Events())
+            self.addCleanup(reader.end)
+            line, = reader.find()
+            self.assertEqual(["inner"], [one.name for one in reader.folder(line, ANY_TIME, "x", self.fail)])
+            for row_then in line.rows[1:]:
+                with self.assertRaisesRegex(program.BackupError, "there is no folder x"):
+                    reader.folder(line, moment_of(row_then), "x", self.fail)
+
     def test_stream_files_are_not_taken_for_empty(self):
         raw = "raw://" + os.path.join(self.target_disk.path, "raw")
         self.take(1, 2)
