@@ -17056,6 +17056,7 @@ class AgentHost(Host):
                     return connection
                 self.remove(connection)
             connection = self.connect(not self.all)
+            self.is_away = False
             self.greeting: Greeting = connection.greeting
             self.is_later = not connection.channel.known  # than release 0.7.0
             connection.channel.on_event, connection.channel.on_error = self.pass_on, self.locate
@@ -17067,6 +17068,7 @@ class AgentHost(Host):
             if not connection.is_broken:
                 self.idle.append(connection)
                 return
+            self.is_away = True  # until it was reached again
             self.remove(connection)
 
     @contextlib.contextmanager
