@@ -14904,7 +14904,7 @@ MARKER = b"\nbtrfs-backup-ng wire 1\n"
 NOVELTIES = b"\nbtrfs-backup-ng passes over what it does not know"  # noise to a side that does not
 TO_A_PERSON = b"\nthis key serves btrfs-backup-ng alone and runs no command: end this with Ctrl-C"  # noise as well
 FIRST_FIELDS = {  # of release 0.7.0, which each version knows; later ones come behind, with a default
-    "Cost": 4, "FolderNotes": 4, "Health": 5, "Place": 8, "ResumePoint": 3, "Subvolume": 9}
+    "Cost": 4, "FolderNotes": 4, "Health": 5, "Place": 8, "ResumePoint": 3, "Subvolume": 9, "SwapJournal": 9}
 MOST_NOISE = 256 << 10
 FRAME = struct.Struct(">cI")
 CALL, RESULT, FAILED, EVENT, DATA, FINISH, ABORT = b"C", b"R", b"X", b"L", b"D", b"F", b"A"

@@ -263,7 +263,8 @@ class OnDisk(BackupTestCase):
         os.mkdir(raw)
         self.transfer(to=["raw://" + raw])
         here = self.snapshot_path(one)
-        for old, words in ((self.source, ("writable",)), (self.snapshot_path("home20250101-000000"), ("no backup",)),
+        for old, words in ((self.source, ("is not a snapshot",)),
+                           (self.snapshot_path("home20250101-000000"), ("no backup",)),
                            (self.source + "/no/such", ("no such", "mounted")),
                            ("raw://{}/{}".format(raw, one), ("streams",)), (self.source + "/docs", ("no backup",))):
             self.assertErrorSays(self.run_program("diff", old, here, status=1), *words)

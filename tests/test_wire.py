@@ -250,6 +250,7 @@ class Frames(unittest.TestCase):
         given: Any = []
         host: Any = object.__new__(program.AgentHost)
         connection = types.SimpleNamespace(is_broken=False)
+        host.is_away = host.has_ended = True
         host.token, host.borrow, host.give_back, host.ask = "", lambda: connection, given.append, ask
         host.borrow_for_stream = host.borrow
         with self.assertRaises(type(error)):
