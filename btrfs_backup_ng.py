@@ -10518,9 +10518,9 @@ def names_like(fd: int, since: int, part: bytes) -> Iterator[Tuple[int, bytes]]:
                     yield offset if item_type == INODE_REF else folder, name
 
 
-def sought_paths(folder: str, names: Sequence[str], part: bytes) -> Set[str]:
-    """The paths in some trees of a folder whose last name holds `part`. A tree that is gone is left out."""
-    found: Set[str] = set()
+def sought_names(folder: str, names: Sequence[str], part: bytes) -> Set[Tuple[int, bytes]]:
+    """Folder, as an inode, and name of all in some trees whose name holds `part`. A tree that is gone is left out."""
+    found: Set[Tuple[int, bytes]] = set()
     with contextlib.ExitStack() as stack:
         trees, tops = [], {}  # type: List[Tree], Dict[int, int]
         for name in names:
@@ -10530,30 +10530,32 @@ def sought_paths(folder: str, names: Sequence[str], part: bytes) -> Set[str]:
                 trees.append(Tree(one.subvolid, one.uuid, one.parent_uuid, one.ctransid, one.otransid))
                 tops[one.subvolid] = top
         for tree, since in with_beginnings(sorted(trees, key=lambda tree: tree.otransid)):
-            top = tops[tree.subvolid]
-            for inode, name_found in names_like(top, since, part):
-                above = path_of_inode(top, inode) if inode != SUBVOLUME_INODE else b""
-                found.add(os.fsdecode(os.path.join(above, name_found)))
-                if len(found) > MOST_SOUGHT:
-                    raise BackupError("more than {} paths are named so".format(MOST_SOUGHT), "type more of the name")
+            found.update(names_like(tops[tree.subvolid], since, part))
+            if len(found) > MOST_SOUGHT:
+                raise BackupError("more than {} names are like that".format(MOST_SOUGHT), "type more of the name")
     return found
 
 
 def find_names(folder: str, names: Sequence[str], part: str) -> List[HeldName]:
-    """All whose name holds `part` in trees of a folder, by path; each as the first of the trees has it."""
+    """All whose name holds `part` in trees of a folder, by path; each as the first of the trees has it.
+
+    In each tree they are looked for anew: a folder above may be called otherwise there.
+    """
     allow_many_files()
-    left = sought_paths(folder, names, os.fsencode(part).lower())
-    found: List[HeldName] = []
+    sought = sorted(sought_names(folder, names, os.fsencode(part).lower()))
+    found: Dict[str, Sighting] = {}
     for name in names:
         with contextlib.suppress(FileNotFoundError), OpenTree(folder, name) as tree:
-            for inner in sorted(left, key=os.fsencode):
-                status = tree.status(inner)
-                if status is not None:
-                    found.append(HeldName(os.path.basename(inner), sighting_of(name, inner, status)))
-                    left.discard(inner)
-        if not left:
-            break
-    return sorted(found, key=lambda one: os.fsencode(one.sighting.inner))
+            for inode, some in itertools.groupby(sought, key=lambda one: one[0]):
+                try:
+                    above = path_of_inode(tree.top, inode) if inode != SUBVOLUME_INODE else b""
+                except FileNotFoundError:
+                    continue
+                for inner in (os.fsdecode(os.path.join(above, last)) for _, last in some):
+                    status = tree.status(inner) if inner not in found else None
+                    if status is not None:
+                        found[inner] = sighting_of(name, inner, status)
+    return [HeldName(os.path.basename(inner), found[inner]) for inner in sorted(found, key=os.fsencode)]
 
 
 ########################################################################################################

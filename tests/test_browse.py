@@ -462,6 +462,9 @@ class OnDisk(BrowseTestCase):
         """Against a walk of all trees."""
         churn = support.Churn(self.source, seed=chance(self).randrange(1 << 30))
         churn.fill(60)
+        os.mkdir(os.path.join(self.source, "many"))
+        for number in range(1500):  # so that most leaves of the trees are those of the trees before
+            self.write("many/" + str(number).translate({ord("1"): "x"}) + "1" * (number % 100 == 0), "")
         for day in range(1, 7):
             churn.change(20)
             self.take(day)
