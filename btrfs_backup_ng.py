@@ -5984,6 +5984,15 @@ def subvolume_of_fd(fd: int, name: str) -> Subvolume:
                      ctransid, stransid)
 
 
+def is_deleted(fd: int) -> bool:
+    """Whether the subvolume that an open folder belongs to is deleted; folders in it may look like stand-ins then."""
+    try:
+        subvolume_of_fd(fd, "")
+    except OSError as error:
+        return error.errno == errno.ENOENT
+    return False
+
+
 def subvolume_changed(path: str) -> Optional[float]:
     """When anything in the subvolume at `path` was last changed, in seconds since the epoch; None where unknown."""
     try:
@@ -8368,7 +8377,7 @@ def with_entries(folder: Sighting, entries: Sequence[Tuple[str, os.stat_result]]
 
 
 class OpenTree:
-    """The top folder of a tree, open. FileNotFoundError where there is none."""
+    """The top folder of a tree, open. FileNotFoundError where there is none, and at the end where it was deleted."""
 
     def __init__(self, folder: str, name: str) -> None:
         """name: of the tree in the folder; '' is the folder itself."""
@@ -8382,8 +8391,11 @@ class OpenTree:
     def __enter__(self) -> "OpenTree":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: Optional[type], *_: object) -> None:
+        is_gone = kind is None and is_deleted(self.top)
         os.close(self.top)
+        if is_gone:
+            raise FileNotFoundError(errno.ENOENT, "it was deleted meanwhile")
 
     def open_above(self, inner: str) -> int:
         """The folder in which the last name of a path stands. OSError, one of GONE where nothing can be there."""
@@ -8518,9 +8530,10 @@ def follow(folder: str, names: Sequence[str], known: Dict[str, Optional[str]], t
             if inner is None:
                 found[name] = Sighting(name)
                 continue
-            with contextlib.suppress(FileNotFoundError), OpenTree(folder, name) as tree:
-                trail = trail if renames and inner == trail.inner else Trail(inner)
-                found[name], trail = step_of(tree, name, trail)
+            with contextlib.suppress(FileNotFoundError):
+                with OpenTree(folder, name) as tree:
+                    step = step_of(tree, name, trail if renames and inner == trail.inner else Trail(inner))
+                found[name], trail = step
 
     trees = list(names) or [""]
     walk(trees, trail)
@@ -8539,9 +8552,10 @@ def held_names(folder: str, names: Sequence[str], inners: Sequence[str]) -> List
     for tree_name, inner in zip(names, inners):
         try:
             with OpenTree(folder, tree_name) as tree:
-                for name, status in tree.entries(inner):
-                    if name not in found:
-                        found[name] = sighting_of(tree_name, os.path.join(inner, name), status)
+                entries = tree.entries(inner)
+            for name, status in entries:
+                if name not in found:
+                    found[name] = sighting_of(tree_name, os.path.join(inner, name), status)
         except OSError as error:
             if error.errno not in GONE:
                 raise
@@ -8725,7 +8739,8 @@ SECOND = 10 ** 9  # ns
 SECONDS_OF_64_BITS = range(-1 << 63, 1 << 63)
 XATTR_NAME = re.compile(rb"(?:user|trusted|security|btrfs)\.[^\0]+|system\.posix_acl_(?:access|default)", re.DOTALL)
 Xattr = Tuple[bytes, bytes]  # name and value
-ONES_OWN_NAMES = "a subvolume or filesystem of its own is there"
+ONES_OWN_NAMES = "a subvolume of its own is there"
+MOUNTED_OVER = "something is mounted there, which hides what it holds; unmount that"
 
 
 class FileEntry(NamedTuple):
@@ -9181,6 +9196,18 @@ class TreeTaker:
         for name in sorted(self.wanted):
             folder = open_inner(self.top, os.path.dirname(self.wanted[name]))
             yield from self.walk(folder, name)
+        self.check_there()
+
+    def check_there(self) -> None:
+        """BackupError where the tree was deleted while it was read: some of it may have seemed not to be there."""
+        if is_deleted(self.top):
+            raise BackupError("the backup was deleted while it was read", "choose another")
+
+    def foreign(self, fd: int, path: bytes) -> LeftOut:
+        """What to say of an open folder that is not of this tree."""
+        self.check_there()
+        is_mounted = mount_number(fd) != mount_number(self.top)
+        return LeftOut(path, MOUNTED_OVER if is_mounted else ONES_OWN_NAMES, expected=not is_mounted)
 
     def walk(self, folder: int, name: bytes) -> Iterator[FileItem]:
         """An entry of an open folder, which is closed then, and all below it. Not by recursion: trees may be deep."""
@@ -9205,7 +9232,7 @@ class TreeTaker:
             found = os.fstat(fd)
             is_folder = stat.S_ISDIR(found.st_mode)
             if is_folder and (found.st_dev != self.device or found.st_ino == STAND_IN_INODE):
-                yield LeftOut(path, ONES_OWN_NAMES, expected=True)
+                yield self.foreign(fd, path)
                 return
             entry = self.entry(fd, path, found)
             if is_folder and len(path) + 1 + LARGEST_NAME >= LARGEST_TREE_PATH:
@@ -14620,7 +14647,7 @@ class RawPlace(Host):
         self.source = ""  # what sidecars call the source
         self.told: Set[Broken] = set()
         self.begun: Set[Tuple[str, str]] = set()  # folders and names of stream files that this run has begun
-        self.traces: Dict[Tuple[str, str], ChainTrace] = {}  # of backups by folder and name
+        self.traces: Dict[Tuple[str, str], Tuple[List[StreamLink], ChainTrace]] = {}  # of backups by folder and name
         self.patience = float("inf")  # seconds for which nothing may come out of a stream file
         self.sender: Optional[RawSender] = None  # the last one
 
@@ -14735,28 +14762,29 @@ class RawPlace(Host):
             backup = by_id[backup.parent_uuid] if backup.parent_uuid else None
         return links
 
-    def chain_trace(self, folder: str, name: str) -> ChainTrace:
+    def traced(self, folder: str, name: str) -> Tuple[List[StreamLink], ChainTrace]:
+        """The streams that make a backup, and their trace, which is right for these alone."""
         if (folder, name) not in self.traces:
             links = self.chain(folder, name)
             self.host.events.info("reading", "reading {} to find what is wanted of {}".format(
                 plural(len(links), "stream file"), name), name=name)
-            self.traces[folder, name] = trace_chain(links)
+            self.traces[folder, name] = links, trace_chain(links)
         return self.traces[folder, name]
 
     def look_at_files(self, folder: str, name: str, paths: Sequence[str]) -> FilesFound:
-        return measure_chain(self.chain_trace(folder, name), wanted_names(paths), name)
+        return measure_chain(self.traced(folder, name)[1], wanted_names(paths), name)
 
     @contextlib.contextmanager
     def files(self, folder: str, name: str, paths: Sequence[str], taking: Taking) -> Iterator[Iterable[FileItem]]:
         """What is needed of the chain is done in a folder aside, which goes again."""
-        trace = self.chain_trace(folder, name)
+        links, trace = self.traced(folder, name)
         around = os.open(taking.aside, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             remove_tree(around, SCRATCH_FOLDER)
             scratch = open_step(around, SCRATCH_FOLDER, True, 0o700)
             try:
                 taker = ChainTaker(trace, wanted_in(trace, wanted_names(paths), name), taking.position)
-                yield taker.replay(self.chain(folder, name), scratch)
+                yield taker.replay(links, scratch)
             finally:
                 os.close(scratch)
             remove_tree(around, SCRATCH_FOLDER)
@@ -21632,9 +21660,11 @@ class FilesRun(RestoreRun):
         putter = Putter(staging, wanted_names(wanted.paths), progress.tell)
         for tries in itertools.count(1):
             try:
+                self.check_same(wanted)
                 taking = Taking(staging.position, self.whole.stall_timeout, staging.path)
                 with progress, wanted.host.files(wanted.folder, wanted.backup.name, wanted.paths, taking) as items:
                     putter.run(items)
+                self.check_same(wanted)
                 break
             except BackupError as error:
                 if not error.transient or tries > self.whole.retries:
@@ -21642,6 +21672,15 @@ class FilesRun(RestoreRun):
                 self.events.warning("retry", "{}; trying again".format(error.message))
                 time.sleep(RETRY_PAUSE * tries)
                 staging.find_position()
+
+    @staticmethod
+    def check_same(wanted: WantedFiles) -> None:
+        """BackupError where the backup is gone: what bears its name by now, and any piece of that, is another one's."""
+        there = wanted.host.list(wanted.folder).named(wanted.backup.name)
+        if there is None or (there.uuid, there.stream_id) != (wanted.backup.uuid, wanted.backup.stream_id):
+            raise BackupError("{} in {} {} while it was read".format(
+                wanted.backup.name, wanted.folder, "is gone: it was deleted or moved" if there is None else
+                "was replaced by another one"), "run again, with a backup that is there")
 
     def tell_shortfalls(self, wanted: WantedFiles, shortfalls: Shortfalls) -> None:
         """What is not there as it was."""

@@ -785,6 +785,35 @@ class Broken(FilesTestCase):
         self.assertErrorSays(result, "no space left")
         self.assertEqual([], os.listdir(full))
 
+    def test_a_backup_that_goes_meanwhile(self):
+        for number in range(40):
+            os.makedirs(os.path.join(self.source, "d", "{:02}".format(number)))
+            self.write("d/{:02}/f".format(number), "x" * 400000)
+        self.back_up()
+        aside = self.backed_up + "-aside"
+        for how in ("another bears its name", "deleted"):
+            run = self.start("restore", "--limit", "8M", *self.paths("d") + [self.into])
+            run.wait_for("some of it", lambda: sum(len(files) for _, _, files in os.walk(self.into)) > 5)
+            if how == "deleted":
+                delete(self.backed_up)
+            else:
+                os.rename(self.backed_up, aside)
+                snapshot(aside, self.backed_up)
+            result = run.finish()
+            self.assertEqual(1, result.status, result.stderr)
+            self.assertErrorSays(result, "while it was read")
+            self.assertEqual([], os.listdir(self.into))
+
+    def test_what_something_is_mounted_over(self):
+        os.makedirs(os.path.join(self.source, "d", "inner"))
+        self.write("d/inner/f", "x")
+        self.back_up()
+        over = os.path.join(self.backed_up, "d", "inner")
+        command("mount", "-t", "tmpfs", "none", over)
+        self.addCleanup(command, "umount", over)
+        result = self.restore(*self.paths("d") + [self.into], status=1)
+        self.assertErrorSays(result, "d/inner of", "left out: something is mounted there")
+
     def test_a_disk_that_becomes_full_of_attributes(self):
         os.mkdir(os.path.join(self.source, "d"))
         for number in range(200):

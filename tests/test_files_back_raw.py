@@ -11,7 +11,7 @@ import support
 import trees
 from disks import ext4, tmpfs
 from fakes import NOBODY, as_nobody
-from support import Churn, chance, command
+from support import Churn, chance, command, delete
 
 import btrfs_backup_ng as program
 from btrfs_backup_ng import NameTree
@@ -388,6 +388,26 @@ class WhatIsWrong(RawTestCase):
         if not os.path.isdir(self.into) or any(name.startswith(".restoring") for name in os.listdir(self.into)):
             self.restore(*words + [self.raw + "/" + self.name(4), self.into])
         self.check(self.name(4), paths, self.into)
+
+
+    def test_other_stream_files_than_those_that_were_looked_at(self):
+        name, other = self.name(1), self.folder + "-other"
+        os.mkdir(other)
+        for folder, inner in ((self.folder, "one"), (other, "two")):
+            os.mkdir(os.path.join(self.source, "d"))
+            for number in range(3 if inner == "one" else 1):
+                self.write("d/{}{}".format(inner, number), "x")
+            self.take(1)
+            self.transfer(to=["raw://" + folder])
+            command("rm", "-r", os.path.join(self.source, "d"))
+            delete(self.snapshot_path(name))
+        place = program.RawPlace(program.LocalHost(program.Events()), [], "")
+        place.look_at_files(self.folder, name, ["d"])
+        os.rename(self.folder, self.folder + "-before")
+        os.rename(other, self.folder)
+        taking = program.Taking(program.AT_START, 60, self.source)
+        with self.assertRaises(program.BackupError), place.files(self.folder, name, ["d"], taking) as items:
+            list(items)
 
 
 class FromAHost(remote.SshdTestCase, RawTestCase):

@@ -83,6 +83,26 @@ class FromAnotherMachine(remote.RemoteTestCase):
         self.check_whole()
         self.assertLess(between.down, 75 << 20, "what had come came again")
 
+    def test_another_that_bears_its_name_once_the_connection_breaks(self):
+        for number in range(40):
+            self.write("{:02}".format(number), "x" * 400000)
+        self.back_up()
+        between = self.proxy(self.server.port)
+        self.there = self.server.endpoint(self.target_there + "/backups/" + self.name(1), port=between.port)
+        for is_deleted in (False, True):
+            run = self.start("restore", *self.program_options() + ["--limit", "4M"] + self.all_of_it() + [self.into])
+            run.wait_for("some of it", lambda: sum(len(files) for _, _, files in os.walk(self.into)) > 5)
+            if is_deleted:
+                support.delete(self.backed_up)
+            else:
+                os.rename(self.backed_up, self.backed_up + "-aside")
+                support.snapshot(self.backed_up + "-aside", self.backed_up)
+            between.cut()
+            result = run.finish()
+            self.assertEqual(1, result.status, result.stderr)
+            self.assertErrorSays(result, "while it was read")
+            self.assertEqual([], os.listdir(self.into))
+
     def test_killed_it_goes_on(self):
         bulk(os.path.join(self.source, "large"), 48)
         self.back_up()
