@@ -8615,9 +8615,10 @@ class TreePair:
         for inner in sorted(touched, key=os.fsencode):  # folders before what is in them
             if stat.S_ISDIR(types[inner].st_mode):
                 self.see_folder(inner, touched[inner])
-        for status in list(types.values()):
-            if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
-                types.update((other, status) for other in paths_of_inode(self.new.top, status.st_ino))
+        several = {status.st_ino: status for status in types.values()
+                   if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode)}
+        for inode, status in several.items():
+            types.update((other, status) for other in paths_of_inode(self.new.top, inode))
         one_name = {inode.number: inner for inner, inode in touched.items()}
         sizes = {one_name[number]: size for number, size in self.names.data.items() if number in one_name}
         fresh = [inner for inner in sorted(types, key=os.fsencode) if not stat.S_ISDIR(types[inner].st_mode)

@@ -6,6 +6,7 @@ import random
 import stat
 import sys
 import unittest
+from unittest import mock
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import remote
@@ -241,6 +242,19 @@ class OnDisk(BackupTestCase):
         two, = self.take(2)
         found = self.diff(self.snapshot_path(one), self.snapshot_path(two))
         self.assertEqual(sorted(names + ["file"]), [path for change, path, _, _, _ in found if change == "modified"])
+
+    def test_many_names_of_one_file(self):
+        self.write("file", "long")
+        os.mkdir(os.path.join(self.source, "d"))
+        one, = self.take(1)
+        names = ["d/{:04}".format(number) for number in range(1000)]
+        for name in names:
+            os.link(os.path.join(self.source, "file"), os.path.join(self.source, name))
+        two, = self.take(2)
+        with mock.patch.object(program, "paths_of_inode", wraps=program.paths_of_inode) as asked:
+            found = LocalHost(Events()).changes(self.snapshots, two, self.snapshots, one, 0).changes
+        self.assertEqual(names, [change.inner for change in found if change.inner in names])
+        self.assertLess(asked.call_count, 10)
 
     def test_on_different_disks(self):
         one, two = self.make()

@@ -804,6 +804,22 @@ class Broken(FilesTestCase):
             self.assertErrorSays(result, "while it was read")
             self.assertEqual([], os.listdir(self.into))
 
+    def test_a_tree_that_is_deleted_while_it_is_read(self):
+        for name in ("a", "b"):
+            os.makedirs(os.path.join(self.source, "d", name))
+            self.write(os.path.join("d", name, "f"), "x")
+        self.back_up()
+        folder, name = os.path.split(self.backed_up)
+        with program.opened_tree(folder, name) as top, program.OpenTree(folder, name) as tree:
+            items = iter(program.TreeTaker(top, {b"d": b"d"}))
+            self.assertEqual(b"d", next(items).path)
+            delete(self.backed_up)
+            with self.assertRaisesRegex(program.BackupError, "deleted"):
+                list(items)
+            with self.assertRaises(FileNotFoundError):
+                tree.__exit__(None)
+            tree.top = os.open("/", os.O_RDONLY)
+
     def test_what_something_is_mounted_over(self):
         os.makedirs(os.path.join(self.source, "d", "inner"))
         self.write("d/inner/f", "x")
