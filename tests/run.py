@@ -396,10 +396,16 @@ def loops_of_run() -> List[str]:
     return found
 
 
+PATIENCE = 5.0  # seconds
+
+
 def count_left_behind(report: Report) -> None:
     """Counts as failed what is still attached once all scratch folders are gone."""
     if "disks" in sys.modules:
         sys.modules["disks"].remove_scratch()
+    patient_until = time.monotonic() + PATIENCE
+    while loops_of_run() and time.monotonic() < patient_until:  # what was busy goes a moment later
+        time.sleep(0.1)
     for loop in loops_of_run():
         report.counts["FAIL"] += 1
         report.problems.append(Problem("(left behind)", "a loop device: {}\n".format(loop)))
