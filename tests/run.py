@@ -396,7 +396,7 @@ def loops_of_run() -> List[str]:
     return found
 
 
-PATIENCE = 5.0  # seconds
+PATIENCE = 60.0  # seconds
 
 
 def count_left_behind(report: Report) -> None:
