@@ -149,10 +149,9 @@ class StrippedPython(RescueTestCase):
     usual_seconds = 5
 
     # The main job needs these; what they import in turn is no part of the matter.
-    NEEDED = {"collections", "collections.abc", "contextlib", "errno", "fcntl", "functools", "hashlib", "itertools",
-              "json",
-              "os", "re", "select", "signal",
-              "socket", "stat", "struct", "subprocess", "sys", "threading", "time", "typing"}
+    NEEDED = {"collections", "collections.abc", "contextlib", "errno", "fcntl", "functools", "gc", "hashlib",
+              "itertools", "json", "os", "re", "select", "signal", "socket", "stat", "struct", "subprocess", "sys",
+              "threading", "time", "typing"}
 
     # Compiled modules that a build may lack for want of a library.
     COMPILED = ["_asyncio", "_bz2", "_contextvars", "_ctypes", "_curses", "_decimal", "_hashlib", "_json", "_lzma",
