@@ -1130,9 +1130,12 @@ def printed_when_interrupted(is_wanted: bool, document: Callable[[], Any]) -> It
         raise
 
 
-def print_result(text: str) -> None:
-    """Prints lines; whatever is in them, nothing but these and their colours comes to a terminal."""
-    write_result(painted("\n".join(map(printable, text.split("\n"))), 1))
+def print_result(text: str, over: int = 0) -> None:
+    """Prints lines; whatever is in them, nothing but these and their colours comes to a terminal.
+
+    over: in the place of so many that stand on it.
+    """
+    write_result("\x1b[{}A\x1b[J".format(over) * bool(over) + painted("\n".join(map(printable, text.split("\n"))), 1))
 
 
 LEAST_WIDTH = 40
@@ -22340,10 +22343,11 @@ def find_tree(hosts: Hosts, text: str) -> FoundTree:
         raise BackupError("{} holds streams, which are not compared".format(text) if endpoint.kind.has_streams else
                           "{} cannot be compared".format(text), "name snapshots or backups in folders")
     host, (above, name) = hosts.of(endpoint), os.path.split(endpoint.path.rstrip("/"))
-    itself = host.look(endpoint.path)
-    if itself.is_top and itself.inside is not None and not itself.inside.readonly and prefix_of(name) is None:
-        raise BackupError("{} is not a snapshot, and may change while it is compared".format(text),
-                          newest_hint(host, endpoint, itself.path))
+    if prefix_of(name) is None:  # a restricted key may not look into a backup
+        itself = host.look(endpoint.path)
+        if itself.is_top and itself.inside is not None and not itself.inside.readonly:
+            raise BackupError("{} is not a snapshot, and may change while it is compared".format(text),
+                              newest_hint(host, endpoint, itself.path))
     place = host.look(above or ".")
     if place.found != "folder" or not name:
         raise BackupError("no such snapshot or backup: {}".format(text), "is its filesystem mounted?")
@@ -23007,24 +23011,24 @@ def check_space(task: Task) -> None:
     check_folders(task, "measured", "name a source, or a folder of backups")
 
 
-def show_estimate(folder: FolderToMeasure, events: Events) -> str:
-    """Prints on a terminal what is to be written over; what does that."""
+def show_estimate(folder: FolderToMeasure, events: Events) -> int:
+    """Prints on a terminal what is to be written over; how many lines."""
     width, height = result_size()
     lines: List[str] = []
     if height != UNBOUNDED:
         with apart(events, lambda error: events.aside("sampled", error), "sampling"):
             lines = costs_lines(folder.estimate(), width) + ["measuring ..."]
     if not lines or len(lines) >= height:
-        return ""
+        return 0
     print_result("\n".join(lines))
-    return "\x1b[{}A\x1b[J".format(len(lines))
+    return len(lines)
 
 
 def show_costs(folder: FolderToMeasure, is_quick: bool, events: Events) -> FolderCosts:
     """Prints a table."""
-    over = "" if is_quick else show_estimate(folder, events)
+    over = 0 if is_quick else show_estimate(folder, events)
     found = folder.estimate() if is_quick else folder.measure()
-    print_result(over + "\n".join(costs_lines(found, result_size()[0])))
+    print_result("\n".join(costs_lines(found, result_size()[0])), over)
     return found
 
 
