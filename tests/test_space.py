@@ -329,7 +329,7 @@ class Quick(SpaceTestCase):
         told = self.space("--quick", self.source)
         for name, sizes in self.space().items():
             for exact, about in zip(sizes, told[name]):
-                self.assertLess(abs(exact - about), 4 * MIB if exact else 1, (name, sizes, told[name]))
+                self.assertLess(abs(exact - about), 4 * MIB if exact else MIB, (name, sizes, told[name]))
         lines = self.run_program("space", "--quick", self.source).stdout.splitlines()
         self.assertRegex(lines[0], "; sizes by samples$")
         self.assertRegex(lines[3], r"^home20240101-000000  +[0-9.]+ MiB \u00b1 [0-9.]+ MiB  .* \u00b1 [0-9.]+ .iB$")
