@@ -24666,8 +24666,8 @@ Whatever the policy, these stay:
   - all snapshots while a destination that is named cannot be listed and
     nothing is noted of it
   - where the notes (.destinations.json) were lost, all snapshots there are
-    in the run that finds that, until you say that each destination has been
-    backed up to: --forget-destination unnamed://
+    in the run that finds that, until you say that each destination has
+    been backed up to: --forget-destination unnamed://
   - a partial backup that no lock names
 
 So a source may keep a few more than -N says: one for each destination that is behind, and for each of several disks

@@ -625,6 +625,7 @@ class NeverTaken(RestrictedTestCase):
         host = self.connect()
         sender = host.open_send(self.under + "/.btrfs-backup-ng/snapshots", self.name(1), None, program.SendOptions())
         self.addCleanup(sender.end)
+        self.assertTrue(support.wait_until(lambda: sender.read(bytearray(1))), "nothing comes")
         return host
 
     def test_who_holds_it_is_said(self):

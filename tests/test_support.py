@@ -190,7 +190,8 @@ class NothingStaysBehind(support.TestCase):
                                 universal_newlines=True).stdout.strip()
         number = next(iter(support.loops_below(folder)))
         support.sweep()
-        self.assertFalse(os.path.exists("/sys/block/{}/loop".format(os.path.basename(number))))
+        attached = "/sys/block/{}/loop".format(os.path.basename(number))
+        self.assertTrue(support.wait_until(lambda: not os.path.exists(attached)))  # by and by, where it is still used
         self.assertFalse(os.path.exists(folder))
 
     def test_a_disk_grows_goes_away_and_comes_back(self):
