@@ -1896,7 +1896,7 @@ def options_of(verb: Verb) -> List[Option]:
 FLAGS = flags_of(OPTION_TABLE)
 
 
-def rows(*flags: str) -> Tuple[Option, ...]:
+def rows_of(*flags: str) -> Tuple[Option, ...]:
     """Rows of the table that another verb takes as well."""
     return tuple(FLAGS[flag] for flag in flags)
 
@@ -1954,12 +1954,12 @@ incrementally where it can, then applies retention. Without DESTINATION it keeps
             Group("In place", (
                 Option(("--in-place",), "in_place", "SUBVOLUME", parse_path,
                        "put a writable snapshot of it in the place of SUBVOLUME, which stays beside it"),
-            ) + rows("-f")),
-            Group("Transfer", rows("-I", "--retries", "--no-resume", "--limit", "--stall-timeout", "--ssh-opt",
+            ) + rows_of("-f")),
+            Group("Transfer", rows_of("-I", "--retries", "--no-resume", "--limit", "--stall-timeout", "--ssh-opt",
                                    "--ssh-sudo", "--compress", "--channels") + (RAW_IDENTITY,)),
-            Group("Display", rows("-h", "-v", "-q", "-d", "-P", "--log-json", "--json") + meaning(
+            Group("Display", rows_of("-h", "-v", "-q", "-d", "-P", "--log-json", "--json") + meaning(
                 "--dry-run", "say what would be restored, and how; nothing is written")),
-            Group("Runs", rows("--wait", "--no-elevate")),
+            Group("Runs", rows_of("--wait", "--no-elevate")),
         ),
         about="""\
 Brings one backup back by btrfs send and receive, incrementally where FOLDER's filesystem holds an older or
@@ -1983,7 +1983,7 @@ has come. What was broken off goes on when the same command is typed again.""",
         ), acts=True, reads_jobs=True),
     "list": Verb(
         "[options] {SOURCE [DESTINATION ...] | FOLDER ...}", "show which snapshots are where", (
-            Group("What to show", (ANY_PREFIX,) + rows("-f") + (
+            Group("What to show", (ANY_PREFIX,) + rows_of("-f") + (
                 Option(("--all",), "unfolded", "", None, "each snapshot, also those between others that are alike"),
                 Option(("--last",), "last", "N", parse_number, "only the newest N snapshots"),
                 Option(("--missing",), "only_missing", "", None,
@@ -1993,8 +1993,8 @@ has come. What was broken off goes on when the same command is typed again.""",
                 Option(("-n", "--num-backups"), "num_backups", "N", parse_count,
                        "the backup's own; what it would not send is then not shown as missing"),
                 Option(("--keep-backups",), "keep_backups", "POLICY", parse_policy, "the same by time"))),
-            Group("Display", rows("-h", "-v", "-q", "--log-json")),
-            Group("Hosts", rows("--ssh-opt", "--ssh-sudo", "--no-elevate")),
+            Group("Display", rows_of("-h", "-v", "-q", "--log-json")),
+            Group("Hosts", rows_of("--ssh-opt", "--ssh-sudo", "--no-elevate")),
         ),
         about="""\
 Shows SOURCE and each DESTINATION with its number and what it holds, then a table: a line for each snapshot,
@@ -2022,10 +2022,10 @@ beside it when it came; where destinations differ, the smallest. What was not no
                 Option(("--deleted",), "deleted", "", None,
                        "what the folder PATH held in a snapshot or backup and holds no more"),
                 Option(("--no-renames",), "no_renames", "", None, "only what bore that very path"),
-                ANY_PREFIX) + rows("-f") + (
+                ANY_PREFIX) + rows_of("-f") + (
                 Option(("--json",), "json", "", None, "the same as JSON, for programs"),)),
-            Group("Display", rows("-h", "-v", "-q", "--log-json")),
-            Group("Hosts", rows("--ssh-opt", "--ssh-sudo", "--no-elevate")),
+            Group("Display", rows_of("-h", "-v", "-q", "--log-json")),
+            Group("Hosts", rows_of("--ssh-opt", "--ssh-sudo", "--no-elevate")),
         ),
         about="""\
 PATH lies in a subvolume: its snapshots are found, and its backups at the DESTINATIONs and at all that the
@@ -2051,9 +2051,9 @@ For a place that is away there is an error, the others are shown, and the exit s
         reads_jobs=True),
     "browse": Verb(
         "[options] [SOURCE | FOLDER] ...", "look into snapshots and backups, restore what you find there", (
-            Group("What to show", (ANY_PREFIX,) + rows("-f")),
-            Group("Display", rows("-h", "-v", "-q", "-P", "--log-json")),
-            Group("Hosts", rows("--ssh-opt", "--ssh-sudo", "--no-elevate")),
+            Group("What to show", (ANY_PREFIX,) + rows_of("-f")),
+            Group("Display", rows_of("-h", "-v", "-q", "-P", "--log-json")),
+            Group("Hosts", rows_of("--ssh-opt", "--ssh-sudo", "--no-elevate")),
         ),
         about="""\
 Shows the snapshots and backups of each SOURCE or FOLDER on the whole terminal; without one, all that are found on
@@ -2078,8 +2078,8 @@ to press it, or both ("3 m" marks line 3).""",
             Group("What to show", (
                 Option(("--top",), "top", "N", above_0(parse_count), "only the N changes with the most new data"),
                 Option(("--json",), "json", "", None, "the same as JSON, for programs"))),
-            Group("Display", rows("-h", "-v", "-q", "--log-json")),
-            Group("Hosts", rows("--ssh-opt", "--ssh-sudo", "--no-elevate")),
+            Group("Display", rows_of("-h", "-v", "-q", "--log-json")),
+            Group("Hosts", rows_of("--ssh-opt", "--ssh-sudo", "--no-elevate")),
         ),
         about="""\
 OLD and NEW are paths of snapshots or backups of one source. They may lie on different disks or machines, if one
@@ -2099,13 +2099,13 @@ for that.""",
         )),
     "space": Verb(
         "[options] [SOURCE | FOLDER] ...", "show what snapshots and backups take, and what deleting them frees", (
-            Group("What to show", (ANY_PREFIX,) + rows("-f") + (
+            Group("What to show", (ANY_PREFIX,) + rows_of("-f") + (
                 Option(("--top",), "top", "N", above_0(parse_count),
                        "also the N files with the most data that deleting all of these would free"),
                 Option(("--quick",), "quick", "", None, "an estimate by samples, in a moment"),
                 Option(("--json",), "json", "", None, "the same as JSON, for programs"),)),
-            Group("Display", rows("-h", "-v", "-q", "--log-json")),
-            Group("Hosts", rows("--ssh-opt", "--ssh-sudo", "--no-elevate")),
+            Group("Display", rows_of("-h", "-v", "-q", "--log-json")),
+            Group("Hosts", rows_of("--ssh-opt", "--ssh-sudo", "--no-elevate")),
         ),
         about="""\
 For each snapshot of a SOURCE, or backup in a FOLDER, three sizes:
@@ -2138,7 +2138,7 @@ sizes are known.""",
                 Option(("--latest",), "latest", "", None, "only the newest at each destination"),
                 Option(("--name",), "backup_name", "NAME", parse_path, "only those of the snapshot of that name"),
                 Option(("-p", "--snapshot-prefix"), "prefix", "P", parse_prefix, "only those of this prefix"),
-            ) + rows("-f")),
+            ) + rows_of("-f")),
             Group("How", (
                 Option(("--quick",), "quick", "", None, "compare identity and flags only, read no contents"),
                 Option(("--raw-files",), "raw_files", "", None,
@@ -2146,8 +2146,8 @@ sizes are known.""",
                 RAW_IDENTITY,
                 Option(("--json",), "json", "", None, "the same as JSON, for programs"),
             )),
-            Group("Hosts", rows("--ssh-opt", "--ssh-sudo", "--no-elevate")),
-            Group("Display", rows("-h", "-v", "-q", "-P", "--log-json")),
+            Group("Hosts", rows_of("--ssh-opt", "--ssh-sudo", "--no-elevate")),
+            Group("Display", rows_of("-h", "-v", "-q", "-P", "--log-json")),
         ),
         about="""\
 Compares every snapshot of SOURCE with its backup at each DESTINATION: first their identity, then all their
@@ -2186,10 +2186,10 @@ from SOURCE cannot be checked and does not count either way.""",
                        "default: leave it", whole=True),
             ) + meaning("--free-backups", "have so much free: 500M, 50G, 10%; what is to be kept is deleted for it as "
                         "well, first what --keep-backups values least, and no more than is needed")
-                  + rows("--at-least", "-s", "-w")),
-            Group("Display", rows("-h", "-v", "-q", "--log-json", "--json") + meaning(
+                  + rows_of("--at-least", "-s", "-w")),
+            Group("Display", rows_of("-h", "-v", "-q", "--log-json", "--json") + meaning(
                 "--dry-run", "say what would be deleted, and why; nothing is deleted")),
-            Group("Runs and hosts", rows("--wait", "--ssh-opt", "--ssh-sudo", "--no-elevate")),
+            Group("Runs and hosts", rows_of("--wait", "--ssh-opt", "--ssh-sudo", "--no-elevate")),
         ),
         about="""\
 Deletes old backups in each FOLDER, oldest first, without a source, as on a server that keeps the
@@ -2215,7 +2215,7 @@ The source sends again what it still has and its own policy keeps: give it the s
         ), acts=True, reads_jobs=True),
     "doctor": Verb(
         "[options] [SOURCE [DESTINATION ...] | FOLDER]", "check that backups work, say what to do", (
-            Group("What to check", (ANY_PREFIX,) + rows("-f") + (
+            Group("What to check", (ANY_PREFIX,) + rows_of("-f") + (
                 Option(("--max-age",), "max_age", "AGE", parse_age,
                        "report a problem if the newest complete backup is older: 90min, 26h, 3d, 2w; the first line is "
                        "then for monitoring"),
@@ -2223,8 +2223,8 @@ The source sends again what it still has and its own policy keeps: give it the s
                   + meaning("-n", "the -n of the backup; with it, is what it lets go deleted, before the disk is full?")
                   + meaning("--keep-backups", "the --keep-backups of the backup; likewise")
                   + meaning("--free-backups", "the --free-backups of the backup; the disk does not fill up then")),
-            Group("Display", rows("-h", "-v", "-q", "--log-json")),
-            Group("Hosts", rows("--ssh-opt", "--ssh-sudo", "--no-elevate")),
+            Group("Display", rows_of("-h", "-v", "-q", "--log-json")),
+            Group("Hosts", rows_of("--ssh-opt", "--ssh-sudo", "--no-elevate")),
         ),
         about="""\
 Checks this machine (programs, kernel, privileges, clock), the source (is it a subvolume, identity of its
@@ -2250,7 +2250,7 @@ and a source alone, the ages are those of the destinations that the source remem
     "print": Verb(
         "{man | completion bash|zsh|fish | systemd [options] -- ARGUMENT ... | authorized-keys [options] KEYFILE}",
         "write the manual, completions, units, key lines", (
-            Group("Display", rows("-h")),
+            Group("Display", rows_of("-h")),
             Group("Systemd", (
                 Option(("--on-calendar",), "on_calendar", "WHEN", parse_line,
                        "when the timer starts it, as in man systemd.time; default *-*-* 02:00"),
@@ -2284,7 +2284,7 @@ on the machine that the key gives access to. See agent --help.""",
     "agent": Verb(
         "[--under DIR --allow LIST]", "serve another instance of this program", (
             Group("Restricting a key", AGENT_OPTIONS),
-            Group("Display", rows("-h")),
+            Group("Display", rows_of("-h")),
         ),
         about="""\
 Answers calls of another instance of this program: they come on stdin, the answers go to stdout. Nobody types
@@ -2299,7 +2299,7 @@ calls, whatever the client asks for. What it refuses is told to the client and n
             ("agent --under /home --allow send,list", "a key that can only read snapshots"),
         ),
         needs_root=False),
-    "help": Verb("[VERB | TOPIC]", "explain a verb or a topic", (Group("Display", rows("-h")),),
+    "help": Verb("[VERB | TOPIC]", "explain a verb or a topic", (Group("Display", rows_of("-h")),),
                  about="Explains a verb or a topic.", needs_root=False),
 }
 
@@ -4216,7 +4216,8 @@ class Fewest:
             number += 1
         taken, at = [], 0  # type: List[int], int
         while at < self.freed.count:
-            fitting = [run for run in self.runs(at, number) if run[2] + self.most[number - run[1]][run[0] + 1] >= need]
+            fitting = [stretch for stretch in self.runs(at, number)
+                       if stretch[2] + self.most[number - stretch[1]][stretch[0] + 1] >= need]
             end, used, total = max(fitting or self.runs(at, number))
             taken += [one for one in range(at, end) if one in self.choices]
             number, need, at = number - used, need - total, end + 1
