@@ -9357,6 +9357,7 @@ def opened_tree(folder: str, name: str) -> Iterator[int]:
 
 RESTORING = ".restoring-"  # begins the name of the folder aside
 NEW_ENTRIES, STAGING_NOTE, SHORTFALLS = "new", "restoring.json", "shortfalls.json"  # in it; the last goes last
+OLD_ENTRIES = "old"  # there as well: what new was, while it goes
 FIXING_NOTE = "fixing.json"  # which entry is to get attributes that forbid all else
 SMALL_NOTES = STAGING_NOTE + ASIDE, SHORTFALLS  # what alone a run that was killed at its beginning or end leaves there
 FICLONERANGE = 0x4020940D
@@ -9740,6 +9741,10 @@ class Staging:
                 self.finish_fixing()
 
     def clear(self) -> None:
+        """Removes what is in it. Nobody goes on from what is half removed: it has another name first."""
+        remove_tree(self.fd, OLD_ENTRIES)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(NEW_ENTRIES, OLD_ENTRIES, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         for name in list_sorted(self.fd):
             remove_tree(self.fd, os.fsdecode(name))
 

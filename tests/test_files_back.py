@@ -897,8 +897,11 @@ class KilledAtEachStep(FilesTestCase):
         for name in ("d", "d/a", "d/c", "d/r", "d/z/last"):
             os.chown(os.path.join(self.source, name), NOBODY, NOBODY)
 
-    def run_in_fork(self, user, killed_at=0):
-        """Status and errors of a restore in a fork of this process; the status is 9 where it was killed."""
+    def run_in_fork(self, user, killed_at=0, *options, killed_in=""):
+        """Status and errors of a restore in a fork of this process; the status is 9 where it was killed.
+
+        killed_in: where that file is about to get its name, instead of at a step.
+        """
         with tempfile.TemporaryFile() as errors:
             pid = os.fork()
             if not pid:
@@ -912,7 +915,9 @@ class KilledAtEachStep(FilesTestCase):
                     for name in self.CHANGES:
                         setattr(os, name, self.counted(getattr(os, name), calls, killed_at))
                     program.set_flags = self.counted(program.set_flags, calls, killed_at)
-                    os._exit(program.main(["restore", "-q", "--no-elevate"] + self.paths("d") + [self.into]))
+                    if killed_in:
+                        program.Putter.finish_file = self.dying(program.Putter.finish_file, os.fsencode(killed_in))
+                    os._exit(program.main(["restore", "-q", "--no-elevate", *options, *self.paths("d"), self.into]))
                 finally:
                     os._exit(8)
             status = os.waitpid(pid, 0)[1] >> 8
@@ -924,6 +929,14 @@ class KilledAtEachStep(FilesTestCase):
             if killed_at and next(calls) == killed_at:
                 os._exit(9)
             return act(*arguments, **more)
+        return call
+
+    @staticmethod
+    def dying(finish_file, path):
+        def call(putter):
+            if putter.file is not None and putter.file.path == path:
+                os._exit(9)
+            finish_file(putter)
         return call
 
     def check(self, user):
@@ -950,6 +963,26 @@ class KilledAtEachStep(FilesTestCase):
             shutil.rmtree(self.into)
 
         raise AssertionError("no end")
+
+    def test_in_clearing_what_is_not_gone_on_from(self):
+        """What is half removed is not gone on from as if all before its last entry were there."""
+        self.backed_up = snapshot(self.source, os.path.join(self.source_disk.path, self.name(1)))
+        expected = support.tree(os.path.join(self.backed_up, "d"))
+        for step in itertools.count(1):
+            os.mkdir(self.into)
+            self.assertEqual(9, self.run_in_fork(0, killed_in="d/z/last")[0])
+            status, errors = self.run_in_fork(0, step, "--no-resume")
+            with self.subTest(step=step):
+                if status == 9:
+                    again, told = self.run_in_fork(0)
+                    if "d exists in" not in told:  # as where it was killed when all was done
+                        self.assertEqual((0, ""), (again, told))
+                self.assertTreesEqual(expected, support.tree(os.path.join(self.into, "d")))
+                self.assertNothingAside()
+            shutil.rmtree(self.into)
+            if status != 9:
+                self.assertEqual((0, ""), (status, errors))
+                break
 
     @staticmethod
     def loosen(folder):
