@@ -16864,8 +16864,8 @@ MOST_SESSIONS = 10  # of one connection: sshd's MaxSessions by default
 KEPT_SESSIONS = 2  # of these, for what else may come
 RATE_INTERVAL = 0.1  # seconds between measurements of the rate, at least
 LONGEST_WAIT = 1e9  # seconds for another run; infinity does not travel
-# What is not simply asked once more: that does harm, or whoever asks tries again.
-ASKED_ONCE = frozenset(("carry", "expected_stream", "swap_in"))
+# What is not simply asked once more: that does harm or gives another answer, or whoever asks tries again.
+ASKED_ONCE = frozenset(("carry", "expected_stream", "finish_swap", "swap_in"))
 
 
 def channels_for(round_trip: float) -> int:

@@ -11,11 +11,13 @@ import signal
 import sys
 import time
 import unittest
+from unittest import mock
 
 import remote
 import support
 from support import MIB, bulk, names, partials, wait_until
 
+import btrfs_backup_ng as program
 from btrfs_backup_ng import CHECKPOINT_DISTANCE, CHECKPOINT_INTERVAL
 
 TORTURE = int(os.environ.get("TORTURE", 0))
@@ -297,6 +299,26 @@ class LostInCalls(remote.RemoteTestCase):
         self.assertLost(self.push("-S", to=["raw+" + self.remote_target]), 2)
         self.dies()
         self.assertIn("nothing to do", self.push("-S", to=["raw+" + self.remote_target]).stderr)
+
+    def test_the_end_of_a_broken_swap(self):
+        """What was completed without an answer is not taken for undone, and swapped in once more."""
+        self.take(1)
+        self.transfer()
+        pid = os.fork()
+        if not pid:
+            try:
+                with mock.patch.object(program, "finish_swap", lambda place: os._exit(9)):
+                    program.main(["restore", "-q", "-p", "home", self.backup_path(self.name(1)), "--in-place",
+                                  self.source])
+            finally:
+                os._exit(8)
+        self.assertEqual(9, os.waitpid(pid, 0)[1] >> 8)
+        self.dies("after finish_swap")
+        result = self.run_program("restore", *self.program_options() + [
+            self.target, "--latest", "--in-place", self.remote_source], status=1)
+        self.assertLost(result, 0)
+        self.assertErrorSays(result, "the connection to", "was lost")
+        self.assertEqual(1, len([name for name in names(self.source_disk.path) if ".old-" in name]))
 
     def test_one_that_is_lost_each_time(self):
         """What was sent was sent, whatever comes then."""
