@@ -15875,7 +15875,8 @@ class Guard:
     def check_noted(self, folder: str, locks: Locks, pins: Pins) -> None:
         """Refused where others will have noted too much, so that nobody could read it in the end."""
         own = read_own_destinations(folder)
-        if len(format_locks(self.visible_locks(locks, own)) + format_pins(self.visible_pins(pins, own))) > LARGEST_NOTE:
+        noted = dict(self.visible_pins(pins, own), **{key: pins[key] for key in (UNNAMED,) if key in pins})
+        if len(format_locks(self.visible_locks(locks, own)) + format_pins(noted)) > LARGEST_NOTE:
             raise Refused("there is no room for more notes of this key", "clear some of them: --forget-destination")
 
     def may_note(self, destination: str, own: Sequence[str]) -> bool:

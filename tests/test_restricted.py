@@ -546,6 +546,20 @@ class Pulling(RestrictedTestCase):
         host.call("change_locks", folder, [], locks)
         self.assertEqual({}, support.read_locks(self.snapshots))
 
+    def test_what_it_notes_of_no_destination_has_the_same_bounds(self):
+        name, = self.take(1)
+        host, folder = self.connect(), self.under + "/.btrfs-backup-ng/snapshots"
+        pin = program.Pin(name, str(uuid.uuid4()), "2024-01-01T00:00:00Z")
+
+        def note(number):
+            disk = pin._replace(filesystem="/dev/{}{}".format(number, "x" * 60000))
+            host.call("change_pins", folder, "home{}-".format(number % 2), {program.UNNAMED: disk})
+
+        for number in range(17):
+            note(number)
+        with self.assertRaisesRegex(Refused, "no room for more notes"):
+            note(17)
+
     def test_notes_at_once_have_the_same_bounds(self):
         """Each of two is allowed before the other has noted anything."""
         self.take(1)
