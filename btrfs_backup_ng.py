@@ -10567,16 +10567,18 @@ def sought_names(folder: str, names: Sequence[str], part: bytes) -> Set[Tuple[in
                 trees.append(Tree(one.subvolid, one.uuid, one.parent_uuid, one.ctransid, one.otransid))
                 tops[one.subvolid] = top
         for tree, since in with_beginnings(sorted(trees, key=lambda tree: tree.otransid)):
-            found.update(names_like(tops[tree.subvolid], since, part))
-            if len(found) > MOST_SOUGHT:
-                raise BackupError("more than {} names are like that".format(MOST_SOUGHT), "type more of the name")
+            for sought in names_like(tops[tree.subvolid], since, part):
+                found.add(sought)
+                if len(found) > MOST_SOUGHT:
+                    raise BackupError("more than {} names are like that".format(MOST_SOUGHT), "type more of the name")
     return found
 
 
 def find_names(folder: str, names: Sequence[str], part: str) -> List[HeldName]:
     """All whose name holds `part` in trees of a folder, by path; each as the first of the trees has it.
 
-    In each tree they are looked for anew: a folder above may be called otherwise there.
+    In each tree they are looked for anew: a folder above may be called otherwise there. What lies so deep that no path
+    leads there is left out.
     """
     allow_many_files()
     sought = sorted(sought_names(folder, names, os.fsencode(part).lower()))
@@ -10586,7 +10588,9 @@ def find_names(folder: str, names: Sequence[str], part: str) -> List[HeldName]:
             for inode, some in itertools.groupby(sought, key=lambda one: one[0]):
                 try:
                     above = path_of_inode(tree.top, inode) if inode != SUBVOLUME_INODE else b""
-                except FileNotFoundError:
+                except OSError as error:
+                    if error.errno not in GONE:
+                        raise
                     continue
                 for inner in (os.fsdecode(os.path.join(above, last)) for _, last in some):
                     status = tree.status(inner) if inner not in found else None
@@ -22529,14 +22533,15 @@ def folder_of_snapshots(point: str) -> Set[str]:
     """
     fd = os.open(point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     names: Dict[int, Tuple[int, int, bytes]] = {}
-    paths: Dict[Tuple[int, int], bytes] = {}
 
     def path_of(tree: int, folder: int) -> bytes:
-        if (tree, folder) not in paths:
+        """Not by recursion: any user can put as many subvolumes into each other as a path has room for."""
+        parts: List[bytes] = []
+        while tree:
             above, in_folder, name = names.get(tree, (0, 0, b""))
-            top = os.path.join(path_of(above, in_folder), name) if above else b""
-            paths[tree, folder] = os.path.join(top, path_of_inode(fd, folder, tree))
-        return paths[tree, folder]
+            parts += [path_of_inode(fd, folder, tree), name]
+            tree, folder = above, in_folder
+        return os.path.join(b"", *filter(None, reversed(parts)))
 
     try:
         for subvolid, item_type, tree, buffer, start in items_since(fd, 0, ROOT_TREE):

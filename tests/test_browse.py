@@ -1,9 +1,11 @@
 """`browse`: what keys make of what is shown, on terminals of all sizes, and what is found and restored there."""
 
+import fcntl
 import functools
 import os
 import re
 import signal
+import struct
 import sys
 import termios
 import unicodedata
@@ -482,6 +484,32 @@ class OnDisk(BrowseTestCase):
             found = program.find_names(folder, names, "1")
             self.assertEqual(expected, {one.sighting.inner: one.sighting.name for one in found}, len(found))
             self.assertEqual(sorted(expected, key=os.fsencode), [one.sighting.inner for one in found])
+
+    def test_what_any_user_can_put_deep(self):
+        """Subvolumes in each other, and a name that no path leads to, keep nobody from finding all else."""
+        self.write("plan", "x")
+        fd = os.open(self.source, os.O_RDONLY)
+        try:
+            for name in ["n"] * 1100 + [self.name(1)]:
+                fcntl.ioctl(fd, 0x5000940E, bytearray(struct.pack("<q4088s", 0, name.encode())))  # SUBVOL_CREATE
+                inner = os.open(name, os.O_RDONLY, dir_fd=fd)
+                os.close(fd)
+                fd = inner
+        finally:
+            os.close(fd)
+        fd = os.open(self.source, os.O_RDONLY)
+        try:
+            for _ in range(20):
+                os.mkdir("x" * 250, dir_fd=fd)
+                inner = os.open("x" * 250, os.O_RDONLY, dir_fd=fd)
+                os.close(fd)
+                fd = inner
+            os.close(os.open("plan", os.O_WRONLY | os.O_CREAT, dir_fd=fd))
+        finally:
+            os.close(fd)
+        name, = self.take(1)
+        self.assertIn(os.path.realpath(self.snapshots), program.find_folders_of_snapshots(program.read_mounts()))
+        self.assertEqual(["plan"], [one.sighting.inner for one in program.find_names(self.snapshots, [name], "plan")])
 
     def test_a_folder_that_was_a_file_and_a_link(self):
         self.write("x", "a file")
