@@ -7632,9 +7632,13 @@ def is_changed_since(place: str, journal: SwapJournal, moment: float) -> bool:
         return standing is None
     for path, folders, files in os.walk(place):
         inner = [os.path.join(path, name) for name in folders + files if os.path.join(path, name) != own]
-        folders[:] = [name for name in folders if os.path.join(path, name) in inner and not is_nested(
-            os.path.join(path, name))]
-        if path == place and os.lstat(path).st_mtime > moment or any(os.lstat(one).st_ctime > moment for one in inner):
+        try:
+            folders[:] = [name for name in folders if os.path.join(path, name) in inner and not is_nested(
+                os.path.join(path, name))]
+            if path == place and os.lstat(path).st_mtime > moment or any(
+                    os.lstat(one).st_ctime > moment for one in inner):
+                return True
+        except FileNotFoundError:  # it goes just now
             return True
     return False
 
@@ -7720,12 +7724,12 @@ def finish_swap(place: str) -> Optional[SwapJournal]:
         is_done = standing is not None and standing.uuid == journal.new_uuid
         if is_done and journal.temporary:
             remove_temporary(journal)
+        is_changed = not is_done or is_changed_since(place, journal, moment)
         os.unlink(beside(place, "restoring.json"))
         sync_folder(os.path.dirname(place))
         if standing is None or not is_done:
             return None
-        return journal._replace(
-            new_ctransid=None if is_changed_since(place, journal, moment) else standing.ctransid)
+        return journal._replace(new_ctransid=None if is_changed else standing.ctransid)
 
 
 def is_mounted(point: str, subvolume: Subvolume) -> bool:

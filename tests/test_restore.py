@@ -443,6 +443,24 @@ class InPlace(RestoreTestCase):
         self.assertEqual(1, sum(os.path.exists(os.path.join(path, "since")) for path in self.replaced()))
         self.assertEqual([], self.hidden())
 
+    def test_what_goes_while_it_is_looked_at_was_written_to(self):
+        os.mkdir(os.path.join(self.source, "d"))
+        self.write("d/file", "")
+        self.back_up_days(1)
+        self.killed_after_the_exchange()
+        journal = program.read_swap_journal(self.source)._replace(new_ctransid=0)  # as where something was read
+        program.write_swap_journal(self.source, journal)
+        lstat = os.lstat
+
+        def going(path, *arguments, **more):
+            if os.path.basename(path) == "file":
+                os.unlink(path)
+            return lstat(path, *arguments, **more)
+
+        with mock.patch.object(os, "lstat", going):
+            self.assertIsNone(program.finish_swap(self.source).new_ctransid)
+        self.assertEqual([], self.hidden())
+
     def check_no_empty_folders(self, parent, restored):
         """None in the place of snapshots, where the parent is one that others were nested in."""
         self.take(1, 2, 3)
