@@ -6217,9 +6217,10 @@ def receive_argv(folder: str, debug: bool, in_root: bool) -> List[str]:
     return ["btrfs", "receive"] + ["-vv"] * debug + ["--chroot"] * in_root + [folder]
 
 
-def check_written(fd: int) -> None:
+def check_written(fd: int) -> bool:
     """OSError where contents of any file of a filesystem could not be written, since `fd` was opened there.
 
+    False where this Python cannot have them written nor ask.
     The call for a sync of btrfs succeeds all the same where a disk takes its trees but not the contents of files, of
     which nothing is left then. syncfs(2) tells, since Linux 5.8: each open file once, a new one of what none was told.
     """
@@ -6228,9 +6229,10 @@ def check_written(fd: int) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         failed = libc.syncfs(fd)
     except (ImportError, OSError, AttributeError):
-        return
+        return False
     if failed:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return True
 
 
 def sync_filesystem(folder: str, held: int = -1) -> None:
@@ -9610,10 +9612,7 @@ class Level(NamedTuple):
 
 def sync_open(fd: int) -> None:
     """Makes what was written to the filesystem of an open folder durable. OSError."""
-    try:
-        import ctypes  # noqa: F401
-        check_written(fd)
-    except ImportError:
+    if not check_written(fd):
         os.sync()
 
 
@@ -9768,7 +9767,7 @@ class Staging:
         """
         import json
         try:
-            note = json.loads(read_note(self.path, STAGING_NOTE)[0])
+            note = json.loads(read_note(self.path, STAGING_NOTE, LARGEST_STATE)[0])  # which names all
             placing = {name: check_fields(Placing(*about)) for name, about in note["placing"].items()}
             return note["name"], note["boot"], placing
         except FileNotFoundError:

@@ -175,6 +175,22 @@ class Again(unittest.TestCase):
             other.open()
         self.assertEqual(0o40755, os.stat(os.path.join(self.folder, other.name)).st_mode)
 
+    def test_any_number_of_names_can_be_gone_on_with(self):
+        self.staging.placing = {"{:0200}".format(number): program.Placing(number, 0, 0) for number in range(20000)}
+        self.staging.write_note()
+        self.staging.end()
+        again = program.Staging(self.staging.folder, self.folder, "key")
+        self.addCleanup(again.end)
+        again.open()
+        self.assertEqual(self.staging.placing, again.placing)
+
+    def test_synced_also_where_this_python_cannot_ask_for_one_filesystem(self):
+        import ctypes
+        for error in (OSError("no dynamic loading"), AttributeError("syncfs")):
+            with mock.patch.object(ctypes, "CDLL", side_effect=error), mock.patch.object(os, "sync") as sync:
+                program.sync_open(self.staging.fd)
+            sync.assert_called_once_with()
+
     def test_of_what_is_left_out_without_end_little_is_kept(self):
         self.putter.run(LeftOut(b"a/%d" % number, "why") for number in range(2 * program.MOST_LEFT_OUT))
         self.assertEqual(program.MOST_LEFT_OUT + 1, len(self.putter.shortfalls.left))
