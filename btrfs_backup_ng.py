@@ -9748,8 +9748,8 @@ class Staging:
         remove_tree(self.fd, OLD_ENTRIES)
         with contextlib.suppress(FileNotFoundError):
             os.rename(NEW_ENTRIES, OLD_ENTRIES, src_dir_fd=self.fd, dst_dir_fd=self.fd)
-        for name in list_sorted(self.fd):
-            remove_tree(self.fd, os.fsdecode(name))
+        for name in sorted(map(os.fsdecode, list_sorted(self.fd)), key=(STAGING_NOTE, SHORTFALLS).__contains__):
+            remove_tree(self.fd, name)
 
     def find_position(self) -> None:
         part = self.part()

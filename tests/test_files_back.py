@@ -184,6 +184,26 @@ class Again(unittest.TestCase):
         again.open()
         self.assertEqual(self.staging.placing, again.placing)
 
+    def test_killed_anywhere_in_clearing_it_is_still_known(self):
+        remove_tree = program.remove_tree
+        for step in itertools.count(1):
+            for name in ("part-1", "scratch"):
+                os.makedirs(os.path.join(self.staging.path, name), exist_ok=True)
+            calls = itertools.count(1)
+
+            def removed(folder, name, step=step, calls=calls):
+                if next(calls) == step:
+                    raise InterruptedError
+                remove_tree(folder, name)
+
+            with mock.patch.object(program, "remove_tree", removed), contextlib.suppress(InterruptedError):
+                self.staging.clear()
+                break
+            self.staging.end()
+            self.staging.open()
+            self.staging.take_up(anew=False, replace=False)
+        self.assertGreater(step, 5)
+
     def test_synced_also_where_this_python_cannot_ask_for_one_filesystem(self):
         import ctypes
         for error in (OSError("no dynamic loading"), AttributeError("syncfs")):
