@@ -17103,12 +17103,17 @@ class AgentHost(Host):
                 if connection.is_alive():
                     return connection
                 self.remove(connection)
+            if self.has_ended:
+                raise ConnectionLost("the connection to {} has ended".format(self.machine))
             connection = self.connect(not self.all)
             self.is_away = False
             self.greeting: Greeting = connection.greeting
             self.is_later = not connection.channel.known  # than release 0.7.0
             connection.channel.on_event, connection.channel.on_error = self.pass_on, self.locate
             self.all.append(connection)
+            if self.has_ended:  # meanwhile
+                self.remove(connection)
+                raise connection.channel.lost()
         return connection
 
     def give_back(self, connection: Connection) -> None:
@@ -17153,7 +17158,7 @@ class AgentHost(Host):
 
     def end(self) -> None:
         self.has_ended = True
-        for connection in reversed(self.all):
+        for connection in self.all[::-1]:
             connection.end()
         outlast(self.bringing, ENDING_TIMEOUT)
 

@@ -4,6 +4,7 @@ What a call gives or raises, and what its streams do, must not depend on where i
 """
 
 import contextlib
+import functools
 import os
 import shlex
 import signal
@@ -387,6 +388,34 @@ class AgentSuite(Suite):
         with self.assertRaisesRegex(BackupError, "too much to send"):
             self.host.open_receive(self.there(self.target), expected, False)
         self.assertEqual(self.host.all, self.host.idle)
+
+    def test_none_is_connected_to_once_all_is_over(self):
+        """A call whose connection is lost may wait for another one then, or to try once more."""
+        for is_lost in (False, True):
+            with self.subTest(is_lost=is_lost):
+                host, begun, over = self.make_host(), threading.Event(), threading.Event()
+                connect, host.retries, calls = host.connect, 1, []
+
+                def slowly(is_first, connect=connect, calls=calls, begun=begun, over=over, is_lost=is_lost):
+                    calls.append(is_first)
+                    begun.set()
+                    if is_lost and len(calls) == 1:
+                        raise program.ConnectionLost("lost")
+                    over.wait(60)
+                    return connect(is_first)
+
+                for pid in self.agents():
+                    os.kill(pid, signal.SIGKILL)
+                self.assertTrue(wait_until(lambda host=host: not any(one.is_alive() for one in host.all)))
+                host.connect = slowly
+                call: Any = program.Background(functools.partial(host.call, "facts"))
+                self.assertTrue(begun.wait(60))
+                host.end()
+                over.set()
+                with self.assertRaises(program.ConnectionLost):
+                    call.result()
+                self.assertEqual(1, len(calls))
+                self.assertTrue(wait_until(lambda: not self.agents()), "agents are left")
 
     def test_a_killed_agent_is_replaced(self):
         os.makedirs(self.snapshots)
