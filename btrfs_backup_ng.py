@@ -8462,6 +8462,8 @@ class OpenTree:
         finally:
             os.close(above)
         try:
+            if os.fstat(fd).st_dev != self.device:
+                raise OSError(errno.ENOTDIR, "it is another tree")
             found = []
             for name in sorted(os.listdir(fd)):
                 with contextlib.suppress(FileNotFoundError):  # it goes meanwhile, where the tree is in use

@@ -485,6 +485,20 @@ class OnDisk(BrowseTestCase):
             self.assertEqual(expected, {one.sighting.inner: one.sighting.name for one in found}, len(found))
             self.assertEqual(sorted(expected, key=os.fsencode), [one.sighting.inner for one in found])
 
+    def test_nothing_but_the_tree_itself_is_looked_into(self):
+        """A subvolume in the source, and what is mounted over a folder of a snapshot."""
+        os.mkdir(os.path.join(self.source, "m"))
+        name, = self.take(1)
+        nested, point = support.create(os.path.join(self.source, "nested")), os.path.join(self.snapshots, name, "m")
+        for folder in (nested, self.target):
+            os.mkdir(os.path.join(folder, "inner"))
+        support.command("mount", "--bind", self.target, point)
+        try:
+            self.assertEqual([], program.held_names(self.snapshots, [name], ["m"]))
+        finally:
+            support.unmount(point)
+        self.assertEqual([], program.held_names(self.source, [""], ["nested"]))
+
     def test_what_any_user_can_put_deep(self):
         """Subvolumes in each other, and a name that no path leads to, keep nobody from finding all else."""
         self.write("plan", "x")
