@@ -4225,6 +4225,7 @@ class Fewest:
 
 
 MOST_WEIGHED = 60  # choices in all, where the fewest are looked for
+MOST_BESIDE = 500  # of them and those that go anyway: what is weighed grows with the square
 
 
 def oldest_that_suffice(freed: FreedWith, choices: Sequence[int], anyway: FrozenSet[int], need: int) -> List[int]:
@@ -4239,12 +4240,23 @@ def oldest_that_suffice(freed: FreedWith, choices: Sequence[int], anyway: Frozen
     return list(choices[:least])
 
 
+def oldest_needed(freed: FreedWith, choices: Sequence[int], anyway: FrozenSet[int], need: int) -> List[int]:
+    """The oldest that suffice, without those of them that are not needed for it."""
+    taken = oldest_that_suffice(freed, choices, anyway, need)
+    for at in taken[::-1] if len(taken) <= MOST_BESIDE else ():
+        rest = [one for one in taken if one != at]
+        if freed.with_all(anyway.union(rest)) >= need:
+            taken = rest
+    return taken
+
+
 def choose_to_delete(worth: Sequence[Optional[int]], freed: FreedWith, need: int,
-                     doomed: FrozenSet[int] = frozenset()) -> Optional[List[int]]:
+                     doomed: FrozenSet[int] = frozenset(), ages: Sequence[int] = ()) -> Optional[List[int]]:
     """Which of some snapshots, oldest first, to delete so that `need` bytes are freed; None where that cannot be.
 
     worth: of each; None stays. What is worth the most is chosen first: the fewest beside all that is worth less.
-    doomed: those that go anyway, as a part of `need`.
+    doomed: those that go anyway, as a part of `need`. ages: of each where they are of several lines, of which none is
+    oldest first for all; then the oldest go and not the fewest.
 
     >>> choose_to_delete([0, 0, 1, None], FreedWith([Freed(0, 0, 5), Freed(1, 1, 9), Freed(1, 2, 9)], 4), 7)
     [1]
@@ -4261,27 +4273,31 @@ def choose_to_delete(worth: Sequence[Optional[int]], freed: FreedWith, need: int
     taken: Set[int] = set()
     for n in range(needed, 0, -1):
         choices, anyway = by_worth[levels[n - 1]], lower[n - 1] | taken
-        if len(choices) > MOST_WEIGHED:
-            taken.update(oldest_that_suffice(freed, choices, anyway, need))
+        if ages or len(choices) > MOST_WEIGHED or len(choices) + len(anyway) > MOST_BESIDE:
+            by_age = sorted(choices, key=ages.__getitem__) if ages else choices
+            taken.update(oldest_needed(freed, by_age, anyway, need))
         else:
             taken.update(Fewest(freed, frozenset(choices), anyway).find(need))
     return sorted(taken)
 
 
 def plan_room(wanted: int, free: int, names: Sequence[str], worth: Dict[str, int], freed: Sequence[Freed],
-              doomed: Container[str] = ()) -> RoomPlan:
+              doomed: Container[str] = (), by_age: Sequence[str] = ()) -> RoomPlan:
     """What goes so that so many bytes are free.
 
-    names: oldest first; worth: of those that may go; doomed: those that go anyway, and are not free yet.
+    names: oldest first, or line by line; worth: of those that may go; doomed: those that go anyway, and are not free
+    yet. by_age: the names of several lines, oldest first.
     """
+    ages = [by_age.index(name) for name in names] if by_age else []
     told, gone = FreedWith(freed, len(names)), frozenset(at for at, name in enumerate(names) if name in doomed)
     before = told.with_all(gone)
     values = [None if name in doomed else worth.get(name) for name in names]
-    chosen = choose_to_delete(values, told, wanted - free, gone)
+    chosen = choose_to_delete(values, told, wanted - free, gone, ages)
     if chosen is None:
         most = told.with_all(gone.union(at for at, name in enumerate(names) if name in worth)) - before
         return RoomPlan(wanted, free, (), most, wanted - free - before - most)
-    return RoomPlan(wanted, free, tuple(names[at] for at in chosen), told.with_all(gone.union(chosen)) - before)
+    ordered = sorted(chosen, key=ages.__getitem__) if ages else chosen
+    return RoomPlan(wanted, free, tuple(names[at] for at in ordered), told.with_all(gone.union(chosen)) - before)
 
 
 def worth_of(times: Dict[str, float], policy: Policy, protected: Container[str], verdicts: Iterable[Verdict],
@@ -5726,6 +5742,22 @@ class Conversation:
     def close(self, fd: int) -> None:
         self.poll.unregister(fd)
         self.open.pop(fd).close()
+
+
+CLEANING_PATIENCE = 120.0  # seconds in which nothing more becomes free
+
+
+class Cleaning(Conversation):
+    """With `btrfs subvolume sync`, as long as anything is cleaned up: what has a file open is not, until that ends."""
+
+    def __init__(self, process: "subprocess.Popen", folder: str) -> None:
+        super().__init__(process, patience=CLEANING_PATIENCE)
+        self.folder, self.most_free = folder, 0
+
+    def check_bounds(self, moved: bool) -> None:
+        free = os.statvfs(self.folder).f_bfree
+        super().check_bounds(moved or free > self.most_free)
+        self.most_free = max(free, self.most_free)
 
 
 def run(argv: Sequence[str]) -> Outcome:
@@ -13551,7 +13583,15 @@ class LocalHost(NotingHost):
         self.command(argv, "cannot make {} writable".format(path))
 
     def wait_for_cleaning(self, folder: str) -> None:
-        self.command(["btrfs", "subvolume", "sync", folder], "cannot wait for deleted subvolumes of {}".format(folder))
+        process = start_program(["btrfs", "subvolume", "sync", folder])
+        try:
+            _, words = Cleaning(process, folder).run()
+        except Stalled:
+            raise BackupError("deleted subvolumes of {} are not cleaned up".format(folder), "end what has something "
+                              "in them open: fuser -vm {}".format(quoted(find_mount(folder)))) from None
+        if process.returncode != 0:
+            raise program_error("cannot wait for deleted subvolumes of {}".format(folder), os.fsdecode(words).strip(),
+                                process.returncode)
         self.command(["btrfs", "filesystem", "sync", folder], "cannot sync {}".format(folder))  # until then not free
 
     @contextlib.contextmanager
@@ -18890,12 +18930,13 @@ class RoomAsked(NamedTuple):
 class MayGo(NamedTuple):
     """What may go of a folder: its snapshots or backups in lines, oldest first, and what those that may are worth.
 
-    doomed: what retention will have deleted by then.
+    doomed: what retention will have deleted by then. by_age: the names of several lines, oldest first.
     """
 
     lines: Sequence[Sequence[str]]
     worth: Dict[str, int]
     doomed: FrozenSet[str] = frozenset()
+    by_age: Sequence[str] = ()
 
 
 def checked_freed(freed: Sequence[Freed], count: int) -> Sequence[Freed]:
@@ -18915,7 +18956,7 @@ def plan_room_at(asked: RoomAsked, may_go: MayGo, can_wait: bool) -> Optional[Ro
         return None
     names = [name for line in may_go.lines for name in line]
     freed = checked_freed(asked.host.freed(asked.folder, may_go.lines), len(names)) if may_go.worth else ()
-    return plan_room(wanted, free, names, may_go.worth, freed, may_go.doomed)
+    return plan_room(wanted, free, names, may_go.worth, freed, may_go.doomed, may_go.by_age)
 
 
 def check_room(asked: RoomAsked, plan: RoomPlan, flag: str) -> None:
@@ -18923,6 +18964,14 @@ def check_room(asked: RoomAsked, plan: RoomPlan, flag: str) -> None:
     if plan.missing:
         raise BackupError("{}: {}".format(asked.text, plan.line), "ask for less with {}, let more go with --at-least "
                           "or the policy, or free some space there".format(flag))
+
+
+def check_may_go(asked: RoomAsked, plan: RoomPlan, may_go: MayGo) -> None:
+    """BackupError where something that is planned to go must stay by now: waiting and reading can take hours."""
+    needed = [name for name in plan.names if name not in may_go.worth]
+    if needed:
+        raise BackupError("{}: {} must stay by now, so nothing is deleted".format(asked.text, some_of(needed)),
+                          "run again")
 
 
 def make_room(events: Events, asked: RoomAsked, plan: RoomPlan, subvolumes: Iterable[Subvolume],
@@ -18933,7 +18982,10 @@ def make_room(events: Events, asked: RoomAsked, plan: RoomPlan, subvolumes: Iter
                 free=plan.free, names=list(plan.names), bytes=plan.freed)
     errors = delete_told(events, asked.host, (asked.folder, asked.text),
                          [(named[name], plan.purpose) for name in plan.names], convert_rw)
-    asked.host.wait_for_cleaning(asked.folder)
+    try:
+        asked.host.wait_for_cleaning(asked.folder)
+    except BackupError as error:
+        return errors + [error]
     _, free = asked.look()
     if free < plan.wanted and not errors:
         events.warning("room", "{}: {} are free now, {} were to be: something else writes there".format(
@@ -19269,6 +19321,7 @@ class TaskRun(Sending):
         self.are_notes_lost = False  # for what a run before has sent it has noted
         self.may_delete = True  # snapshots
         self.given_up = NOTHING_GIVEN_UP
+        self.packed_sizes: Sizes = {}  # of what goes over compressed
 
     # -- source
 
@@ -19704,7 +19757,7 @@ class TaskRun(Sending):
 
     def look_at_idle(self) -> None:
         """Lists destinations that nothing is done at, where that is possible: what they have in common stays here."""
-        if self.needed_destinations() or self.task.snapshot_policy.keeps_all:
+        if self.needed_destinations() or self.task.snapshot_policy.keeps_all and self.task.free_snapshots is None:
             return
         for destination in self.destinations:
             if not destination.endpoint.kind.has_folder:
@@ -20098,12 +20151,33 @@ class TaskRun(Sending):
                     sizes[transfer.snapshot.name, transfer.parent_name] = weighing.size(transfer)
         expected: Dict[Tuple[str, Optional[str]], int] = collections.Counter()  # bytes by filesystem
         for destination in tight:
-            load = load_of(destination.text, with_sizes(self.to_send(destination.plan), sizes), destination.free)
             filesystem = destination.endpoint.machine, destination.filesystem
-            expected[filesystem] += load.bytes or 0
+            expected[filesystem] += self.bytes_to_come(destination, destination.plan, with_sizes(
+                self.to_send(destination.plan), sizes), expected[filesystem] + room.of(destination.size or 0))
             with apart(self.events, functools.partial(self.report, endpoint=destination.text), destination.text):
                 self.free_destination(destination, RoomAsked(destination.host, destination.path, destination.text, room,
                                                              expected[filesystem]))
+
+    def bytes_to_come(self, destination: Destination, plan: DestinationPlan, sending: Sequence[ToSend],
+                      besides: int) -> int:
+        """Bytes that a destination is to get; of what goes over compressed what it takes then, where that matters."""
+        size = load_of(destination.text, sending, None).bytes or 0
+        if (destination.free is not None and size + besides <= destination.free or self.task.compress != "no"
+                or not self.can_be_compressed(destination)):
+            return size
+        tried = {recovery.snapshot for recovery in plan.recoveries}  # perhaps there was too little room for these
+        return load_of(destination.text, [one if one.snapshot in tried else self.packed(one) for one in sending],
+                       None).bytes or 0
+
+    def packed(self, one: ToSend) -> ToSend:
+        """The same of as many bytes as it has of the disk here, where these are fewer."""
+        key = one.snapshot, one.parent
+        if key not in self.packed_sizes and one.bytes is not None:
+            self.packed_sizes[key] = one.bytes
+            with contextlib.suppress(BackupError):  # of a snapshot that a dry run does not take, or a restricted key
+                cost = self.host.costs(self.folder, [[name for name in (one.parent, one.snapshot) if name]])[-1]
+                self.packed_sizes[key] = min(one.bytes, cost.new + cost.metadata)
+        return one._replace(bytes=self.packed_sizes.get(key))
 
     def free_destination(self, destination: Destination, asked: RoomAsked) -> None:
         """Its notes and what it holds are read once more: backups may be sent on meanwhile."""
@@ -20114,8 +20188,13 @@ class TaskRun(Sending):
         if plan is None:
             return
         check_room(asked, plan, "--free-backups")
+        destination.notes = destination.host.read_notes(destination.path, self.prefix)
+        listing = destination.host.list(destination.path)
+        seen = self.seen(destination)._replace(listing=listing)
+        check_may_go(asked, plan, self.backups_that_may_go(seen, destination.plan))
         for error in make_room(self.events, asked, plan, listing.subvolumes, self.task.convert_rw):
             self.report(error, endpoint=destination.text)
+        destination.free = destination.host.look(destination.path).free
         there = {s.uuid for s in destination.host.list(destination.path).subvolumes}
         if destination.listing is not None:
             destination.listing = destination.listing._replace(
@@ -20135,6 +20214,8 @@ class TaskRun(Sending):
         plan = plan_room_at(asked, may_go, can_wait=True)
         if plan is not None:
             check_room(asked, plan, "--free-snapshots")
+            self.locks = self.host.read_notes(self.folder, self.prefix).locks
+            check_may_go(asked, plan, self.snapshots_that_may_go(self.known(), unsent))
             for error in make_room(self.events, asked, plan, self.snapshots, self.task.convert_rw):
                 self.report(error, endpoint=self.task.source)
 
@@ -20146,7 +20227,9 @@ class TaskRun(Sending):
     def with_rooms(self, planned: PlannedRun, plan: Plan) -> PlannedRun:
         """The same with what would be deleted for room."""
         destinations = {d.text: d for d in self.listed()}
-        told = tuple(self.with_room_at(one, destinations.get(one.endpoint), plan) for one in planned.destinations)
+        expected: Dict[Tuple[str, Optional[str]], int] = collections.Counter()
+        told = tuple(self.with_room_at(one, destinations.get(one.endpoint), plan, expected)
+                     for one in planned.destinations)
         planned = planned._replace(destinations=told)
         if self.task.free_snapshots is None or not self.folder_exists:
             return planned
@@ -20157,14 +20240,23 @@ class TaskRun(Sending):
             return planned._replace(room=room)
         return planned
 
-    def with_room_at(self, planned: PlannedAt, destination: Optional[Destination], plan: Plan) -> PlannedAt:
-        if destination is None or self.task.free_backups is None or destination.is_new:
+    def with_room_at(self, planned: PlannedAt, destination: Optional[Destination], plan: Plan,
+                     expected: Dict[Tuple[str, Optional[str]], int]) -> PlannedAt:
+        """expected: bytes by filesystem for those before, less what is deleted there for them."""
+        if destination is None or self.task.free_backups is None:
+            return planned
+        filesystem = destination.endpoint.machine, destination.filesystem
+        expected[filesystem] += self.bytes_to_come(
+            destination, plan.destinations[destination.key], planned.send,
+            expected[filesystem] + self.task.free_backups.of(destination.size or 0))
+        if destination.is_new:
             return planned
         with apart(self.events, functools.partial(self.report, endpoint=destination.text), destination.text):
             asked = RoomAsked(destination.host, destination.path, destination.text, self.task.free_backups,
-                              planned.load.bytes or 0)
+                              expected[filesystem])
             at = plan.destinations[destination.key]
             room = plan_room_at(asked, self.backups_that_may_go(self.seen(destination), at), can_wait=False)
+            expected[filesystem] -= room.freed if room is not None and not room.missing else 0
             return planned._replace(room=room)
         return planned
 
@@ -23265,9 +23357,12 @@ class Pruning:
             listing, asked = self.host.list(self.folder), RoomAsked(self.host, self.folder, self.text, room)
             may_go = [self.may_go(listing, prefix) for prefix in prefixes]
             doomed = [one.doomed for one in may_go if self.task.dry_run]
-            plan = plan_room_at(asked, MayGo([line for one in may_go for line in one.lines],
-                                             {name: value for one in may_go for name, value in one.worth.items()},
-                                             frozenset().union(*doomed)), can_wait=not self.task.dry_run)
+            dated = sorted((snapshot_time(prefix, name) or 0.0, name) for prefix, one in zip(prefixes, may_go)
+                           for line in one.lines for name in line)
+            all_that_may = MayGo([line for one in may_go for line in one.lines],
+                                 {name: value for one in may_go for name, value in one.worth.items()},
+                                 frozenset().union(*doomed), [name for _, name in dated] if prefixes[1:] else ())
+            plan = plan_room_at(asked, all_that_may, can_wait=not self.task.dry_run)
             if plan is not None and self.task.dry_run:
                 self.planned = self.planned._replace(room=plan)
                 self.deleted += len(plan.names)
@@ -23275,6 +23370,9 @@ class Pruning:
                     print_lines(["  " + line for line in room_lines(self.text, plan)])
             elif plan is not None:
                 check_room(asked, plan, "--free-backups")
+                listing = self.host.list(self.folder)
+                by_now = [self.may_go(listing, prefix).worth for prefix in prefixes]
+                check_may_go(asked, plan, MayGo((), {name: value for worth in by_now for name, value in worth.items()}))
                 errors = make_room(self.events, asked, plan, listing.subvolumes, self.task.convert_rw)
                 for error in errors:
                     self.report(error)

@@ -5,7 +5,9 @@ import json
 import os
 import random
 import sys
+import time
 import unittest
+from unittest import mock
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import remote
@@ -134,6 +136,24 @@ class Chosen(unittest.TestCase):
         self.assertEqual(list(range(100)), choose_to_delete([1] * count, freed, 100))
         self.assertEqual(list(range(count)), choose_to_delete([1] * count, freed, count + 9))
         self.assertIsNone(choose_to_delete([1] * count, freed, count + 10))
+
+    def test_many_that_go_anyway_are_weighed_at_once(self):
+        count = 3000
+        freed = FreedWith([Freed(at, at, 1) for at in range(count)], count)
+        worth = [int(at % 50 == 5) for at in range(count)]
+        begun = time.monotonic()
+        chosen = choose_to_delete(worth, freed, count - 10)
+        self.assertLess(time.monotonic() - begun, 10)
+        self.assertEqual(count - 10, len(chosen))
+
+    def test_of_several_lines_the_oldest_and_none_in_vain(self):
+        names, by_age = ["a3", "a4", "b1", "b2"], ["b1", "b2", "a3", "a4"]
+        worth = dict.fromkeys(names, 1)
+        freed = [Freed(at, at, size) for at, size in enumerate((5, 5, 1, 5))]
+        self.assertEqual(("b2",), plan_room(5, 0, names, worth, freed, (), by_age).names)
+        self.assertEqual(("b1", "b2"), plan_room(6, 0, names, worth, freed, (), by_age).names)
+        self.assertEqual(("b2", "a3"), plan_room(10, 0, names, worth, freed, (), by_age).names)
+        self.assertEqual(17, plan_room(17, 0, names, worth, freed, (), by_age).wanted)
 
     def test_nothing_goes_where_all_would_not_suffice(self):
         worth = {"a": 1, "b": 0}
@@ -316,6 +336,7 @@ class Runs(RoomTestCase):
         self.assertEqual([name for name in before if name not in room["names"]] + [new], names(self.target))
         self.assertComplete(self.backup_path(new), self.snapshot_path(new))
         self.assertRegex(result.stderr, "deleting {} at .*: to have .* free".format(before[0]))
+        self.assertNotIn("will not fit", result.stderr)
         self.assertGreaterEqual(free_bytes(self.target), 30 * MIB)
         self.assertLess(free_bytes(self.target), 30 * MIB + 41 * MIB + 16 * MIB)
         kept = names(self.target)
@@ -338,7 +359,11 @@ class Runs(RoomTestCase):
         self.grow(30, 4)
         self.transfer("-q", to=[self.target, second])
         self.grow(free_bytes(self.target) // MIB * 13 // 20)
-        self.transfer("--free-backups", "5M", "--at-least", "1", to=[self.target, second])
+        before, options = names(second), ["--free-backups", "5M", "--at-least", "1"]
+        plan, = json.loads(self.transfer("--dry-run", "--json", *options, to=[self.target, second]).stdout)["tasks"]
+        self.transfer(*options, to=[self.target, second])
+        told = [name for at in plan["destinations"] if at["room"] for name in at["room"]["names"]]
+        self.assertEqual([name for name in before if name not in names(second) or name not in names(self.target)], told)
         self.assertEqual(names(self.target)[-1], names(second)[-1])
         self.assertEqual(names(self.snapshots)[-1], names(second)[-1])
 
@@ -388,6 +413,40 @@ class Runs(RoomTestCase):
         self.transfer("--free-backups", "10M")
         self.assertEqual(before[3:], names(self.target)[:-1])
 
+    def test_what_is_locked_meanwhile_stays(self):
+        before, waits, go = self.fill(), *(os.path.join(support.scratch_folder(), "%s-%d" % (word, id(self)))
+                                           for word in ("waits", "go"))
+        self.grow(80)
+        run = self.start("-S", "-p", "home", "--free-backups", "10M", self.source, self.target, env=support.btrfs_where(
+            "touch {}; while [ ! -e {} ]; do sleep 0.05; done".format(waits, go), "subvolume", "sync"))
+        run.wait_for("the first wait", lambda: os.path.exists(waits))
+        write_locks(self.target, {before[0]: {"locks": ["/elsewhere"]}})
+        with open(go, "w"):
+            pass
+        self.assertIn("must stay by now", run.finish().stderr)
+        self.assertLessEqual(set(before), set(names(self.target)))
+
+    def test_what_is_open_is_not_waited_for_in_vain(self):
+        self.grow(40, 2)
+        self.transfer("-q")
+        host = program.LocalHost(program.Events())
+        with mock.patch.object(program, "CLEANING_PATIENCE", 1.0):
+            with open(os.path.join(self.backup_path(self.name(1)), "bulk")):
+                delete(self.backup_path(self.name(1)))
+                with self.assertRaisesRegex(program.BackupError, "not cleaned up"):
+                    host.wait_for_cleaning(self.target)
+        host.wait_for_cleaning(self.target)
+
+    def test_what_goes_over_compressed_takes_less(self):
+        support.command("mount", "-o", "remount,compress-force=zstd", self.source_disk.path)
+        before = self.fill()
+        self.days += 1
+        self.write("text", "a line of a log that can be compressed\n" * (6 << 20))
+        os.sync()
+        snapshot(self.source, self.snapshot_path(self.name(self.days)))
+        self.transfer("--free-backups", "10M")
+        self.assertEqual(before + [self.name(self.days)], names(self.target))
+
     def test_what_has_arrived_of_a_broken_transfer_counts(self):
         before = self.fill(100)
         self.grow(60)
@@ -434,6 +493,18 @@ class AtTheSource(RoomTestCase):
         self.assertEqual(before, names(self.target))
         self.assertGreaterEqual(free_bytes(self.source), 70 * MIB)
 
+    def test_without_transfers_what_is_in_common_by_now_stays(self):
+        self.grow(40, 2)
+        self.transfer("-q")
+        self.grow(40, 4)
+        for base, day in ((2, 3), (3, 4)):  # another program sends
+            support.command("sh", "-c", 'btrfs send -q -p "$1" "$2" | btrfs receive -q "$3"', "sh",
+                            self.snapshot_path(self.name(base)), self.snapshot_path(self.name(day)), self.target)
+        wanted = "%dM" % (free_bytes(self.source) // MIB + 100)
+        self.transfer("-T", "--free-snapshots", wanted, "--at-least", "1")
+        self.assertIn(self.name(4), names(self.snapshots))
+        self.assertNotIn(self.name(1), names(self.snapshots))
+
     def test_what_is_not_sent_yet_stays(self):
         before = self.grow(40, 6)
         os.rename(self.target, self.target + ".away")
@@ -466,6 +537,17 @@ class Prunes(RoomTestCase):
         told = self.run_program("prune", "--dry-run", "-n", str(keep), "--free-backups", wanted, self.target).stdout
         self.run_program("prune", "-n", str(keep), "--by-names", "--free-backups", wanted, self.target)
         self.assertEqual(before[3:], names(self.target), told)
+
+
+    def test_of_all_prefixes_the_oldest_go(self):
+        before = self.fill()
+        for day in range(1, len(before) // 2):
+            os.rename(self.backup_path(self.name(day)), self.backup_path("work" + self.name(day)[4:]))
+        wanted = "%dM" % (free_bytes(self.target) // MIB + 70)
+        self.run_program("prune", "--free-backups", wanted, "--at-least", "1", self.target)
+        work = [name for name in names(self.target) if name.startswith("work")]
+        self.assertEqual(len(before) // 2 - 1 - 2, len(work))
+        self.assertEqual(before[len(before) // 2 - 1:], names(self.target)[:-len(work)])
 
 
 class PrunesByArrival(BackupTestCase):
