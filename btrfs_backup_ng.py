@@ -20210,6 +20210,7 @@ class TaskRun(Sending):
         self.snapshots = snapshots_of(self.host.list(self.folder), self.prefix)
         unsent = {t.snapshot.name for d in self.destinations for t in d.plan.transfers
                   if t.snapshot.stream_id not in in_common(self.snapshots, d.listing or Listing()).present}
+        unsent |= self.unsent_to_absent()
         may_go = self.snapshots_that_may_go(self.known(), unsent)._replace(doomed=frozenset())
         plan = plan_room_at(asked, may_go, can_wait=True)
         if plan is not None:
@@ -20218,6 +20219,14 @@ class TaskRun(Sending):
             check_may_go(asked, plan, self.snapshots_that_may_go(self.known(), unsent))
             for error in make_room(self.events, asked, plan, self.snapshots, self.task.convert_rw):
                 self.report(error, endpoint=self.task.source)
+
+    def unsent_to_absent(self) -> Set[str]:
+        """What destinations that could not be listed have not got on any of their disks, as far as is known."""
+        unsent: Set[str] = set()
+        for pins in (self.pins.get(d.key, ()) for d in self.destinations if d.listing is None):
+            sent = [at for at, s in enumerate(self.snapshots) if s.stream_id in {pin.uuid for pin in pins}]
+            unsent |= {s.name for s in self.snapshots[sent[-1] + 1 if sent else 0:]}
+        return unsent
 
     def snapshots_that_may_go(self, known: Known, unsent: Container[str] = ()) -> MayGo:
         taken = [s.name for s in known.snapshots if s.uuid != NOT_TAKEN]
@@ -20236,7 +20245,7 @@ class TaskRun(Sending):
         with apart(self.events, self.report, self.task.source):
             known = known_after(self.known(), map(self.seen, self.listed()), plan.destinations)
             room = plan_room_at(RoomAsked(self.host, self.folder, self.task.source, self.task.free_snapshots),
-                                self.snapshots_that_may_go(known), can_wait=False)
+                                self.snapshots_that_may_go(known, self.unsent_to_absent()), can_wait=False)
             return planned._replace(room=room)
         return planned
 
