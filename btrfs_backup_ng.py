@@ -19014,6 +19014,9 @@ class Turn:
     def take(self, key: str) -> None:
         """Waits until no other task works on what `key` names."""
 
+    def take_room(self, key: str) -> None:
+        """Waits until no other task makes room on the filesystem that `key` names, and fills it; sorted ones."""
+
     def snapshot_taken(self) -> None:
         """Waits until transfers may begin."""
 
@@ -20150,8 +20153,12 @@ class TaskRun(Sending):
                 with apart(self.events, lambda error: self.events.debug("room", format_error(error)), "measuring"):
                     sizes[transfer.snapshot.name, transfer.parent_name] = weighing.size(transfer)
         expected: Dict[Tuple[str, Optional[str]], int] = collections.Counter()  # bytes by filesystem
+        for key in sorted({"{} {}".format(d.endpoint.machine, d.filesystem) for d in tight}):
+            self.turn.take_room(key)
         for destination in tight:
             filesystem = destination.endpoint.machine, destination.filesystem
+            with apart(self.events, functools.partial(self.report, endpoint=destination.text), destination.text):
+                destination.free = destination.host.look(destination.path).free  # others may have filled it
             expected[filesystem] += self.bytes_to_come(destination, destination.plan, with_sizes(
                 self.to_send(destination.plan), sizes), expected[filesystem] + room.of(destination.size or 0))
             with apart(self.events, functools.partial(self.report, endpoint=destination.text), destination.text):
@@ -27326,7 +27333,7 @@ def until_interrupted(act: Callable[[], int]) -> int:
 ########################################################################################################
 
 LEAVE_SIZE = 5  # bytes
-TURN, GO, UNSHARED = b"turn\n", b"go  \n", b"s-  \n"  # and s012, the number of a shared connection
+TURN, GO, ROOM, UNSHARED = b"turn\n", b"go  \n", b"room\n", b"s-  \n"  # and s012, the number of a shared connection
 
 
 class ChildEvents(Reader):
@@ -27363,7 +27370,7 @@ class ChildTurn(Turn):
         """folder: of the sockets of shared connections; '' where there are none."""
         import queue
         self.parent, self.folder, self.on_loss = parent, folder, on_loss
-        self.leaves = {TURN: threading.Event(), GO: threading.Event()}
+        self.leaves = {TURN: threading.Event(), GO: threading.Event(), ROOM: threading.Event()}
         self.answers: "queue.Queue[bytes]" = queue.Queue()
         self.asking = threading.Lock()
         start_thread(self.listen)
@@ -27380,6 +27387,11 @@ class ChildTurn(Turn):
     def take(self, key: str) -> None:
         self.parent.ask("turn", key)
         self.leaves[TURN].wait()
+
+    def take_room(self, key: str) -> None:
+        self.leaves[ROOM].clear()
+        self.parent.ask("room", key)
+        self.leaves[ROOM].wait()
 
     def snapshot_taken(self) -> None:
         self.parent.ask("ready")
@@ -27466,6 +27478,8 @@ class TaskProcess:
         self.streams: Dict[int, str] = {}  # what comes on each open pipe
         self.rest = {"events": b"", "stdout": b"", "stderr": b""}
         self.turn: Optional[str] = None  # what it wants to be alone with
+        self.rooms: Set[str] = set()  # the filesystems where it alone makes room and fills it
+        self.room: Optional[str] = None  # the one that it waits for
         self.stage = STARTING
         self.waits = self.took_snapshot = False  # for a run of another command
         self.told: List[bool] = []  # of each error, whether it is a mistake in the command
@@ -27812,6 +27826,11 @@ class Crew:
             elif process.stage == QUEUED:
                 process.stage = TOLD
                 self.emit(process, "waiting", "info", "waiting for another task on the same snapshots")
+        for process in [process for process in running if process.room is not None]:
+            if not any(process.room in other.rooms for other in running if other is not process):
+                process.rooms.add(process.room or "")
+                process.room = None
+                process.tell(ROOM)
         late = time.monotonic() - self.begun > SNAPSHOT_PATIENCE
         self.is_open = self.is_open or late or not any(
             process.delays and not self.masters.is_late(process) for process in running)
@@ -27869,6 +27888,8 @@ class Crew:
         """Notes what a child asks for; `give_leave` and the masters answer."""
         if word == "turn":
             process.turn, process.stage = what, QUEUED
+        elif word == "room":
+            process.room = what
         elif word == "share":
             self.masters.ask(process, *what)
         elif word == "ready":

@@ -367,6 +367,24 @@ class Runs(RoomTestCase):
         self.assertEqual(names(self.target)[-1], names(second)[-1])
         self.assertEqual(names(self.snapshots)[-1], names(second)[-1])
 
+    def test_two_tasks_to_one_disk(self):
+        """What the one is about to fill is not free for the other."""
+        other = support.create(os.path.join(self.source_disk.path, "opt"))
+        second = os.path.join(self.target_disk.path, "second")
+        os.mkdir(second, 0o700)
+        options = ["-S", "--free-backups", "5M", "--at-least", "1", "--limit", "40M"]
+        both = options + ["-p", "home", self.source, self.target, ":"] + options + ["-p", "opt", other, second]
+        os.makedirs(os.path.join(other, ".btrfs-backup-ng", "snapshots"))
+        for mib in (30, 30, 30, (free_bytes(self.target) // MIB - 180) * 14 // 25):
+            self.grow(mib)
+            bulk(os.path.join(other, "bulk"), mib, 1000 + self.days)
+            os.sync()
+            snapshot(other, os.path.join(other, ".btrfs-backup-ng", "snapshots", "opt" + self.name(self.days)[4:]))
+            self.run_program(*both)
+        for path in (self.target, second):
+            self.assertEqual(self.name(self.days)[4:], names(path)[-1].replace("opt", "home")[4:])
+        self.assertLess(len(names(self.target) + names(second)), 8)
+
     def test_what_cannot_be_deletes_nothing_and_says_so_before(self):
         before = self.fill()
         self.grow(5)
