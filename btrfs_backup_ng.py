@@ -27333,7 +27333,7 @@ def until_interrupted(act: Callable[[], int]) -> int:
 ########################################################################################################
 
 LEAVE_SIZE = 5  # bytes
-TURN, GO, ROOMY, UNSHARED = b"turn\n", b"go  \n", b"room\n", b"s-  \n"  # and s012, the number of a shared connection
+TURN, GO, FILL, UNSHARED = b"turn\n", b"go  \n", b"room\n", b"s-  \n"  # and s012, the number of a shared connection
 
 
 class ChildEvents(Reader):
@@ -27370,7 +27370,7 @@ class ChildTurn(Turn):
         """folder: of the sockets of shared connections; '' where there are none."""
         import queue
         self.parent, self.folder, self.on_loss = parent, folder, on_loss
-        self.leaves = {TURN: threading.Event(), GO: threading.Event(), ROOMY: threading.Event()}
+        self.leaves = {TURN: threading.Event(), GO: threading.Event(), FILL: threading.Event()}
         self.answers: "queue.Queue[bytes]" = queue.Queue()
         self.asking = threading.Lock()
         start_thread(self.listen)
@@ -27389,9 +27389,9 @@ class ChildTurn(Turn):
         self.leaves[TURN].wait()
 
     def take_room(self, key: str) -> None:
-        self.leaves[ROOMY].clear()
+        self.leaves[FILL].clear()
         self.parent.ask("room", key)
-        self.leaves[ROOMY].wait()
+        self.leaves[FILL].wait()
 
     def snapshot_taken(self) -> None:
         self.parent.ask("ready")
@@ -27830,7 +27830,7 @@ class Crew:
             if not any(process.room in other.rooms for other in running if other is not process):
                 process.rooms.add(process.room or "")
                 process.room = None
-                process.tell(ROOMY)
+                process.tell(FILL)
         late = time.monotonic() - self.begun > SNAPSHOT_PATIENCE
         self.is_open = self.is_open or late or not any(
             process.delays and not self.masters.is_late(process) for process in running)

@@ -396,7 +396,7 @@ def loops_of_run() -> List[str]:
     return found
 
 
-PATIENCE = 60.0  # seconds
+PATIENCE = float(os.environ.get("PATIENCE", 60))  # seconds for what is still in use to go
 
 
 def count_left_behind(report: Report) -> None:

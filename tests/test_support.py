@@ -304,7 +304,7 @@ class TheRunnersCount(unittest.TestCase):
                  "        subprocess.check_call(['losetup', '-f', image])\n".format(image))
         for words in ((), ("--jobs", "2")):
             with self.subTest(words=words):
-                found = self.report(suite, *words)
+                found = self.report(suite, *words, PATIENCE="0.5")
                 left = [loop for loop in support.loops_below(support.scratch_folder())
                         if support.command("losetup", "-n", "-O", "BACK-FILE", loop).startswith(image)]
                 for loop in left:
