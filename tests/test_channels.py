@@ -291,9 +291,15 @@ class ByItself(FarTestCase):
         self.set_endpoints()
         self.assertSpread(self.push("-S", "-v", "debug"), 1)
 
-    def test_a_slow_line_gets_one(self):
+
+class OnASlowLine(FarTestCase):
+
+    mib = 12
+
+    def test_it_gets_one(self):
+        """Also where a busy machine makes the way half a second long."""
         self.between.delay = 0.05
-        self.assertSpread(self.push("-S", "--limit", "8M", "-v", "debug"), 1)
+        self.assertSpread(self.push("-S", "--limit", "2M", "-v", "debug"), 1)
 
 
 class Restricted(remote.RestrictedTestCase):
