@@ -115,7 +115,7 @@ class Forked(support.TestCase):
 pwd; umask; readlink /proc/$PPID/fd/0; ls /proc/$PPID/fd; cat /proc/$PPID/limits
 env | sort
 tr '\0' '\n' < /proc/$PPID/environ | grep ^MARK=
-grep -E '^(Sig|Shd|Cap|Uid|Groups|Seccomp:|Threads)' /proc/$PPID/status
+grep -E '^(Sig[PBIC]|Shd|Cap|Uid|Groups|Seccomp:|Threads)' /proc/$PPID/status
 ps -o sid= -p $PPID | grep -w $PPID > /dev/null && echo a session of its own
 ) > {} 2>&1
 exec REAL "$@"
