@@ -10167,7 +10167,8 @@ def place_entry(staging: Staging, name: str, ending: str) -> str:
 
 def why_it_stays(folder: int, name: str, path: str) -> Tuple[str, str]:
     """Why what an open folder holds cannot be moved away, and what to type; '' where it can."""
-    if any(mount.point == os.path.realpath(path) for mount in read_mounts()):
+    itself = os.path.join(os.path.realpath(os.path.dirname(path)), name)  # of a link, which is what is moved
+    if any(mount.point == itself for mount in read_mounts()):
         return "something is mounted there", "umount {}".format(quoted(path))
     with contextlib.suppress(OSError):
         fd = open_entry(folder, os.fsencode(name))

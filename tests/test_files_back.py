@@ -582,6 +582,9 @@ class WhatIsThere(FilesTestCase):
         os.symlink(os.path.join(self.into, "d", "f"), os.path.join(self.into, "g"))
         self.restore("--replace", *self.paths("g") + [self.into])
         self.assertEqual("there before", self.read("d/f"))
+        os.unlink(os.path.join(self.into, "g"))
+        os.symlink(self.source_disk.path, os.path.join(self.into, "g"))  # something is mounted where it leads
+        self.restore("--replace", *self.paths("g") + [self.into])
         self.assertFalse(os.path.islink(os.path.join(self.into, "g")))
 
     def test_killed_where_a_file_gets_its_size(self):
