@@ -11,7 +11,7 @@ import uuid
 from unittest import mock
 
 import support
-from fakes import CALLS_THAT_CHANGE, killed_at
+from fakes import CALLS_THAT_CHANGE, killed_at, swapped_and_killed
 from support import bulk, create, names, partials, snapshot, subvolume
 
 import btrfs_backup_ng as program
@@ -416,15 +416,7 @@ class InPlace(RestoreTestCase):
         self.assertGoesOn(self.name(2))
 
     def killed_after_the_exchange(self):
-        pid = os.fork()
-        if not pid:
-            try:
-                with mock.patch.object(program, "finish_swap", lambda place: os._exit(9)):
-                    program.main(["restore", "-q", "-p", "home", self.backup_path(self.name(1)), "--in-place",
-                                  self.source])
-            finally:
-                os._exit(8)
-        self.assertEqual(9, os.waitpid(pid, 0)[1] >> 8)
+        self.assertEqual(9, swapped_and_killed(self.backup_path(self.name(1)), self.source))
 
     def test_killed_after_the_exchange_it_is_the_restore_that_is_asked_for(self):
         trees = self.back_up_days(1, 2)

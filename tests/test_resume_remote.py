@@ -11,13 +11,12 @@ import signal
 import sys
 import time
 import unittest
-from unittest import mock
 
 import remote
 import support
+from fakes import swapped_and_killed
 from support import MIB, bulk, names, partials, wait_until
 
-import btrfs_backup_ng as program
 from btrfs_backup_ng import CHECKPOINT_DISTANCE, CHECKPOINT_INTERVAL
 
 TORTURE = int(os.environ.get("TORTURE", 0))
@@ -304,15 +303,7 @@ class LostInCalls(remote.RemoteTestCase):
         """What was completed without an answer is not taken for undone, and swapped in once more."""
         self.take(1)
         self.transfer()
-        pid = os.fork()
-        if not pid:
-            try:
-                with mock.patch.object(program, "finish_swap", lambda place: os._exit(9)):
-                    program.main(["restore", "-q", "-p", "home", self.backup_path(self.name(1)), "--in-place",
-                                  self.source])
-            finally:
-                os._exit(8)
-        self.assertEqual(9, os.waitpid(pid, 0)[1] >> 8)
+        self.assertEqual(9, swapped_and_killed(self.backup_path(self.name(1)), self.source))
         self.dies("after finish_swap")
         result = self.run_program("restore", *self.program_options() + [
             self.target, "--latest", "--in-place", self.remote_source], status=1)
