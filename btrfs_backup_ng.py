@@ -18912,20 +18912,24 @@ def delete_told(events: Events, host: Host, place: Tuple[str, str], doomed: Sequ
 
 
 class RoomAsked(NamedTuple):
-    """Where room is asked for, and how much. expected: bytes that are about to come there besides."""
+    """Where room is asked for, and how much. expected: bytes that are about to come there besides.
+
+    is_full: nothing counts as free, for nothing could be written: also where it is metadata that has no room left.
+    """
 
     host: Host
     folder: str
     text: str
     room: Room
     expected: int = 0
+    is_full: bool = False
 
     def look(self) -> Tuple[int, int]:
         """Bytes that should be free, and that are."""
         place = self.host.look(self.folder)
         if place.free is None or place.size is None:
             raise BackupError("how much is free at {} is not known".format(self.text))
-        return self.expected + self.room.of(place.size), place.free
+        return self.expected + self.room.of(place.size), 0 if self.is_full else place.free
 
 
 class MayGo(NamedTuple):
@@ -18987,7 +18991,7 @@ def make_room(events: Events, asked: RoomAsked, plan: RoomPlan, subvolumes: Iter
         asked.host.wait_for_cleaning(asked.folder)
     except BackupError as error:
         return errors + [error]
-    _, free = asked.look()
+    _, free = asked._replace(is_full=False).look()
     if free < plan.wanted and not errors:
         events.warning("room", "{}: {} are free now, {} were to be: something else writes there".format(
             asked.text, format_size(free), format_size(plan.wanted)), endpoint=asked.text, free=free)
@@ -19323,6 +19327,7 @@ class TaskRun(Sending):
         self.noted: PinsOfPrefix = {}  # the pins as they were found
         self.was_used = False  # whether a run has worked here before
         self.are_notes_lost = False  # for what a run before has sent it has noted
+        self.was_full = False  # once in a run room is made for it
         self.may_delete = True  # snapshots
         self.given_up = NOTHING_GIVEN_UP
         self.packed_sizes: Sizes = {}  # of what goes over compressed
@@ -20011,11 +20016,10 @@ class TaskRun(Sending):
             with self.at(destination):
                 self.confirm(destination)
         with self.at(None):
-            self.remember(self.destinations)
-            self.retain()
+            self.remember_and_retain()
 
     def with_room(self, act: Callable[[], None]) -> None:
-        """Does something at the source; where that is full, once more after what the policy deletes there is gone.
+        """Does something at the source; where that is full, once more after what may be deleted there for it is gone.
 
         What failed on a full source must not fail for ever, nor take one more snapshot each time.
         """
@@ -20027,25 +20031,43 @@ class TaskRun(Sending):
             act()
 
     def free_source(self) -> bool:
-        """Deletes at the source what its policy allows by now; whether anything. It needs no file to be written."""
+        """Deletes at the source what may go by now; whether anything. It needs no file to be written."""
         for destination in self.destinations:  # what each has in common is protected, noted or not
             if not destination.was_reached:
                 self.reach(destination)
         self.try_to_remember()
-        known = self.known()
-        found = {d.key: pin for d, pin in ((d, pin_at(known, self.seen(d))) for d in self.listed()) if pin is not None}
-        both = {key: known.pins.get(key, ()) + (pin,) for key, pin in found.items()}
-        verdicts = source_verdicts(known._replace(pins=dict(known.pins, **both)))
+        before, room = len(self.snapshots), None if self.was_full else self.task.free_snapshots
+        self.was_full = True
+        verdicts = source_verdicts(self.known_with_seen())
         if not deletions(verdicts):  # nor can be noted what has taken the place of what is
-            verdicts = source_verdicts(with_pins(known, found))
-        doomed = deletions(verdicts)
-        if doomed:
-            self.events.warning("full", "the filesystem of {} is full: making room first".format(self.task.source))
+            verdicts = source_verdicts(with_pins(self.known(), self.seen_in_common()))
+        if not deletions(verdicts) and room is None:
+            return False
+        self.events.warning("full", "the filesystem of {} is full: making room first".format(self.task.source))
+        if deletions(verdicts):
             self.delete(self.host, self.folder, self.task.source, self.snapshots, verdicts)
             self.host.wait_for_cleaning(self.folder)
-            self.snapshots = snapshots_of(self.host.list(self.folder), self.prefix)
-            self.try_to_remember()
-        return bool(doomed)
+        elif room is not None:
+            with apart(self.events, self.report, self.task.source):
+                self.free_snapshots(room, is_full=True)
+        self.snapshots = snapshots_of(self.host.list(self.folder), self.prefix)
+        self.try_to_remember()
+        return len(self.snapshots) < before
+
+    def seen_in_common(self) -> Dict[str, Pin]:
+        """What is to be remembered of the destinations that were listed."""
+        known = self.known()
+        pins = {destination.key: pin_at(known, self.seen(destination)) for destination in self.listed()}
+        return {key: pin for key, pin in pins.items() if pin is not None}
+
+    def known_with_seen(self) -> Known:
+        """What is known, with what was seen in common, which perhaps cannot be noted, beside what is noted."""
+        known = self.known()
+        return known._replace(pins=dict(known.pins, **{
+            key: known.pins.get(key, ()) + (pin,) for key, pin in self.seen_in_common().items()}))
+
+    def change_locks(self, add: Sequence[LockChange] = (), clear: Sequence[LockChange] = ()) -> None:
+        self.with_room(functools.partial(super().change_locks, add, clear))
 
     def try_to_remember(self) -> None:
         """Notes what was seen in common, which must stay also where this run fails and a destination is away then."""
@@ -20102,6 +20124,18 @@ class TaskRun(Sending):
                 raise
         destination.listing = listing
 
+    def remember_and_retain(self) -> None:
+        """Notes what is in common by now, then deletes; where the source is too full for the note, the other way."""
+        try:
+            self.remember(self.destinations)
+        except BackupError as error:
+            if not is_full(error):
+                raise
+            self.retain()
+            self.remember(self.destinations)
+        else:
+            self.retain()
+
     def retain(self) -> None:
         """Deletes what is kept no longer, by what has come of it all."""
         for destination in self.listed():
@@ -20109,7 +20143,7 @@ class TaskRun(Sending):
                 self.retain_at(destination)
             if destination.endpoint.kind.has_folder:
                 tell_room(self.events, destination.host, destination.path, destination.text)
-        self.delete(self.host, self.folder, self.task.source, self.snapshots, source_verdicts(self.known()))
+        self.delete(self.host, self.folder, self.task.source, self.snapshots, source_verdicts(self.known_with_seen()))
         if self.task.free_snapshots is not None:
             with apart(self.events, self.report, self.task.source):
                 self.free_snapshots(self.task.free_snapshots)
@@ -20212,21 +20246,24 @@ class TaskRun(Sending):
         return MayGo([[s.name for s in snapshots_of(seen.listing, self.prefix)]],
                      worth_at_destination(self.known(), seen, plan, self.task.least_kept))
 
-    def free_snapshots(self, room: Room) -> None:
-        """Makes room at the source, where what could not be sent stays."""
-        asked = RoomAsked(self.host, self.folder, self.task.source, room)
+    def free_snapshots(self, room: Room, is_full: bool = False) -> None:
+        """Makes room at the source, where what is not sent yet stays."""
+        asked = RoomAsked(self.host, self.folder, self.task.source, room, is_full=is_full)
         self.snapshots = snapshots_of(self.host.list(self.folder), self.prefix)
-        unsent = {t.snapshot.name for d in self.destinations for t in d.plan.transfers
-                  if t.snapshot.stream_id not in in_common(self.snapshots, d.listing or Listing()).present}
-        unsent |= self.unsent_to_absent()
-        may_go = self.snapshots_that_may_go(self.known(), unsent)._replace(doomed=frozenset())
+        unsent = self.unsent() | self.unsent_to_absent()
+        may_go = self.snapshots_that_may_go(self.known_with_seen(), unsent)._replace(doomed=frozenset())
         plan = plan_room_at(asked, may_go, can_wait=True)
         if plan is not None:
             check_room(asked, plan, "--free-snapshots")
             self.locks = self.host.read_notes(self.folder, self.prefix).locks
-            check_may_go(asked, plan, self.snapshots_that_may_go(self.known(), unsent))
+            check_may_go(asked, plan, self.snapshots_that_may_go(self.known_with_seen(), unsent))
             for error in make_room(self.events, asked, plan, self.snapshots, self.task.convert_rw):
                 self.report(error, endpoint=self.task.source)
+
+    def unsent(self) -> Set[str]:
+        """What destinations that were listed have not got yet and are to get, in this run or another."""
+        known = self.known()
+        return {t.snapshot.name for d in self.listed() for t in plan_destination(known, self.seen(d)).transfers}
 
     def unsent_to_absent(self) -> Set[str]:
         """What destinations that could not be listed have not got on any of their disks, as far as is known."""
@@ -20252,8 +20289,9 @@ class TaskRun(Sending):
             return planned
         with apart(self.events, self.report, self.task.source):
             known = known_after(self.known(), map(self.seen, self.listed()), plan.destinations)
+            unsent = self.unsent_to_absent() | (self.unsent() if self.task.no_transfer else set())
             room = plan_room_at(RoomAsked(self.host, self.folder, self.task.source, self.task.free_snapshots),
-                                self.snapshots_that_may_go(known, self.unsent_to_absent()), can_wait=False)
+                                self.snapshots_that_may_go(known, unsent), can_wait=False)
             return planned._replace(room=room)
         return planned
 
@@ -24783,7 +24821,8 @@ free. It deletes the fewest backups that suffice, first those that the policy le
 by number and by hours before days, weeks, months and years, and of what is valued alike the oldest. The newest
 --at-least N (3) stay, and what never goes; where all else would not suffice, nothing is deleted, and an error says so.
 What each frees is known before, as space tells it; --dry-run shows the plan. Snapshots older than the newest backup are
-then not sent again. --free-snapshots does the same at the source, at the end of a run.
+then not sent again. --free-snapshots does the same at the source, at the end of a run, or at once where that is so full
+that nothing can be written; what is still to be sent stays.
 
 What would be deleted at once is not sent at all. So give a source the same policy every time, and a server that
 prunes by itself (btrfs-backup-ng prune) the policy of its sources: else they send again what it deleted.

@@ -537,6 +537,20 @@ class AtTheSource(RoomTestCase):
         result = self.transfer("--free-snapshots", wanted, "--at-least", "1", status=1)
         self.assertIn("deletes nothing", result.stderr)
 
+    def test_without_transfers_what_is_still_to_be_sent_stays(self):
+        sent = self.grow(20, 3)
+        self.transfer("-q")
+        unsent = self.grow(20, 6)
+        for options in (["-T", "--dry-run"], ["-T"]):
+            wanted = "%dM" % (free_bytes(self.source) // MIB + 30)
+            result = self.transfer("--free-snapshots", wanted, "--at-least", "1", *options)
+            self.assertIn("deletes these 2", result.stdout + result.stderr)
+        wanted = "%dM" % (free_bytes(self.source) // MIB + 30)
+        for options, status in (["-T", "--dry-run"], 0), (["-T"], 1):
+            result = self.transfer("--free-snapshots", wanted, "--at-least", "1", *options, status=status)
+            self.assertIn("deletes nothing", result.stdout + result.stderr)
+        self.assertEqual(sent[2:] + unsent, names(self.snapshots))
+
 
 class Prunes(RoomTestCase):
 
