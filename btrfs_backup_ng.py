@@ -27293,12 +27293,19 @@ def pass_over(_number: int, _frame: object) -> None:
 def catch_signals() -> None:
     """Makes INT, TERM and HUP raise Interrupted, once: cleaning up is not interrupted again.
 
-    Where a finalizer happens to run, Python swallows what is raised: there it is raised again a moment later.
+    Where a finalizer happens to run, Python swallows what is raised: there it is raised again a moment later, and until
+    it is taken, as Python swallows what is raised in the telling of it as well.
     """
+    taken = threading.Event()
 
-    def interrupt(number: int, _frame: object) -> None:
+    def interrupt(number: int, frame: Any) -> None:
+        while frame is not None:
+            if frame.f_code is raise_again.__code__:
+                return
+            frame = frame.f_back
         for other in STOP_SIGNALS:
             signal.signal(other, pass_over)
+        taken.set()
         raise Interrupted(number)
 
     def raise_again(unraisable: Any) -> None:
@@ -27306,10 +27313,13 @@ def catch_signals() -> None:
             tell_unraisable(unraisable)
             return
         number = unraisable.exc_value.status - 128
+        taken.clear()
+        threading.Thread(target=ask_until_taken, args=(number,), daemon=True).start()
         signal.signal(number, interrupt)
-        later = threading.Timer(SWALLOWED_NAP, lambda: os.kill(os.getpid(), number))
-        later.daemon = True
-        later.start()
+
+    def ask_until_taken(number: int) -> None:
+        while not taken.wait(SWALLOWED_NAP):
+            os.kill(os.getpid(), number)
 
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup

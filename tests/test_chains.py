@@ -70,8 +70,8 @@ class BrokenOff(support.BackupTestCase):
         for number, sign in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGINT) * (TORTURE or 1)):
             with self.subTest(sign=sign.name):
                 into = self.fresh()
-                run = self.broken(into, "--limit", "20M")
-                link = ".{}.partial".format(self.taken[3 + number % 3])
+                run = self.broken(into, "--limit", "8M")
+                link = ".{}.partial".format(self.taken[3 + number % 2])  # behind it another one is still to come
                 run.wait_for(link, lambda: any(path.endswith(link) for path in support.partials(into)))  # noqa: B023
                 time.sleep(chance.uniform(0.0, 0.1))
                 os.kill(run.pid, sign)

@@ -380,7 +380,7 @@ class Impatient(TasksTestCase):
 
 
 SWALLOWING = """
-import os, signal, time
+import os, signal, sys, threading, time
 import btrfs_backup_ng as program
 
 class Ending:
@@ -389,14 +389,18 @@ class Ending:
         for _ in range(1000):
             pass
 
-program.catch_signals()
-try:
-    ending = Ending()
-    del ending
-    time.sleep(100)
-    print("went on")
-except program.Interrupted as interruption:
-    print("interrupted", interruption.status)
+program.SWALLOWED_NAP = float(sys.argv[1])
+for _ in range(20):
+    program.catch_signals()
+    try:
+        ending = Ending()
+        del ending
+        time.sleep(5)
+        print("went on")
+    except program.Interrupted as interruption:
+        print("interrupted", interruption.status)
+    for thread in threading.enumerate()[1:]:
+        thread.join()
 """
 
 
@@ -406,9 +410,10 @@ class Swallowed(unittest.TestCase):
 
         def test_a_signal_in_a_finalizer(self):
             here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-            done = subprocess.run([sys.executable, "-c", SWALLOWING], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                  cwd=here, timeout=support.HANGS)
-            self.assertEqual((b"interrupted 143\n", b""), (done.stdout, done.stderr))
+            for nap in ("0.01", "0"):  # at once: before what was swallowed has been told of to its end
+                done = subprocess.run([sys.executable, "-c", SWALLOWING, nap], stdout=subprocess.PIPE,
+                                      stderr=subprocess.PIPE, cwd=here, timeout=support.HANGS)
+                self.assertEqual((b"interrupted 143\n" * 20, b""), (done.stdout, done.stderr))
 
 
 class EachForItself(TasksTestCase):
