@@ -21559,9 +21559,10 @@ class RestoreRun(Sending):
 # FILES BACK: single files and folders out of backups
 #
 # find each backup and what is wanted of it -> look at what bears those names in FOLDER -> show, or bring what is wanted
-# of each backup into a folder aside in FOLDER (PUTTING), from where it gets its names when it is whole. All is refused
-# before anything is written. A connection that breaks is taken up where it broke, as is a run that was killed, by the
-# same command; what fails for another reason leaves nothing. Never: FOLDER on another machine; anything overwritten.
+# of each backup into a folder aside in FOLDER (PUTTING), from where it gets its names when that of all is whole. All is
+# refused before anything is written. A connection that breaks is taken up where it broke, as is a run that was killed,
+# by the same command; what fails for another reason leaves nothing of its backup, and stops those that come after it.
+# Never: FOLDER on another machine; anything overwritten.
 ########################################################################################################
 
 KEPT_AS = ".before-"  # ends, with a time, the name of what was replaced
@@ -21680,6 +21681,7 @@ class FilesRun(RestoreRun):
         self.whole = task
         self.wanted: List[WantedFiles] = []
         self.place = Place("", "missing")  # FOLDER
+        self.is_again = False  # all was restored there before, and what is there by now is replaced
         self.into = -1  # the same, open
         self.target_text = task.destinations[-1]
         self.ending_of_kept = KEPT_AS + time.strftime(TIME_FORMATS[0], time.localtime(clock())) if task.replace else ""
@@ -21736,6 +21738,7 @@ class FilesRun(RestoreRun):
         above = os.path.dirname(text.rstrip("/")) or "."
         with or_say("cannot open {}".format(above if place.found == "missing" else text), "is its filesystem mounted?"):
             self.into = open_as_meant(text if place.found == "folder" else above)
+        self.is_again = self.whole.replace and all(map(self.is_over, self.wanted))
         for wanted in self.wanted:
             self.check_names(wanted)
             self.check_room(wanted)
@@ -21754,7 +21757,7 @@ class FilesRun(RestoreRun):
         taken = [name for name in wanted.names if os.path.lexists(path_in(self.into, name))]
         if taken and self.is_begun(wanted):
             with self.staging(wanted) as staging:
-                if not staging.is_over(self.whole.replace):
+                if not staging.is_over(self.is_again):
                     taken = [name for name in taken if not staging.has_given(name)]
                 elif not (self.whole.replace or self.whole.dry_run):
                     staging.settle()
@@ -21771,6 +21774,13 @@ class FilesRun(RestoreRun):
             why, remedy = why_it_stays(self.into, name, path)
             if why:
                 raise BackupError("{} cannot be replaced: {}".format(path, why), remedy)
+
+    def is_over(self, wanted: WantedFiles) -> bool:
+        """Whether nothing of it waits to get its name."""
+        if not self.is_begun(wanted):
+            return True
+        with self.staging(wanted) as staging:
+            return staging.is_over(anew=True)
 
     def is_begun(self, wanted: WantedFiles) -> bool:
         """Whether a run that was broken off has left something of it."""
@@ -21803,20 +21813,44 @@ class FilesRun(RestoreRun):
             self.show_plan()
             return
         self.make_folder()
-        for wanted in self.wanted:
-            with self.staging(wanted) as staging:
-                staging.take_up(self.whole.no_resume, self.whole.replace)
-                self.bring_files(wanted, staging)
+        self.bring_all()
         tell_room(self.events, self.hosts.of(parse_endpoint(self.target_text)), self.place.path, self.target_text)
 
-    def bring_files(self, wanted: WantedFiles, staging: Staging) -> None:
-        """What is wanted of a backup, into the folder aside and to its names; nothing stays if that fails for good."""
-        try:
-            if not staging.placing:
-                self.take_files(wanted, staging)
+    def bring_all(self) -> None:
+        """Brings what is wanted into the folders aside, and to its names once all is there: the next run can go on.
+
+        Where one fails for good what came before it gets its names.
+        """
+        whole: List[Tuple[WantedFiles, Staging]] = []
+        with contextlib.ExitStack() as stack:
+            try:
+                for wanted in self.wanted:
+                    staging = stack.enter_context(self.staging(wanted))
+                    staging.take_up(self.whole.no_resume, self.is_again)
+                    with self.clearing(staging):
+                        if not staging.placing:
+                            self.take_files(wanted, staging)
+                    whole.append((wanted, staging))
+            except BackupError as error:
+                if not error.transient:
+                    self.give_all(whole)
+                raise
+            self.give_all(whole)
+
+    def give_all(self, whole: Sequence[Tuple[WantedFiles, Staging]]) -> None:
+        for wanted, staging in whole:
             self.tell_shortfalls(wanted, staging.shortfalls)
-            self.give_names(wanted, staging)
-            staging.remove()
+            with self.clearing(staging):
+                self.give_names(wanted, staging)
+        for _, staging in whole:
+            with self.clearing(staging):
+                staging.remove()
+
+    @contextlib.contextmanager
+    def clearing(self, staging: Staging) -> Iterator[None]:
+        """Nothing stays aside of what fails for good, unless some of it may have its name."""
+        try:
+            yield
         except Exception as error:
             told = explain(error, "cannot restore to {}".format(self.place.path))
             if not told.transient and not staging.placing:

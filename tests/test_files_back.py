@@ -4,6 +4,7 @@ import contextlib
 import encodings.ascii  # noqa: F401
 import encodings.idna  # noqa: F401 -- an ordinary user may not be able to read them
 import errno
+import glob
 import hashlib  # noqa: F401
 import itertools
 import json
@@ -619,6 +620,57 @@ class WhatIsThere(FilesTestCase):
                 self.assertEqual(2, texts.count("there before"))
                 self.assertNothingAside()
 
+    def test_killed_with_files_of_several_backups(self):
+        """The same command goes on, wherever that was; what was there before is moved away once."""
+        self.write("h", "from the backup")
+        files = self.paths("g")
+        self.back_up(2)
+        for options in [], ["--replace"]:
+            for number in itertools.count(1):
+                shutil.rmtree(self.into)
+                os.mkdir(self.into)
+                for name in "gh" * bool(options):
+                    with open(os.path.join(self.into, name), "w") as file:
+                        file.write("there before")
+                words = options + files + self.paths("h")
+                if not self.killed(number, words=words):
+                    break
+                with self.subTest(options=options, call=number):
+                    is_over = all(os.path.exists(os.path.join(self.into, name)) and
+                                  self.read(name) == "from the backup" for name in "gh") and not any(
+                                      glob.glob(self.into + "/.restoring-*/new/*"))
+                    result = self.restore(*words + [self.into], status=None)
+                    self.assertEqual(0, result.status, result.stderr)
+                    self.assertNothingAside()
+                    texts = sorted(self.read(name) for name in os.listdir(self.into))
+                    again = ["from the backup"] * 2 * (is_over and bool(options))
+                    self.assertEqual(["from the backup"] * 2 + again + ["there before"] * 2 * bool(options), texts)
+            self.assertGreater(number, 6)
+
+    def test_what_came_before_a_backup_that_cannot_be_read_is_restored(self):
+        self.write("h", "from the backup")
+        files = self.paths("d")
+        self.back_up(2)
+        shutil.rmtree(self.into)
+        gone = "mv {0} {0}.moved".format(self.backed_up)
+        taken = program.FilesRun.take_files
+
+        def moved(run, wanted, staging):
+            if wanted.backup.name == self.name(2):
+                command("sh", "-c", gone)
+            return taken(run, wanted, staging)
+
+        pid = os.fork()
+        if not pid:
+            try:
+                with mock.patch.object(program.FilesRun, "take_files", moved):
+                    os._exit(program.main(["restore", "-q"] + files + self.paths("h") + [self.into]))
+            finally:
+                os._exit(9)
+        self.assertEqual(1, os.waitpid(pid, 0)[1] >> 8)
+        self.assertEqual(["d"], os.listdir(self.into))
+        self.assertEqual("from the backup", self.read("d/f"))
+
     def killed_before_it_clears(self):
         pid = os.fork()
         if not pid:
@@ -670,7 +722,8 @@ class WhatIsThere(FilesTestCase):
         subprocess.run(["sh", "-c", result.errors[0].rpartition("; ")[2]], check=True)
         self.restore("--replace", *self.paths("d") + [self.into])
 
-    def killed(self, number, names=("rename_with", "settle_placed", "sync_open", "about_placing"), module=program):
+    def killed(self, number, names=("rename_with", "settle_placed", "sync_open", "about_placing"), module=program,
+               words=()):
         """Runs a restore in this process, which ends after the Nth of these calls; whether it came to that."""
         pid = os.fork()
         if not pid:
@@ -688,7 +741,8 @@ class WhatIsThere(FilesTestCase):
             try:
                 for name in names:
                     setattr(module, name, counted(getattr(module, name)))
-                program.main(["restore", "-q", "--limit", "1G", "--replace"] + self.paths("d", "g") + [self.into])
+                program.main(["restore", "-q", "--limit", "1G"] + list(words or ["--replace"] + self.paths("d", "g"))
+                             + [self.into])
             finally:
                 os._exit(8)
         status = os.waitpid(pid, 0)[1] >> 8
