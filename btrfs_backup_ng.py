@@ -20036,6 +20036,7 @@ class TaskRun(Sending):
             if not destination.was_reached:
                 self.reach(destination)
         self.try_to_remember()
+        self.read_notes_again()
         before, room = len(self.snapshots), None if self.was_full else self.task.free_snapshots
         self.was_full = True
         verdicts = source_verdicts(self.known_with_seen())
@@ -20075,6 +20076,11 @@ class TaskRun(Sending):
             self.remember(self.destinations)
         except BackupError as error:
             self.events.aside("unnoted", error)
+
+    def read_notes_again(self) -> None:
+        """What is noted of the snapshots by now: who only fetches is not waited for, and what he needs must stay."""
+        notes = self.host.read_notes(self.folder, self.prefix)
+        self.locks, self.pins = notes.locks, dict(notes.pins)
 
     def transfer_all(self) -> None:
         """Sends snapshot by snapshot; destinations that lack one on the same parent share its stream."""
@@ -20143,6 +20149,8 @@ class TaskRun(Sending):
                 self.retain_at(destination)
             if destination.endpoint.kind.has_folder:
                 tell_room(self.events, destination.host, destination.path, destination.text)
+        if not self.task.snapshot_policy.keeps_all:
+            self.read_notes_again()
         self.delete(self.host, self.folder, self.task.source, self.snapshots, source_verdicts(self.known_with_seen()))
         if self.task.free_snapshots is not None:
             with apart(self.events, self.report, self.task.source):
@@ -20255,7 +20263,7 @@ class TaskRun(Sending):
         plan = plan_room_at(asked, may_go, can_wait=True)
         if plan is not None:
             check_room(asked, plan, "--free-snapshots")
-            self.locks = self.host.read_notes(self.folder, self.prefix).locks
+            self.read_notes_again()
             check_may_go(asked, plan, self.snapshots_that_may_go(self.known_with_seen(), unsent))
             for error in make_room(self.events, asked, plan, self.snapshots, self.task.convert_rw):
                 self.report(error, endpoint=self.task.source)

@@ -8,12 +8,14 @@ import re
 import shlex
 import sys
 import unittest
+import uuid
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import support
 from support import bulk, names, subvolume
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import btrfs_backup_ng as program
 from btrfs_backup_ng import CHECKPOINT_DISTANCE
 
 ROUNDS = 10 if os.environ.get("TORTURE") else 3
@@ -358,6 +360,26 @@ class WithoutTransfer(support.BackupTestCase):
         self.transfer("-T", "-N", "1")
         self.assertEqual([self.name(1), self.name(3)], names(self.snapshots))
         self.assertEqual([], names(self.target))
+
+
+class FetchedMeanwhile(support.BackupTestCase):
+    """Whoever only fetches snapshots is not waited for: what he needs he notes while a run is at work."""
+
+    target_size = "128M"
+
+    def test_what_is_noted_while_a_transfer_lasts_stays(self):
+        taken = self.take(1, 2, 3, 4)
+        self.transfer()
+        self.take(5)
+        run = self.start_backup("-S", "-N", "1", env=support.gate("receive"))
+        held = run.met_at_gate("receive")
+        there, far = program.LocalHost(program.Events()), "ssh://laptop/backups"
+        there.change_locks(self.snapshots, [program.LockChange(taken[1], far, taken[0])], [])
+        there.change_pins(self.snapshots, "home", {far: program.Pin(
+            taken[2], subvolume(self.snapshot_path(taken[2])).uuid, "2024-01-03T00:00:00Z", str(uuid.uuid4()))})
+        support.go_on(held)
+        self.assertEqual(0, run.finish().status)
+        self.assertEqual(taken[:3] + [self.name(5)], names(self.snapshots))
 
 
 class LostNotes(support.BackupTestCase):
