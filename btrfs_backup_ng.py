@@ -7749,7 +7749,8 @@ def finish_swap(place: str) -> Optional[SwapJournal]:
         moment = os.lstat(beside(place, "restoring.json")).st_mtime
         if standing is None and waiting is not None and waiting.uuid == journal.new_uuid:
             rename_to_free(aside, place)
-        elif waiting is not None and waiting.uuid == journal.old_uuid:
+        elif waiting is not None and (waiting.uuid == journal.old_uuid or (
+                standing is not None and standing.uuid == journal.new_uuid)):  # what stood there, whatever that is
             rename_to_free(aside, os.path.join(os.path.dirname(place), journal.old_name))
         elif waiting is not None:
             delete_prepared(aside, journal)
@@ -21342,16 +21343,27 @@ class RestoreRun(Sending):
         """All of a restore in its order; a dry run shows the plan where the other carries it out."""
         self.find_backup()
         self.find_target()
-        if not self.task.dry_run and self.finish_broken_swap():
-            return
-        self.observe_target()  # what is refused is refused before anything is written
-        self.check_kept()
-        self.warn_of_new()
-        if not self.task.dry_run:
-            self.carry_out()
-            tell_room(self.events, self.target.host, self.target.path, self.target.text)
-        else:
-            self.show()
+        with self.alone_in_place():
+            if not self.task.dry_run and self.finish_broken_swap():
+                return
+            self.observe_target()  # what is refused is refused before anything is written
+            self.check_kept()
+            self.warn_of_new()
+            if not self.task.dry_run:
+                self.carry_out()
+                tell_room(self.events, self.target.host, self.target.path, self.target.text)
+            else:
+                self.show()
+
+    @contextlib.contextmanager
+    def alone_in_place(self) -> Iterator[None]:
+        """While nobody else restores in that place, of whom what is under way would look like what was broken off."""
+        with contextlib.ExitStack() as stack:
+            if self.swap_place is not None and not self.task.dry_run:
+                around, name = os.path.split(self.swap_place.path)
+                stack.enter_context(self.target.host.hold(around, name + ".restoring", self.task.wait, lasting=False))
+                self.find_target()  # as it is by now
+            yield
 
     def carry_out(self) -> None:
         target, prefix = self.target, prefix_of(self.backup.name)

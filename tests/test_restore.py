@@ -638,6 +638,40 @@ class InPlace(RestoreTestCase):
         self.restore(self.target, "--name", self.name(1), "--in-place", self.source)
         self.assertGoesOn(self.name(1))
 
+    def stopped_in_swap(self, *arguments):
+        """A restore in place that waits until the new one beside the place is durable; and the file that lets it go."""
+        waits, go = (os.path.join(support.scratch_folder(), "%s-%d" % (word, id(self))) for word in ("waits", "go"))
+        script = "touch {0}; while [ ! -e {1} ]; do sleep 0.05; done; rm -f {0} {1}".format(waits, go)
+        run = self.start("restore", *arguments, env=support.btrfs_where(script, "filesystem sync", "home.restoring"))
+        run.wait_for("the sync", lambda: os.path.exists(waits))
+        return run, go
+
+    def test_another_one_of_the_same_place_is_waited_for_or_refused(self):
+        """What it has beside the place was not left by a broken one."""
+        trees = self.back_up_days(1, 2)
+        into = self.target, "--name", self.name(1), "--in-place", self.source
+        run, go = self.stopped_in_swap(*into)
+        self.assertErrorSays(self.restore(*into, status=75), "another run is at work", "use --wait")
+        other = self.start("restore", self.target, "--latest", self.into, "--in-place", self.source, "--wait", "60")
+        other.wait_to_say("waiting for another run")
+        os.mknod(go)
+        self.assertEqual([0, 0], [run.finish().status, other.finish().status])
+        self.assertTreesEqual(trees[self.name(2)], self.source)
+        self.assertEqual(2, len(self.replaced()))
+        self.assertEqual([], self.hidden())
+
+    def test_what_stands_there_by_then_is_kept_whatever_it_was_made_of(self):
+        trees = self.back_up_days(1)
+        run, go = self.stopped_in_swap(self.target, "--latest", self.into, "--in-place", self.source)
+        os.rename(self.source, self.source + "-by-hand")
+        support.command("btrfs", "subvolume", "snapshot", os.path.join(self.into, self.name(1)), self.source)
+        self.write("mine", "written meanwhile")
+        os.mknod(go)
+        self.assertEqual(0, run.finish().status)
+        self.assertTreesEqual(trees[self.name(1)], self.source)
+        self.assertTrue(os.path.exists(os.path.join(self.replaced()[0], "mine")))
+        self.assertEqual([], self.hidden())
+
     def test_without_exchange(self):
         """The ordered two renames, and what they leave when they are broken off between."""
         self.back_up_days(1)
