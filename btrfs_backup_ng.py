@@ -12685,11 +12685,12 @@ def checked_name(name: str, part: str = "") -> str:
 def delete_stream_files(folder: str, doomed: Sequence[Subvolume]) -> List[BackupError]:
     """Deletes backups that still are what they were planned as, children before their parents, and partials.
 
-    With backups, sidecars go as well that a crash has left without their file, where no other backup needs that.
+    Nothing that another one builds on which stays, as it could not be deleted, or came since that was planned. With
+    backups, sidecars go as well that a crash has left without their file, where no other backup needs that.
     """
     errors: List[BackupError] = []
     held = read_raw_folder(folder)
-    by_name = {b.name: b for b in held.backups}
+    by_name, left = {b.name: b for b in held.backups}, {s.name: s for s in listing_of(held).subvolumes}
     for subvolume in sorted(doomed, key=lambda s: -chain_length(s.name, by_name)):
         try:
             name, backup = partial_of(subvolume.name), by_name.get(subvolume.name)
@@ -12700,9 +12701,14 @@ def delete_stream_files(folder: str, doomed: Sequence[Subvolume]) -> List[Backup
             elif backup is None or backup.uuid != subvolume.received_uuid:
                 raise BackupError("not deleted: {} is no longer what it was".format(
                     os.path.join(folder, subvolume.name)), "run again")
+            elif backup.uuid in {s.parent_uuid for s in left.values()}:
+                child = next(s.name for s in left.values() if s.parent_uuid == backup.uuid)
+                raise BackupError("not deleted: {}, as {} builds on it".format(
+                    os.path.join(folder, subvolume.name), child), "run again")
             else:
                 remove_file(folder, backup.file)
                 remove_file(folder, backup.file + SIDECAR_SUFFIX)
+                left.pop(backup.name, None)
         except BackupError as error:
             errors.append(error)
     if any(partial_of(subvolume.name) is None for subvolume in doomed):
@@ -21343,23 +21349,30 @@ class RestoreRun(Sending):
         """All of a restore in its order; a dry run shows the plan where the other carries it out."""
         self.find_backup()
         self.find_target()
-        with self.alone_in_place():
-            if not self.task.dry_run and self.finish_broken_swap():
-                return
-            self.observe_target()  # what is refused is refused before anything is written
-            self.check_kept()
+        if self.task.dry_run or self.swap_place is None or not self.swap_place.is_broken:
+            self.look_ahead()  # what is refused is refused before anything is written
+        if self.task.dry_run:
             self.warn_of_new()
-            if not self.task.dry_run:
-                self.carry_out()
-                tell_room(self.events, self.target.host, self.target.path, self.target.text)
-            else:
-                self.show()
+            self.show()
+            return
+        with self.alone_in_place():
+            if self.finish_broken_swap():
+                return
+            if self.swap_place is not None:
+                self.look_ahead()
+            self.warn_of_new()
+            self.carry_out()
+            tell_room(self.events, self.target.host, self.target.path, self.target.text)
+
+    def look_ahead(self) -> None:
+        self.observe_target()
+        self.check_kept()
 
     @contextlib.contextmanager
     def alone_in_place(self) -> Iterator[None]:
         """While nobody else restores in that place, of whom what is under way would look like what was broken off."""
         with contextlib.ExitStack() as stack:
-            if self.swap_place is not None and not self.task.dry_run:
+            if self.swap_place is not None:
                 around, name = os.path.split(self.swap_place.path)
                 stack.enter_context(self.target.host.hold(around, name + ".restoring", self.task.wait, lasting=False))
                 self.find_target()  # as it is by now

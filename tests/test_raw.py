@@ -524,6 +524,25 @@ class Retention(RawTestCase):
         self.send()
         self.assertEqual([1, 2], self.lengths())
 
+    def test_what_another_one_builds_on_by_then_stays(self):
+        """Whoever sends to a folder is not waited for where it is pruned."""
+        taken = self.take(1, 2, 3)
+        self.send()
+        planned = program.listing_of(program.read_raw_folder(self.folder)).subvolumes
+        errors = program.delete_stream_files(self.folder, [s for s in planned if s.name != taken[2]])
+        self.assertSound(taken)
+        for name, error in zip(taken[:0:-1], errors):
+            self.assertIn("{} builds on it".format(name), str(error))
+
+    def test_what_builds_on_it_and_does_not_go(self):
+        taken = self.take(1, 2, 3, 4)
+        self.send("--raw-full-every", "3")
+        path = os.path.join(self.folder, taken[2] + ".btrfs")
+        support.command("chattr", "+i", path)
+        self.addCleanup(support.command, "chattr", "-i", path)
+        self.assertIn("cannot delete " + path, self.run_program("prune", "-n", "1", self.raw, status=1).stderr)
+        self.assertEqual([name + ".btrfs" for name in taken], [n for n in self.streams() if n.endswith(".btrfs")])
+
     def test_only_what_its_sidecar_vouches_for_goes(self):
         taken = self.take(1, 2, 3)
         self.send("-I")

@@ -451,7 +451,7 @@ class InPlace(RestoreTestCase):
 
         with mock.patch.object(os, "lstat", going):
             self.assertIsNone(program.finish_swap(self.source).new_ctransid)
-        self.assertEqual([], self.hidden())
+        self.assertEqual([".home.restoring.lock"], self.hidden())
 
     def check_no_empty_folders(self, parent, restored):
         """None in the place of snapshots, where the parent is one that others were nested in."""
