@@ -17589,8 +17589,8 @@ PLAIN_REPLACE = (
 
 # `btrfs subvolume sync` says nothing for as long as a large subvolume takes.
 PLAIN_SYNC = ('while l=$(btrfs subvolume list -d "$a0") || exit 1; [ -n "$l" ]; do echo "$l"; sleep 2; done')
-PLAIN_WRITTEN = (  # see check_written; a sync that knows no -f says how it is used
-    'said=$(sync -f "$a0" 2>&1) || case $said in *option*|*sage*) ;; '
+PLAIN_WRITTEN = (  # see check_written; a sync that knows no -f says how it is used, in words that a path may hold
+    'cd "$a0" || exit 1; said=$(sync -f . 2>&1) || case $said in *option*|*sage*) ;; '
     '*) printf "%s: contents of files were lost\\n" "$said" >&2; exit 1;; esac; ')
 
 # By its id, from within it, for others may change what bears its name meanwhile; before Linux 5.7 or btrfs-progs 5.7 by

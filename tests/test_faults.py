@@ -142,6 +142,37 @@ class PowerCutAtRandomMoments(KilledAtRandomMoments):
         self.assertEqual([], partials(self.target))
 
 
+class FailedBeforeACheckpoint(FaultTestCase):
+    """What a receive says of a write that failed holds the name of the file."""
+
+    def test_in_a_file_whose_name_speaks_of_the_streams_end(self):
+        """It has failed near a checkpoint, of all places, and the next piece would go on behind it."""
+        bulk(os.path.join(self.source, "unexpected EOF in stream"), 24)
+        name, = self.take(1)
+        env = support.fake("btrfs", """
+            d="${0%/*}"
+            if [ "$1" = receive ]; then
+                cat > "$d/stream"
+                trap "" 25
+                [ -e "$d/once" ] || { touch "$d/once"; ulimit -f 14000; }
+                exec REAL "$@" < "$d/stream"
+            fi
+            exec REAL "$@"
+            """)
+        pid = os.fork()
+        if not pid:
+            try:
+                os.environ.update(env)
+                with mock.patch.multiple(program, CHECKPOINT_DISTANCE=8 << 20, CHECKPOINT_INTERVAL=0.0):
+                    os._exit(program.main(["-q", "-p", "home", "-S", self.source, self.target]))
+            finally:
+                os._exit(8)
+        self.assertEqual(1, os.waitpid(pid, 0)[1] >> 8)
+        self.assertEqual([], names(self.target))
+        self.transfer()
+        self.assertConverged()
+
+
 class ContentsThatAreNotWritten(FaultTestCase):
     """A disk that takes the trees of btrfs but not the contents of files: a sync by btrfs succeeds all the same."""
 

@@ -112,6 +112,19 @@ class WithoutPython(PlainTestCase):
         self.assertTrue(account.name)
         self.check()
 
+    def test_contents_that_could_not_be_written(self):
+        """What `sync` says then names the folder, whose name may have in it what it says where it knows no -f."""
+        self.take(1)
+        self.there_is("sync", "case \"$1\" in -f) echo \"sync: error syncing '$2': Input/output error\" >&2; exit 1;; "
+                              "esac; exec REAL\n")
+        for name in ("optional", "messages"):
+            with self.subTest(name):
+                os.mkdir(os.path.join(self.target_disk.path, name), 0o700)
+                to = self.server.endpoint(os.path.join(self.target_there, name))
+                result = self.push("-S", "--retries", "0", to=[to], status=1)
+                self.assertErrorSays(result, "contents of files were lost")
+                self.assertEqual([], support.names(os.path.join(self.target_disk.path, name)))
+
     def test_pull(self):
         self.take(1)
         self.pull("-S")
