@@ -12696,7 +12696,7 @@ def delete_stream_files(folder: str, doomed: Sequence[Subvolume]) -> List[Backup
     """
     errors: List[BackupError] = []
     held = read_raw_folder(folder)
-    by_name, left = {b.name: b for b in held.backups}, {s.name: s for s in listing_of(held).subvolumes}
+    by_name, staying = {b.name: b for b in held.backups}, {s.name: s for s in listing_of(held).subvolumes}
     for subvolume in sorted(doomed, key=lambda s: -chain_length(s.name, by_name)):
         try:
             name, backup = partial_of(subvolume.name), by_name.get(subvolume.name)
@@ -12707,14 +12707,14 @@ def delete_stream_files(folder: str, doomed: Sequence[Subvolume]) -> List[Backup
             elif backup is None or backup.uuid != subvolume.received_uuid:
                 raise BackupError("not deleted: {} is no longer what it was".format(
                     os.path.join(folder, subvolume.name)), "run again")
-            elif backup.uuid in {s.parent_uuid for s in left.values()}:
-                child = next(s.name for s in left.values() if s.parent_uuid == backup.uuid)
+            elif backup.uuid in {s.parent_uuid for s in staying.values()}:
+                child = next(s.name for s in staying.values() if s.parent_uuid == backup.uuid)
                 raise BackupError("not deleted: {}, as {} builds on it".format(
                     os.path.join(folder, subvolume.name), child), "run again")
             else:
                 remove_file(folder, backup.file)
                 remove_file(folder, backup.file + SIDECAR_SUFFIX)
-                left.pop(backup.name, None)
+                staying.pop(backup.name, None)
         except BackupError as error:
             errors.append(error)
     if any(partial_of(subvolume.name) is None for subvolume in doomed):
