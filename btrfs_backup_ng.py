@@ -266,11 +266,11 @@ def plural(count: int, noun: str) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` on one line: control characters and undecodable bytes as escapes."""
+    r"""`text` on one line: control characters and undecodable bytes as escapes, a byte as `\xff`."""
     if text.isprintable():
         return text
-    shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
+    return "".join(c if c.isprintable() else "\\x{:02x}".format(ord(c) - 0xdc00) if "\udc80" <= c <= "\udcff" else
+                   c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def shown_width(text: str) -> int:
@@ -304,13 +304,8 @@ def pad(text: str, width: int) -> str:
     return text + " " * max(0, width - shown_width(text))
 
 
-def fold(line: str, width: int) -> List[str]:
-    """A line as lines of at most `width` columns, parted at blanks, the later ones indented; words and sizes are whole.
-
-    A line that is indented by 8 is one to be copied and typed: it is left to the terminal.
-    """
-    if line.startswith(" " * 8):
-        return [line]
+def fold_words(line: str, width: int) -> List[str]:
+    """A line as lines of at most `width` columns, parted between words and sizes, the later ones indented."""
     lines, indent = [""], " " * (len(line) - len(line.lstrip(" ")))
     for word in re.findall(r" *(?:[0-9.]+ (?=[KMGTPE]?i?B\b))?[^ ]+| +$", line):
         if shown_width(lines[-1] + word) > width and lines[-1].strip():
@@ -318,6 +313,25 @@ def fold(line: str, width: int) -> List[str]:
         else:
             lines[-1] += word
     return lines
+
+
+HINTED_COMMAND = re.compile(  # up to a semicolon outside of quotes
+    r"; [^;]*?: ((?:{}|btrfs|ssh|ssh-copy-id|ssh-keygen|fuser|umount|chmod|mv)"
+    r"(?: (?:[^ ;'\"]|'[^']*'|\"[^\"]*\")+)+)".format(PROGRAM))
+
+
+def fold(line: str, width: int) -> List[str]:
+    """The same, where what is to be copied and typed is never parted, but left to the terminal.
+
+    That is a line that is indented by 8, as a command becomes that does not fit where it stands.
+    """
+    if line.startswith(" " * 8) or shown_width(line) <= width:
+        return [line]
+    command = HINTED_COMMAND.search(line)
+    if command is None:
+        return fold_words(line, width)
+    before, after = line[:command.start(1) - 1], line[command.end():].lstrip("; ")
+    return fold_words(before, width) + [" " * 8 + command.group(1)] + fold_words(" " * 4 + after, width) * bool(after)
 
 
 def wrapped(text: str, width: int, indent: int) -> List[str]:
@@ -340,19 +354,24 @@ def unparted(text: str) -> str:
     return text.replace(" ", "\0")
 
 
+LEAST_LAST = 8  # columns that the last cell of a row gets, else it is on lines of its own
+
+
 def in_table(rows: Sequence[Sequence[str]], width: int = UNBOUNDED, widest: int = UNBOUNDED,
              hang: int = 0) -> List[str]:
     """Lines of columns; where the last is too long it is parted, at its line breaks first, and hangs by that much.
 
-    What is wider than `widest` and the others of its column is on a line by itself.
+    What is wider than `widest` and the others of its column is on a line by itself, or where a line has no end,
+    makes that one line longer.
     """
     columns = list(zip(*rows))[:-1]
     widths = [max((size for size in map(shown_width, column) if size <= widest), default=0) for column in columns]
     left, lines = sum(widths) + 2 * len(widths), []  # type: int, List[str]
+    left = left if left + LEAST_LAST <= width else 4
     for row in rows:
         head = "".join(pad(cell, room) + "  " for cell, room in zip(row, widths))
-        if shown_width(head) > left:
-            lines += wrapped(unparted(head.rstrip()), width, left - widths[-1] - 2)
+        if shown_width(head) > left and width != UNBOUNDED:
+            lines += wrapped(unparted(head.rstrip()), width, max(0, left - widths[-1] - 2))
             head = " " * left
         whole = head + row[-1].replace("\n", " ")
         lines += [whole.replace("\0", " ").rstrip()] if shown_width(whole) <= width else wrapped(
@@ -363,6 +382,11 @@ def in_table(rows: Sequence[Sequence[str]], width: int = UNBOUNDED, widest: int 
 def of_prefix(prefix: Optional[str]) -> str:
     """What tells in a sentence which backups are meant; nothing where all are."""
     return "" if prefix is None else "of prefix '{}' ".format(printable(prefix))
+
+
+def in_words(names: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + list(names[-1:]))
 
 
 def some_of(names: Sequence[str]) -> str:
@@ -389,7 +413,7 @@ def typed(words: Iterable[str]) -> str:
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
     """The question for the known word that is nearest to one that is not; `otherwise` where none is near."""
     import difflib
-    near = difflib.get_close_matches(word.lower(), list(known), 1)
+    near = difflib.get_close_matches(word.lower(), list(known), 1, 0.7 if word.startswith("--") else 0.6)
     return "did you mean {}?".format(near[0]) if near else otherwise
 
 
@@ -1515,6 +1539,13 @@ def parse_path(text: str) -> str:
     return text
 
 
+def parse_pattern(text: str) -> str:
+    """What paths of nested subvolumes may be like."""
+    if text.startswith("/"):
+        raise ValueError("is not relative to the source, as in docker/*")
+    return parse_path(text)
+
+
 MOMENT = re.compile(r"([0-9]{4})-?([0-9]{2})-?([0-9]{2})(?:[-T ]([0-9]{2}):?([0-9]{2})(?::?([0-9]{2}))?)?")
 
 
@@ -1772,7 +1803,7 @@ OPTION_TABLE = (
                "where snapshots are kept; relative to the source or absolute; default .btrfs-backup-ng/snapshots"),
         Option(("-p", "--snapshot-prefix"), "prefix", "P", parse_prefix,
                "what names begin with; taken literally, before the time; default: the host name and -"),
-        Option(("--skip",), "skip", "PATTERN", parse_path,
+        Option(("--skip",), "skip", "PATTERN", parse_pattern,
                "do not warn of nested subvolumes like PATTERN; those whose path fits it, such as 'docker/*'; may be "
                "repeated", many=True),
     )),
@@ -2306,7 +2337,13 @@ calls, whatever the client asks for. What it refuses is told to the client and n
 MEANT_VERBS = {  # what stands for another word elsewhere, as which nearly all begin here; '' is a backup
     "backup": "", "run": "", "send": "", "create": "", "snapshot": "", "ls": "list", "snapshots": "list",
     "status": "list", "show": "list", "check": "verify", "mount": "restore", "copy": "restore", "extract": "restore",
-    "forget": "prune", "clean": "prune", "delete": "prune",
+    "forget": "prune", "clean": "prune", "delete": "prune", "expire": "prune", "find": "browse", "search": "browse",
+    "log": "history", "versions": "history", "du": "space", "df": "space", "usage": "space", "compare": "diff",
+}
+LEAVE_OUT = "make what is to stay out a subvolume of its own, which no snapshot of the source holds"
+MEANT_OPTIONS = {  # what stands for what cannot be guessed from the word
+    "--prefix": "did you mean --snapshot-prefix?", "--exclude": LEAVE_OUT, "--exclude-from": LEAVE_OUT,
+    "--ignore": LEAVE_OUT,
 }
 ALL_FLAGS = dict(flags_of(group for verb in VERBS.values() for group in verb.groups), **FLAGS)
 # what holds for all tasks of a command
@@ -2421,9 +2458,11 @@ def find_option(flag: str, flags: Dict[str, Option]) -> Option:
     name = flag if flag in meant else "".join(meant) or flag
     if name not in flags:
         elsewhere = [verb or "a backup" for verb in VERBS if name in flags_of(VERBS[verb].groups)]
-        first = "; a verb comes first in its command" if elsewhere and "a backup" not in elsewhere else ""
+        is_verbs = elsewhere and "a backup" not in elsewhere and "--no-snapshot" in flags
+        first = "; a verb comes first in its command" if is_verbs else ""
         raise UsageError("unknown option {}".format(printable(flag)), "{} is an option of {}{}; see --help".format(
-            name, " and ".join(elsewhere), first) if elsewhere else did_you_mean(flag, flags, "see --help"))
+            name, in_words(elsewhere), first) if elsewhere else MEANT_OPTIONS.get(flag) or
+                         did_you_mean(flag, flags, "see --help"))
     if flags[name].whole:
         raise UsageError("option {} must be written in full: {}".format(flag, name), "see --help")
     return flags[name]
@@ -2524,13 +2563,13 @@ def check_folders(task: Task, done: str, hint: str) -> None:
 ########################################################################################################
 # ARGUMENTS: words and files to tasks
 #
-# Options and paths mix in any order. An option's value is the next word as it stands, whatever it begins
-# with or holds. A `:` separates tasks, alone or glued to a path, where it is no part of a URL or of
-# `host:/path`; `\:` is a colon in a path, and what begins with `./` is one path. `@FILE` reads arguments,
-# a line each, where nothing is escaped and no `:` is glued; what looks like two things on a line is refused, for
-# the second would silently get no backup; a `--` in it holds to its end; a verb passes over what does not concern
-# it in the file of a backup. Display options hold for all tasks. Verbs take one task. Mistakes in a file are
-# named with its line.
+# Options and paths mix in any order. An option's value is the next word as it stands, whatever it begins with or
+# holds; but for a word that is an option, which would go unheard: --skip --dry-run. A `:` separates tasks, alone or
+# glued to a path, where it is no part of a URL or of `host:/path`; `\:` is a colon in a path, and what begins with
+# `./` is one path. `@FILE` reads arguments, a line each, where nothing is escaped and no `:` is glued; what looks
+# like two things on a line is refused, for the second would silently get no backup; a `--` in it holds to its end; a
+# verb passes over what does not concern it in the file of a backup. Display options hold for all tasks. Verbs take
+# one task. Mistakes in a file are named with its line.
 ########################################################################################################
 
 LARGEST_ARGUMENT_FILE = 1 << 20  # bytes
@@ -2688,6 +2727,9 @@ def take_value(flag: str, option: Option, value: Optional[str], left: "collectio
         return left.popleft() if is_there else None
     if not left:
         raise UsageError("{} needs a value ({})".format(flag, option.metavar), "see --help")
+    if left[0] in ALL_FLAGS:
+        raise UsageError("{} needs a value ({}), and {} is an option".format(flag, option.metavar, left[0]),
+                         "if it is meant as the value: {}={}".format(option.flags[-1], left[0]))
     return left.popleft()
 
 
@@ -22279,6 +22321,9 @@ def history_lines(followed: Followed, versions: Sequence[Version], unknown: Sequ
     return [printable(followed.shown(followed.inner)), ""] + in_table(lines, width)
 
 
+WIDEST_GONE = 28  # columns of a name that stands in its column
+
+
 def deleted_lines(followed: Followed, gone: Sequence[Tuple[Sighting, Row]], locations: Sequence[Location],
                   width: int = UNBOUNDED) -> List[str]:
     """What a folder holds no more, a line for each name."""
@@ -22287,7 +22332,8 @@ def deleted_lines(followed: Followed, gone: Sequence[Tuple[Sighting, Row]], loca
         [local_time(sighting.mtime), FOLDER_TYPE if sighting.type == FOLDER_TYPE else format_size(sighting.size),
          printable(os.path.basename(sighting.inner)), rows_text([row], labels)[0]] for sighting, row in gone]
     nothing = "nothing is missing that a snapshot or backup has"
-    return [printable(followed.shown(followed.inner)), ""] + (in_table(lines, width) if gone else [nothing])
+    table = in_table(lines, width, WIDEST_GONE) if gone else [nothing]
+    return [printable(followed.shown(followed.inner)), ""] + table
 
 
 def rows_of_line(locations: Sequence[Location], has_source: bool, prefix: str) -> List[Row]:
@@ -22464,7 +22510,7 @@ class PathHistory:
         unknown = [row for row in self.rows if not self.sightings_of(row)]
         if self.task.json:
             print_json(describe_history(self.followed, found, unknown, self.locations))
-        elif found or unknown:
+        elif unknown or any(version.sighting.type for version in found):
             print_result("\n".join(history_lines(
                 self.followed, found, unknown, self.locations, result_size()[0])))
         if not any(version.sighting.type for version in found):
@@ -22472,11 +22518,12 @@ class PathHistory:
         return self.ending
 
     def nothing_found(self, unknown: Sequence[Row], what: str = "version of") -> BackupError:
-        looked_at = plural(len(self.rows) - len(unknown), "snapshot") + " and backups" * (len(self.locations) > 1)
+        places = "{} at {}".format(plural(len(self.rows) - len(unknown), "snapshot"),
+                                   plural(len(self.locations), "place"))
         hint = ("is the path right? history --deleted FOLDER lists what a folder held" if len(self.rows) > len(unknown)
                 else "name its destinations after the path")
-        return BackupError("no {} {}: {} looked at".format(
-            what, printable(self.followed.shown(self.followed.inner)), looked_at), hint)
+        return BackupError("no {} {} in {}".format(
+            what, printable(self.followed.shown(self.followed.inner)), places), hint)
 
     # -- what is there no more
 
@@ -22522,9 +22569,13 @@ class PathHistory:
 def check_history(task: Task) -> None:
     """UsageError for what has no history."""
     if not task.source:
-        raise UsageError("history of what?", "btrfs-backup-ng history PATH [DESTINATION ...]; see history --help")
+        raise UsageError("history takes a file or folder",
+                         "btrfs-backup-ng history PATH [DESTINATION ...]; see history --help")
     if not parse_file_place(task.source).kind.has_folder:
         raise UsageError("{} cannot be looked into".format(printable(task.source)), "name a file or folder")
+    if parse_file_place(task.source).kind.has_streams:
+        raise UsageError("{} holds streams, which only a restore reads".format(printable(task.source)),
+                         "name the path in its source, and then the folder: btrfs-backup-ng history PATH raw://FOLDER")
     check_folders(task._replace(source=""), "looked into", "name folders of backups")
 
 
@@ -22565,16 +22616,27 @@ class TreesAt(NamedTuple):
     new: Tuple[str, str]
 
 
-def newest_hint(host: Host, endpoint: Endpoint, path: str) -> str:
-    """What to name instead of the subvolume at a path, which is no snapshot."""
-    folder = os.path.join(path, Task().snapshot_folder)
+def newest_in(host: Host, endpoint: Endpoint, folder: str) -> str:
+    """How to name the newest snapshot or backup in a folder; '' where there is none, or that cannot be seen."""
     with contextlib.suppress(BackupError):
-        snapshots = [s for s in restorable(host.list(folder)) if prefix_of(s.name) is not None]
-        if snapshots:
-            newest = os.path.join(folder, max(snapshots, key=by_creation).name)
-            return "name one of its snapshots; the newest is {}".format(
-                quoted(folder_key(endpoint.kind, endpoint.machine, newest)))
-    return "take a snapshot of it, and name that: {}".format(typed([PROGRAM, endpoint.text]))
+        held = [s for s in restorable(host.list(folder)) if prefix_of(s.name) is not None]
+        if held:
+            newest = os.path.join(folder, max(held, key=by_creation).name)
+            return "the newest is {}".format(quoted(folder_key(endpoint.kind, endpoint.machine, newest)))
+    return ""
+
+
+def no_tree(host: Host, endpoint: Endpoint, why: BackupError) -> BackupError:
+    """What to say of a path that names no snapshot or backup; `why` there is none of its name in its folder."""
+    newest = newest_in(host, endpoint, endpoint.path)
+    if newest:
+        return BackupError("{} is a folder of snapshots or backups".format(endpoint.text), "name one; " + newest)
+    with contextlib.suppress(BackupError):
+        itself = host.look(endpoint.path)
+        if itself.found != "missing" and itself.inside is not None and itself.inside.readonly and itself.top:
+            return BackupError("{} is in a snapshot or backup, and only whole ones are compared".format(endpoint.text),
+                               "name {}".format(quoted(folder_key(endpoint.kind, endpoint.machine, itself.top))))
+    return why
 
 
 def find_tree(hosts: Hosts, text: str) -> FoundTree:
@@ -22587,13 +22649,18 @@ def find_tree(hosts: Hosts, text: str) -> FoundTree:
     if prefix_of(name) is None:  # a restricted key may not look into a backup
         itself = host.look(endpoint.path)
         if itself.is_top and itself.inside is not None and not itself.inside.readonly:
-            raise BackupError("{} is not a snapshot, and may change while it is compared".format(text),
-                              newest_hint(host, endpoint, itself.path))
+            newest = newest_in(host, endpoint, os.path.join(itself.path, Task().snapshot_folder))
+            raise BackupError("{} is not a snapshot, and may change while it is compared".format(text), (
+                "name one of its snapshots; " + newest if newest else
+                "take a snapshot of it, and name that: {}".format(typed([PROGRAM, endpoint.text]))))
     place = host.look(above or ".")
     if place.found != "folder" or not name:
         raise BackupError("no such snapshot or backup: {}".format(text), "is its filesystem mounted?")
     listing = host.list(place.path)
-    return FoundTree(text, host, place.path, choose_named(listing, name, place.path), listing, place.filesystem)
+    try:
+        return FoundTree(text, host, place.path, choose_named(listing, name, place.path), listing, place.filesystem)
+    except BackupError as error:
+        raise error if listing.named(name) else no_tree(host, endpoint, error) from None
 
 
 def counterpart_at(tree: FoundTree, of: Subvolume) -> Optional[Tuple[str, str]]:
@@ -23240,7 +23307,7 @@ def costs_lines(found: FolderCosts, width: int) -> List[str]:
     head = wrapped("{}: {} used, {} free of {}{}".format(
         printable(found.endpoint), used, free, total, "; sizes by samples" if found.unit else ""), width, 2)
     if not found.costs:
-        return head + ["no snapshots or backups"]
+        return head + ["no snapshots or backups; name a source, or a folder of backups"]
     has_metadata = any(cost.metadata for cost in found.costs)
     heads = ["snapshot", "new", "alone", "with older", "metadata"][:5 if has_metadata else 4]
     rows = [[printable(cost.name)] + cost_cells(cost, found.unit)[:len(heads) - 1] for cost in found.costs]
@@ -24760,11 +24827,11 @@ class VerifyRun:
                 sender.wait_readable(IDLE_NAP)
 
     def report(self, compared: Compared) -> None:
-        """Prints a result; what is wrong is an error as well, with the paths that differ."""
+        """Prints a result; what is wrong is an error as well, with the paths that differ, or the reason."""
         self.results.append(compared)
         words = [compared.result] + ([compared.text.split("\n")[0]] if compared.text else [])
         if not self.task.json:
-            cells = compared.name or "-", compared.endpoint, ": ".join(words)
+            cells = compared.name or "-", compared.endpoint, ": ".join(words if compared.name else words[:1])
             print_lines(["  ".join(map(printable, cells))])
         if compared.is_fault:
             what = "{} at {}".format(compared.name, compared.endpoint) if compared.name else compared.endpoint
@@ -25941,7 +26008,7 @@ class TaskRow:
 
 def shown_in(encoding: str, text: str) -> str:
     """`text` in characters that a terminal of that encoding can show, on one line."""
-    return printable(text.encode(encoding, "backslashreplace").decode(encoding))
+    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 class Board:
@@ -26103,7 +26170,7 @@ def live_lines(board: Board, messages: Sequence[str], width: int, height: int) -
     if rest:
         lines.append(clip(" … and {}: {}".format(plural(len(rest), "more task"), count_states(rest)), width))
     lines.append("─" * width)
-    folded = [part for message in messages[-height:] for part in fold(message, width - 2)]
+    folded = [part for message in messages[-height:] for part in fold_words(message, width - 2)]
     space = max(0, height - len(lines))
     lines += [clip(" " + line, width) for line in folded[-space:]] if space else []
     return (lines + [""] * height)[:height]
@@ -26799,11 +26866,11 @@ def last_lines(browser: Browser, shown: Callable[[str], str], width: int, most: 
         if question.takes_text:
             words = clip(shown(question.words), max(0, width - 8))
             return [clip(words + clip(shown(question.text), max(0, width - shown_width(words) - 1), True) + "_", width)]
-        lines = [part for line in question.words.split("\n") for part in fold(shown(line), width)]
+        lines = [part for line in question.words.split("\n") for part in fold_words(shown(line), width)]
         return [clip(line, width) for line in lines[-most:]]
     item = browser.page.item
     if browser.message:
-        lines = fold(shown(browser.message), width)
+        lines = fold_words(shown(browser.message), width)
         cut = lines[:most - 1] + [" ".join(line.strip() for line in lines[most - 1:])]
         return [clip(line, width) for line in cut]
     return [clip(shown(item.about) if item is not None else "", width)]

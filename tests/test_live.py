@@ -149,6 +149,10 @@ class LaidOut(unittest.TestCase):
         self.assertEqual(["    in", "        deep"], fold("    in deep", 8))
         self.assertEqual(["a", "    /long/path", "    b"], fold("a /long/path b", 6))
         self.assertEqual([""], fold("", 5))
+        hint = "error: not here; name it: btrfs-backup-ng -f 'a; b' {} X; or not".format("x" * 40)
+        self.assertEqual([hint], fold(hint, 120))
+        self.assertEqual(["error: not here;", "    name it:", " " * 8 + hint[26:-8], "    or not"], fold(hint, 20))
+        self.assertEqual(["error: a: btrfs", "    send failed"], fold("error: a: btrfs send failed", 16))
         self.assertEqual(["at", "    1.5 KiB/s", "    12", "    Bees"], fold("at 1.5 KiB/s 12 Bees", 5))
         typed = " " * 8 + "again: btrfs-backup-ng /home /mnt/backup"
         self.assertEqual([typed], fold(typed, 20))

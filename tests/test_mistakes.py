@@ -80,7 +80,7 @@ VERBS = (
     ("-n 3 version BACKUPS", 2, "no such source: version"),
     ("-q list BACKUPS", 0, "home20240101-000000"),
     ("--dry-run prune -n 1 BACKUPS", 0, "home20240101-000000"),
-    ("--dry-run list BACKUPS", 2, "--dry-run is an option of a backup and restore and prune"),
+    ("--dry-run list BACKUPS", 2, "--dry-run is an option of a backup, restore and prune"),
     ("--wait 5 -q prune --dry-run -n 5 BACKUPS", 0, ""),
     ("HOME list BACKUPS", 2, "btrfs-backup-ng list HOME BACKUPS"),
     ("restor BACKUPS HOME", 2, "did you mean restore?"),
@@ -206,6 +206,79 @@ LINES = (
     ("@none.conf", "none.conf: no such file or directory"),
 )
 
+# an option where a value should be: it would go unheard, and here it is one that keeps all from being changed
+UNHEARD = tuple(("{} --dry-run HOME BACKUPS".format(flag), 2, "{} needs a value ({}), and --dry-run is an option; if "
+                 "it is meant as the value: {}=--dry-run".format(flag, metavar, long)) for flag, metavar, long in (
+    ("--skip", "PATTERN", "--skip"), ("-p", "P", "--snapshot-prefix"), ("-f", "DIR", "--snapshot-folder"),
+    ("-n", "N", "--num-backups"), ("--log-json", "FILE", "--log-json"), ("--ssh-opt", "OPT", "--ssh-opt"),
+    ("--free-backups", "SIZE", "--free-backups"), ("--forget-destination", "DEST", "--forget-destination"))) + (
+    ("-p -S HOME BACKUPS", 2, "-S is an option; if it is meant as the value: --snapshot-prefix=-S"),
+    ("restore BACKUPS --name --latest TOP/new", 2, "--latest is an option"),
+)
+
+NEWER = (
+    # options
+    ("--exclude anna HOME BACKUPS", 2, "make what is to stay out a subvolume of its own"),
+    ("--skip HOME/anna HOME BACKUPS", 2, "is not relative to the source, as in docker/*"),
+    ("--skip '' HOME BACKUPS", 2, "--skip: '' is not a path"),
+    ("list --skip anna HOME", 2, "--skip is an option of a backup; see --help"),
+    ("--channels 0 HOME BACKUPS", 2, "--channels: '0' is not above 0"),
+    ("--channels many HOME BACKUPS", 2, "'many' is not a number"),
+    ("--free 10% HOME BACKUPS", 2, "could be --free-backups or --free-snapshots"),
+    ("--free-backups 10 HOME BACKUPS", 2, "with its unit, such as 500M, 50G or 2T, nor a share such as 10%"),
+    ("--free-backups 10GB HOME BACKUPS", 2, "with its unit, such as 500M, 50G or 2T"),
+    ("--free-backups 110% HOME BACKUPS", 2, "'110%' is not a size above 0"),
+    ("--free-snapshots 0% HOME BACKUPS", 2, "'0%' is not a size above 0"),
+    ("--free-backups -5G HOME BACKUPS", 2, "'-5G' is not a size above 0"),
+    ("--free-backups 10% HOME raw://BACKUPS", 2, "is for destinations on btrfs, not for raw:// and shell://"),
+    ("--at-least 5 HOME BACKUPS", 2, "nothing makes room; add --free-backups or --free-snapshots"),
+    ("--free-backups 10% --at-least 0 HOME BACKUPS", 2, "--at-least: '0' is not a number above 0"),
+    ("prune --free-snapshots 10% BACKUPS", 2, "--free-snapshots is an option of a backup"),
+    ("prune --at-least 2 BACKUPS", 2, "nothing says what to keep"),
+    ("--budget 5 HOME BACKUPS", 2, "unknown option --budget; see --help"),
+    # words for verbs
+    ("find thanks.txt", 2, "did you mean browse?"),
+    ("versions HOME/day1", 2, "did you mean history?"),
+    ("usage BACKUPS", 2, "did you mean space?"),
+    ("compare BACKUP BACKUP", 2, "did you mean diff?"),
+    # history
+    ("history", 2, "history takes a file or folder; btrfs-backup-ng history PATH"),
+    ("history HOME/none", 1, "error: no version of HOME/none in 2 snapshots at 2 places; is the path right?"),
+    ("history BACKUP/none", 1, "error: no version of none in 2 snapshots at 1 place; is the path right?"),
+    ("history --deleted HOME/day1", 1, "error: no folder HOME/day1 in 2 snapshots at 2 places"),
+    ("history --latest HOME/day1", 2, "--latest is an option of restore and verify; see --help"),
+    ("history raw://BACKUPS/day1", 2, "raw://BACKUPS/day1 holds streams, which only a restore reads; name the path in "
+                                      "its source, and then the folder: btrfs-backup-ng history PATH raw://FOLDER"),
+    ("history shell://cat", 2, "cannot be looked into; name a file or folder"),
+    # diff
+    ("diff BACKUP", 2, "diff takes two snapshots or backups, the older one first"),
+    ("diff --top 0 BACKUP BACKUP", 2, "--top: '0' is not above 0"),
+    ("diff BACKUPS SNAPSHOT", 1, "BACKUPS is a folder of snapshots or backups; name one; the newest is "
+                                 "BACKUPS/home20240102-000000"),
+    ("diff SNAPSHOT SNAPSHOTS", 1, "SNAPSHOTS is a folder of snapshots or backups; name one; the newest is"),
+    ("diff BACKUP/anna BACKUP", 1, "BACKUP/anna is in a snapshot or backup, and only whole ones are compared; name "
+                                   "BACKUP"),
+    ("diff BACKUP BACKUPS/home20240103-000000", 1, "no backup home20240103-000000 in BACKUPS; there are, among others"),
+    ("diff raw://BACKUP BACKUP", 1, "holds streams, which are not compared; name snapshots or backups in folders"),
+    # space, browse
+    ("space PLAIN", 1, "PLAIN is not on btrfs"),
+    ("space BACKUP", 0, "no snapshots or backups; name a source, or a folder of backups"),
+    ("space -n 5 BACKUPS", 2, "-n is an option of a backup, list, prune and doctor"),
+    ("space shell://cat", 2, "cannot be measured; name a source, or a folder of backups"),
+    ("browse PLAIN", 1, "PLAIN is in no subvolume of btrfs; name a file or folder in a subvolume"),
+    ("browse shell://cat", 2, "cannot be looked into; name a source, or a folder of backups"),
+    # files back
+    ("restore BACKUP/day1", 2, "restore takes the folder to restore files to"),
+    ("restore --latest --path ../day1 BACKUPS PLAIN", 2, "'../day1' is not a path in a backup"),
+    ("restore --path day1 BACKUPS PLAIN", 1, "choose one in it with --latest, --before TIME or --name NAME"),
+    ("restore --latest --path none BACKUPS PLAIN", 1, "there is no none in home20240102-000000"),
+    ("restore --replace --latest BACKUPS TOP/new", 2, "--replace goes with files and folders of a backup"),
+    ("restore BACKUP/anna HOME/day1", 1, "HOME/day1 is not a folder; name the folder to restore to"),
+    ("restore BACKUP/day1 HOME", 1, "day1 exists in HOME, and nothing is overwritten; --replace keeps what is there"),
+    ("restore --name home20240101-000000 --latest BACKUPS TOP/new", 2, "exclude each other; give one of them"),
+    ("verify --latest --name home20240101-000000 HOME BACKUPS", 2, "exclude each other; give one of them"),
+)
+
 OTHERS = (
     ("restore BACKUPS TOP/new", 1, "BACKUPS is a folder, not a backup; choose one in it with --latest"),
     ("restore BACKUPS", 2, "restore takes a backup and a folder to restore it to"),
@@ -295,6 +368,12 @@ class Mistakes(support.BackupTestCase):
     def test_places(self):
         self.check(PLACES)
 
+    def test_an_option_is_no_value(self):
+        self.check(UNHEARD)
+
+    def test_newer_verbs_and_options(self):
+        self.check(NEWER)
+
     def test_other_verbs(self):
         support.create(self.place("TOP/plain"))
         self.check(OTHERS)
@@ -326,6 +405,18 @@ class Mistakes(support.BackupTestCase):
         said = running.finish().stderr
         self.assertEqual(0, running.screen.wrapped, said)
         self.assertEqual(2, said.count("files and folders"), said)
+
+    def test_a_command_to_copy_is_on_a_line_of_its_own(self):
+        for typed, words in (
+                ("-p home BACKUPS HOME", "btrfs-backup-ng -p home HOME BACKUPS"),
+                ("list DISK", "btrfs-backup-ng list BACKUPS"),
+                ("verify BACKUPS HOME", "btrfs-backup-ng verify HOME BACKUPS")):
+            running = terminal.OnTerminal(*shlex.split(self.place(typed)), columns=60)
+            self.addCleanup(running.close)
+            said = running.finish().stderr
+            command = " " * 8 + self.place(words)
+            self.assertEqual(0, sum(line.endswith(": ") for line in said.split("\n")))
+            self.assertIn("\n" + "\n".join(re.findall(".{1,60}", command)), said)
 
     def test_one_that_can_never_be_a_destination_keeps_no_other_from_its_backup(self):
         result = self.backup(to=[self.source, self.target], status=1)

@@ -128,13 +128,13 @@ class Accepted(unittest.TestCase):
             (["--snapshot-prefix=@home"], {"prefix": "@home"}),
             (["--snapshot-prefix=-x"], {"prefix": "-x"}),
             (["-p", "-x"], {"prefix": "-x"}),
-            (["-p", "--help"], {"prefix": "--help"}),
+            (["--snapshot-prefix=--help"], {"prefix": "--help"}),
             (["-p", "--"], {"prefix": "--"}),
             (["-p", ""], {"prefix": ""}),
             (["--snapshot-prefix="], {"prefix": ""}),
             (["-p", " "], {"prefix": " "}),
             (["-p", "\udcff"], {"prefix": "\udcff"}),
-            (["-f", "-S"], {"snapshot_folder": "-S"}),
+            (["-f-S"], {"snapshot_folder": "-S"}),
             (["-f", "/absolute"], {"snapshot_folder": "/absolute"}),
         ])
 
