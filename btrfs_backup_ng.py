@@ -1788,7 +1788,7 @@ OPTION_TABLE = (
                "have room for what is sent, and so much besides; old backups are deleted for it before anything is "
                "sent, first what --keep-backups values least, and no more than is needed", whole=True),
         Option(("--at-least",), "at_least", "N", parse_number,
-               "keep the newest N for all that; default 3", whole=True),
+               "keep the newest N all the same; default 3", whole=True),
         Option(("--latest-only",), "num_snapshots", "", None, "deprecated, the same as -N 1", 1, whole=True),
         Option(("--forget-destination",), "forget", "DEST", parse_path,
                "forget a destination that will not come back; its pins, locks and notes are dropped",
@@ -1804,8 +1804,8 @@ OPTION_TABLE = (
         Option(("-p", "--snapshot-prefix"), "prefix", "P", parse_prefix,
                "what names begin with; taken literally, before the time; default: the host name and -"),
         Option(("--skip",), "skip", "PATTERN", parse_pattern,
-               "do not warn of nested subvolumes like PATTERN; those whose path fits it, such as 'docker/*'; may be "
-               "repeated", many=True),
+               "do not warn of nested subvolumes like PATTERN; whose path in the source fits it, such as 'docker/*'; "
+               "may be repeated", many=True),
     )),
     Group("Transfer", (
         Option(("--same-source",), "same_source", "", None,
@@ -1884,7 +1884,7 @@ BROWSE_KEYS = (
     BrowseKey("mark", ("space", "m"), "Space, m", "Space mark",
               "mark it as it was then, or unmark it; marks stay"),
     BrowseKey("restore", ("r",), "r", "r restore",
-              "restore what is marked, or else this; you are asked where to"),
+              "restore what is marked, or else this; asks where to"),
     BrowseKey("find", ("/",), "/", "/ find", "find a name, in all snapshots and backups"),
     BrowseKey("versions", ("v",), "v", "v versions", "the versions of what the cursor is on"),
     BrowseKey("compare", ("d",), "d", "d compare", "compare it with what is there now, or with the version before"),
@@ -1944,7 +1944,7 @@ AGENT_OPTIONS = (
            "receive nothing into a folder with this many broken transfers; default 16"),
     Option(("--as",), "known_as", "NAME", parse_line,
            "note only destinations of the machine NAME, as uname -n says there"),
-) + meaning("--stall-timeout", "break off what is sent where nothing of it is taken for so long; default 900")
+) + meaning("--stall-timeout", "stop sending when nothing has been taken for that long; default 900")
 ANY_PREFIX = Option(("-p", "--snapshot-prefix"), "prefix", "P", parse_prefix,
                     "only what has this prefix, taken literally; default: every prefix")
 RAW_IDENTITY = Option(("--raw-identity",), "raw_identity", "FILE", parse_path,
@@ -1980,7 +1980,7 @@ incrementally where it can, then applies retention. Without DESTINATION it keeps
                 Option(("--path",), "paths", "PATH", parse_inner, "only this file or folder of it; may be repeated",
                        many=True),
                 Option(("--replace",), "replace", "", None,
-                       "put them in the place of what bears their names in FOLDER; which stays as NAME.before-TIME"),
+                       "replace what has their names in FOLDER; which is kept as NAME.before-TIME"),
             )),
             Group("In place", (
                 Option(("--in-place",), "in_place", "SUBVOLUME", parse_path,
@@ -2002,9 +2002,9 @@ With --in-place a writable snapshot of it takes the place of SUBVOLUME in one st
 beside it as SUBVOLUME.old-DATE, with its snapshots in it. The new one has the restored state as its only
 snapshot, and so the next backup is incremental. FOLDER may then be left out.
 
-BACKUP/PATH is a file or folder in a backup. It comes into FOLDER, a folder of this machine on any
-filesystem, with owner, mode, times, attributes, hard links and holes, and gets its name there when all of it
-has come. What was broken off goes on when the same command is typed again.""",
+BACKUP/PATH is a file or folder in a backup. It comes into FOLDER, a folder of this machine on any filesystem,
+with owner, mode, times, attributes, hard links and holes, and gets its name there once it is complete. If that
+is interrupted, the same command continues it.""",
         examples=(
             ("restore /mnt/backup/home --latest --in-place /mnt/top/home", "the latest state of the subvolume"),
             ("restore /mnt/backup/home --before 2026-01-31 /mnt/top/restored", "an older state, beside what is there"),
@@ -2022,7 +2022,7 @@ has come. What was broken off goes on when the same command is typed again.""",
                 Option(("--json",), "json", "", None, "the same as JSON, for programs"))),
             Group("Policy", (
                 Option(("-n", "--num-backups"), "num_backups", "N", parse_count,
-                       "the backup's own; what it would not send is then not shown as missing"),
+                       "the -n of the backup; what it would not send is not shown as missing"),
                 Option(("--keep-backups",), "keep_backups", "POLICY", parse_policy, "the same by time"))),
             Group("Display", rows_of("-h", "-v", "-q", "--log-json")),
             Group("Hosts", rows_of("--ssh-opt", "--ssh-sudo", "--no-elevate")),
@@ -2034,15 +2034,15 @@ subvolume with a snapshot folder in it.
 
 """ + "\n".join("  {}  {}".format(sign, text) for sign, text in LIST_SIGNS.values()) + """
 
-For a place that cannot be listed the error stands beside its number, and the exit status is 1. Which backup
+A place that cannot be listed is marked so, the error stands below, and the exit status is 1. Which backup
 belongs to which snapshot is decided by UUID. Without -p, snapshots of every prefix are shown. Of lines that are
-alike the first and the last are shown, and the newest in any case.
+alike only the first and the last are shown; the newest always is.
 
 age is how long ago a snapshot was taken, sent the size of the transfer that brought its backup, as noted
 beside it when it came; where destinations differ, the smallest. What was not noted is unknown.""",
         examples=(
             ("list /home /mnt/backup/home", "what is where"),
-            ("list --missing -n 30 /home /mnt/backup/home", "what a backup with -n 30 has still to send"),
+            ("list --missing -n 30 /home /mnt/backup/home", "what a backup with -n 30 still has to send"),
             ("list /mnt/backup/home", "what there is to restore"),
             ("list --json /home ssh://nas/backups/home", "for programs"),
         ),
@@ -2052,16 +2052,16 @@ beside it when it came; where destinations differ, the smallest. What was not no
             Group("What to show", (
                 Option(("--deleted",), "deleted", "", None,
                        "what the folder PATH held in a snapshot or backup and holds no more"),
-                Option(("--no-renames",), "no_renames", "", None, "only what bore that very path"),
+                Option(("--no-renames",), "no_renames", "", None, "only what had exactly this path"),
                 ANY_PREFIX) + rows_of("-f") + (
                 Option(("--json",), "json", "", None, "the same as JSON, for programs"),)),
             Group("Display", rows_of("-h", "-v", "-q", "--log-json")),
             Group("Hosts", rows_of("--ssh-opt", "--ssh-sudo", "--no-elevate")),
         ),
         about="""\
-PATH lies in a subvolume: its snapshots are found, and its backups at the DESTINATIONs and at all that the
-subvolume has in mind. Or it lies in a backup or a folder of backups, here or on a host: then these are
-looked at. The last name of PATH is not followed where it is a link.
+PATH lies in a subvolume: its snapshots are found, and its backups at the DESTINATIONs and at all that are
+remembered for it. Or it lies in a backup or a folder of backups, here or on a host: then these are looked at.
+The last name of PATH is not followed where it is a link.
 
 For each version there is a line, newest first: when it was changed, its size, and the snapshots and backups
 that hold it; "now" is what is there now, "here" the snapshot folder. A version is another one if content,
@@ -2091,8 +2091,8 @@ Shows the snapshots and backups of each SOURCE or FOLDER on the whole terminal; 
 the filesystems that are mounted here. Backups of a snapshot stand with it. Places on other machines that a source
 remembers are looked at when you open them.
 
-Open a line, then a time: "any time" shows what a folder held in any snapshot, and marks what is gone. Nothing is
-written but by a restore, and that asks before.
+Open a line, then a time: "any time" shows what a folder held in any snapshot, and marks what is gone. Only a
+restore writes anything, and it asks first.
 
 """ + "\n".join("  {:<17}{}".format(key.shown, key.help) for key in BROWSE_KEYS) + """
 
@@ -2118,10 +2118,9 @@ of these has a copy of the other as well, which is told by UUID. Nothing is sent
 
   A added   M modified   D deleted   R renamed, from old to new path
 
-M stands for what has another type, mode, owner, time, attributes or content than before, whatever was
-written, or replaced by a file of its name; of a folder its times do not count. The size is that of new
-data: what a transfer from OLD to NEW brings for it. What lies in a renamed or moved folder is not named
-for that.""",
+M means that type, mode, owner, time, attributes or content differ, however that came about; the times of a
+folder do not count. The size is that of new data: what a transfer from OLD to NEW brings for it. What lies in a
+renamed or moved folder is not listed for that alone.""",
         examples=(
             ("diff /mnt/backup/home/laptop-20260131-093000 /mnt/backup/home/laptop-20260201-093000",
              "what changed in a day"),
@@ -2251,7 +2250,7 @@ The source sends again what it still has and its own policy keeps: give it the s
                        "report a problem if the newest complete backup is older: 90min, 26h, 3d, 2w; the first line is "
                        "then for monitoring"),
                 Option(("--json",), "json", "", None, "the same as JSON, for programs"))
-                  + meaning("-n", "the -n of the backup; with it, is what it lets go deleted, before the disk is full?")
+                  + meaning("-n", "the -n of the backup; checks that old ones are deleted, and before the disk is full")
                   + meaning("--keep-backups", "the --keep-backups of the backup; likewise")
                   + meaning("--free-backups", "the --free-backups of the backup; the disk does not fill up then")),
             Group("Display", rows_of("-h", "-v", "-q", "--log-json")),
@@ -2260,9 +2259,9 @@ The source sends again what it still has and its own policy keeps: give it the s
         about="""\
 Checks this machine (programs, kernel, privileges, clock), the source (is it a subvolume, identity of its
 snapshots, locks, notes, space, quotas, errors of its devices) and each destination (connection, folder,
-backups, what the next transfer builds on, partials, space, quotas, devices). A FOLDER is one of backups
-alone. With the policy of the backups (-n, --keep-backups) it says where what that lets go is not deleted, or
-the disk will be full before anything is. Nothing is changed.
+backups, what the next transfer builds on, partials, space, quotas, devices). A FOLDER is one of backups alone.
+Given the policy of the backups (-n, --keep-backups), it says where old ones are not deleted as they should be,
+or the disk will be full before any is. Nothing is changed.
 
 Each check says ok, problem or "not checked", and for a problem what to type.
 
@@ -19907,7 +19906,7 @@ class TaskRun(Sending):
         """What to say of nested subvolumes but of those that are meant to be left out, and their paths."""
         told = "subvolumes nested in {} are not in its snapshots".format(self.task.source)
         text, paths = nested_text(self.host, self.source, self.folder, told, self.task.skip)
-        return text + "; --skip PATTERN for those that shall not be" * bool(paths), paths
+        return text + "; use --skip PATTERN for those you leave out on purpose" * bool(paths), paths
 
     def is_news(self, nested: Sequence[str]) -> bool:
         """Whether any of these was not nested yet when the snapshot before was taken, or that cannot be told."""
@@ -23749,6 +23748,9 @@ def find_left(times: Dict[str, float], task: Task, protected: Dict[str, str], no
             "did the last runs have this policy, and end without an error? If so, see -v debug for why they stay")
 
 
+FAR_OFF = 1000  # runs, of which so many are room enough to say no more
+
+
 def find_growth(brought: Sequence[int], count: int, task: Task, free: int) -> Findings:
     """How long there will be room. brought: bytes of the last transfers; count: of the backups of their prefix."""
     if len(brought) < LEAST_NOTED:
@@ -23757,9 +23759,10 @@ def find_growth(brought: Sequence[int], count: int, task: Task, free: int) -> Fi
     runs, most = free // max(1, usual), task.backup_policy.most_kept
     text = "each backup brought about {} lately".format(format_size(usual))
     full = "{}: full in about {}".format(text, plural(runs, "run"))
-    is_kept_free = task.free_backups is not None or most is not None and runs >= most - count
+    is_kept_free = (task.free_backups is not None or runs >= FAR_OFF
+                    or most is not None and runs >= most - count)
     if task.backup_policy.keeps_all and not is_kept_free:
-        yield Finding(OK, full + " where nothing is deleted")
+        yield Finding(OK, full + " if nothing is deleted")
     elif is_kept_free:
         yield Finding(OK, text)
     else:
@@ -24902,24 +24905,26 @@ nested subvolume up by a task of its own. A destination is a folder on btrfs, be
 and raw://. A missing folder is made, and only root may enter it; but not on the source's own filesystem, where it
 mostly means that a disk is not mounted.
 
-shell://: the command runs by sh -c, on this machine, as the user who backs up. It has succeeded when it has read all
-and exited 0; else that snapshot is sent again, so let it overwrite. What it has stored cannot be seen: the
-program keeps its own record, and --forget-destination with exactly the same text starts afresh. Its environment:
+shell://: the command runs by sh -c, on this machine, as the user who backs up. It has succeeded when it has
+read everything and exited with 0; else that snapshot is sent again, so let it overwrite. What it has stored
+cannot be seen: the program keeps its own record, and --forget-destination with exactly the same text starts
+afresh. Its environment:
 
   BTRFS_BACKUP_SNAPSHOT  the snapshot's name
   BTRFS_BACKUP_PARENT    that of the one it builds on; empty if in full
   BTRFS_BACKUP_UUID      the UUID by which the stream names the snapshot
   BTRFS_BACKUP_SOURCE    the source
 
-raw://: each backup is a file with its stream and a small JSON file beside it, with names, sizes and digests in plain.
-It bears its final name only when it is whole and on the disk. Compression and encryption run on this machine. An
-increment needs all that it builds on, back to the full one: retention keeps that and says so, and --raw-full-every N
-lets whole chains go. Where one stream of a prefix is encrypted, all further ones in that folder must be.
+raw://: each backup is a file with its stream and a small JSON file beside it, with names, sizes and digests,
+unencrypted. It bears its final name only when it is whole and on the disk. Compression and encryption run on
+this machine. An increment needs all that it builds on, back to the full one: retention keeps that and says so,
+and --raw-full-every N lets whole chains go. Where one stream of a prefix is encrypted, all further ones in that
+folder must be.
 
 By hand: zstd -dc FILE | btrfs receive /mnt/restore, the full one first; gpg -d or age -d -i KEYFILE before that.""",
     "files": """\
 A word @FILE reads arguments from a file: one flag, one option with its value, or one path on each line, without
-quotes. Blank lines, indentation and lines that begin with # do not count. A line : begins another task, a line @FILE
+quotes. Blank lines, indentation and lines that begin with # are ignored. A line : begins another task, a line @FILE
 reads another file, relative to the one it stands in. Other paths are relative to where you are.
 
   # /etc/btrfs-backup/home.conf
@@ -24929,7 +24934,7 @@ reads another file, relative to the one it stands in. Other paths are relative t
   /mnt/backup/home
 
 A line that looks like two things, or like a quoted one, is refused. Below a line -- each line is a path as it
-stands; a value of that kind stands behind a =, as in --snapshot-prefix=home #-. A path that begins with @ is written
+stands; a value of that kind is written after a =, as in --snapshot-prefix=home #-. A path that begins with @ is written
 ./@. Every verb reads the file of a backup of one task and passes over what does not concern it:
 btrfs-backup-ng list @/etc/btrfs-backup/home.conf.
 
@@ -24956,13 +24961,14 @@ each of the last 24 hours that have one, of 14 days, 8 weeks, 12 months and 5 ye
 count: after a month in which the machine was off, all is still there. Days begin at midnight local time, weeks on
 Monday. What any unit wants stays, and what -N or -n wants as well; all keeps everything.
 
-By space: --free-backups 50G (or 10%) makes room before anything is sent: so much that what comes fits, and 50 GiB stay
-free. It deletes the fewest backups that suffice, first those that the policy lets go, then those that it values least:
-by number and by hours before days, weeks, months and years, and of what is valued alike the oldest. The newest
---at-least N (3) stay, and what never goes; where all else would not suffice, nothing is deleted, and an error says so.
-What each frees is known before, as space tells it; --dry-run shows the plan. Snapshots older than the newest backup are
-then not sent again. --free-snapshots does the same at the source, at the end of a run, or at once where that is so full
-that nothing can be written; what is still to be sent stays.
+By space: --free-backups 50G (or 10%) makes room before anything is sent: so much that what comes fits, and 50
+GiB stay free. It deletes the fewest backups that suffice, first those that the policy no longer keeps, then
+those that it values least: by number and by hours before days, weeks, months and years, and of what is valued
+alike the oldest. The newest --at-least N (3) stay, and so does what is never deleted; where all else would not
+suffice, nothing is deleted, and an error says so. What each frees is known before, as space tells it; --dry-run
+shows the plan. Snapshots older than the newest backup are then not sent again. --free-snapshots does the same
+at the source, at the end of a run, or at once where that is so full that nothing can be written; what is still
+to be sent stays.
 
 What would be deleted at once is not sent at all. So give a source the same policy every time, and a server that
 prunes by itself (btrfs-backup-ng prune) the policy of its sources: else they send again what it deleted.
@@ -24986,11 +24992,10 @@ Whatever the policy, these stay:
     been backed up to: --forget-destination unnamed://
   - a partial backup that no lock names
 
-So a source may keep a few more than -N says: one for each destination that is behind, and for each of several disks
-that take turns at one place: of btrfs, or for raw:// of a filesystem whose id this machine knows; others count as one.
-Of one that will not come back,
-say so once, with your usual -p and -f: btrfs-backup-ng -S --forget-destination /mnt/second/home /home. Its
-backups are not touched.""",
+So a source may keep a few more than -N says: one for each destination that is behind, and for each of several
+disks that take turns at one place: of btrfs, or for raw:// of a filesystem whose id this machine knows; others
+count as one. If one will not come back, say so once, with your usual -p and -f: btrfs-backup-ng -S
+--forget-destination /mnt/second/home /home. Its backups are not touched.""",
     "resuming": """\
 A transfer goes on where it stopped, whatever stopped it: a lost connection, a laptop that slept, kill -9, a crash of
 either side. Within a run this is tried 5 times (--retries), after pauses of half a second up to a minute, short ones
@@ -25133,12 +25138,12 @@ exists, build on a subvolume outside, run a command, forward a port, or leave mo
 (--most-partials). It can fill the disk: use a quota or a filesystem of its own. What is refused stands in the
 system's log.
 
-Such a client may not delete, so what its -n and --keep-backups would let go stays, and is told: the server prunes by
-itself.
+Such a client may not delete, so what its -n and --keep-backups would delete stays, as the run says: the server
+prunes by itself.
 
 A key with send,list reads: for a server that fetches, and to restore from a server whose other key may only add. It
 sees and changes notes of other machines' destinations alone; with --as NAME only of the machine NAME, as uname -n says
-there. Add snapshot if the server shall take the snapshots. All groups: btrfs-backup-ng agent --help.
+there. Add snapshot if the server is to take the snapshots. All groups: btrfs-backup-ng agent --help.
 
 Such a key can keep snapshots from being deleted, and so fill the disk: by sending them for ever, and by the locks and
 pins that it notes. A run says for which destination it keeps one; --as tells keys apart there. Take the key out of
@@ -25164,7 +25169,7 @@ What each of these can do at worst:
 
 Where others may enter the folder of backups, what arrives is received where only root can, in .NAME.partial.begun, and
 the backup is a read-only snapshot of it: what anybody has open for writing is no part of a backup. What was received
-there in another way, as by btrfs receive itself or by older releases, can be changed by who holds it open since.
+there in another way, as by btrfs receive itself or by older releases, can be changed by whoever has held it open since.
 
 Streams that this machine's own kernel does not write in the same run are never trusted: each command is checked before
 btrfs receive gets it, which runs where it follows no link and opens no device.
@@ -25175,11 +25180,11 @@ Backups are not hidden from root of the machine that holds them: use an encrypte
 restore BACKUP FOLDER brings a backup back as a read-only subvolume, restore --in-place SUBVOLUME puts its state in a
 subvolume's place, restore BACKUP/PATH FOLDER files and folders into FOLDER.
 
-Files come into a folder .restoring-KEY in FOLDER, which only its user can enter, and get their names when all of them
-are whole; the same command goes on with what was broken off. Nothing is overwritten; with --replace what is there stays
-as NAME.before-TIME. On the filesystem of the backup they share its data. No link is followed, nested subvolumes
-are left out. An ordinary user (--no-elevate) gets what he may read, and is told what could not be set. From another
-machine the key needs send and list there.
+Files come into a folder .restoring-KEY in FOLDER, which only its user can enter, and get their names once all
+of them are complete; if that is interrupted, the same command continues it. Nothing is overwritten; with
+--replace what is there stays as NAME.before-TIME. On the filesystem of the backup they share its data. No link
+is followed, nested subvolumes are left out. An ordinary user (--no-elevate) gets what he may read, and is told
+what could not be set. From another machine the key needs send and list there.
 
 In place: name the subvolume by its path in the top level of its disk (mount -o subvolid=5), for what is mounted cannot
 be renamed. The backup is sent back, only the difference where a snapshot is still there; a writable snapshot
@@ -28295,8 +28300,8 @@ def run_requests(requests: Sequence[Request], run: Callable[[Task, Events], Endi
     account = Account(dict(zip(task_names(requests) if len(requests) > 1 else [""], sources)))
     events = Events(view, account, *[JsonLog(task.log_json, open_log)] if task.log_json else [])
     if task.live_layout and not view.takes_screen and not task.dry_run:
-        events.info("no-view", "no live view: it needs a terminal of at least {} columns and {} lines on stderr".format(
-            *SMALLEST_VIEW))
+        events.info("no-view", "no live view: it needs a terminal that can be drawn on, of at least {} columns and {} "
+                               "lines, on stderr".format(*SMALLEST_VIEW))
     if len(requests) > 1 or view.takes_screen:
         status = run_crew(requests, events, view, account)
     else:
