@@ -4183,7 +4183,7 @@ class RoomPlan(NamedTuple):
     @property
     def line(self) -> str:
         if self.missing:
-            return "{}: deletes nothing, for all that may go would free {}, and {} would be missing".format(
+            return "{}: deletes nothing: all that may be deleted would free {}, which is {} too little".format(
                 self.purpose, format_size(self.freed), format_size(self.missing))
         what = "this one" if len(self.names) == 1 else "these {}".format(len(self.names))
         return "{}: deletes {}, frees {}".format(self.purpose, what, format_size(self.freed))
@@ -23472,8 +23472,8 @@ class Pruning:
                 self.host.wait_for_cleaning(self.folder)
             if not self.deleted and not self.kept and not self.ending.failed:
                 self.tell_empty(listing)
-            if self.task.dry_run and not self.task.json and self.kept and not self.deleted and not self.planned.clear:
-                print_result("  nothing to delete, {} kept".format(plural(self.kept, "backup")))
+            if self.task.dry_run and not self.task.json and self.kept and not self.planned.clear:
+                print_result("  {} to delete, {} kept".format(self.deleted or "nothing", plural(self.kept, "backup")))
             self.events.debug("pruned", "{} kept at {}".format(plural(self.kept, "backup"), self.text),
                               endpoint=self.text, kept=self.kept)
             tell_room(self.events, self.host, self.folder, self.text)
@@ -24543,8 +24543,8 @@ def plan_pairs(source: Location, location: Location, task: Task) -> Tuple[List[C
     for snapshot in snapshots:
         pairs += [Counterpart(snapshot, backup, location.endpoint) for backup in location.entries
                          if backup.state != "partial" and corresponds(snapshot.subvolume, backup.subvolume)]
-    pairs = pairs[-1:] if task.latest else pairs
     taken = {pair.backup.path for pair in pairs}
+    pairs = pairs[-1:] if task.latest else pairs
     latest = max([pair.backup.moment or 0.0 for pair in pairs], default=0.0)
     for entry in location.entries:
         name, is_asked = entry.snapshot_name, task.backup_name is not None

@@ -185,7 +185,8 @@ class OnDisk(BackupTestCase):
         self.assertEqual(["folder " + self.target,
                           "  keep {}: among the newest 1".format(self.name(3)),
                           "  delete {}: older than the newest 1".format(self.name(1)),
-                          "  delete {}: older than the newest 1".format(self.name(2))], result.stdout.splitlines())
+                          "  delete {}: older than the newest 1".format(self.name(2)),
+                          "  2 to delete, 1 backup kept"], result.stdout.splitlines())
         result = self.prune("--dry-run", "-n", "3")
         self.assertEqual("folder {}\n  nothing to delete, 3 backups kept\n".format(self.target), result.stdout)
 

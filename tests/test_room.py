@@ -392,7 +392,7 @@ class Runs(RoomTestCase):
             told = self.transfer("--dry-run", *options).stdout
             self.assertIn("deletes nothing", told)
             result = self.transfer(*options, status=1)
-            self.assertErrorSays(result, "deletes nothing", "would be missing", "--at-least")
+            self.assertErrorSays(result, "deletes nothing", "too little", "--at-least")
             self.assertLessEqual(set(before), set(names(self.target)))
             self.assertNotIn("deleting", result.stderr)
         self.assertEqual(len(before) + 1, len(names(self.target)))  # what fits is sent all the same

@@ -356,8 +356,16 @@ class Results(VerifyTestCase):
             self.assertEqual(expected, [line.split("  ")[0] for line in lines])
             self.assertIn("  equal", lines[0])
         self.assertErrorSays(self.verify("--name", first, status=1), "no longer there")
-        self.assertErrorSays(self.verify("--name", "nothing", status=1), "nothing to compare")
+        result = self.verify("--name", "nothing", status=1)
+        self.assertErrorSays(result, "nothing to compare")
+        self.assertEqual("-  {}  not checked\n".format(self.target), result.stdout)
         self.assertErrorSays(self.verify("-p", "root", status=1), "nothing to compare")
+
+    def test_the_latest_of_names_that_are_in_another_order_than_they_were_taken(self):
+        newest = [self.take(day)[0] for day in (2, 1)][-1]
+        self.transfer()
+        result = self.verify("--latest")
+        self.assertEqual([newest], [line.split("  ")[0] for line in result.stdout.splitlines()])
 
     def test_a_newer_one_that_is_none_is_no_success(self):
         first, second = self.take(1, 2)
