@@ -1810,7 +1810,7 @@ OPTION_TABLE = (
     Group("Transfer", (
         Option(("--same-source",), "same_source", "", None,
                "backups of this prefix are this source's; though nothing there shows it, as after the machine was "
-               "rebuilt", whole=True),
+               "rebuilt or set back to an earlier state", whole=True),
         Option(("-T", "--no-transfer"), "no_transfer", "", None, "transfer nothing"),
         Option(("-I", "--no-incremental"), "no_incremental", "", None, "always send in full"),
         Option(("--retries",), "retries", "N", parse_count,
@@ -3343,7 +3343,8 @@ def backups_of(listing: Listing, prefix: str) -> List[Subvolume]:
 #
 # Locks say which transfers have begun and not ended, pins what a destination was last seen to have in common with the
 # source, by filesystem, so that disks may take turns. A folder of backups is a source's by its note, by what it holds,
-# or by the pins; else it is free, or of others.
+# or by the pins; else it is free, or of others. A copy of a filesystem, on another machine, has the UUIDs of the first:
+# what has come to a folder since the pins, and not from here, is all that tells of it.
 ########################################################################################################
 
 Locks = Dict[str, Dict[str, List[str]]]  # {snapshot: {"locks": [destination], "parent_locks": [...]}}
@@ -3358,7 +3359,8 @@ class Pin(NamedTuple):
     """The newest snapshot that a destination on one filesystem is known to have in common with the source.
 
     `filesystem` is the UUID of the filesystem the destination was seen on, or what else there is to call it; `sent`
-    the ids of all that a destination has got which cannot be listed. In that of UNNAMED it is all that may be needed.
+    the ids of all that a destination has got which cannot be listed; where it can, of what it has got since that
+    snapshot, or was about to get. In that of UNNAMED it is all that may be needed.
     """
 
     name: str
@@ -3404,12 +3406,16 @@ NO_NOTES = FolderNotes()
 class Owner(NamedTuple):
     """A source that asks whether the backups in a folder are its own. `ids`: what notes there would call it.
 
-    pins: its own of that place, on whatever filesystem.
+    pins: its own of that place, on whatever filesystem. all_pins: with those of other places. uuid: its subvolume's.
+    is_blank: whether it had no snapshot when the run began.
     """
 
     snapshots: Sequence[Subvolume]
     ids: Tuple[str, ...] = ()
     pins: Tuple[Pin, ...] = ()
+    all_pins: Tuple[Pin, ...] = ()
+    uuid: Optional[str] = None
+    is_blank: bool = False
 
 
 OURS, FREE, OF_OTHERS = "ours", "free", "of others"
@@ -3440,6 +3446,30 @@ def whose(owner: Owner, listing: Listing, prefix: str, noted: Sequence[str], fil
     if any(pin.filesystem in (None, filesystem) for pin in owner.pins):
         return OURS
     return OF_OTHERS if backups_of(listing, prefix) else FREE
+
+
+def unaccounted(owner: Owner, listing: Listing, prefix: str, filesystem: Optional[str]) -> List[Subvolume]:
+    """Backups in a folder of the owner's that came since it last saw that, and not from what it has.
+
+    They are newer there, and by their names, than all that it knows of: what was sent late, and clocks that were wrong,
+    tell nothing. Where it has no snapshot, and knows nothing of that filesystem, they are all that there are.
+    """
+    here = [pin for pin in owner.all_pins if pin.filesystem == filesystem]
+    ids = {s.stream_id for s in owner.snapshots}.union(*((pin.uuid,) + pin.sent for pin in owner.all_pins))
+    backups = [(b, b.received_uuid in ids or b.uuid in ids) for b in backups_of(listing, prefix)]
+    known, strange = ([b for b, is_known in backups if is_known is wanted] for wanted in (True, False))
+    if not here and not known and owner.is_blank:
+        return strange
+    if not any(pin.filesystem == filesystem for pin in owner.pins):
+        return []
+
+    def place(backup: Subvolume) -> int:
+        return backup.otime if listing.chained else backup.subvolid
+
+    names = [backup.name for backup in known] + [pin.name for pin in here]
+    latest = max(snapshot_time(prefix, name) or 0.0 for name in names)
+    last = max(map(place, known), default=0)
+    return [b for b in strange if (snapshot_time(prefix, b.name) or 0.0) > latest and place(b) >= last]
 
 
 def claimed(owner: Owner, noted: Tuple[str, ...], found: str) -> Tuple[str, ...]:
@@ -3988,13 +4018,32 @@ def unnamed_pin(snapshots: Sequence[Subvolume]) -> Pin:
                sent=tuple(s.stream_id or "" for s in snapshots))
 
 
+def still_sent(known: Known, seen: Seen, pin: Pin) -> Tuple[str, ...]:
+    """What a destination is known to have got since the snapshot that is to be pinned, beyond what is still here.
+
+    That is what was known when the pin before was newer; and where there was none, all that is there.
+    """
+    def moment(name: str) -> float:
+        return snapshot_time(known.prefix, name) or 0.0
+
+    before = next((old for old in known.pins.get(seen.key, ()) if is_replaced(old, pin)), None)
+    if before is None:
+        here = {s.stream_id for s in known.snapshots}
+        return tuple(b.received_uuid or "" for b in backups_of(seen.listing, known.prefix)
+                     if moment(b.name) > moment(pin.name) and b.received_uuid not in here)
+    if pin.uuid == before.uuid:
+        return before.sent
+    return before.sent + (before.uuid,) if moment(pin.name) < moment(before.name) else ()
+
+
 def pin_at(known: Known, seen: Seen) -> Optional[Pin]:
     """What is to be remembered of a destination: the newest snapshot in common."""
     newest = in_common(known.snapshots, seen.listing).newest
     if newest is None:
         return None
     sent = () if seen.has_folder else tuple(s.received_uuid or "" for s in seen.listing.subvolumes)
-    return Pin(newest.name, newest.stream_id or "", iso_time(newest.otime), seen.filesystem, sent)
+    pin = Pin(newest.name, newest.stream_id or "", iso_time(newest.otime), seen.filesystem, sent)
+    return pin if not seen.has_folder else pin._replace(sent=still_sent(known, seen, pin))
 
 
 def new_pins(known: Known, seen: Iterable[Seen]) -> Dict[str, Pin]:
@@ -18931,7 +18980,9 @@ class Sending:
 
     def remember(self, destinations: Sequence[Destination]) -> None:
         """Pins, for each destination that was seen, the newest snapshot in common."""
-        new = new_pins(self.known(), [self.seen(d) for d in destinations if d.listing is not None])
+        self.note_pins(new_pins(self.known(), [self.seen(d) for d in destinations if d.listing is not None]))
+
+    def note_pins(self, new: Dict[str, Pin]) -> None:
         if new:
             self.host.change_pins(self.folder, self.prefix, dict(new))
         self.pins = with_pins(self.known(), new).pins
@@ -19380,6 +19431,7 @@ class TaskRun(Sending):
         self.ids: Tuple[str, ...] = ()  # what folders of backups call this source
         self.noted: PinsOfPrefix = {}  # the pins as they were found
         self.was_used = False  # whether a run has worked here before
+        self.is_blank = False  # there was no snapshot when the run began
         self.are_notes_lost = False  # for what a run before has sent it has noted
         self.was_full = False  # once in a run room is made for it
         self.may_delete = True  # snapshots
@@ -19655,14 +19707,18 @@ class TaskRun(Sending):
             listing = destination.host.list(place.path)
             destination.notes = destination.host.read_notes(place.path, self.prefix)
             self.check_owner(destination, listing)
-            if destination.is_adopted or not destination.notes.is_whole:
-                why = ("backups that may be another source's are taken over" if destination.is_adopted else
-                       "an older version of this program answers there, which does not tell whose its backups are")
-                self.events.warning("adopted", "{}: {}, so nothing is deleted there in this run".format(
-                    destination.text, why), destination=destination.key)
+            if destination.is_adopted:
+                self.tell_adopted(destination, "backups that may be another source's are taken over")
+            elif not destination.notes.is_whole:
+                self.tell_adopted(destination, "an older version of this program answers there, which does not tell "
+                                               "whose its backups are")
             destination.listing = listing
             if self.was_used and not self.noted and in_common(self.snapshots, listing).newest is not None:
                 self.are_notes_lost = True
+
+    def tell_adopted(self, destination: Destination, why: str) -> None:
+        self.events.warning("adopted", "{}: {}, so nothing is deleted there in this run".format(destination.text, why),
+                            destination=destination.key)
 
     def check_destination(self, destination: Destination, place: Place) -> None:
         """BackupError where nothing may be written there; says where all lies on one filesystem."""
@@ -19677,8 +19733,12 @@ class TaskRun(Sending):
         return Situation(place, self.source_place, self.folder_place, self.task.skip_fs_checks,
                          forget_command(self.task, self.prefix, destination.text) if moved else "")
 
-    def owner(self, destination: Destination) -> Owner:
-        return Owner(self.snapshots, self.ids, self.pins.get(destination.key, ()))
+    def owner(self, destination: Destination, lent: Sequence[Pin] = ()) -> Owner:
+        """lent: pins of a folder that backups are sent on from, which this source fills as well."""
+        inside, pins = self.source_place.inside, tuple(pin for pins in self.pins.values() for pin in pins)
+        return Owner(self.snapshots, self.ids, self.pins.get(destination.key, ()), pins + tuple(
+            pin for pin in lent if pin.filesystem == destination.filesystem), inside.uuid if inside else None,
+            self.is_blank)
 
     def check_owner(self, destination: Destination, listing: Listing) -> None:
         """BackupError where the backups of this prefix at a destination are another source's."""
@@ -19699,6 +19759,46 @@ class TaskRun(Sending):
                 "destination {}: its backups of prefix {} belong to another source".format(
                     destination.text, printable(repr(prefix))),
                 hint + "; if it is the same source, on a machine that was rebuilt: --same-source")
+        destination.is_adopted = True
+
+    def check_copies(self) -> None:
+        """Closes destinations that another machine backs up to with a copy of this source's filesystem."""
+        strange = {d: self.unaccounted(d, d.listing or Listing()) for d in self.listed()}
+        lent = [pin for d, found in strange.items() if not found for pins in d.notes.pins.values() for pin in pins]
+        for destination, found in strange.items():
+            listing = destination.listing or Listing()
+            found = self.unaccounted(destination, listing, lent) if found else []
+            with self.at(destination):
+                destination.listing = None
+                self.check_copy(destination, found)
+                destination.listing = listing
+                if found and destination.is_adopted:
+                    self.tell_adopted(destination, "backups that may be of a copy of this source are taken over")
+                if found and not self.task.dry_run:
+                    self.note_sent(destination, (b.received_uuid for b in found))
+
+    def unaccounted(self, destination: Destination, listing: Listing, lent: Sequence[Pin] = ()) -> List[Subvolume]:
+        """Backups that came to a destination of ours, and not from what is here."""
+        is_ours = destination.whose == OURS and destination.endpoint.kind.has_folder
+        return unaccounted(self.owner(destination, lent), listing, self.prefix,
+                           destination.filesystem) if is_ours else []
+
+    def check_copy(self, destination: Destination, found: Sequence[Subvolume]) -> None:
+        """BackupError where backups came from a copy of the source, or this is one, of an earlier state.
+
+        Not where the source was replaced in place: then its note says so, or what took its place for a while is here.
+        """
+        noted, inside = destination.notes.sources, self.source_place.inside
+        own = inside.uuid if inside is not None else None
+        if not found or own not in noted or noted[-1] != own and self.rival(noted[-1:]):
+            return
+        if not self.task.same_source:
+            raise BackupError(
+                "destination {}: nothing is known here of {}: another machine with a copy of this filesystem backs up "
+                "there, or this one was set back to an earlier state".format(
+                    destination.text, some_of([b.name for b in found])),
+                "give each machine a prefix of its own with -p, or a folder of its own; if it is the same machine: "
+                "--same-source")
         destination.is_adopted = True
 
     def rival(self, noted: Sequence[str]) -> str:
@@ -19728,6 +19828,7 @@ class TaskRun(Sending):
             except Exception:
                 continue
             self.check_owner(seen, listing)
+            self.check_copy(seen, self.unaccounted(seen, listing))
             if destination in self.needed_destinations():
                 with self.at(destination):
                     seen.check_ever(self.situation_of(seen, place))
@@ -19837,6 +19938,8 @@ class TaskRun(Sending):
         for destination in self.needed_destinations():
             if not destination.was_reached:
                 self.reach(destination)
+        self.check_copies()
+        for destination in self.needed_destinations():
             with self.at(destination):
                 destination.records = self.usable_records(destination)
         self.look_at_idle()
@@ -19936,6 +20039,20 @@ class TaskRun(Sending):
                 self.pins = dict(self.pins, **{UNNAMED: (pin,)})
         super().remember(destinations)
 
+    def note_sent(self, destination: Destination, ids: Iterable[Optional[str]]) -> None:
+        """Notes what a destination with a pin has got, or is about to get, which is the source's own from then on."""
+        for pin in self.pins.get(destination.key, ()):
+            if pin.filesystem == destination.filesystem:
+                sent = dict.fromkeys(itertools.chain(pin.sent, filter(None, ids)))
+                self.note_pins({destination.key: pin._replace(sent=tuple(sent))})
+
+    def announce(self) -> None:
+        """Notes what is about to be sent: who ends before it is noted that it was must not take it for another's."""
+        for destination in self.destinations:
+            if destination.is_open and destination.endpoint.kind.has_folder and destination.plan.transfers:
+                with apart(self.events, lambda error: self.events.aside("unnoted", error), "notes"):
+                    self.note_sent(destination, (t.snapshot.stream_id for t in destination.plan.transfers))
+
     def warn_of_unnamed(self) -> None:
         kept = unnamed_snapshots(self.pins, self.snapshots)
         if kept and not self.task.snapshot_policy.keeps_all:
@@ -19967,6 +20084,7 @@ class TaskRun(Sending):
             self.read_state()
             listing = self.list_snapshots()
             self.snapshots = snapshots_of(listing, self.prefix)
+            self.is_blank = not self.snapshots
             self.warn_of_writable(listing)
             self.give_up()
             self.look_at_new()
@@ -20064,6 +20182,7 @@ class TaskRun(Sending):
                     self.recover(destination)
         if self.task.free_backups is not None:
             self.free_destinations(self.task.free_backups)
+        self.announce()
         with self.watched_room():
             self.transfer_all()
         for destination in self.destinations:

@@ -5,6 +5,7 @@ What is known about a subvolume comes from `btrfs subvolume show`, never from th
 
 import atexit
 import contextlib
+import copy
 import fcntl
 import glob
 import itertools
@@ -267,6 +268,14 @@ class Disk:
         unmount(self.path)
         detach(self.loop, os.path.dirname(self.image))
         self.loop = None
+
+    def copied(self):
+        """A copy of it, as of another machine, which takes turns with it at its mount point; neither is mounted now."""
+        self.unmount()
+        other = copy.copy(self)
+        other.image = os.path.join(os.path.dirname(self.image), image_name(next(self.numbers)))
+        command("cp", "--sparse=always", self.image, other.image)
+        return other
 
     def cut_power(self):
         """Mounts it as it would be after a power failure at this moment: what was not written yet is lost.

@@ -9,6 +9,7 @@ import unittest
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import remote
 import support
+from fakes import btrfs_where, killed_at
 from support import create, names, snapshot, subvolume
 
 from btrfs_backup_ng import (
@@ -289,6 +290,281 @@ class TwoSources(TwoSourcesTestCase):
             file.write("{")
         self.assertErrorSays(self.transfer("-n", "1", status=1), path, "damaged")
         self.assertEqual([self.name(1)], names(self.target))
+
+
+class Copies(support.BackupTestCase):
+    """Two machines with copies of one filesystem, or one that is set back to a copy of it; `turn` takes the other's."""
+
+    usual_seconds = 3
+    source_size = "256M"
+    target_size = "256M"
+    scheme = ""
+
+    def part(self):
+        """From now on there are two."""
+        self.here, self.there = self.source_disk, self.source_disk.copied()
+        self.addCleanup(self.there.close)
+        self.here.mount()
+
+    def turn(self):
+        self.here.unmount()
+        self.here, self.there = self.there, self.here
+        self.here.mount()
+
+    def send(self, *options, to=(), **more):
+        return self.transfer(*options, to=[*to, self.scheme + self.target], **more)
+
+    def backups(self):
+        return sorted({name.partition(".btrfs")[0] for name in os.listdir(self.target) if name.startswith("home")})
+
+    def assertBackups(self, *days):
+        self.assertEqual([self.name(day) for day in days], self.backups())
+
+    def assertRefused(self, *days):
+        """For the backups of those days, without anything sent or deleted there."""
+        before = support.listing(self.target)
+        for more in (("-S",), ("-S", "-T"), ("-S", "--dry-run")):
+            result = self.backup("-n", "1", *more, to=[self.scheme + self.target], status=1)
+            self.assertErrorSays(result, "another machine with a copy", "-p", "--same-source", *map(self.name, days))
+        self.assertIn("nothing can be done there now", result.stdout)
+        self.assertEqual(before, support.listing(self.target))
+
+    def test_each_is_told_of_the_other(self):
+        self.take(1)
+        self.send()
+        self.part()
+        self.take(2, 3)
+        self.send("-n", "1", "-N", "1")
+        self.turn()
+        self.take(4)
+        self.assertRefused(3)
+        self.send("--same-source", "-n", "1")  # which it is not
+        self.assertEqual([self.name(3), self.name(4)], self.backups()[-2:])
+        self.turn()
+        self.assertRefused(4)
+
+    def test_one_that_is_set_back_says_once_that_it_is_the_same(self):
+        self.take(1)
+        self.send()
+        self.part()
+        self.take(2, 3)
+        self.send("-N", "1")
+        self.turn()
+        result = self.send("--same-source", "-n", "1")  # with nothing to send
+        self.assertIn("taken over, so nothing is deleted there in this run", result.stderr)
+        self.assertBackups(1, 2, 3)
+        self.take(4)
+        self.send("-n", "1", "-N", "1")
+        self.assertIn(self.name(4), self.backups())
+        self.take(5)
+        self.send()
+
+    def test_machines_made_from_one_template(self):
+        self.part()
+        self.take(1)
+        self.send("-n", "1")
+        self.turn()
+        before = support.listing(self.target)
+        for more in ((), ("--dry-run",), ()):
+            result = self.backup("-n", "1", *more, to=[self.scheme + self.target], status=1)
+            self.assertErrorSays(result, "another machine with a copy", self.name(1), "-p", "--same-source")
+        self.assertEqual((before, []), (support.listing(self.target), names(self.snapshots)))
+        self.backup("--same-source", "-n", "1", to=[self.scheme + self.target])
+        self.assertEqual(2, len(self.backups()))
+        self.send()
+
+    def test_one_with_a_prefix_of_its_own(self):
+        self.take(1)
+        self.send()
+        self.part()
+        self.take(2)
+        self.send()
+        self.turn()
+        self.backup("-p", "other-", "-n", "1", to=[self.scheme + self.target])
+        self.assertBackups(1, 2)
+
+    def test_what_was_sent_to_another_disk_meanwhile_tells_nothing_of_this(self):
+        other = self.disk("128M").path
+        self.take(1)
+        self.send(to=[other])
+        self.part()
+        self.take(2)
+        self.send("-N", "1")
+        self.turn()
+        self.take(3, 4)
+        self.transfer(to=[other])
+        self.assertRefused(2)
+        self.send(to=[other], status=1)
+        self.assertRefused(2)
+
+
+class CopiesOfStreamFiles(Copies):
+    scheme = "raw://"
+
+
+class NoCopies(support.BackupTestCase):
+    """What could look like the backups of a copy, but is this source's own."""
+
+    source_size = "256M"
+    target_size = "256M"
+
+    def drop(self, *days):
+        for day in days:
+            support.delete(self.snapshot_path(self.name(day)))
+
+    def assertGoesOn(self, day, *options, to=None):
+        """Also where nothing is to be sent, as where the run before was broken off before it sent anything."""
+        for more in (("--dry-run",), ()) if names(self.snapshots) else ():
+            self.transfer(*more, to=to)
+        self.take(day)
+        self.assertNotIn("taken over", self.transfer("-n", "1", *options, to=to).stderr)
+        self.assertIn(self.name(day), names(self.target))
+        self.transfer(to=to)
+
+    def replace(self, name):
+        """By hand, with what the source was: the snapshots since then stay in the old one."""
+        old = self.source + ".old"
+        os.rename(self.source, old)
+        snapshot(os.path.join(old, ".btrfs-backup-ng", "snapshots", name), self.source, readonly=False)
+        for left in os.listdir(self.snapshots):
+            if not left.startswith("."):
+                os.rmdir(self.snapshot_path(left))
+        return old
+
+    def test_a_run_that_is_killed_at_any_call(self):
+        """What it has sent is noted before a run to another destination may delete it."""
+        other, day = self.disk("256M").path, 1
+        self.take(1)
+        self.transfer()
+        for call in range(1, 15):
+            self.take(day + 1, day + 2)
+            day += 2
+            killed = self.start_backup("-S", "-I", env=killed_at(call)).finish()  # so that no lock names what it sent
+            self.transfer("-N", "1", to=[other])
+            self.transfer("-n", "1")
+            self.assertIn(self.name(day), names(self.target))
+            if not killed.status:
+                break
+        self.assertGreater(call, 5)
+        self.assertEqual(0, killed.status)
+
+    def test_snapshots_that_were_deleted_by_hand(self):
+        self.take(1, 2)
+        self.transfer()
+        self.take(3, 4)
+        self.transfer()
+        self.drop(3, 4)
+        self.assertGoesOn(5)
+
+    def test_all_of_them_and_nothing_is_sent(self):
+        self.take(1, 2)
+        self.transfer()
+        self.drop(1, 2)
+        self.assertGoesOn(3)
+
+    def test_older_ones_that_were_sent_later(self):
+        self.take(1, 2, 3, 4)
+        self.transfer("-n", "1")
+        self.transfer()
+        self.drop(1, 2, 3)
+        self.assertGoesOn(5)
+
+    def test_names_of_another_time_zone(self):
+        self.take(1, 9)
+        self.transfer()
+        self.take(2)
+        self.transfer()
+        self.drop(9)
+        self.drop(1)
+        self.transfer("-n", "9")
+
+    def test_two_names_of_one_folder(self):
+        bound = os.path.join(support.scratch_folder(), "bound")
+        os.mkdir(bound)
+        support.command("mount", "--bind", self.target_disk.path, bound)
+        self.addCleanup(os.rmdir, bound)
+        self.addCleanup(support.unmount, bound)
+        for day in range(1, 7):
+            self.take(day)
+            self.transfer("-N", "1", to=[[self.target, os.path.join(bound, "backups")][day // 2 % 2]])
+
+    def test_a_destination_that_was_forgotten(self):
+        other = os.path.join(self.target_disk.path, "other")
+        os.mkdir(other)
+        self.take(1)
+        self.transfer(to=[self.target, other])
+        self.take(2, 3)
+        self.transfer()
+        self.transfer("-T", "--forget-destination", self.target, to=[other])
+        self.drop(2, 3)
+        self.assertGoesOn(4)
+
+    def test_lost_notes(self):
+        self.take(1, 2)
+        self.transfer()
+        os.unlink(os.path.join(self.snapshots, ".destinations.json"))
+        self.drop(1, 2)
+        self.take(3)
+        self.assertGoesOn(4)
+
+    def test_notes_of_an_earlier_day(self):
+        """As release 0.7.0 leaves them where it is killed."""
+        path = os.path.join(self.snapshots, ".destinations.json")
+        self.take(1)
+        self.transfer()
+        before = open_text(path)
+        self.take(2, 3)
+        self.transfer()
+        with open(path, "w") as file:
+            file.write(before)
+        self.drop(2)
+        self.assertGoesOn(4)
+
+    def test_a_source_that_was_replaced_by_hand(self):
+        self.take(1)
+        self.transfer()
+        self.take(2, 3, 4)
+        self.transfer()
+        old = self.replace(self.name(2))
+        self.assertGoesOn(5)
+        os.rename(self.source, self.source + ".tried")  # and then it is undone
+        os.rename(old, self.source)
+        self.assertGoesOn(6)
+
+    def test_one_whose_first_run_since_was_broken_off(self):
+        self.take(1)
+        self.transfer()
+        self.take(2, 3, 4)
+        self.transfer()
+        self.replace(self.name(2))
+        self.take(5)
+        self.transfer(status=None, env=btrfs_where("exit 1", "receive"))
+        self.assertGoesOn(6)
+
+    def test_one_that_was_restored_in_place(self):
+        self.take(1, 2, 3)
+        self.transfer()
+        self.run_program("restore", "--name", self.name(2), self.target, "--in-place", self.source)
+        self.take(4)
+        self.transfer(status=None, env=btrfs_where("exit 1", "receive"))
+        self.assertGoesOn(5)
+
+    def test_backups_that_are_sent_on(self):
+        """Also by a source that sends some of them there itself, and no longer has those that came the other way."""
+        last = self.disk("256M").path
+        relay = ["-S", "-p", "home", "-f", self.target, self.target_disk.path, last]
+        self.take(1)
+        self.transfer(to=[self.target, last])
+        for day in (2, 3, 4):
+            self.take(day)
+            self.transfer("-N", "1")
+            self.run_program(*relay)
+        self.take(5)
+        self.transfer("-N", "1")
+        self.transfer(to=[last, self.target])
+        self.take(6)
+        self.transfer(to=[last])
+        self.run_program("-n", "2", *relay)
 
 
 class Chains(support.BackupTestCase):
