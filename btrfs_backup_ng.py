@@ -17088,7 +17088,7 @@ class RemoteReceiver(StreamSink):
                 raise self.channel.nonsense("an invalid position in the stream")
             return None
         self.phase = Phase.OVER
-        if tag == FAILED and isinstance(value, (ReceiverFailed, StreamDamaged)):
+        if tag == FAILED and isinstance(value, (ReceiverFailed, StreamDamaged, Refused)):
             raise value
         if tag == FAILED and isinstance(value, BackupError):
             raise ReceiverFailed(value.message, value.hint, value.detail, value.transient)
@@ -17118,7 +17118,7 @@ class RemoteReceiver(StreamSink):
                 self.channel.send(ABORT)
             while self.phase is not Phase.OVER:
                 frame = self.channel.await_frame(ENDING_TIMEOUT)
-                with contextlib.suppress(ReceiverFailed):
+                with contextlib.suppress(ReceiverFailed, Refused):
                     self.take_answer(*frame)
         except BackupError:
             connection.is_broken = True
@@ -18939,6 +18939,8 @@ class Sending:
             if destination.closed and not told.hint and not told.transient:
                 told.hint = self.hint_of_place(destination)
             self.report(told, destination, self.doing(name, destination) + ": ")
+            if isinstance(error, Refused):
+                self.clear_refused(transfer, destination)
             return
         listing = destination.listing  # where nothing is left of what this went on from
         destination.listing = listing._replace(
@@ -18949,6 +18951,14 @@ class Sending:
         self.clear_locks(destination, [transfer.lock(destination.key)])
         destination.sent += 1
         self.tell_sent(transfer, destination, delivered)
+
+    def clear_refused(self, transfer: Transfer, destination: Destination) -> None:
+        """Clears the lock of a transfer that was refused, where nothing is there of one before."""
+        name = transfer.snapshot.name
+        with contextlib.suppress(BackupError):  # that may be refused as well
+            listing = destination.host.list(destination.path)
+            if name not in listing.partials and not trace_names(name) & listing.others:
+                self.clear_locks(destination, [transfer.lock(destination.key)])
 
     @staticmethod
     def hint_of_place(destination: Destination) -> str:

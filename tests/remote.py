@@ -696,7 +696,11 @@ class RestrictedTestCase(RemoteTestCase):
     def setUp(self):
         super().setUp()
         self.under = self.target_there + "/backups"
-        words = support.PROGRAM_ARGV + ["agent", "--under", self.under, "--allow", self.allow]
+        self.restrict(self.allow)
+
+    def restrict(self, allow):
+        """What the key may do from now on."""
+        words = support.PROGRAM_ARGV + ["agent", "--under", self.under, "--allow", allow]
         words += self.more
         command = " ".join(map(shlex.quote, words))
         self.server.authorize("root", 'restrict,command="{}"'.format(command))

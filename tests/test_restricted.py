@@ -95,6 +95,28 @@ class OrdinaryUse(RestrictedTestCase):
         self.assertEqual(before, support.names(self.target)[:3])
         self.assertEqual(4, len(support.names(self.target)))
 
+    def test_what_is_refused_leaves_no_lock(self):
+        self.take(1)
+        self.push("-S")
+        self.restrict("list")
+        self.take(2)
+        self.assertErrorSays(self.push("-S", status=1), "this key may not")
+        self.assertEqual({}, support.read_locks(self.snapshots))
+
+    def test_but_that_of_what_is_left_there(self):
+        proxy = self.proxy(self.server.port)
+        self.set_endpoints(port=proxy.port)
+        with open(os.path.join(self.source, "big"), "wb") as file:
+            file.write(os.urandom(16 << 20))
+        self.take(1)
+        run = self.start(*self.program_options() + ["-p", "home", "-S", "--limit", "4M", self.source,
+                                                    self.remote_target])
+        run.wait_for("partial backup", lambda: support.partials(self.target))
+        self.restrict("list")
+        proxy.cut()
+        self.assertErrorSays(run.finish(), "this key may not")
+        self.assertEqual([self.name(1)], list(support.read_locks(self.snapshots)))
+
     def test_a_killed_client_leaves_what_the_next_run_clears(self):
         self.write("big", os.urandom(64 << 19).hex())
         running = self.start(*self.program_options() + ["-p", "home", self.source, self.remote_target])
