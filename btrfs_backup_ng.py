@@ -3798,11 +3798,14 @@ def plan_recoveries(locks: Locks, destination: str, snapshots: Sequence[Subvolum
             for name in sorted(locked_names(locks, destination))]
 
 
-def left_traces(snapshots: Sequence[Subvolume], listing: Listing) -> List[str]:
-    """Snapshots whose backup is complete beside the record or lock of its partial, as a power failure leaves them."""
-    pairs = [(s, listing.named(s.name)) for s in snapshots
-             if trace_names(s.name) & listing.others]
-    return [snapshot.name for snapshot, backup in pairs if backup is not None and corresponds(snapshot, backup)]
+def left_traces(snapshots: Sequence[Subvolume], listing: Listing, prefix: str) -> List[str]:
+    """Snapshots whose backup is complete beside the record, lock or folder of its partial.
+
+    So power failures leave it, and an older release that has sent what a run before had begun. They may be gone by now.
+    """
+    known = {s.name: s for s in snapshots}
+    return [b.name for b in listing.subvolumes if trace_names(b.name) & listing.others and (
+        corresponds(known[b.name], b) if b.name in known else b.is_received and name_time(prefix, b.name) is not None)]
 
 
 def without_taking_up(recovery: Recovery, listing: Listing) -> Recovery:
@@ -13631,7 +13634,7 @@ class LocalHost(NotingHost):
             except Exception as error:
                 errors.append(explain(error, "cannot delete {}".format(os.path.join(folder, subvolume.name))))
         errors += self.forget_partials(folder, [partial_of(s.name) or "" for s in doomed if partial_of(s.name)])
-        if doomed:
+        if doomed or self.serves:  # who asks for nothing asks again, for what was deleted when the answer was lost
             self.command(["btrfs", "filesystem", "sync", folder], "cannot sync {}".format(folder))
         return errors
 
@@ -18816,7 +18819,7 @@ class Sending:
             destination.host.make_folder(destination.path)
             destination.is_new = False
         is_listed = destination.endpoint.kind.has_subvolumes and destination.listing is not None
-        traces = left_traces(self.snapshots, destination.listing or Listing()) if is_listed else []
+        traces = left_traces(self.snapshots, destination.listing or Listing(), self.prefix) if is_listed else []
         for error in destination.host.forget_partials(destination.path, traces) if traces else ():
             self.report(error, destination)
         for recovery in destination.plan.recoveries:

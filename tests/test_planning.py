@@ -1115,7 +1115,7 @@ class Records(unittest.TestCase):
             (holding(also=[backup(2, name="renamed")], others=[record]), []),
         ):
             with self.subTest(listing=listing):
-                self.assertEqual(expected, left_traces(snapshots(1, 2), listing))
+                self.assertEqual(expected, left_traces(snapshots(1, 2), listing, "home"))
 
 
 class Protections(unittest.TestCase):

@@ -585,6 +585,21 @@ class DestinationFolder(PlantedTestCase):
                     self.assertIn("deleted " + program.begun_name(name), result.stderr)
                 self.assertEqual([], [left for left in support.hidden(self.target) if ".partial" in left])
 
+    def test_what_a_beginning_left_goes_where_an_older_release_has_completed_the_backup(self):
+        """It knew nothing of it, and took the lock away."""
+        self.transfer()
+        for day, is_gone in ((2, False), (3, True)):
+            with self.subTest(is_gone=is_gone):
+                name, = self.take(day)
+                self.transfer()
+                closed = os.path.join(self.target, program.begun_name(name))
+                os.mkdir(closed, 0o700)
+                snapshot(self.backup_path(self.taken), os.path.join(closed, program.partial_name(name)), readonly=False)
+                if is_gone:
+                    support.delete(self.snapshot_path(name))
+                self.transfer()
+                self.assertEqual([], [left for left in support.hidden(self.target) if ".partial" in left])
+
     def test_what_stands_where_an_increment_would_begin(self):
         """What a killed run has left of its own goes, what is another's stays, and the run says so."""
         self.transfer()

@@ -14,7 +14,7 @@ import unittest
 
 import remote
 import support
-from fakes import swapped_and_killed
+from fakes import btrfs_where, swapped_and_killed
 from support import MIB, bulk, names, partials, wait_until
 
 from btrfs_backup_ng import CHECKPOINT_DISTANCE, CHECKPOINT_INTERVAL
@@ -250,8 +250,11 @@ class LostInCalls(remote.RemoteTestCase):
     def setUp(self):
         super().setUp()
         self.plan = os.path.join(support.scratch_folder(), "calls to die in")
-        words = map(shlex.quote, [sys.executable, DYING, self.plan])
-        self.server.authorize("root", 'restrict,command="{}"'.format(" ".join(words)))
+        self.answer_with()
+
+    def answer_with(self, *words):
+        command = " ".join(map(shlex.quote, [*words, sys.executable, DYING, self.plan]))
+        self.server.authorize("root", 'restrict,command="{}"'.format(command))
 
     def dies(self, *lines):
         remote.write_file(self.plan, "".join(line + "\n" for line in lines))
@@ -282,6 +285,19 @@ class LostInCalls(remote.RemoteTestCase):
         self.assertLost(result, 2)
         self.assertBackedUp([self.name(3)])
         self.assertIn("2 subvolumes deleted", result.stderr)
+
+    def test_but_only_once_it_is_on_the_disk(self):
+        """The agent dies in the sync that follows a deletion: the next one finds nothing left to delete."""
+        self.take(1, 2)
+        self.dies()
+        self.push("-S")
+        first = os.path.join(support.scratch_folder(), "first sync")
+        env = btrfs_where("if mkdir '{0}'; then kill -9 $PPID; exit 1; fi 2>/dev/null; touch '{0}'/another".format(
+            first), "filesystem sync")
+        self.answer_with("env", "PATH=" + env["PATH"])
+        self.assertLost(self.push("-S", "-n", "1"), 1)
+        self.assertBackedUp([self.name(2)])
+        self.assertEqual(["another"], os.listdir(first))
 
     def test_pulling(self):
         self.write("file", "content")
