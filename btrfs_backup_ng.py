@@ -1496,7 +1496,7 @@ def parse_line(text: str) -> str:
 
 
 AGENT_GROUPS = {  # what a restricted key may be allowed to do
-    "list": "look at folders, at their subvolumes and at what files are in these",
+    "list": "look at folders, their subvolumes and what files are in these",
     "receive": "add backups, make folders for them, clear broken transfers",
     "send": "read snapshots and backups, note transfers in the lock file",
     "snapshot": "take snapshots",
@@ -1887,7 +1887,7 @@ BROWSE_KEYS = (
               "restore what is marked, or else this; asks where to"),
     BrowseKey("find", ("/",), "/", "/ find", "find a name, in all snapshots and backups"),
     BrowseKey("versions", ("v",), "v", "v versions", "the versions of what the cursor is on"),
-    BrowseKey("compare", ("d",), "d", "d compare", "compare it with what is there now, or with the version before"),
+    BrowseKey("compare", ("d",), "d", "d compare", "compare it with what is there now, or the version before"),
     BrowseKey("compare back", ("D",), "D", "", "compare it with the version before"),
     BrowseKey("gone", ("g",), "g", "g gone", "show only what is not there any more, or all again"),
     BrowseKey("older", ("[", ","), "[ or ,", "", "the same folder in the snapshot before this one"),
@@ -20821,8 +20821,8 @@ class Survey:
                                 for text in texts[len(self.surveyed):]]
 
     def with_source(self, texts: Iterable[str]) -> List[Location]:
-        """The source, once it was surveyed, and folders of its backups."""
-        others = [self.survey_folder(text) for text in texts]
+        """The source, once it was surveyed, and folders of its backups, each once."""
+        others = [self.survey_folder(text) for text in {text.rstrip("/"): text for text in texts}.values()]
         return [with_changed(source, others) for source in (self.source,) if source] + others
 
     def remembered(self) -> List[str]:
@@ -23080,6 +23080,8 @@ class LineReader:
             folders.append(text)
             return
         followed = find_followed(self.hosts, self.task._replace(source=text))
+        if self.hosts.of(endpoint).look(endpoint.path).found == "other":  # a file is seen in its folder
+            followed = followed._replace(inner=os.path.dirname(followed.inner))
         if followed.is_source:
             self.add_source(followed)
         else:

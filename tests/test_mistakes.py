@@ -266,6 +266,8 @@ NEWER = (
     ("space -n 5 BACKUPS", 2, "-n is an option of a backup, list, prune and doctor"),
     ("space shell://cat", 2, "cannot be measured; name a source, or a folder of backups"),
     ("browse PLAIN", 1, "PLAIN is in no subvolume of btrfs; name a file or folder in a subvolume"),
+    ("browse HOME/day1", 0, "1 any time"),
+    ("list HOME BACKUPS BACKUPS/", 0, "sent source 1 home20240101-000000"),
     ("browse shell://cat", 2, "cannot be looked into; name a source, or a folder of backups"),
     # files back
     ("restore BACKUP/day1", 2, "restore takes the folder to restore files to"),

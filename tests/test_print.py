@@ -123,6 +123,13 @@ class Manual(PrintTestCase):
         for words in ("exit status", "FILES", "EXAMPLES", "another run is at work", ".outstanding_transfers"):
             self.assertIn(words.lower(), flat.lower())
 
+    def test_it_fits_80_columns(self):
+        self.need("groff")
+        status, text, _ = run("groff", "-man", "-Tascii", "-P-cbou", "-rLL=78n",
+                              self.file("manual.8", self.printed("man")))
+        self.assertEqual(0, status)
+        self.assertEqual([], [line for line in text.split("\n") if len(line) > 80])
+
     def test_man_shows_it(self):
         self.need("man")
         environment = dict(os.environ, MANWIDTH="80", LC_ALL="C.UTF-8", MANROFFOPT="-ww")
