@@ -7530,17 +7530,48 @@ def is_received_into(folder: str) -> bool:
     return False
 
 
-def is_flocked(path: str) -> bool:
-    """Whether some process holds a flock on the file at `path`; told without trying, which would be in its way."""
+def flock_holders(path: str) -> List[str]:
+    """The ids of the processes that hold a flock on the file at `path`; 0 and -1 are outside of this container."""
     try:
         top = os.stat(path)
         with open("/proc/locks", encoding="ascii") as locks:
             lines = [line.split() for line in locks]
     except OSError:
-        return False
+        return []
     held = [words[4] for words in lines if len(words) > 5 and words[1] == "FLOCK"
             and words[5].split(":")[-1] == str(top.st_ino)]
-    return any(pid in ("0", "-1") or has_open(pid, top) for pid in held)  # 0: outside of this container
+    return [pid for pid in held if pid in ("0", "-1") or has_open(pid, top)]
+
+
+def is_flocked(path: str) -> bool:
+    """Whether some process holds a flock on the file at `path`; told without trying, which would be in its way."""
+    return bool(flock_holders(path))
+
+
+def keep_tree(fd: int) -> None:
+    """Keeps the subvolume with this open top from being deleted by us as long as that is open.
+
+    Nothing has to be written there, and the kernel drops it however this ends.
+    """
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def keeper_of(path: str) -> Optional[int]:
+    """The id of a process, root's or our user's, that keeps the subvolume at `path`; None where none does.
+
+    No other user does: who may read a backup must not keep it for ever.
+    """
+    with opened_folder(path) as fd:
+        if try_flock(fd):
+            return None
+    for pid in flock_holders(path):
+        with contextlib.suppress(OSError, ValueError):
+            with open("/proc/{}/status".format(pid), encoding="utf-8", errors="replace") as about:
+                users = re.search(r"^Uid:\s+\d+\s+(\d+)", about.read(), re.MULTILINE)
+            if users and int(users.group(1)) in (0, os.geteuid()):
+                return int(pid)
+    return None
 
 
 def lock_holder(fd: int) -> Optional[int]:
@@ -9479,6 +9510,7 @@ def opened_tree(folder: str, name: str) -> Iterator[int]:
             is_top = os.fstat(fd).st_ino == SUBVOLUME_INODE
             if not is_top or not subvolume_of_fd(fd, name).readonly:
                 raise BackupError("{} is not a read-only subvolume".format(path), "is it still there?")
+        keep_tree(fd)
         yield fd
     finally:
         os.close(fd)
@@ -13644,6 +13676,10 @@ class LocalHost(NotingHost):
             raise BackupError("not deleted: {} is no longer what it was".format(path), "run again")
         try:
             with firm_path(path, found.uuid) as firm:
+                keeper = keeper_of(firm)
+                if keeper is not None:
+                    raise BackupError("not deleted: files are being restored from {}, in {}".format(
+                        path, describe_process(keeper)), "run again when that has ended")
                 if convert_rw and found.readonly:
                     self.make_writable(firm)
                 delete_firm(firm, path, self.command)
@@ -25119,6 +25155,7 @@ Whatever the policy, these stay:
   - at a destination, what has another name than PREFIX and a time, was not
     received, or is not read-only
   - all at a destination whose listing or transfer failed in this run
+  - a backup, on btrfs, as long as files are being restored from it there
   - all snapshots while a destination that is named cannot be listed and
     nothing is noted of it
   - where the notes (.destinations.json) were lost, all snapshots there are

@@ -897,6 +897,28 @@ class Broken(FilesTestCase):
             self.assertErrorSays(result, "while it was read")
             self.assertEqual([], os.listdir(self.into))
 
+    def test_what_it_reads_is_not_deleted_meanwhile(self):
+        """But nobody else can keep it."""
+        os.mkdir(os.path.join(self.source, "d"))
+        for number in range(30):
+            self.write("d/{}".format(number), "x" * (1 << 20))
+        self.back_up()
+        self.take(2)
+        self.transfer()
+        run = self.start("restore", "--limit", "8M", *self.paths("d") + [self.into])
+        run.wait_for("some of it", lambda: sum(len(files) for _, _, files in os.walk(self.into)) > 5)
+        result = self.run_program("prune", "-n", "1", self.target, status=1)
+        self.assertErrorSays(result, "files are being restored from " + self.backed_up, str(run.process.pid))
+        self.assertEqual(0, run.finish().status)
+        self.assertTreesEqual(os.path.join(self.backed_up, "d"), os.path.join(self.into, "d"))
+        keep = ("import fcntl, os, sys; fd = os.open(sys.argv[1], os.O_RDONLY); os.setuid(65534); "
+                "fcntl.flock(fd, fcntl.LOCK_SH); print(flush=True); sys.stdin.read()")
+        with subprocess.Popen([PYTHON, "-c", keep, self.backed_up], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE) as keeper:
+            keeper.stdout.readline()
+            self.run_program("prune", "-n", "1", self.target)
+        self.assertEqual([self.name(2)], support.names(self.target))
+
     def test_a_tree_that_is_deleted_while_it_is_read(self):
         for name in ("a", "b"):
             os.makedirs(os.path.join(self.source, "d", name))
