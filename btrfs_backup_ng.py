@@ -19836,10 +19836,14 @@ class TaskRun(Sending):
         """BackupError where backups came from a copy of the source, or this is one, of an earlier state.
 
         Not where the source was replaced in place: then its note says so, or what took its place for a while is here.
+        Nor where the snapshot of the newest is here, in another folder.
         """
         noted, inside = destination.notes.sources, self.source_place.inside
         own = inside.uuid if inside is not None else None
-        if not found or own not in noted or noted[-1] != own and self.rival(noted[-1:]):
+        if not found or own not in noted:
+            return
+        newest = max(found, key=lambda backup: snapshot_time(self.prefix, backup.name) or 0.0)
+        if self.rival([noted[-1], newest.received_uuid or ""]):
             return
         if not self.task.same_source:
             raise BackupError(
