@@ -12911,6 +12911,8 @@ class FileSink(Receiver):
     def check_alive(self) -> None:
         if self.error is not None:
             raise self.failure(self.error)
+        if self.writing.error is not None:  # of another kind: not all is written
+            raise self.writing.error
 
     def close_pipe(self) -> None:
         """Nothing more will be offered."""
@@ -16033,9 +16035,12 @@ class Guard:
         return type(error)(message, hint, detail, error.transient)
 
     def check_deletion(self, doomed: Sequence[Subvolume]) -> None:
-        for subvolume in doomed:
-            if "delete" not in self.restriction.allow and partial_of(subvolume.name) is None:
-                raise Refused("this key may not delete {}".format(subvolume.name), ALLOW_HINT)
+        """Nobody needs to delete what is no snapshot or backup by its name, but might be worked in."""
+        for name in (s.name for s in doomed if partial_of(s.name) is None):
+            if "delete" not in self.restriction.allow:
+                raise Refused("this key may not delete {}".format(name), ALLOW_HINT)
+            if prefix_of(name) is None:
+                raise Refused("{} is no snapshot or backup".format(name))
 
     def check_receive(self, folder: str, expected: ExpectedStream) -> None:
         if partial_of(expected.name) is not None:

@@ -15,6 +15,7 @@ import tempfile
 import time
 import unittest
 from typing import Any, Dict, List, Optional
+from unittest import mock
 
 import fakes
 import remote
@@ -1394,6 +1395,15 @@ class Steps(unittest.TestCase):
     def publish(self):
         self.write(".{}.partial".format(self.backup.name))
         program.publish_stream_file(self.folder, self.backup)
+
+    def test_what_stopped_it_is_told_whatever_that_was(self):
+        sink = program.FileSink(self.folder, "home20240101-000000")
+        with mock.patch.object(program.FileSink, "write", side_effect=MemoryError):
+            sink.offer(memoryview(b"data"))
+            with self.assertRaises(MemoryError):
+                sink.finish(10)
+        sink.end()
+        self.assertEqual([], os.listdir(self.folder))
 
     def test_naming(self):
         for call in ("rename", "fsync"):

@@ -781,6 +781,22 @@ class Refusals(RestrictedTestCase):
         self.assertEqual("the parent is not in " + self.target, said[-1].message)
 
 
+class Deleting(RestrictedTestCase):
+
+    allow = "list,delete"
+
+    def test_what_is_no_snapshot_or_backup_stays(self):
+        """A stolen key must not cost what is worked in below its folder."""
+        for name in ("work", "home20240101-000000"):
+            support.create(os.path.join(self.target, name))
+        host = self.connect()
+        backup, work = sorted(host.list(self.under).subvolumes, key=lambda s: s.name)
+        with self.assertRaisesRegex(Refused, "work is no snapshot or backup"):
+            host.delete(self.under, [backup, work], False)
+        self.assertEqual([], host.delete(self.under, [backup], False))
+        self.assertEqual(["work"], support.names(self.target))
+
+
 class TenClients(RestrictedTestCase):
     """Ten clients at once into one server, one of them killed each second."""
 
