@@ -534,7 +534,7 @@ class LockReasons(unittest.TestCase):
                           "g": "parent of an unfinished transfer to /d"}, reasons)
 
     def test_on_one_line(self):
-        self.assertEqual({"a": "locked for /b\\n\\udcff"}, lock_reasons({"a": {"locks": ["/b\n\udcff"]}}))
+        self.assertEqual({"a": "locked for /b\\n\\xff"}, lock_reasons({"a": {"locks": ["/b\n\udcff"]}}))
 
 
 class RetentionAtADestination(unittest.TestCase):

@@ -586,6 +586,7 @@ class Pulling(RestrictedTestCase):
         """Each of two is allowed before the other has noted anything."""
         self.take(1)
         agent: Any = program.Agent(mock.Mock(), program.Restriction(self.source, ("list", "send")))
+        self.addCleanup(agent.guard.forget)
         one, other = (agent.method("change_locks", (
             self.snapshots, [program.LockChange("home", "ssh://{}{}/{}".format(who, number, "x" * 60000))
                              for number in range(12)], [])) for who in "ab")

@@ -364,7 +364,7 @@ class Runs(BackupTestCase):
         self.assertIn("docker", self.backup("-v", "debug", to=[]).stderr)
         self.assertNotIn("docker", self.backup("--dry-run", *skip, to=[]).stdout)
         create(os.path.join(self.source, "new"))
-        self.assertIn("docker, mail, new; --skip", self.backup(to=[]).stderr)
+        self.assertIn("docker, mail, new; use --skip", self.backup(to=[]).stderr)
 
     def test_a_read_only_source_is_refused_in_a_dry_run_as_well(self):
         path = os.path.join(self.source_disk.path, "frozen")
