@@ -111,7 +111,9 @@ class Gates(support.BackupTestCase):
 class Forked(support.TestCase):
     """A run that is forked is as one that is started."""
 
-    LOOK = r"""(
+    # While a program is being started there are more pipes than the two that it is read through.
+    LOOK = r"""until [ "$(ls -l /proc/$PPID/fd | grep -c pipe:)" -le 2 ]; do sleep 0.01; done
+(
 pwd; umask; readlink /proc/$PPID/fd/0; ls /proc/$PPID/fd; cat /proc/$PPID/limits
 env | sort
 tr '\0' '\n' < /proc/$PPID/environ | grep ^MARK=
