@@ -13172,6 +13172,9 @@ class Host:
     def call(self, name: str, *arguments: object) -> Any:
         raise Refused("{}: that cannot be done there: {}".format(self.machine or "this place", name.replace("_", " ")))
 
+    def ask_ahead(self, *calls: Tuple[str, ...]) -> None:
+        """Told what is about to be asked, each with its arguments, a far host is asked it all together."""
+
     def capabilities(self) -> Capabilities:
         return self.call("capabilities")
 
@@ -16936,13 +16939,14 @@ class Connection:
                 return
         other.end()
 
-    def end(self) -> None:
+    def end(self, is_at_rest: bool = False) -> None:
+        """Ends it. is_at_rest: the agent does and holds nothing, so that its end is not waited for, a round trip."""
         with self.mutex:
             self.has_ended = True
         for connection in [self] + list(self.beside.values()):
             connection.channel.close()
         with contextlib.suppress(BackupError):
-            self.stage.wait(ENDING_GRACE)
+            self.stage.wait(0 if is_at_rest else ENDING_GRACE)
         self.stage.end()
         for connection in self.beside.values():
             connection.end()
@@ -17064,6 +17068,7 @@ RATE_INTERVAL = 0.1  # seconds between measurements of the rate, at least
 LONGEST_WAIT = 1e9  # seconds for another run; infinity does not travel
 # What is not simply asked once more: that does harm or gives another answer, or whoever asks tries again.
 ASKED_ONCE = frozenset(("carry", "expected_stream", "finish_swap", "swap_in"))
+LOOKS = frozenset(("list", "look", "read_notes", "transfer_sizes"))  # what may be asked ahead, and recalled
 
 
 def channels_for(round_trip: float) -> int:
@@ -17231,9 +17236,13 @@ def batches(doomed: Sequence[Subvolume]) -> List[List[Subvolume]]:
 
 
 class AgentHost(Host):
-    """A host that an agent does the calls of."""
+    """A host that an agent does the calls of.
+
+    What was asked ahead holds until anything else is asked; in a run that recalls, all that LOOKS name to its end.
+    """
 
     skips = True
+    recalls = False
     retries = 0  # how often a call is asked once more, each time by another connection
 
     def __init__(self, machine: str, connect: Callable[[bool], Connection], events: Events,
@@ -17257,6 +17266,7 @@ class AgentHost(Host):
         self.holds: List[Tuple[str, str, bool]] = []
         self.holder: Optional[Connection] = None
         self.known_capabilities: Optional[Capabilities] = None
+        self.seen: Dict[Tuple[Any, ...], Any] = {}  # what is known without asking again
         self.labels: Set[str] = set()  # what it may tell the progress of
         self.tellers: Dict[str, Callable[[int], None]] = {}  # who else hears of it
         self.give_back(self.borrow())
@@ -17266,6 +17276,8 @@ class AgentHost(Host):
 
     def borrow(self, is_stream: bool = False) -> Connection:
         """A connection; where that which held the run locks is gone, they are held again first."""
+        if not self.recalls:
+            self.seen.clear()
         connection = self.find_connection(is_stream)
         with self.holding:
             if self.holder is None and self.holds:
@@ -17349,7 +17361,7 @@ class AgentHost(Host):
     def end(self) -> None:
         self.has_ended = True
         for connection in self.all[::-1]:
-            connection.end()
+            connection.end(is_at_rest=connection in self.idle and not self.holds)
         outlast(self.bringing, ENDING_TIMEOUT)
 
     # -- streams over several channels
@@ -17397,12 +17409,16 @@ class AgentHost(Host):
     def ask(self, connection: Connection, name: str, arguments: Tuple[Any, ...], compression: str,
             timeout: Optional[float] = None) -> Any:
         """What a call gives; Nonsense where that cannot be."""
-        channel = connection.channel
-        channel.send_value(CALL, (name, arguments, compression))
-        channel.largest = LARGEST_FRAME if name in LISTINGS else LARGEST_CALL
+        connection.channel.send_value(CALL, (name, arguments, compression))
         begun = time.monotonic()
-        found = channel.result(self.patience if timeout is None else timeout)
+        found = self.take_answer(connection, name, timeout)
         self.round_trip = min(self.round_trip, time.monotonic() - begun)
+        return found
+
+    def take_answer(self, connection: Connection, name: str, timeout: Optional[float] = None) -> Any:
+        channel = connection.channel
+        channel.largest = LARGEST_FRAME if name in LISTINGS else LARGEST_CALL
+        found = channel.result(self.patience if timeout is None else timeout)
         try:
             return checked_result(name, found)
         except ValueError as error:
@@ -17410,8 +17426,32 @@ class AgentHost(Host):
 
     def call(self, name: str, *arguments: object) -> Any:
         """What a call gives on the other host; its errors are raised here."""
+        if name in LOOKS and (name, *arguments) in self.seen:
+            return self.seen[(name, *arguments)] if self.recalls else self.seen.pop((name, *arguments))
         once = functools.partial(self.call_once, name, *arguments)
-        return once() if name in ASKED_ONCE else self.persist(once)
+        found = once() if name in ASKED_ONCE else self.persist(once)
+        if name in LOOKS and self.recalls:
+            self.seen[(name, *arguments)] = found
+        return found
+
+    def ask_ahead(self, *calls: Tuple[str, ...]) -> None:
+        """In one round trip. What fails is not kept: whoever asks for it then hears of it."""
+        new = [call for call in calls if call not in self.seen]
+        if len(new) < 2 or not self.is_later:
+            return
+        with contextlib.suppress(BackupError):
+            connection, seen = self.borrow(), {}
+            with self.kept(connection):
+                for name, *arguments in new:
+                    connection.channel.send_value(CALL, (name, tuple(arguments), ""))
+                for call in new:
+                    try:
+                        seen[call] = self.take_answer(connection, call[0])
+                    except BackupError as error:
+                        if breaks(error):
+                            raise
+            self.give_back(connection)
+            self.seen.update(seen)
 
     def call_once(self, name: str, *arguments: object) -> Any:
         connection = self.borrow()
@@ -18168,6 +18208,8 @@ UNREACHED = Host()
 class Hosts:
     """The hosts of a run, by machine."""
 
+    recalls = False  # whether the run only reads, once, so that nothing is looked at twice on a far host
+
     def __init__(self, task: Task, events: Events, share: Optional[Share] = None) -> None:
         self.task, self.events, self.share = task, events, share
         self.known: Dict[str, Host] = {}
@@ -18217,7 +18259,7 @@ class Hosts:
         task = self.task
         host = AgentHost(endpoint.machine, connector, self.events, task.compress, task.stall_timeout, task.channels,
                          connector.beside)
-        host.retries = task.retries
+        host.retries, host.recalls = task.retries, self.recalls
         return host
 
     def end(self) -> None:
@@ -18621,9 +18663,11 @@ class Destination:
     def is_open(self) -> bool:
         return self.listing is not None and not self.closed
 
-    def look(self, hosts: Hosts) -> Place:
-        """Reaches the host, and notes where the folder is."""
+    def look(self, hosts: Hosts, prefix: Optional[str] = None) -> Place:
+        """Reaches the host, and notes where the folder is. prefix: what it holds, and its notes of that, come next."""
         self.host = hosts.of(self.endpoint)
+        if prefix is not None:
+            self.host.ask_ahead(("look", self.path), ("list", self.path), ("read_notes", self.path, prefix))
         place = self.host.look(self.path)
         self.path, self.filesystem, self.is_new = place.path, place.filesystem, place.found == "missing"
         self.free, self.size = place.free, place.size
@@ -19747,7 +19791,7 @@ class TaskRun(Sending):
                 destination.host = self.shell_place(destination)
                 destination.listing = destination.host.list(destination.path)
                 return
-            place = destination.look(self.hosts)
+            place = destination.look(self.hosts, self.prefix)
             if isinstance(destination.host, RawPlace):
                 self.prepare_raw(destination.host)
             self.check_destination(destination, place)
@@ -20798,10 +20842,16 @@ def with_changed(source: Location, others: Iterable[Location]) -> Location:
     return source._replace(entries=tuple(e._replace(changed=e.subvolume.uuid in changed) for e in source.entries))
 
 
+def ask_to_list(host: Host, folder: str) -> None:
+    """Asks ahead what a folder that is listed is asked for."""
+    host.ask_ahead(("look", folder), ("list", folder), ("transfer_sizes", folder))
+
+
 def list_endpoint(host: Host, endpoint: Endpoint) -> Tuple[str, Listing]:
     """The folder that an endpoint names, and what it holds."""
     if not endpoint.kind.has_folder:
         raise BackupError("{} cannot be listed".format(endpoint.text))
+    ask_to_list(host, endpoint.path)
     place = host.look(endpoint.path)
     if place.found != "folder":
         raise BackupError("no such folder: {}".format(endpoint.text) if place.found == "missing" else
@@ -20835,7 +20885,10 @@ def found_instead(endpoint: Endpoint, folder: str, listing: Listing, prefix: Opt
 
 def is_backup_folder(host: Host, place: Place, snapshot_folder: str) -> bool:
     """Whether a place is a folder of backups and no source: it holds some, and no snapshot folder."""
-    return (place.found == "folder" and host.look(os.path.join(place.path, snapshot_folder)).found != "folder"
+    inner = os.path.join(place.path, snapshot_folder)
+    if place.found == "folder":
+        host.ask_ahead(("look", inner), ("list", place.path))
+    return (place.found == "folder" and host.look(inner).found != "folder"
             and bool(folder_prefixes(host.list(place.path), None)))
 
 
@@ -20886,6 +20939,7 @@ class Survey:
             return False
         try:
             host = self.run.hosts.of(endpoint)
+            ask_to_list(host, endpoint.path)
             place = host.look(endpoint.path)
             if place.found == "folder" and not place.is_top:
                 return False
@@ -21275,6 +21329,7 @@ def print_locations(locations: Sequence[Location], task: Task, now: float) -> No
 def run_list(task: Task, events: Events) -> Ending:
     """Prints what is where, and then each error."""
     survey = Survey(task, events)
+    survey.run.hosts.recalls = True
     with printed_when_interrupted(task.json, lambda: describe_locations(survey.until_now(), (), time.time())):
         try:
             locations = [survey.with_sizes(location) for location in survey.locations()]
@@ -21394,6 +21449,7 @@ class RestoreRun(Sending):
         if not is_folder and prefix_of(os.path.basename(stem)) is not None:
             path, name = os.path.split(stem)  # a restricted key may look at the folder alone
         host = self.hosts.of(endpoint)
+        host.ask_ahead(("look", path or "."), ("list", path or "."))
         place = host.look(path or ".")
         if not is_folder and name is None:
             around = host.look(os.path.dirname(place.path)) if place.found == "other" else place
@@ -22758,6 +22814,7 @@ def check_history(task: Task) -> None:
 def run_history(task: Task, events: Events) -> Ending:
     """Prints which versions of a path there are, and where."""
     history = PathHistory(task, events)
+    history.survey.run.hosts.recalls = True
     try:
         return history.execute()
     finally:
@@ -22829,6 +22886,7 @@ def find_tree(hosts: Hosts, text: str) -> FoundTree:
             raise BackupError("{} is not a snapshot, and may change while it is compared".format(text), (
                 "name one of its snapshots; " + newest if newest else
                 "take a snapshot of it, and name that: {}".format(typed([PROGRAM, endpoint.text]))))
+    host.ask_ahead(("look", above or "."), ("list", above or "."))
     place = host.look(above or ".")
     if place.found != "folder" or not name:
         raise BackupError("no such snapshot or backup: {}".format(text), "is its filesystem mounted?")
@@ -22908,6 +22966,7 @@ def check_diff(task: Task) -> None:
 def run_diff(task: Task, events: Events) -> Ending:
     """Prints what changed from one snapshot or backup to another."""
     hosts = Hosts(task, events)
+    hosts.recalls = True
     try:
         found = all_changes(place_of_both(find_tree(hosts, task.source), find_tree(hosts, task.destinations[0])))
     finally:
@@ -23522,6 +23581,7 @@ def show_costs(folder: FolderToMeasure, is_quick: bool, events: Events) -> Folde
 def run_space(task: Task, events: Events) -> Ending:
     """Prints what the snapshots or backups of each place cost; one that fails does not stop the others."""
     hosts, found, ending = Hosts(task, events), [], Ending()  # type: Hosts, List[FolderCosts], Ending
+    hosts.recalls = True
     describe = functools.partial(describe_costs, with_files=bool(task.top))
 
     def report(error: BackupError) -> None:
@@ -24202,7 +24262,7 @@ class KnownDestination(Examined):
     def sound(self) -> Destination:
         """The destination, listed, where a run would take it."""
         destination = self.destination
-        place = destination.look(self.run.hosts)
+        place = destination.look(self.run.hosts, next(iter(self.source.prefixes), None))
         self.run.check_destination(destination, place)
         listing = Listing() if destination.is_new else destination.host.list(place.path)
         for prefix in self.source.prefixes if not destination.is_new else ():
@@ -24514,6 +24574,7 @@ class Doctor:
     def __init__(self, task: Task, events: Events) -> None:
         self.task, self.now = task, time.time()
         self.run = TaskRun(task._replace(no_snapshot=True), events)
+        self.run.hosts.recalls = True
         self.checked: List[Checked] = []
         self.machines: Set[str] = set()
 
