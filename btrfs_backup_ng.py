@@ -17426,12 +17426,13 @@ class AgentHost(Host):
 
     def call(self, name: str, *arguments: object) -> Any:
         """What a call gives on the other host; its errors are raised here."""
-        if name in LOOKS and (name, *arguments) in self.seen:
-            return self.seen[(name, *arguments)] if self.recalls else self.seen.pop((name, *arguments))
+        is_look, call = name in LOOKS and is_of_type(arguments, Tuple[str, ...]), (name, *arguments)
+        if is_look and call in self.seen:
+            return self.seen[call] if self.recalls else self.seen.pop(call)
         once = functools.partial(self.call_once, name, *arguments)
         found = once() if name in ASKED_ONCE else self.persist(once)
-        if name in LOOKS and self.recalls:
-            self.seen[(name, *arguments)] = found
+        if is_look and self.recalls:
+            self.seen[call] = found
         return found
 
     def ask_ahead(self, *calls: Tuple[str, ...]) -> None:

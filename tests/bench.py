@@ -687,6 +687,21 @@ def pending_over_delay(count: int, stage: Stage) -> Pair:
     )
 
 
+def looking_over_delay(verb: str, name: str, stage: Stage, rounds: int) -> Row:
+    """Seconds that a look at many backups takes beyond a login that does nothing, over the same line."""
+    sshd = start_sshd(stage)
+    proxy = stage.closing.enter_context(contextlib.closing(remote.Proxy(sshd.port, DELAY)))
+    names = [PREFIX + "202{}{:02}{:02}-000000".format(i // 252, i // 21 % 12 + 1, i % 21 + 1) for i in range(MANY)]
+    folder = Pending(os.path.join(stage.source, "looked-at"), stage.folder(stage.source, "snapshots", "looked-at"),
+                     stage.folder(stage.destination, "looked-at"), names, [])
+    folder.make(stage)
+    place = sshd.endpoint(os.path.join(folder.backups, name).rstrip("/"), port=proxy.port)
+    pair = Pair([INTERPRETER, ZIPAPP, verb] + remote.as_program_options(remote.ssh_options()) + [place],
+                sshd.argv("true", port=proxy.port), folder.check, lambda: None)
+    row = measure_in_turns(lambda _stage: pair, stage, rounds)
+    return Row("s", [ours - theirs for ours, theirs in zip(row.ours, row.theirs)], [])
+
+
 def btrbk_ssh_argv(stage: Stage, folder: Pending, endpoint: str) -> List[str]:
     argv = btrbk_argv(stage, folder.subvolume, folder.snapshots, endpoint)
     return argv and ["env", "PATH={}:{}".format(make_wrapped_ssh(stage), os.environ["PATH"])] + argv + ["run"]
@@ -827,6 +842,12 @@ CASES = {
     ),
     "ssh-one": Case(
         "1 small, 50 ms each way, btrbk", 0.33, True, in_turns(functools.partial(pending_over_delay, 1))
+    ),
+    "far-list": Case(
+        "300, 50 ms each way, beyond ssh", 1.0, False, functools.partial(looking_over_delay, "list", "")
+    ),
+    "far-history": Case(
+        "300, 50 ms each way, beyond ssh", 1.0, False, functools.partial(looking_over_delay, "history", "file")
     ),
     "ssh-many": Case(
         "50 small, 50 ms each way, btrbk", 0.1, True, in_turns(functools.partial(pending_over_delay, PENDING)), 2

@@ -485,11 +485,13 @@ class Proxy:
     delay: seconds that everything takes on its way, each way
     rate: bytes a second at most, both ways together; 0 is unlimited
     up, down: bytes that have passed from the client and to it
+    turns: how often something passed the other way than what passed before
     """
 
     def __init__(self, port, delay=0.0, rate=0, host_key="host"):
         self.target, self.delay, self.rate = port, delay, rate
-        self.up = self.down = self.connections = 0
+        self.up = self.down = self.connections = self.turns = 0
+        self.is_upward = False  # what passed last
         self.cuts: Any = collections.deque()  # after how many bytes in all to cut
         self.moving = threading.Event()
         self.moving.set()
@@ -556,10 +558,14 @@ class Proxy:
     def count_up(self, size):
         with self.lock:
             self.up += size
+            self.turns += not self.is_upward
+            self.is_upward = True
 
     def count_down(self, size):
         with self.lock:
             self.down += size
+            self.turns += self.is_upward
+            self.is_upward = False
 
     def look_for_cut(self):
         with self.lock:

@@ -1203,6 +1203,58 @@ class Faults(remote.RemoteTestCase):
         self.check_end(running, (1,))
 
 
+class RoundTrips(remote.RemoteTestCase):
+    """How often a command waits for a far host, beyond what a login takes by itself."""
+
+    usual_seconds = 8.0
+
+    def setUp(self):
+        super().setUp()
+        self.write("plan", "one")
+        self.taken = self.take(1, 2)
+        self.push("-S")
+        self.between = self.proxy(self.server.port, delay=0.03)
+        self.set_endpoints(port=self.between.port)
+
+    def round_trips(self, run):
+        """The fewest of some runs: a busy machine sends in pieces what belongs together."""
+        found = []
+        for _ in range(3):
+            before = self.between.turns
+            run()
+            self.assertNothingLeft(self.server)
+            found.append((self.between.turns - before) // 2)
+        return min(found)
+
+    def assertRoundTrips(self, most, *arguments, status=0):
+        accepted = self.server.accepted()
+        login = self.round_trips(lambda: self.server.ssh("true", port=self.between.port))
+        taken = self.round_trips(lambda: self.run_remote(*arguments, status=status))
+        self.assertLessEqual(taken - login, most)
+        self.assertEqual(6, self.server.accepted() - accepted)
+
+    def test_list(self):
+        self.assertRoundTrips(2, "list", self.remote_target)
+
+    def test_list_with_its_source(self):
+        self.assertRoundTrips(2, "list", self.source, self.remote_target)
+
+    def test_history(self):
+        self.assertRoundTrips(6, "history", self.remote_target + "/plan")
+
+    def test_history_from_the_source(self):
+        self.assertRoundTrips(3, "history", self.source + "/plan", self.remote_target)
+
+    def test_nothing_to_back_up(self):
+        self.assertRoundTrips(3, "-S", "-p", "home", self.source, self.remote_target)
+
+    def test_diff(self):
+        self.assertRoundTrips(3, "diff", *(self.remote_target + "/" + name for name in self.taken))
+
+    def test_doctor(self):
+        self.assertRoundTrips(7, "doctor", self.source, self.remote_target, status=None)
+
+
 class BadNetworks(remote.RemoteTestCase):
     """A transfer that breaks goes on where it stopped: what has arrived is not sent again."""
 
