@@ -17427,8 +17427,9 @@ class AgentHost(Host):
     def call(self, name: str, *arguments: object) -> Any:
         """What a call gives on the other host; its errors are raised here."""
         is_look, call = name in LOOKS and is_of_type(arguments, Tuple[str, ...]), (name, *arguments)
-        if is_look and call in self.seen:
-            return self.seen[call] if self.recalls else self.seen.pop(call)
+        if is_look:
+            with contextlib.suppress(KeyError):  # also where another thread was quicker
+                return self.seen[call] if self.recalls else self.seen.pop(call)
         once = functools.partial(self.call_once, name, *arguments)
         found = once() if name in ASKED_ONCE else self.persist(once)
         if is_look and self.recalls:
