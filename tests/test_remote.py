@@ -1212,9 +1212,10 @@ class RoundTrips(remote.RemoteTestCase):
         super().setUp()
         self.write("plan", "one")
         self.taken = self.take(1, 2)
-        self.push("-S")
-        self.between = self.proxy(self.server.port, delay=0.03)
+        self.between = self.proxy(self.server.port)
         self.set_endpoints(port=self.between.port)
+        self.push("-S")  # which the source remembers
+        self.between.delay = 0.03
 
     def round_trips(self, run):
         """The fewest of some runs: a busy machine sends in pieces what belongs together."""
