@@ -9992,6 +9992,7 @@ class Staging:
         self.clear()
         if bears_name(self.fd, self.name, self.folder):
             os.rmdir(self.name, dir_fd=self.folder)
+            sync_folder(self.folder)  # nor is it back after a crash
 
     def close_new(self) -> None:
         if self.new >= 0:

@@ -438,6 +438,29 @@ class FromABackup(FilesTestCase):
         self.assertSame(os.path.join(self.backed_up, "file"), os.path.join(self.into, "file"))
 
 
+class PowerCut(FilesTestCase):
+
+    def test_what_was_said_to_be_restored_is_there_as_it_was(self):
+        """With the modes and attributes that folders and files get behind their names."""
+        for number in range(3):
+            os.makedirs(os.path.join(self.source, "folder%d" % number, "inner"))
+            os.chmod(os.path.join(self.source, "folder%d" % number), 0o2751)
+        self.write("fixed", "x")
+        command("chattr", "+i", os.path.join(self.source, "fixed"))
+        self.addCleanup(command, "chattr", "-i", os.path.join(self.source, "fixed"))
+        self.backed_up = self.snapshot_path(self.take(1)[0])
+        disk = self.disk("256M", image_in=self.disk("1G").path)
+        into = os.path.join(disk.path, "into")
+        os.mkdir(into)
+        command("btrfs", "filesystem", "sync", into)
+        self.restore(*self.all_of_it() + [into])
+        disk.cut_power()
+        self.addCleanup(command, "chattr", "-i", os.path.join(into, "fixed"))
+        self.assertTreesEqual(FromABackup.without_top(self.backed_up), FromABackup.without_top(into))
+        with open(os.path.join(into, "fixed")) as file:
+            self.assertTrue(program.read_flags(file.fileno()) & program.FIXED_FLAGS)
+
+
 class Choosing(FilesTestCase):
 
     def test_by_path_and_by_time(self):
