@@ -17438,23 +17438,25 @@ class AgentHost(Host):
         return found
 
     def ask_ahead(self, *calls: Tuple[str, ...]) -> None:
-        """In one round trip. What fails is not kept: whoever asks for it then hears of it."""
+        """A call that fails is not kept: whoever makes it then hears of it. A host that is lost is told of at once."""
         new = [call for call in calls if call not in self.seen]
-        if len(new) < 2 or not self.is_later:
-            return
-        with contextlib.suppress(BackupError):
-            connection, seen = self.borrow(), {}
-            with self.kept(connection):
-                for name, *arguments in new:
-                    connection.channel.send_value(CALL, (name, tuple(arguments), ""))
-                for call in new:
-                    try:
-                        seen[call] = self.take_answer(connection, call[0])
-                    except BackupError as error:
-                        if breaks(error):
-                            raise
-            self.give_back(connection)
-            self.seen.update(seen)
+        if len(new) > 1 and self.is_later:
+            self.seen.update(self.persist(functools.partial(self.ask_together, new)))
+
+    def ask_together(self, calls: Sequence[Tuple[str, ...]]) -> Dict[Tuple[Any, ...], Any]:
+        """What calls give that are asked in one round trip, but for those that fail."""
+        connection, found = self.borrow(), {}
+        with self.kept(connection):
+            for name, *arguments in calls:
+                connection.channel.send_value(CALL, (name, tuple(arguments), ""))
+            for call in calls:
+                try:
+                    found[call] = self.take_answer(connection, call[0])
+                except BackupError as error:
+                    if breaks(error):
+                        raise
+        self.give_back(connection)
+        return found
 
     def call_once(self, name: str, *arguments: object) -> Any:
         connection = self.borrow()
