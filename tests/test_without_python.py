@@ -339,6 +339,7 @@ class Calls(PlainTestCase):
         with self.assertRaises(program.Stalled) as caught:
             host.run("sleep 30", (), "cannot look")
         self.assertIn("127.0.0.1", caught.exception.message)
+        host.patience = support.HANGS
         before, program.LARGEST_FRAME = program.LARGEST_FRAME, 1 << 20
         self.addCleanup(setattr, program, "LARGEST_FRAME", before)
         with self.assertRaisesRegex(program.BackupError, "prints without end"):
