@@ -9865,14 +9865,14 @@ class Staging:
         return name in self.placing and (found.st_ino, found.st_dev) == (
             self.placing[name].inode, os.fstat(self.fd).st_dev)
 
-    def is_over(self, anew: bool) -> bool:
+    def is_over(self, is_again: bool) -> bool:
         """Whether nothing waits in it, as of a run that was killed when it had all but removed it.
 
-        anew: also where all that it gave a name still bears it, which else is what this run would bring.
+        is_again: also where all that it gave a name still bears it, which else is what this run would bring.
         """
         if self.entries() or self.part():
             return False
-        return anew or not (self.placing and all(map(self.has_given, self.placing)))
+        return is_again or not (self.placing and all(map(self.has_given, self.placing)))
 
     def settle(self) -> None:
         """Does what is left to do at entries that have their names."""
@@ -9891,11 +9891,14 @@ class Staging:
             with contextlib.suppress(OSError):
                 os.removexattr(self.fd, name)
 
-    def take_up(self, anew: bool, replace: bool) -> None:
-        """Goes on from what is there. anew: that goes, unless some of it has got its name. replace: and is no end."""
+    def take_up(self, anew: bool, is_again: bool) -> None:
+        """Goes on from what is there. anew: that goes, unless some of it has got its name.
+
+        is_again: what has its name was all that a run before was to bring, and this one replaces it.
+        """
         with or_say("cannot write to {}".format(os.path.dirname(self.shown))):
             self.close_to_others()
-            if self.is_over(replace):
+            if self.is_over(is_again):
                 self.settle()
             if not self.placing and (anew or self.boot != boot_id()):
                 self.clear()
@@ -22098,7 +22101,7 @@ class FilesRun(RestoreRun):
         if not self.is_begun(wanted):
             return True
         with self.staging(wanted) as staging:
-            return staging.is_over(anew=True)
+            return staging.is_over(is_again=True)
 
     def is_begun(self, wanted: WantedFiles) -> bool:
         """Whether a run that was broken off has left something of it."""

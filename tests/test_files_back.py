@@ -150,7 +150,7 @@ class Again(unittest.TestCase):
         self.addCleanup(os.close, fd)
         self.staging = program.Staging(fd, self.folder, "key")
         self.staging.open()
-        self.staging.take_up(anew=True, replace=False)
+        self.staging.take_up(anew=True, is_again=False)
         self.addCleanup(self.staging.end)
         self.putter = program.Putter(self.staging, {b"a", b"b", b"c", b"d"}, lambda *_: None)
 
@@ -202,7 +202,7 @@ class Again(unittest.TestCase):
                 break
             self.staging.end()
             self.staging.open()
-            self.staging.take_up(anew=False, replace=False)
+            self.staging.take_up(anew=False, is_again=False)
         self.assertGreater(step, 5)
 
     def test_synced_also_where_this_python_cannot_ask_for_one_filesystem(self):
@@ -1354,7 +1354,7 @@ class WhatAnyUserCanMake(FilesTestCase):
         self.addCleanup(os.close, folder)
         staging = program.Staging(folder, "folder", "key")
         staging.open()
-        staging.take_up(anew=False, replace=False)
+        staging.take_up(anew=False, is_again=False)
         self.addCleanup(staging.end)
         putter = program.Putter(staging, {b"a", b"b"}, lambda *_: None)
         with open(self.write_large(1 << 20), "rb") as file:
