@@ -3934,11 +3934,14 @@ def parent_by_now(snapshot: Subvolume, known: Known, seen: Seen) -> Optional[Sub
 
 
 def made_room_of(known: Known, seen: Seen, missing: Sequence[Subvolume]) -> List[str]:
-    """What was perhaps deleted to make room: to send it once more would need that room again."""
+    """What was perhaps deleted to make room: to send it once more would need that room again.
+
+    It is older by transaction as well: by the time alone all would be that was taken since a clock that ran ahead.
+    """
     newest = in_common(known.snapshots, seen.listing).newest
     if newest is None or not seen.frees:
         return []
-    return [s.name for s in missing if by_creation(s) < by_creation(newest)]
+    return [s.name for s in missing if by_creation(s) < by_creation(newest) and s.otransid <= newest.otransid]
 
 
 def plan_transfers(known: Known, seen: Seen, recoveries: Sequence[Recovery] = ()) -> DestinationPlan:

@@ -256,6 +256,13 @@ class Worth(support.InZone):
         for changed in (known._replace(unknown="/away"), known._replace(may_delete=False)):
             self.assertEqual({}, worth_at_source(changed, 3))
 
+    def test_what_was_taken_since_a_clock_that_ran_ahead_is_sent(self):
+        """By the time alone all of it would be older than what is there, and perhaps deleted to make room."""
+        taken = [subvolume(day, otransid=number) for number, day in enumerate((1, 20, 2, 3))]
+        known, seen = self.known()._replace(snapshots=taken), self.seen(1, 20)
+        self.assertEqual(["home" + MORNING.format(day) for day in (2, 3)],
+                         [t.snapshot.name for t in plan_destination(known, seen).transfers])
+
     def test_what_was_deleted_for_room_is_not_sent_again(self):
         known = self.known(1, 2, 3, 4, 5)
         seen = self.seen(2, 4)
