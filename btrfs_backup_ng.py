@@ -3218,6 +3218,11 @@ def by_creation(subvolume: Subvolume) -> Tuple[int, int, str]:
     return subvolume.otime if named is None else int(named * 10 ** 9), subvolume.otransid, subvolume.name
 
 
+def is_later(subvolume: Subvolume, than: Subvolume) -> bool:
+    """Whether one came after another, be it by its transaction alone, as what was taken since a clock ran ahead."""
+    return by_creation(subvolume) > by_creation(than) or subvolume.otransid > than.otransid
+
+
 def snapshots_of(listing: Listing, prefix: str) -> List[Subvolume]:
     """The snapshots of `prefix` in a snapshot folder, oldest first."""
     found = [s for s in listing.subvolumes if s.readonly and name_time(prefix, s.name)]
@@ -3934,14 +3939,11 @@ def parent_by_now(snapshot: Subvolume, known: Known, seen: Seen) -> Optional[Sub
 
 
 def made_room_of(known: Known, seen: Seen, missing: Sequence[Subvolume]) -> List[str]:
-    """What was perhaps deleted to make room: to send it once more would need that room again.
-
-    It is older by transaction as well: by the time alone all would be that was taken since a clock that ran ahead.
-    """
+    """What was perhaps deleted to make room: to send it once more would need that room again."""
     newest = in_common(known.snapshots, seen.listing).newest
     if newest is None or not seen.frees:
         return []
-    return [s.name for s in missing if by_creation(s) < by_creation(newest) and s.otransid <= newest.otransid]
+    return [s.name for s in missing if s != newest and not is_later(s, newest)]
 
 
 def plan_transfers(known: Known, seen: Seen, recoveries: Sequence[Recovery] = ()) -> DestinationPlan:
@@ -20563,8 +20565,8 @@ class TaskRun(Sending):
         """What destinations that could not be listed have not got on any of their disks, as far as is known."""
         unsent: Set[str] = set()
         for pins in (self.pins.get(d.key, ()) for d in self.destinations if d.listing is None):
-            sent = [at for at, s in enumerate(self.snapshots) if s.stream_id in {pin.uuid for pin in pins}]
-            unsent |= {s.name for s in self.snapshots[sent[-1] + 1 if sent else 0:]}
+            sent = [s for s in self.snapshots if s.stream_id in {pin.uuid for pin in pins}]
+            unsent |= {s.name for s in self.snapshots if not sent or is_later(s, sent[-1])}
         return unsent
 
     def snapshots_that_may_go(self, known: Known, unsent: Container[str] = ()) -> MayGo:

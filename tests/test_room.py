@@ -7,6 +7,7 @@ import random
 import sys
 import time
 import unittest
+from typing import Any
 from unittest import mock
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -262,6 +263,9 @@ class Worth(support.InZone):
         known, seen = self.known()._replace(snapshots=taken), self.seen(1, 20)
         self.assertEqual(["home" + MORNING.format(day) for day in (2, 3)],
                          [t.snapshot.name for t in plan_destination(known, seen).transfers])
+        pin = Pin(taken[1].name, taken[1].uuid, "", None, ())
+        run: Any = mock.Mock(snapshots=taken, pins={"/b": (pin,)}, destinations=[mock.Mock(key="/b", listing=None)])
+        self.assertEqual(self.names(2, 3), program.TaskRun.unsent_to_absent(run))
 
     def test_what_was_deleted_for_room_is_not_sent_again(self):
         known = self.known(1, 2, 3, 4, 5)
